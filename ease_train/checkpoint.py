@@ -1,0 +1,111 @@
+"""The checkpoint directory: all that is needed to rebuild the model, and to go on training it.
+
+    config.json         format_version, the recipe with every field, the step, the data, versions
+    model.safetensors   the weights
+    tokenizer.json
+    metrics.jsonl       one line a log step or evaluation
+    train_state/        optimizer and random state; only for resuming
+
+Written aside and renamed; nothing is ever unpickled.
+"""
+
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_model
+from tokenizers import Tokenizer
+
+from ease_train.config import Recipe
+from ease_train.errors import CheckpointError, ConfigError
+from ease_train.files import restore_interrupted, written_aside
+from ease_train.model import Decoder
+
+FORMAT_VERSION = 1
+STATE_FILE = Path("train_state") / "state.pt"
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint directory holds. `train_state` is None when the checkpoint was loaded only to be used."""
+
+    recipe: Recipe
+    model: Decoder
+    tokenizer: Tokenizer
+    step: int
+    data: str
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    train_state: dict[str, Any] | None = None
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the directory, replacing an older one at `path` only when the new one is complete.
+
+    Raises CheckpointError when the disk does not take it; what was at `path` is then still there.
+    """
+    try:
+        with written_aside(path) as folder:
+            config = {
+                "format_version": FORMAT_VERSION,
+                "step": checkpoint.step,
+                "data": checkpoint.data,
+                "versions": {"torch": torch.__version__, "python": platform.python_version()},
+                "recipe": checkpoint.recipe.to_dict(),
+            }
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_model(checkpoint.model, str(folder / "model.safetensors"))
+            checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in checkpoint.metrics), encoding="utf-8")
+            if checkpoint.train_state is not None:
+                (folder / STATE_FILE.parent).mkdir()
+                torch.save(checkpoint.train_state, folder / STATE_FILE)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
+        kept = f"; the checkpoint of before is still at {path}" if path.exists() else ""
+        raise CheckpointError(f"could not save step {checkpoint.step} to {path}: {error}{kept}") from None
+
+
+def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
+    """Read a checkpoint, with the training state when `resume` is set.
+
+    Raises CheckpointError when it is missing, incomplete or newer than this version.
+    """
+    restore_interrupted(path)
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}; make one: ease-train fit demo --out {path}")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", *([str(STATE_FILE)] if resume else [])):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} is no complete checkpoint: {name} is missing; train it again: ease-train fit RECIPE --out {path}")
+    config = _read_config(path)
+    try:
+        recipe = Recipe.from_dict(config["recipe"], str(path / "config.json"))
+        model = Decoder(recipe.model)
+        _load_weights(model, path / "model.safetensors")
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        state = torch.load(path / STATE_FILE, weights_only=True) if resume else None
+        metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (ConfigError, KeyError, OSError, RuntimeError, safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    return Checkpoint(recipe, model, tokenizer, config["step"], config["data"], metrics, state)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        version = config["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path / 'config.json'} is damaged; restore it, or train again") from None
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format_version {version}, this version of EASE reads up to {FORMAT_VERSION}; update: pip install --upgrade ease-lm")
+    return dict(config)
+
+
+def _load_weights(model: Decoder, path: Path) -> None:
+    weights = load_file(path)
+    tied = {"lm_head.weight", "embed.weight"} if model.config.tie_embeddings else set()
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or set(missing) - tied or (tied and not tied & weights.keys()):
+        raise CheckpointError(f"weights do not fit the model: missing {sorted(set(missing) - tied)}, unexpected {unexpected}")

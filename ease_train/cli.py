@@ -1,0 +1,134 @@
+"""ease-train: train models that can stop early."""
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ease_train.config import SECTIONS, Recipe, load_recipe, recipe_names
+from ease_train.errors import TrainError
+
+if typing.TYPE_CHECKING:
+    from ease_train.trainer import Event, Trainer
+
+OPTION_KINDS: dict[Any, dict[str, Any]] = {
+    int: {"type": int},
+    float: {"type": float},
+    str: {"type": str},
+    bool: {"type": bool},
+    tuple[int, ...]: {"type": int, "multiple": True},
+    dict[int, float]: {"type": (int, float), "multiple": True},
+}
+
+
+class ErrorGroup(click.Group):
+    """A group whose commands end an EASE error with one line on stderr and exit code 1 (a traceback with --debug)."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TrainError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+
+
+def field_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command one option a recipe field, with the field's own help."""
+    for table, section in reversed(SECTIONS.items()):
+        hints = typing.get_type_hints(section)
+        for field in reversed(dataclasses.fields(section)):
+            kind = OPTION_KINDS[hints[field.name]]
+            metavar = "LAYER WEIGHT" if hints[field.name] == dict[int, float] else None
+            text = f"[{table}] {field.metadata['help']}"
+            command = click.option(f"--{field.name.replace('_', '-')}", field.name, help=text, metavar=metavar, **kind)(command)
+    return command
+
+
+@click.group(cls=ErrorGroup)
+@click.version_option(package_name="ease-lm")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Train language models whose tokens can leave early."""
+
+
+@main.command()
+def recipes() -> None:
+    """List the recipes, with the paper that each follows."""
+    table = Table("recipe", "what it does", "paper")
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        table.add_row(name, recipe.description, recipe.paper)
+    Console().print(table)
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--data", default="kjv", show_default=True, help="kjv, wikitext-2, a local .txt/.jsonl/.parquet file, or a data set on the hub.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint goes.")
+@click.option("--resume", is_flag=True, help="Go on with the checkpoint at --out; its own settings hold.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")
+@field_options
+def fit(recipe: str, data: str, out: Path, resume: bool, device: str, threads: int | None, **fields: Any) -> None:
+    """Train a model by RECIPE (a name from `ease-train recipes`, or a .toml file)."""
+    import torch
+
+    from ease_train.trainer import Trainer
+
+    if threads:
+        torch.set_num_threads(threads)
+    options = {name: dict(value) if isinstance(value, tuple) and value and isinstance(value[0], tuple) else value for name, value in fields.items()}
+    options = {name: value for name, value in options.items() if value not in (None, ())}
+    chosen = load_recipe(recipe).with_options(options)
+    if resume:
+        if options:
+            raise TrainError(f"--resume goes on with the settings in {out}/config.json; leave out: {', '.join('--' + o.replace('_', '-') for o in options)}")
+        trainer = Trainer.resume(out, device)
+    elif out.exists():
+        raise TrainError(f"{out} is there already; go on with it (--resume) or choose another --out")
+    else:
+        trainer = Trainer.begin(chosen, data, device)
+    run_with_progress(trainer, trainer.recipe, out)
+
+
+def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
+    """Train and show it; an interrupted run is saved first."""
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    console.print(f"{recipe.name}: {parameters / 1e6:.1f} M parameters, exits at {list(recipe.model.exits)}, data {trainer.checkpoint.data}")
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=trainer.settings.steps, completed=trainer.checkpoint.step)
+        try:
+            for event in trainer.fit(out):
+                show(event, progress, task)
+        except KeyboardInterrupt:
+            trainer.save(out)
+            raise TrainError(f"interrupted at step {trainer.checkpoint.step}, saved; go on: ease-train fit {recipe.name} --out {out} --resume") from None
+
+
+def show(event: "Event", progress: Progress, task: Any) -> None:
+    """One event on the terminal: steps move the bar, the rest gets a line."""
+    from ease_train.trainer import EvalEvent, StepEvent
+
+    if isinstance(event, StepEvent):
+        losses = " ".join(f"{layer}:{loss:.3f}" for layer, loss in event.exit_losses.items())
+        progress.update(task, completed=event.step, description=f"loss {losses} · {event.tokens_per_second:,.0f} tokens/s")
+    elif isinstance(event, EvalEvent):
+        values = ", ".join(f"layer {layer} {value:.2f}" for layer, value in event.perplexity.items())
+        progress.console.print(f"step {event.step}: validation perplexity {values}")
+    else:
+        progress.console.print(f"step {event.step}: saved {event.path}")
+
+
+if __name__ == "__main__":
+    main()

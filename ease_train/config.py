@@ -1,0 +1,263 @@
+"""What a training run is made of: frozen dataclasses, plain dictionaries in and out.
+
+A recipe is a TOML file with the tables `[model]`, `[tokenizer]` and `[train]`, one key a field of the
+dataclasses below. Help texts live in the fields, so that the command line, the TOML key and the JSON key
+of a setting cannot drift apart. An unknown key is an error that names the nearest known one.
+
+    recipe = load_recipe("demo").with_options({"dim": 128, "steps": 500})
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+from ease_train.errors import ConfigError, did_you_mean
+
+EXIT_NORMS = ("shared", "own")
+TOKENIZERS = ("bpe", "char")
+
+
+def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word the command line uses
+    """A dataclass field with its help text."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table of a recipe: built from and turned into a plain dictionary."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Build the section, checking names and types. Raises ConfigError naming `where` and the field."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        hints = typing.get_type_hints(cls)
+        for name in values:
+            if name not in fields:
+                raise ConfigError(f"{where}: unknown field '{name}'; {did_you_mean(name, fields)}")
+        return cls(**{name: _coerce(value, hints[name], f"{where}: {name}") for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as JSON-ready values (tuples as lists, layer numbers as strings)."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    try:
+        if origin is types.UnionType:  # only "X | None" is used
+            return None if value is None else _coerce(value, arguments[0], where)
+        if origin is tuple and isinstance(value, list | tuple):
+            return tuple(_coerce(item, arguments[0], where) for item in value)
+        if origin is dict and isinstance(value, Mapping):
+            return {arguments[0](key): _coerce(item, arguments[1], where) for key, item in value.items()}
+        if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if hint in (int, bool, str) and type(value) is hint:
+            return value
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} = {value!r}: {error}") from None
+    raise ConfigError(f"{where} = {value!r} is not of the type {getattr(hint, '__name__', hint)}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, dict):
+        return {str(key): item for key, item in value.items()}
+    return value
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """A Llama-family decoder with exits (layers are numbered from 1; the last layer is always an exit)."""
+
+    vocab_size: int = setting(0, "words in the vocabulary; 0 takes the tokenizer's size")
+    dim: int = setting(256, "width of the hidden state")
+    num_layers: int = setting(12, "transformer blocks")
+    num_heads: int = setting(4, "query heads")
+    num_kv_heads: int = setting(2, "key/value heads (grouped-query attention)")
+    ffn_dim: int = setting(0, "width of the gated linear unit; 0 takes 8/3 of dim, rounded up to a multiple of 64")
+    max_positions: int = setting(1024, "longest sequence the model may see, in tokens")
+    rope_theta: float = setting(10000.0, "base of the rotary position embedding")
+    norm_eps: float = setting(1e-5, "epsilon of every RMSNorm")
+    tie_embeddings: bool = setting(True, "one matrix for the embedding and the LM head")
+    final_norm: bool = setting(True, "RMSNorm before the LM head (the original EASE has none)")
+    attention_bias: bool = setting(False, "bias in the query, key and value projections (Qwen2)")
+    qk_norm: bool = setting(False, "RMSNorm on each query and key head (Qwen3)")
+    exits: tuple[int, ...] = setting((4, 8, 12), "layers after which a token may leave; the last is always one")
+    exit_norm: str = setting("own", "norm at an early exit: 'own' (one each) or 'shared' (the final norm)")
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model: {name} = {getattr(self, name)}, expected at least 1")
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ConfigError(f"model: dim = {self.dim} does not give {self.num_heads} heads of an even width")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"model: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+        if self.exit_norm not in EXIT_NORMS:
+            raise ConfigError(f"model: exit_norm = '{self.exit_norm}'; {did_you_mean(self.exit_norm, EXIT_NORMS)}")
+        exits = tuple(sorted({*self.exits, self.num_layers}))
+        if exits[0] < 1 or exits[-1] > self.num_layers:
+            raise ConfigError(f"model: exits = {list(self.exits)}, expected layers from 1 to {self.num_layers}")
+        object.__setattr__(self, "exits", exits)
+        if self.ffn_dim == 0:
+            object.__setattr__(self, "ffn_dim", -(-8 * self.dim // (3 * 64)) * 64)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of one token's keys (and of its values) in one layer."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """First and last layer (from 1) of each segment: the layers between two exits."""
+        return tuple(zip((1, *(e + 1 for e in self.exits[:-1])), self.exits, strict=True))
+
+
+@dataclass(frozen=True)
+class TokenizerConfig(Section):
+    """How text becomes tokens."""
+
+    kind: str = setting("bpe", "'bpe' (byte-level, trained on the corpus) or 'char'")
+    bpe_vocab_size: int = setting(4096, "words that byte-level BPE learns")
+
+    def __post_init__(self) -> None:
+        if self.kind not in TOKENIZERS:
+            raise ConfigError(f"tokenizer: kind = '{self.kind}'; {did_you_mean(self.kind, TOKENIZERS)}")
+        if self.kind == "bpe" and self.bpe_vocab_size < 257:
+            raise ConfigError(f"tokenizer: bpe_vocab_size = {self.bpe_vocab_size}, expected at least 257 (256 bytes and the end)")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """How the weights are found."""
+
+    layer_weights: dict[int, float] = setting({4: 0.2, 8: 0.3, 12: 1.0}, "weight of each exit's loss, by layer (from 1)")
+    steps: int = setting(1000, "optimizer steps in all")
+    batch_size: int = setting(8, "sequences in a step")
+    sequence_length: int = setting(256, "tokens in a sequence")
+    learning_rate: float = setting(2e-3, "peak learning rate of AdamW")
+    min_lr_ratio: float = setting(0.05, "learning rate at the end, as a share of the peak (cosine)")
+    warmup_steps: int = setting(100, "steps of linear warm-up")
+    weight_decay: float = setting(0.1, "decoupled weight decay on matrices")
+    beta1: float = setting(0.9, "AdamW's first moment")
+    beta2: float = setting(0.95, "AdamW's second moment")
+    grad_clip: float = setting(1.0, "largest norm of the gradient")
+    seed: int = setting(42, "seed of the weights and of the order of the data")
+    log_every: int = setting(10, "steps between two lines of metrics.jsonl")
+    eval_every: int = setting(200, "steps between two looks at the validation perplexity")
+    eval_tokens: int = setting(20000, "validation tokens in each look")
+    save_every: int = setting(200, "steps between two checkpoints")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "sequence_length", "log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train: {name} = {getattr(self, name)}, expected at least 1")
+        negative = {layer: weight for layer, weight in self.layer_weights.items() if weight < 0}
+        if negative:
+            raise ConfigError(f"train: layer_weights = {negative}, expected weights of at least 0")
+        if not any(self.layer_weights.values()):
+            raise ConfigError("train: layer_weights are all 0; nothing would be trained")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named way to train: the paper it follows, the model, the tokenizer and the training settings."""
+
+    name: str
+    description: str
+    paper: str
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        for layer in self.train.layer_weights:
+            if layer not in self.model.exits:
+                raise ConfigError(f"train: layer_weights names layer {layer}, which is no exit; exits = {list(self.model.exits)}")
+        if self.train.sequence_length > self.model.max_positions:
+            raise ConfigError(f"train: sequence_length = {self.train.sequence_length} is more than max_positions = {self.model.max_positions}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Build a recipe from the tables of a TOML file or of a checkpoint's config.json."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"{where}: unknown field '{name}'; {did_you_mean(name, known)}")
+        return cls(
+            name=str(values.get("name", where)),
+            description=str(values.get("description", "")),
+            paper=str(values.get("paper", "")),
+            model=ModelConfig.from_dict(values.get("model", {}), f"{where}, [model]"),
+            tokenizer=TokenizerConfig.from_dict(values.get("tokenizer", {}), f"{where}, [tokenizer]"),
+            train=TrainConfig.from_dict(values.get("train", {}), f"{where}, [train]"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON-ready values; `from_dict` reads them back."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "paper": self.paper,
+            "model": self.model.to_dict(),
+            "tokenizer": self.tokenizer.to_dict(),
+            "train": self.train.to_dict(),
+        }
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """The recipe with some fields replaced, each named as in its section. Raises ConfigError."""
+        values = self.to_dict()
+        for name, value in options.items():
+            owners = [table for table, section in SECTIONS.items() if name in {f.name for f in dataclasses.fields(section)}]
+            if not owners:
+                known = [f.name for section in SECTIONS.values() for f in dataclasses.fields(section)]
+                raise ConfigError(f"unknown field '{name}'; {did_you_mean(name, known)}")
+            values[owners[0]][name] = value
+            if name == "dim" and "ffn_dim" not in options:
+                values["model"]["ffn_dim"] = 0  # follows the width unless it was asked for
+        return type(self).from_dict(values, self.name)
+
+
+SECTIONS: Mapping[str, type[Section]] = {"model": ModelConfig, "tokenizer": TokenizerConfig, "train": TrainConfig}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with the package."""
+    folder = resources.files("ease_train") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """Read a recipe by its name, or from a path that ends in .toml.
+
+    Raises ConfigError when there is none, or when it does not hold.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"no recipe file at {name}")
+        text = path.read_text(encoding="utf-8")
+    elif name in recipe_names():
+        text = (resources.files("ease_train") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(f"unknown recipe '{name}'; {did_you_mean(name, recipe_names())} (list them: ease-train recipes)")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name} is not valid TOML: {error}") from None
+    return Recipe.from_dict({"name": Path(name).stem, **values}, f"recipe {Path(name).stem}")

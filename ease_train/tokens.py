@@ -1,0 +1,53 @@
+"""Text to tokens to blocks: tokenizers trained on the corpus, and the packed blocks that training reads."""
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ease_train.config import TokenizerConfig
+from ease_train.errors import DataError
+
+END = "<|end|>"  # stands before every document, so that a document's first token is predicted too
+UNKNOWN = "<|unknown|>"
+
+
+def train_tokenizer(documents: list[str], config: TokenizerConfig) -> Tokenizer:
+    """A tokenizer for these documents: byte-level BPE, or one token a character."""
+    if config.kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.bpe_vocab_size,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(documents, trainer)
+        return tokenizer
+    characters = sorted(set().union(*map(set, documents)))
+    vocabulary = {token: i for i, token in enumerate([END, UNKNOWN, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([END, UNKNOWN])
+    return tokenizer
+
+
+def encode_stream(tokenizer: Tokenizer, documents: list[str]) -> NDArray[np.int32]:
+    """All documents as one stream of ids, END before each. Shape: (tokens,)."""
+    end = tokenizer.token_to_id(END)
+    parts = [np.array([end, *encoding.ids], dtype=np.int32) for encoding in tokenizer.encode_batch_fast(documents, add_special_tokens=False)]
+    return np.concatenate(parts)
+
+
+def pack(stream: NDArray[np.int32], length: int, at_least: int, what: str) -> NDArray[np.int32]:
+    """Cut a stream into blocks of length + 1 that overlap by one token: inputs are block[:-1], targets block[1:].
+
+    Shape: (tokens,) -> (blocks, length + 1). Raises DataError when there are fewer than `at_least` blocks.
+    """
+    num_blocks = (len(stream) - 1) // length
+    if num_blocks < at_least:
+        raise DataError(f"{what} has {len(stream)} tokens: {num_blocks} blocks of {length}, expected at least {at_least}; use a shorter sequence_length or more text")
+    starts = np.arange(num_blocks)[:, None] * length
+    return stream[starts + np.arange(length + 1)]

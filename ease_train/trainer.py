@@ -1,0 +1,173 @@
+"""The training loop: one page that yields what happens and renders nothing.
+
+    trainer = Trainer.begin(recipe, source="kjv")
+    for event in trainer.fit(Path("runs/demo/checkpoint")):
+        print(event)
+
+A step's data and learning rate depend on the step's number alone, so a resumed run goes on bit for bit on CPU
+(with the same number of threads).
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ease_train.config import Recipe, TrainConfig
+from ease_train.corpora import load_documents
+from ease_train.errors import DivergenceError
+from ease_train.losses import exit_cross_entropy, exit_losses
+from ease_train.model import Decoder
+from ease_train.tokens import encode_stream, pack, train_tokenizer
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One optimizer step: losses in nats a token, by exit layer."""
+
+    step: int
+    loss: float
+    exit_losses: dict[int, float]
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class EvalEvent:
+    """Validation perplexity at each exit, by layer."""
+
+    step: int
+    perplexity: dict[int, float]
+
+
+@dataclass(frozen=True)
+class SaveEvent:
+    """A checkpoint is on disk."""
+
+    step: int
+    path: Path
+
+
+Event = StepEvent | EvalEvent | SaveEvent
+
+
+def learning_rate(step: int, settings: TrainConfig) -> float:
+    """Linear warm-up, then a cosine down to `min_lr_ratio` of the peak (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    low = settings.min_lr_ratio
+    return settings.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def create_optimizer(model: Decoder, settings: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on matrices only."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+class Trainer:
+    """Holds a run: model, optimizer, packed data, and the number of the next step."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+        self.checkpoint, self.recipe, self.settings = checkpoint, checkpoint.recipe, checkpoint.recipe.train
+        self.device = torch.device(device)
+        self.model = checkpoint.model.to(self.device)
+        self.optimizer = create_optimizer(self.model, self.settings)
+        if checkpoint.train_state is not None:
+            self.optimizer.load_state_dict(checkpoint.train_state["optimizer"])
+            torch.set_rng_state(checkpoint.train_state["rng"])
+        length = self.settings.sequence_length
+        self.blocks = pack(self._stream("train"), length, self.settings.batch_size, f"{checkpoint.data} (train)")
+        blocks = pack(self._stream("validation"), length, 1, f"{checkpoint.data} (validation)")
+        self.validation = blocks[: max(1, self.settings.eval_tokens // length)]
+
+    @classmethod
+    def begin(cls, recipe: Recipe, source: str, device: str = "cpu") -> Self:
+        """A new run: trains the tokenizer, builds the model. Raises DataError, ConfigError."""
+        tokenizer = train_tokenizer(load_documents(source, "train"), recipe.tokenizer)
+        if recipe.model.vocab_size == 0:
+            recipe = replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.get_vocab_size()))
+        torch.manual_seed(recipe.train.seed)
+        return cls(Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source), device)
+
+    @classmethod
+    def resume(cls, path: Path, device: str = "cpu") -> Self:
+        """Go on with the run saved at `path`. Raises CheckpointError."""
+        return cls(load_checkpoint(path, resume=True), device)
+
+    def fit(self, out: Path) -> Iterator[Event]:
+        """Train to the last step; yield every step, evaluation and checkpoint. Raises DivergenceError."""
+        while self.checkpoint.step < self.settings.steps:
+            yield self.log(self.train_step(self.next_batch()))
+            step, last = self.checkpoint.step, self.checkpoint.step == self.settings.steps
+            if step % self.settings.eval_every == 0 or last:
+                yield self.log(self.evaluate())
+            if step % self.settings.save_every == 0 or last:
+                yield self.save(out)
+
+    def next_batch(self) -> NDArray[np.int32]:
+        """The blocks of the step to come: each epoch in an order of its own, an incomplete batch left out."""
+        per_epoch = len(self.blocks) // self.settings.batch_size
+        epoch, place = divmod(self.checkpoint.step, per_epoch)
+        order = np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.blocks))
+        return self.blocks[order[place * self.settings.batch_size :][: self.settings.batch_size]]
+
+    def train_step(self, batch: NDArray[np.int32]) -> StepEvent:
+        """Forward, backward, clip, step."""
+        began = time.perf_counter()
+        inputs, targets = self._tensors(batch)
+        rate = learning_rate(self.checkpoint.step, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, by_exit = exit_cross_entropy(self.model, inputs, targets, self.settings.layer_weights)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            raise DivergenceError(f"the loss is {loss.item()} at step {self.checkpoint.step + 1}; the last checkpoint is kept; try a lower learning_rate than {self.settings.learning_rate}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.checkpoint.step += 1
+        speed = targets.numel() / (time.perf_counter() - began)
+        return StepEvent(self.checkpoint.step, loss.item(), by_exit, rate, norm.item(), speed)
+
+    def evaluate(self) -> EvalEvent:
+        """Validation perplexity of every exit, a mean over tokens."""
+        totals: dict[int, float] = {}
+        for start in range(0, len(self.validation), self.settings.batch_size):
+            batch = self.validation[start : start + self.settings.batch_size]
+            for layer, loss in exit_losses(self.model, *self._tensors(batch)).items():
+                totals[layer] = totals.get(layer, 0.0) + loss * len(batch)
+        return EvalEvent(self.checkpoint.step, {layer: math.exp(total / len(self.validation)) for layer, total in totals.items()})
+
+    def save(self, out: Path) -> SaveEvent:
+        """Write the checkpoint with all that a resumed run needs."""
+        self.checkpoint.train_state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        save_checkpoint(self.checkpoint, out)
+        return SaveEvent(self.checkpoint.step, out)
+
+    def log(self, event: Event) -> Event:
+        """Keep an event for metrics.jsonl: every evaluation, and one step in `log_every`."""
+        if isinstance(event, EvalEvent) or event.step % self.settings.log_every == 0:
+            self.checkpoint.metrics.append(asdict(event))
+        return event
+
+    def _stream(self, split: str) -> NDArray[np.int32]:
+        return encode_stream(self.checkpoint.tokenizer, load_documents(self.checkpoint.data, split))
+
+    def _tensors(self, batch: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+        ids = torch.from_numpy(batch).long().to(self.device)
+        return ids[:, :-1], ids[:, 1:]
