@@ -1,0 +1,175 @@
+"""The serving form of the model: small modules over the trained weights, one an ONNX graph.
+
+Shapes: B rows, S new tokens a row, T length of the cache buffers, M rows of the hidden pool, N tokens at an exit,
+D width, V vocabulary, G*P width of a token's keys (and of its values) in one layer.
+
+Every segment follows one contract. A row has `write_indices[b]` tokens in the cache; S more are written there, at those
+positions, and attend to all before them. What a padded row wrote past its real length is overwritten later and never
+attended to. Lengths and positions are computed inside the graph: a caller cannot pass a wrong one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.onnx import ops
+
+from ease_train.model import Block, Decoder
+
+OPSET = 24
+
+
+def scatter_rows(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
+    """TensorScatter: `new` written into `cache` along its sequence axis. Shape: (B, T, X), (B, S, X), (B) -> (B, T, X)."""
+    attributes: dict[str, int | str] = {"axis": 1, "mode": "linear"}
+    inputs = (cache, new, write_indices)
+    return ops.symbolic("TensorScatter", inputs, attributes, dtype=cache.dtype, shape=cache.shape, version=OPSET)  # type: ignore[arg-type]
+
+
+def _per_head(norm: nn.Module, x: Tensor, heads: tuple[int, int]) -> Tensor:
+    """A norm over each head, where the model has one. Shape: (B, S, heads*P) -> same."""
+    if isinstance(norm, nn.Identity):
+        return x
+    out: Tensor = norm(x.unflatten(-1, heads)).flatten(-2)
+    return out
+
+
+class ServingBlock(nn.Module):
+    """One layer over a cache, written with the standard operators RotaryEmbedding, TensorScatter and Attention."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def keys_values(self, x: Tensor, where: "Placement") -> tuple[Tensor, Tensor]:
+        """The new tokens' keys (rotated) and values. Shape: (B, S, D) -> two of (B, S, G*P)."""
+        attention = self.block.attention
+        normed = self.block.attention_norm(x)
+        heads = (attention.num_kv_heads, attention.head_dim)
+        k = _per_head(attention.k_norm, attention.k_proj(normed), heads)
+        return where.rotate(k, attention.num_kv_heads), attention.v_proj(normed)
+
+    def forward(self, x: Tensor, past_key: Tensor, past_value: Tensor, where: "Placement") -> tuple[Tensor, Tensor, Tensor]:
+        """Shape: x (B, S, D), past (B, T, G*P) -> (B, S, D) and two of (B, T, G*P)."""
+        attention = self.block.attention
+        k, v = self.keys_values(x, where)
+        key, value = scatter_rows(past_key, k, where.write_indices), scatter_rows(past_value, v, where.write_indices)
+        q = attention.q_proj(self.block.attention_norm(x))
+        q = _per_head(attention.q_norm, q, (attention.num_heads, attention.head_dim))
+        mixed = self._attend(where.rotate(q, attention.num_heads), key, value, where)
+        x = x + attention.o_proj(mixed)
+        return x + self.block.mlp(self.block.mlp_norm(x)), key, value
+
+    def _attend(self, q: Tensor, key: Tensor, value: Tensor, where: "Placement") -> Tensor:
+        """Attention to the cache, causal from its bottom right. Shape: (B, S, H*P) -> (B, S, H*P).
+
+        A copy of the first query row goes in front and is dropped after: ONNX Runtime's kernel takes another path for
+        S = 1 whose last bits differ, and with the extra row every S gives the same bits.
+        """
+        attention = self.block.attention
+        q = torch.cat((q[:, :1], q), dim=1)  # (B, S+1, H*P)
+        attributes: dict[str, int | str] = {"is_causal": 1, "q_num_heads": attention.num_heads, "kv_num_heads": attention.num_kv_heads}
+        inputs = (q, key, value, None, None, None, where.lengths)
+        mixed = ops.symbolic("Attention", inputs, attributes, dtype=q.dtype, shape=q.shape, version=OPSET)  # type: ignore[arg-type]
+        return mixed[:, 1:]
+
+
+class Placement:
+    """Where the S new tokens of each row go: their positions, and the row's length once they are written."""
+
+    def __init__(self, hidden: Tensor, write_indices: Tensor, cos: Tensor, sin: Tensor) -> None:
+        num_new, limit = hidden.shape[1], cos.shape[0]
+        self.write_indices, self.cos, self.sin = write_indices, cos, sin
+        self.lengths = write_indices + num_new  # (B)
+        self.positions = (write_indices[:, None] + torch.arange(num_new)).clamp(max=limit - 1)  # (B, S); pads may reach past the limit
+
+    def rotate(self, x: Tensor, num_heads: int) -> Tensor:
+        """RotaryEmbedding at the tokens' positions. Shape: (B, S, heads*P) -> same."""
+        return ops.rotary_embedding(x, self.cos, self.sin, self.positions, num_heads=num_heads)
+
+
+class _OverCache(nn.Module):
+    """What segment and kv graphs share: the layers and the rotary tables."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, model: Decoder, first: int, last: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ServingBlock(block) for block in model.layers[first - 1 : last])  # type: ignore[arg-type]
+        self.register_buffer("cos", model.cos)
+        self.register_buffer("sin", model.sin)
+
+    def run(self, hidden: Tensor, active: Tensor, write_indices: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """All layers; a frozen token (`active` False) passes through. Returns the hidden state and the new caches."""
+        where, present = Placement(hidden, write_indices, self.cos, self.sin), []
+        for i, block in enumerate(self.blocks):
+            after, key, value = block(hidden, past[2 * i], past[2 * i + 1], where)
+            hidden = torch.where(active[..., None], after, hidden)
+            present += [key, value]
+        return hidden, *present
+
+
+class FirstSegment(_OverCache):
+    """segment_01: input_ids (B, S), active (B, S), write_indices (B), past (B, T, G*P)... -> hidden (B, S, D), present..."""
+
+    def __init__(self, model: Decoder, first: int, last: int) -> None:
+        super().__init__(model, first, last)
+        self.embed = model.embed
+
+    def forward(self, input_ids: Tensor, active: Tensor, write_indices: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.run(self.embed(input_ids), active, write_indices, past)
+
+
+class Segment(_OverCache):
+    """segment_k: pool (M, D), index (B, S), then as the first segment."""
+
+    def forward(self, pool: Tensor, index: Tensor, active: Tensor, write_indices: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.run(F.embedding(index, pool), active, write_indices, past)
+
+
+class PropagateKV(_OverCache):
+    """kv_k: keys and values of tokens that have left, every layer's from the one frozen hidden state. No `active`, no hidden out."""
+
+    def forward(self, pool: Tensor, index: Tensor, write_indices: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        hidden = F.embedding(index, pool)
+        where, present = Placement(hidden, write_indices, self.cos, self.sin), []
+        for i, block in enumerate(self.blocks):
+            for cache, new in zip(past[2 * i : 2 * i + 2], block.keys_values(hidden, where), strict=True):  # type: ignore[operator]
+                present.append(scatter_rows(cache, new, write_indices))
+        return tuple(present)
+
+
+class ExitHead(nn.Module):
+    """exit_k: pool (M, D), index (N) -> exit_hidden (N, D), after the exit's norm."""
+
+    def __init__(self, model: Decoder, layer: int) -> None:
+        super().__init__()
+        self.norm = model.exit_norms[str(layer)] if str(layer) in model.exit_norms else model.norm
+
+    def forward(self, pool: Tensor, index: Tensor) -> Tensor:
+        out: Tensor = self.norm(F.embedding(index, pool))
+        return out
+
+
+class Head(nn.Module):
+    """head: exit_hidden (N, D) -> logits (N, V), and what exit policies need of them, reduced in the graph.
+
+    top_id (N) int64, top_prob (N), margin (N) = p1 - p2, entropy (N) in nats.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.lm_head = model.lm_head
+
+    def forward(self, exit_hidden: Tensor) -> tuple[Tensor, ...]:
+        logits = self.lm_head(exit_hidden)
+        top, ids = torch.topk(logits, 2, dim=-1)  # (N, 2)
+        shifted = logits - top[:, :1]
+        exponentials = shifted.exp()
+        total = exponentials.sum(dim=-1)  # (N)
+        top_prob = 1.0 / total
+        margin = top_prob - (top[:, 1] - top[:, 0]).exp() / total
+        entropy = total.log() - (exponentials * shifted).sum(dim=-1) / total
+        return logits, ids[:, 0], top_prob, margin, entropy

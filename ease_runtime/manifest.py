@@ -1,0 +1,224 @@
+"""The bundle's manifest: what the runtime must know of a bundle before it opens a graph.
+
+This is the schema of `manifest.json`; ease_export writes through it. A manifest names files of its own directory only,
+literally, with the sha256 sum of each. `load_manifest` refuses, in one line that names the file and the remedy, a bundle
+that is newer than this version, incomplete, altered, or points outside its directory.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ease_runtime.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+SEGMENT_KINDS = ("layers",)
+PRECISIONS = ("fp32",)
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """The layers between two exits, and the graphs that run them. Layers are numbered from 1."""
+
+    kind: str
+    first_layer: int
+    last_layer: int
+    graph: str
+    kv_graph: str | None  # what `propagate` runs for tokens that have left; the first segment has none
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the segment runs."""
+        return self.last_layer - self.first_layer + 1
+
+
+@dataclass(frozen=True)
+class ExitInfo:
+    """A place where a token may leave: after `layer`, through the exit's own graph, then a head."""
+
+    layer: int
+    graph: str
+    head: str
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What a file of the bundle must be."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A bundle's contents. `end_id` is the token that ends a text (and stands before one)."""
+
+    format_version: int
+    precision: str
+    vocab_size: int
+    dim: int
+    kv_dim: int  # width of one token's keys (and of its values) in one layer
+    num_layers: int
+    max_positions: int
+    end_id: int | None
+    tokenizer: str
+    segments: tuple[SegmentInfo, ...]
+    exits: tuple[ExitInfo, ...]
+    files: dict[str, FileInfo]
+    source: dict[str, Any] = field(default_factory=dict)  # where it came from: checkpoint, metrics, versions
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The layer of each exit; the last is the last layer."""
+        return tuple(e.layer for e in self.exits)
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def load_manifest(bundle: Path) -> Manifest:
+    """Read and check a bundle's manifest and every file it names.
+
+    Raises BundleError when the bundle is missing, incomplete, altered, newer, or points outside its directory.
+    """
+    path = bundle / MANIFEST_FILE
+    if not path.is_file():
+        what = "no bundle" if not bundle.is_dir() else f"no bundle ({MANIFEST_FILE} is missing)"
+        raise BundleError(f"{what} at {bundle}; make one: ease-export build CHECKPOINT {bundle}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise BundleError(f"{path} is damaged; export the bundle again: ease-export build CHECKPOINT {bundle}") from None
+    manifest = parse_manifest(values, path)
+    for name, info in manifest.files.items():
+        _check_file(bundle, name, info)
+    return manifest
+
+
+def parse_manifest(values: Any, path: Path) -> Manifest:
+    """Build a manifest from JSON values, checking types, ranges and names. Raises BundleError."""
+    table = _Table(values, path)
+    version = table.integer("format_version")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format_version {version}, this runtime reads up to {FORMAT_VERSION}; update: pip install --upgrade ease-lm"
+        )
+    manifest = Manifest(
+        format_version=version,
+        precision=table.choice("precision", PRECISIONS),
+        vocab_size=table.integer("vocab_size"),
+        dim=table.integer("dim"),
+        kv_dim=table.integer("kv_dim"),
+        num_layers=table.integer("num_layers"),
+        max_positions=table.integer("max_positions"),
+        end_id=table.integer("end_id", at_least=0) if table.has("end_id") else None,
+        tokenizer=table.file("tokenizer"),
+        segments=tuple(_segment(t) for t in table.tables("segments")),
+        exits=tuple(ExitInfo(t.integer("layer"), t.file("graph"), t.file("head")) for t in table.tables("exits")),
+        files={name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0)) for name, t in table.named_tables("files")},
+        source=table.mapping("source"),
+    )
+    _check_shape(manifest, table)
+    return manifest
+
+
+def _segment(table: "_Table") -> SegmentInfo:
+    kv_graph = table.file("kv_graph") if table.has("kv_graph") else None
+    return SegmentInfo(table.choice("kind", SEGMENT_KINDS), table.integer("first_layer"), table.integer("last_layer"), table.file("graph"), kv_graph)
+
+
+def _check_shape(manifest: Manifest, table: "_Table") -> None:
+    """Segments must cover the layers without a gap, each ending at its exit, and every file named must have a sum."""
+    expected = 1
+    for segment, leave in zip(manifest.segments, manifest.exits, strict=False):
+        if segment.first_layer != expected or segment.last_layer < expected or leave.layer != segment.last_layer:
+            table.fail(f"layers {segment.first_layer}..{segment.last_layer} with an exit at {leave.layer} do not follow layer {expected - 1}")
+        expected = segment.last_layer + 1
+    if len(manifest.segments) != len(manifest.exits) or expected != manifest.num_layers + 1:
+        table.fail(f"{len(manifest.segments)} segments and {len(manifest.exits)} exits do not make {manifest.num_layers} layers")
+    graphs = [manifest.tokenizer, *(s.graph for s in manifest.segments), *(s.kv_graph for s in manifest.segments if s.kv_graph)]
+    graphs += [name for e in manifest.exits for name in (e.graph, e.head)]
+    for name in graphs:
+        if name not in manifest.files:
+            table.fail(f"{name} has no sha256 sum")
+
+
+def _check_file(bundle: Path, name: str, info: FileInfo) -> None:
+    path = bundle / name
+    remedy = f"export the bundle again: ease-export build CHECKPOINT {bundle}"
+    if path.resolve().parent != bundle.resolve():
+        raise BundleError(f"{path} points outside the bundle; {remedy}")
+    if not path.is_file():
+        raise BundleError(f"{path} is missing; {remedy}")
+    if path.stat().st_size != info.num_bytes:
+        raise BundleError(f"{path} has {path.stat().st_size} bytes, expected {info.num_bytes}; {remedy}")
+    if sha256_of(path) != info.sha256:
+        raise BundleError(f"{path} is altered (its sha256 sum differs); {remedy}")
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 sum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Table:
+    """A JSON object read key by key; whatever is not as expected ends in a BundleError that names the file and the key."""
+
+    def __init__(self, values: Any, path: Path) -> None:
+        self.path = path
+        if not isinstance(values, Mapping):
+            self.fail("an object was expected")
+        self.values = values
+
+    def fail(self, reason: str) -> NoReturn:
+        raise BundleError(f"{self.path} is damaged: {reason}; export the bundle again: ease-export build CHECKPOINT {self.path.parent}")
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, at_least: int = 1) -> int:
+        value = self.values.get(key)
+        if type(value) is not int or value < at_least:
+            self.fail(f"{key} = {value!r}, expected a whole number of at least {at_least}")
+        return value
+
+    def text(self, key: str) -> str:
+        value = self.values.get(key)
+        if not isinstance(value, str) or not value:
+            self.fail(f"{key} = {value!r}, expected a text")
+        return value
+
+    def choice(self, key: str, known: tuple[str, ...]) -> str:
+        value = self.text(key)
+        if value not in known:
+            self.fail(f"{key} = '{value}', expected one of: {', '.join(known)}")
+        return value
+
+    def file(self, key: str) -> str:
+        return self.file_name(self.text(key))
+
+    def file_name(self, name: str) -> str:
+        if name in (".", "..") or "/" in name or "\\" in name or "\0" in name or ":" in name:
+            self.fail(f"{name!r} is not the name of a file inside the bundle")
+        return name
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        value = self.values.get(key, {})
+        if not isinstance(value, Mapping):
+            self.fail(f"{key} = {value!r}, expected an object")
+        return dict(value)
+
+    def tables(self, key: str) -> list["_Table"]:
+        value = self.values.get(key)
+        if not isinstance(value, list) or not value:
+            self.fail(f"{key} = {value!r}, expected a list")
+        return [_Table(item, self.path) for item in value]
+
+    def named_tables(self, key: str) -> list[tuple[str, "_Table"]]:
+        return [(self.file_name(name), _Table(item, self.path)) for name, item in self.mapping(key).items()]
