@@ -1,0 +1,37 @@
+"""What the commands of every package share: errors as one line, and the formats of some options."""
+
+import sys
+from typing import Any
+
+import click
+
+from ease_runtime.errors import EaseError
+
+
+class ErrorGroup(click.Group):
+    """A group whose commands end an EASE error with one line on stderr and exit code 1 (a traceback with --debug)."""
+
+    errors: tuple[type[ValueError], ...] = (EaseError,)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except self.errors as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+
+
+class FloatList(click.ParamType):
+    """Numbers separated by commas: 0.5,0.7."""
+
+    name = "X[,X...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"'{value}' is not a list of numbers like 0.5,0.7", param, ctx)

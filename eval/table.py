@@ -1,0 +1,235 @@
+"""The table: for each setting, off first, what it costs in perplexity and saves in time.
+
+    table = make_table(bundle, source="kjv", split="test", thresholds=[0.5, 0.7, 0.9], catch_ups=["recompute"])
+    print(table.markdown())
+"""
+
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure
+from ease_eval.perplexity import Scores, score_documents
+from ease_runtime.engine import CATCH_UPS
+from ease_runtime.errors import RequestError, did_you_mean
+from ease_runtime.llm import LLM
+from ease_runtime.manifest import MANIFEST_FILE, sha256_of
+from ease_runtime.policy import ExitPolicy
+from ease_runtime.stack import Call
+from ease_train.corpora import load_documents
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting. Perplexity and depth are over the scored tokens, times over the decoded ones (medians over rounds)."""
+
+    policy: str
+    threshold: float | list[float] | None  # None: off
+    catch_up: str
+    ppl: float
+    mean_depth: float
+    depth_fraction: float
+    tokens_per_second: float
+    latency_ms_p50: float
+    latency_ms_p95: float
+    speedup: float  # measured, against off in the same rounds
+    ideal_speedup: float  # from separately timed graph calls, off's over this row's
+    ppl_ratio: float  # against off
+    measured_over_ideal: float  # speedup / ideal_speedup
+    engine_efficiency: float  # ideal seconds of the row's own calls / its measured seconds
+    speedup_range: tuple[float, float]  # smallest and largest over the rounds
+    prefill_ms_p50: float
+    decoded_mean_depth: float  # of the tokens that were timed
+    depth_counts: dict[int, int]  # scored tokens by depth
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows, and what they were measured on."""
+
+    bundle: str
+    manifest_sha256: str
+    data: str
+    split: str
+    device: str
+    num_threads: int
+    num_scored_tokens: int
+    num_decoded_tokens: int
+    num_rounds: int
+    source: dict[str, Any]
+    versions: dict[str, str]
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> str:
+        """The table as JSON text, every figure unrounded."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def markdown(self) -> str:
+        """The table as Markdown, with a line on what was measured."""
+        lines = [
+            f"{self.data} ({self.split}), {self.num_scored_tokens} tokens scored, {self.num_decoded_tokens} decoded in each of "
+            f"{self.num_rounds} rounds, {self.device}, threads: {self.num_threads or 'all'}.",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|" + "---:|" * len(COLUMNS),
+        ]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+
+COLUMNS = ("threshold", "catch-up", "perplexity", "vs off", "mean depth", "tokens/s", "p50 ms", "p95 ms", "speed-up", "ideal", "measured/ideal")
+
+
+def cells(row: Row) -> list[str]:
+    """A row as the texts of COLUMNS."""
+    threshold = "off" if row.threshold is None else f"{row.policy} {row.threshold}"
+    return [
+        threshold,
+        row.catch_up if row.threshold is not None else "–",
+        f"{row.ppl:.2f}",
+        f"{(row.ppl_ratio - 1) * 100:+.1f} %",
+        f"{row.mean_depth:.2f}",
+        f"{row.tokens_per_second:.0f}",
+        f"{row.latency_ms_p50:.2f}",
+        f"{row.latency_ms_p95:.2f}",
+        f"{row.speedup:.2f}x",
+        f"{row.ideal_speedup:.2f}x",
+        f"{row.measured_over_ideal:.2f}",
+    ]
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is measured."""
+
+    scored_tokens: int = 20000
+    num_texts: int = 8
+    prompt_tokens: int = 32
+    new_tokens: int = 128
+    num_rounds: int = 5
+
+    def __post_init__(self) -> None:
+        for name, least in (("scored_tokens", 2), ("num_texts", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("num_rounds", 1)):
+            if getattr(self, name) < least:
+                raise RequestError(f"{name} = {getattr(self, name)}, expected at least {least}")
+
+
+def make_table(
+    bundle: Path,
+    *,
+    source: str,
+    split: str,
+    policy: str = "max-prob",
+    thresholds: Sequence[float | Sequence[float]],
+    catch_ups: Sequence[str],
+    amounts: Amounts | None = None,
+    num_threads: int = 0,
+) -> Table:
+    """Measure a bundle on a corpus. Raises BundleError, DataError, RequestError."""
+    amounts = amounts or Amounts()
+    llm = LLM(bundle, num_threads=num_threads)
+    settings = make_settings(policy, thresholds, catch_ups, len(llm.stack.exit_layers))
+    encoded = [llm.encode(text) for text in load_documents(source, split)]
+    documents = list(first_tokens(encoded, amounts.scored_tokens))
+    texts = choose_texts(encoded, amounts, llm.stack.max_positions)
+    scores = score_settings(llm, documents, settings)
+    timings, call_seconds = measure(llm.engine, settings, texts, amounts.num_rounds)
+    rows = [make_row(s, q, t, scores[0], timings[0], call_seconds) for s, q, t in zip(settings, scores, timings, strict=True)]
+    return Table(
+        bundle=str(bundle),
+        manifest_sha256=sha256_of(bundle / MANIFEST_FILE),
+        data=source,
+        split=split,
+        device="cpu",
+        num_threads=num_threads,
+        num_scored_tokens=len(scores[0].logprobs),
+        num_decoded_tokens=len(timings[0].depths),
+        num_rounds=amounts.num_rounds,
+        source=llm.manifest.source,
+        versions={"python": platform.python_version(), **{name: version(name) for name in ("numpy", "tokenizers", "ease-lm")}, **_onnxruntime()},
+        rows=tuple(rows),
+    )
+
+
+def _onnxruntime() -> dict[str, str]:
+    import onnxruntime
+
+    return {"onnxruntime": onnxruntime.__version__}
+
+
+def make_settings(policy: str, thresholds: Sequence[float | Sequence[float]], catch_ups: Sequence[str], num_exits: int) -> list[Setting]:
+    """Off, then every threshold with every catch-up. Raises RequestError."""
+    for name in catch_ups:
+        if name not in CATCH_UPS:
+            raise RequestError(f"unknown catch-up '{name}'; {did_you_mean(name, CATCH_UPS)}")
+    lists = [[t] if isinstance(t, float | int) else list(t) for t in thresholds]
+    policies = [ExitPolicy.create(policy, values, num_exits) for values in lists]
+    return [Setting(ExitPolicy.create(policy, None, num_exits), "recompute"), *(Setting(p, c) for c in catch_ups for p in policies)]
+
+
+def first_tokens(documents: Sequence[Sequence[int]], num_tokens: int) -> Iterator[Sequence[int]]:
+    """Whole documents until `num_tokens` targets are reached; the last one is cut there."""
+    left = num_tokens
+    for ids in documents:
+        if left < 1:
+            return
+        if len(ids) > 1:
+            yield ids[: left + 1]
+            left -= len(ids) - 1
+
+
+def choose_texts(documents: Sequence[Sequence[int]], amounts: Amounts, limit: int) -> list[Text]:
+    """Beginnings of documents spread evenly over the corpus, all of one length."""
+    length = min(amounts.prompt_tokens + amounts.new_tokens, limit)
+    long_enough = [ids for ids in documents if len(ids) >= length]
+    if not long_enough or length <= amounts.prompt_tokens + 1:
+        raise RequestError(f"no document of the corpus has {length} tokens; ask for fewer: --prompt-tokens, --new-tokens")
+    places = np.linspace(0, len(long_enough) - 1, min(amounts.num_texts, len(long_enough))).round().astype(int)
+    return [Text(tuple(long_enough[i][:length]), amounts.prompt_tokens) for i in places]
+
+
+def score_settings(llm: LLM, documents: Sequence[Sequence[int]], settings: Sequence[Setting]) -> list[Scores]:
+    """Quality of every setting; those that share a catch-up share its passes where it allows."""
+    scores: dict[int, Scores] = {}
+    for catch_up in CATCH_UPS:
+        mine = [i for i, s in enumerate(settings) if s.catch_up == catch_up]
+        scores |= dict(zip(mine, score_documents(llm.stack, documents, [settings[i].policy for i in mine], catch_up), strict=True)) if mine else {}
+    return [scores[i] for i in range(len(settings))]
+
+
+def make_row(setting: Setting, scores: Scores, timing: Timings, off_scores: Scores, off: Timings, call_seconds: dict[Call, float]) -> Row:
+    """The figures of one setting against off."""
+    thresholds = setting.policy.thresholds
+    num_layers = int(off_scores.depths.max())
+    speedups = [a / b for a, b in zip(off.rounds, timing.rounds, strict=True)]
+    speedup, seconds = float(np.median(speedups)), float(np.median(timing.rounds))
+    ideal = ideal_seconds(timing.calls, call_seconds)
+    ideal_speedup = ideal_seconds(off.calls, call_seconds) / ideal
+    p50, p95 = np.percentile(np.array(timing.token_seconds) * 1000, (50, 95)).tolist()
+    depths, counts = np.unique(scores.depths, return_counts=True)
+    return Row(
+        policy=setting.policy.name,
+        threshold=None if thresholds is None else thresholds[0] if len(set(thresholds)) == 1 else list(thresholds),
+        catch_up=setting.catch_up,
+        ppl=scores.perplexity,
+        mean_depth=scores.mean_depth,
+        depth_fraction=scores.mean_depth / num_layers,
+        tokens_per_second=len(timing.depths) / seconds,
+        latency_ms_p50=p50,
+        latency_ms_p95=p95,
+        speedup=speedup,
+        ideal_speedup=ideal_speedup,
+        ppl_ratio=scores.perplexity / off_scores.perplexity,
+        measured_over_ideal=speedup / ideal_speedup,
+        engine_efficiency=ideal / seconds,
+        speedup_range=(min(speedups), max(speedups)),
+        prefill_ms_p50=float(np.median(timing.prefills)) * 1000,
+        decoded_mean_depth=float(np.mean(timing.depths)),
+        depth_counts=dict(zip(depths.tolist(), counts.tolist(), strict=True)),
+    )
