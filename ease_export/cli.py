@@ -1,0 +1,105 @@
+"""ease-export: turn a checkpoint into a bundle, check it, look at it."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ease_runtime.commands import ErrorGroup
+from ease_runtime.errors import EaseError
+from ease_runtime.manifest import Manifest, load_manifest
+from ease_train.errors import TrainError
+
+if TYPE_CHECKING:
+    from ease_export.verify import Report
+
+
+class ExportGroup(ErrorGroup):
+    errors = (EaseError, TrainError)
+
+
+@click.group(cls=ExportGroup)
+@click.version_option(package_name="ease-lm")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Export models with exits as per-segment ONNX graphs."""
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path))
+def build(checkpoint: Path, bundle: Path) -> None:
+    """Cut CHECKPOINT at its exits and write BUNDLE (an older bundle there is replaced once the new one is complete)."""
+    from ease_export.build import export_bundle
+
+    console = Console()
+    with console.status("exporting…"):
+        manifest = export_bundle(checkpoint, bundle)
+    size = sum(info.num_bytes for info in manifest.files.values())
+    console.print(f"{bundle}: {len(manifest.segments)} segments, {len(manifest.files)} files, {size / 1e6:.1f} MB")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="The checkpoint that the bundle was exported from.")
+@click.option("--tokens", default=200, show_default=True, help="Greedy tokens to compare.")
+def verify(bundle: Path, checkpoint: Path, tokens: int) -> None:
+    """Compare every graph with torch, and the whole by greedy generation. Exit code 1 when they differ."""
+    from ease_export.verify import verify_bundle
+
+    report = verify_bundle(bundle, checkpoint, tokens)
+    render_report(report, Console())
+    if not report.ok:
+        click.echo(f"error: {bundle} differs from {checkpoint}; export it again: ease-export build {checkpoint} {bundle}", err=True)
+        sys.exit(1)
+
+
+def render_report(report: "Report", console: Console) -> None:
+    """The differences, graph by graph, and the greedy agreement."""
+    table = Table("graph", "output", "largest difference", "")
+    for difference in report.differences:
+        table.add_row(difference.graph, difference.output, f"{difference.relative:.1e}", "ok" if difference.ok else "[red]too large[/red]")
+    console.print(table)
+    console.print(f"greedy tokens equal to torch's: {report.agreed} of {report.num_generated}")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def inspect(bundle: Path) -> None:
+    """Show a bundle's segments, exits, sizes and origin (every file's sum is checked)."""
+    render_manifest(load_manifest(bundle), bundle, Console())
+
+
+def render_manifest(manifest: Manifest, bundle: Path, console: Console) -> None:
+    """What is in the bundle."""
+    def megabytes(*names: str | None) -> str:
+        return f"{sum(manifest.files[n].num_bytes for n in names if n in manifest.files) / 1e6:.2f}"
+
+    console.print(
+        f"{bundle}: {manifest.precision}, {manifest.num_layers} layers of width {manifest.dim}, vocabulary {manifest.vocab_size}, "
+        f"context {manifest.max_positions}, K/V {manifest.kv_dim} wide a token and layer"
+    )
+    table = Table("segment", "layers", "graph", "MB", "K/V graph", "exit", "head", "MB")
+    for number, (segment, leave) in enumerate(zip(manifest.segments, manifest.exits, strict=True), 1):
+        table.add_row(
+            str(number),
+            f"{segment.first_layer}–{segment.last_layer}",
+            segment.graph,
+            megabytes(segment.graph, f"{segment.graph}.data"),
+            segment.kv_graph or "–",
+            leave.graph,
+            leave.head,
+            megabytes(leave.head, f"{leave.head}.data"),
+        )
+    console.print(table)
+    total = sum(info.num_bytes for info in manifest.files.values())
+    console.print(f"{len(manifest.files)} files, {total / 1e6:.1f} MB, all with the sums of the manifest")
+    for key, value in manifest.source.items():
+        console.print(f"{key}: {value}", style="dim")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Is the bundle the checkpoint? Every graph against torch, and greedy generation of the whole.
+
+    report = verify_bundle(Path("runs/demo/bundle"), Path("runs/demo/checkpoint"))
+
+Differences are relative to the largest magnitude of what is compared: hidden states may be large.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ease_export.errors import ExportError
+from ease_runtime.engine import Engine
+from ease_runtime.stack import OrtStack
+from ease_train.checkpoint import load_checkpoint
+from ease_train.model import Decoder
+
+TOLERANCE = 1e-5  # fp32, of the largest magnitude
+NUM_TOKENS = 48  # of the pass that compares graphs
+NUM_PREFILLED = 29  # of them in a first pass; the rest in a second, on the filled cache
+FROZEN_EVERY = 3  # one token in three is frozen in the propagate comparison
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest relative difference between a graph's output and torch's."""
+
+    graph: str
+    output: str
+    relative: float
+
+    @property
+    def ok(self) -> bool:
+        return self.relative <= TOLERANCE
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `ease-export verify` found. `agreed` counts greedy tokens equal before the first that differs."""
+
+    differences: tuple[Difference, ...]
+    num_generated: int
+    agreed: int
+
+    @property
+    def ok(self) -> bool:
+        return self.agreed == self.num_generated and all(d.ok for d in self.differences)
+
+
+def verify_bundle(bundle: Path, checkpoint_path: Path, num_generated: int = 200) -> Report:
+    """Compare a bundle with its checkpoint. Raises BundleError, CheckpointError, ExportError when they are not of one shape."""
+    checkpoint, stack = load_checkpoint(checkpoint_path), OrtStack(bundle)
+    model = checkpoint.model.eval()
+    config = model.config
+    if (config.exits, config.vocab_size, config.dim) != (stack.exit_layers, stack.vocab_size, stack.manifest.dim):
+        raise ExportError(f"{bundle} was not exported from {checkpoint_path}; export it: ease-export build {checkpoint_path} {bundle}")
+    num_generated = min(num_generated, stack.max_positions - 1)
+    with torch.no_grad():
+        differences = [*compare_graphs(stack, model), *compare_propagation(stack, model)]
+        prompt = np.random.default_rng(0).integers(0, stack.vocab_size, 8).tolist()[: stack.max_positions - num_generated]
+        expected = torch_greedy(model, prompt, num_generated)
+    engine = Engine(stack)
+    produced = [t.id for t in engine.generate(engine.start(prompt, max_new_tokens=num_generated))]
+    equal = np.array(produced) == np.array(expected)
+    return Report(tuple(differences), num_generated, num_generated if equal.all() else int(np.argmin(equal)))
+
+
+def relative_difference(found: NDArray[Any], expected: Tensor) -> float:
+    """Largest absolute difference over the largest magnitude expected."""
+    reference = expected.numpy()
+    return float(np.abs(found - reference).max() / np.abs(reference).max())
+
+
+def torch_greedy(model: Decoder, prompt: list[int], num_tokens: int) -> list[int]:
+    """Greedy tokens of the plain model, the whole text anew for each."""
+    ids = torch.tensor([prompt])
+    for _ in range(num_tokens):
+        ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def compare_graphs(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
+    """Segments (in two passes over a cache), exits and heads, each on the runtime's own inputs, against the training model."""
+    count = min(NUM_TOKENS, stack.max_positions)
+    first = min(NUM_PREFILLED, count - 1)
+    ids = np.random.default_rng(1).integers(0, stack.vocab_size, count)
+    cache, rows = stack.open_cache(), ids
+    hidden = model.embed(torch.from_numpy(ids)[None])
+    for k, segment in enumerate(stack.manifest.segments):
+        out = stack.reserve_rows(count, [rows] if k else [])
+        stack.run_segment(k, cache, 0, rows[:first], out)
+        stack.run_segment(k, cache, first, rows[first:], out + first)
+        before, rows = hidden, np.arange(out, out + count)
+        hidden = model.run_layers(before, segment.first_layer, segment.last_layer)
+        yield Difference(segment.graph, "hidden", relative_difference(stack.pool.states[rows], hidden[0]))
+        yield from compare_caches(stack, model, cache, before, k)
+        yield from compare_exit(stack, model, k, rows, hidden)
+
+
+def compare_caches(stack: OrtStack, model: Decoder, cache: Any, hidden: Tensor, number: int, frozen: bool = False) -> Iterator[Difference]:
+    """Keys and values that a segment (or its kv graph, of a frozen state) wrote, all layers together."""
+    segment, count = stack.manifest.segments[number], hidden.shape[1]
+    keys, values = [], []
+    for layer in range(segment.first_layer - 1, segment.last_layer):
+        block = model.layers[layer]
+        k, v = block.attention.keys_values(block.attention_norm(hidden), model.cos[:count], model.sin[:count])  # type: ignore[operator, union-attr]
+        keys.append(k[0].transpose(0, 1).flatten(1))
+        values.append(v[0].transpose(0, 1).flatten(1))
+        if not frozen:
+            hidden = model.run_layers(hidden, layer + 1, layer + 1)
+    written = cache.buffers[segment.first_layer - 1 : segment.last_layer, :, 0, :count]
+    graph = (segment.kv_graph or "") if frozen else segment.graph
+    yield Difference(graph, "present_key", relative_difference(written[:, 0], torch.stack(keys)))
+    yield Difference(graph, "present_value", relative_difference(written[:, 1], torch.stack(values)))
+
+
+def compare_exit(stack: OrtStack, model: Decoder, number: int, rows: NDArray[np.int64], hidden: Tensor) -> Iterator[Difference]:
+    """An exit's graph with its head: logits, and the figures reduced in the graph."""
+    leave = stack.manifest.exits[number]
+    logits = model.lm_head(model.exit_hidden(hidden[0], leave.layer))
+    probabilities = logits.softmax(-1)
+    top = probabilities.topk(2, dim=-1).values
+    output = stack.run_exit(number, rows)
+    name = f"{leave.graph} + {leave.head}"
+    yield Difference(name, "logits", relative_difference(output.logits, logits))
+    yield Difference(name, "top_prob", relative_difference(output.top_prob, top[:, 0]))
+    yield Difference(name, "margin", relative_difference(output.margin, top[:, 0] - top[:, 1]))
+    entropy = -(probabilities * logits.log_softmax(-1)).sum(-1)
+    yield Difference(name, "entropy", relative_difference(output.entropy, entropy))
+
+
+def compare_propagation(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
+    """Each kv graph, and each segment with some tokens frozen (`active`), against the training model."""
+    count = min(NUM_TOKENS, stack.max_positions)
+    ids = np.random.default_rng(2).integers(0, stack.vocab_size, count)
+    active = np.arange(count) % FROZEN_EVERY != 1
+    cache, rows = stack.open_cache(), ids
+    hidden = model.embed(torch.from_numpy(ids)[None])
+    for k, segment in enumerate(stack.manifest.segments):
+        if segment.kv_graph:
+            stack.run_kv(k, cache, 0, rows)
+            yield from compare_caches(stack, model, cache, hidden, k, frozen=True)
+        out = stack.reserve_rows(count, [rows] if k else [])
+        stack.run_segment(k, cache, 0, rows, out, active if k else None)
+        rows = np.arange(out, out + count)
+        mask = torch.from_numpy(active)[None] if k else None
+        hidden = model.run_layers(hidden, segment.first_layer, segment.last_layer, mask)
+        if k:
+            yield Difference(segment.graph, "hidden, some frozen", relative_difference(stack.pool.states[rows], hidden[0]))
