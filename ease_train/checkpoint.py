@@ -10,7 +10,9 @@ Written aside and renamed; nothing is ever unpickled.
 """
 
 import json
+import pickle
 import platform
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_model
 from tokenizers import Tokenizer
 
 from ease_train.config import Recipe
-from ease_train.errors import CheckpointError, ConfigError
+from ease_train.errors import CheckpointError
 from ease_train.files import restore_interrupted, written_aside
 from ease_train.model import Decoder
 
@@ -78,16 +80,17 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
         raise CheckpointError(f"no checkpoint at {path}; make one: ease-train fit demo --out {path}")
     for name in ("config.json", "model.safetensors", "tokenizer.json", *([str(STATE_FILE)] if resume else [])):
         if not (path / name).is_file():
-            raise CheckpointError(f"{path} is no complete checkpoint: {name} is missing; train it again: ease-train fit RECIPE --out {path}")
+            remedy = f"train it again: ease-train fit RECIPE --out {path}"
+            raise CheckpointError(f"{path} is no complete checkpoint: {name} is missing; {remedy}")
     config = _read_config(path)
     try:
         recipe = Recipe.from_dict(config["recipe"], str(path / "config.json"))
         model = Decoder(recipe.model)
         _load_weights(model, path / "model.safetensors")
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        state = torch.load(path / STATE_FILE, weights_only=True) if resume else None
+        tokenizer = _load_tokenizer(path / "tokenizer.json")
+        state = _load_state(path / STATE_FILE) if resume else None
         metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (ConfigError, KeyError, OSError, RuntimeError, safetensors.SafetensorError, ValueError) as error:
+    except (KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
     return Checkpoint(recipe, model, tokenizer, config["step"], config["data"], metrics, state)
 
@@ -99,8 +102,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path / 'config.json'} is damaged; restore it, or train again") from None
     if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format_version {version}, this version of EASE reads up to {FORMAT_VERSION}; update: pip install --upgrade ease-lm")
+        reads = f"this version of EASE reads up to {FORMAT_VERSION}; update: pip install --upgrade ease-lm"
+        raise CheckpointError(f"{path} has format_version {version}, {reads}")
     return dict(config)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise CheckpointError(f"{path.name}: {error}") from None
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path.name} is damaged")
+    return dict(torch.load(path, weights_only=True))
 
 
 def _load_weights(model: Decoder, path: Path) -> None:

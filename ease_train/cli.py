@@ -43,7 +43,7 @@ class ErrorGroup(click.Group):
 
 def field_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command one option a recipe field, with the field's own help."""
-    for table, section in reversed(SECTIONS.items()):
+    for table, section in reversed(list(SECTIONS.items())):
         hints = typing.get_type_hints(section)
         for field in reversed(dataclasses.fields(section)):
             kind = OPTION_KINDS[hints[field.name]]
@@ -51,6 +51,12 @@ def field_options(command: Callable[..., Any]) -> Callable[..., Any]:
             text = f"[{table}] {field.metadata['help']}"
             command = click.option(f"--{field.name.replace('_', '-')}", field.name, help=text, metavar=metavar, **kind)(command)
     return command
+
+
+def given_options(fields: dict[str, Any]) -> dict[str, Any]:
+    """The recipe fields that the command line sets; pairs become a dictionary."""
+    given = {name: value for name, value in fields.items() if value not in (None, ())}
+    return {name: dict(value) if isinstance(value, tuple) and isinstance(value[0], tuple) else value for name, value in given.items()}
 
 
 @click.group(cls=ErrorGroup)
@@ -72,7 +78,7 @@ def recipes() -> None:
 
 @main.command()
 @click.argument("recipe")
-@click.option("--data", default="kjv", show_default=True, help="kjv, wikitext-2, a local .txt/.jsonl/.parquet file, or a data set on the hub.")
+@click.option("--data", default="kjv", show_default=True, help="kjv, wikitext-2, a .txt/.jsonl/.parquet file, or a hub data set.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint goes.")
 @click.option("--resume", is_flag=True, help="Go on with the checkpoint at --out; its own settings hold.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
@@ -86,12 +92,12 @@ def fit(recipe: str, data: str, out: Path, resume: bool, device: str, threads: i
 
     if threads:
         torch.set_num_threads(threads)
-    options = {name: dict(value) if isinstance(value, tuple) and value and isinstance(value[0], tuple) else value for name, value in fields.items()}
-    options = {name: value for name, value in options.items() if value not in (None, ())}
+    options = given_options(fields)
     chosen = load_recipe(recipe).with_options(options)
     if resume:
         if options:
-            raise TrainError(f"--resume goes on with the settings in {out}/config.json; leave out: {', '.join('--' + o.replace('_', '-') for o in options)}")
+            named = ", ".join("--" + name.replace("_", "-") for name in options)
+            raise TrainError(f"--resume goes on with the settings in {out}/config.json; leave out: {named}")
         trainer = Trainer.resume(out, device)
     elif out.exists():
         raise TrainError(f"{out} is there already; go on with it (--resume) or choose another --out")
@@ -105,7 +111,8 @@ def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    console.print(f"{recipe.name}: {parameters / 1e6:.1f} M parameters, exits at {list(recipe.model.exits)}, data {trainer.checkpoint.data}")
+    exits = list(recipe.model.exits)
+    console.print(f"{recipe.name}: {parameters / 1e6:.1f} M parameters, exits at {exits}, data {trainer.checkpoint.data}")
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=trainer.settings.steps, completed=trainer.checkpoint.step)
         try:
@@ -113,7 +120,8 @@ def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
                 show(event, progress, task)
         except KeyboardInterrupt:
             trainer.save(out)
-            raise TrainError(f"interrupted at step {trainer.checkpoint.step}, saved; go on: ease-train fit {recipe.name} --out {out} --resume") from None
+            remedy = f"ease-train fit {recipe.name} --out {out} --resume"
+            raise TrainError(f"interrupted at step {trainer.checkpoint.step}, saved; go on: {remedy}") from None
 
 
 def show(event: "Event", progress: Progress, task: Any) -> None:

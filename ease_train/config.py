@@ -25,8 +25,6 @@ TOKENIZERS = ("bpe", "char")
 
 def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word the command line uses
     """A dataclass field with its help text."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -146,7 +144,9 @@ class TokenizerConfig(Section):
 class TrainConfig(Section):
     """How the weights are found."""
 
-    layer_weights: dict[int, float] = setting({4: 0.2, 8: 0.3, 12: 1.0}, "weight of each exit's loss, by layer (from 1)")
+    layer_weights: dict[int, float] = field(
+        default_factory=lambda: {4: 0.2, 8: 0.3, 12: 1.0}, metadata={"help": "weight of each exit's loss, by layer (from 1)"}
+    )
     steps: int = setting(1000, "optimizer steps in all")
     batch_size: int = setting(8, "sequences in a step")
     sequence_length: int = setting(256, "tokens in a sequence")
@@ -190,7 +190,8 @@ class Recipe:
             if layer not in self.model.exits:
                 raise ConfigError(f"train: layer_weights names layer {layer}, which is no exit; exits = {list(self.model.exits)}")
         if self.train.sequence_length > self.model.max_positions:
-            raise ConfigError(f"train: sequence_length = {self.train.sequence_length} is more than max_positions = {self.model.max_positions}")
+            limit = self.model.max_positions
+            raise ConfigError(f"train: sequence_length = {self.train.sequence_length} is more than max_positions = {limit}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:

@@ -15,7 +15,8 @@ def written_aside(final: Path) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     partial, previous = final.parent / f".{final.name}.partial", final.parent / f".{final.name}.previous"
     restore_interrupted(final)
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in (partial, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial

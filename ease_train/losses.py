@@ -47,7 +47,9 @@ class _ExitCrossEntropy(torch.autograd.Function):
         return (grad_weight * grad_outputs[0], None, None, *(g * grad_outputs[0] for g in grads))
 
 
-def exit_cross_entropy(model: Decoder, input_ids: Tensor, targets: Tensor, layer_weights: Mapping[int, float]) -> tuple[Tensor, dict[int, float]]:
+def exit_cross_entropy(
+    model: Decoder, input_ids: Tensor, targets: Tensor, layer_weights: Mapping[int, float]
+) -> tuple[Tensor, dict[int, float]]:
     """The training loss, sum over exits of weight times mean cross-entropy, and each exit's own loss in nats.
 
     Exits with weight 0 are left out, and no layer runs past the last exit that has a weight.
@@ -61,7 +63,9 @@ def exit_cross_entropy(model: Decoder, input_ids: Tensor, targets: Tensor, layer
         if len(states) == len(wanted):
             break
     weights = tuple(wanted[layer] for layer in states)
-    total, losses = _ExitCrossEntropy.apply(model.lm_head.weight, targets.flatten(), weights, *states.values())
+    total, losses = _ExitCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        model.lm_head.weight, targets.flatten(), weights, *states.values()
+    )
     return total, dict(zip(states, losses.tolist(), strict=True))
 
 
@@ -72,7 +76,9 @@ def exit_losses(model: Decoder, input_ids: Tensor, targets: Tensor) -> dict[int,
     for layer, hidden in model.exit_states(input_ids):
         rows = model.exit_hidden(hidden, layer).flatten(0, 1)
         total = sum(
-            F.cross_entropy(model.lm_head(rows[start : start + CHUNK_ROWS]).float(), flat[start : start + CHUNK_ROWS], reduction="sum").item()
+            F.cross_entropy(
+                model.lm_head(rows[start : start + CHUNK_ROWS]).float(), flat[start : start + CHUNK_ROWS], reduction="sum"
+            ).item()
             for start in range(0, len(flat), CHUNK_ROWS)
         )
         losses[layer] = total / len(flat)

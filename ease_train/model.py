@@ -96,10 +96,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The decoder: embedding, blocks, and one LM head that every exit shares.
 
-        model = Decoder(ModelConfig(vocab_size=4096))
-        logits = model(input_ids)                       # full depth, (B, S, V)
-        for layer, hidden in model.exit_states(input_ids):
-            logits = model.lm_head(model.exit_hidden(hidden, layer))
+    model = Decoder(ModelConfig(vocab_size=4096))
+    logits = model(input_ids)                       # full depth, (B, S, V)
+    for layer, hidden in model.exit_states(input_ids):
+        logits = model.lm_head(model.exit_hidden(hidden, layer))
     """
 
     cos: Tensor
@@ -156,6 +156,6 @@ class Decoder(nn.Module):
 
     def exit_hidden(self, hidden: Tensor, layer: int) -> Tensor:
         """The exit's norm: what stands between a hidden state at `layer` and the LM head. Shape: (..., D) -> (..., D)."""
-        norm = self.exit_norms[str(layer)] if str(layer) in self.exit_norms else self.norm
+        norm: nn.Module = self.exit_norms[str(layer)] if str(layer) in self.exit_norms else self.norm  # noqa: SIM401 - ModuleDict.get lost its type
         out: Tensor = norm(hidden)
         return out

@@ -37,8 +37,8 @@ def train_tokenizer(documents: list[str], config: TokenizerConfig) -> Tokenizer:
 def encode_stream(tokenizer: Tokenizer, documents: list[str]) -> NDArray[np.int32]:
     """All documents as one stream of ids, END before each. Shape: (tokens,)."""
     end = tokenizer.token_to_id(END)
-    parts = [np.array([end, *encoding.ids], dtype=np.int32) for encoding in tokenizer.encode_batch_fast(documents, add_special_tokens=False)]
-    return np.concatenate(parts)
+    encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    return np.concatenate([np.array([end, *encoding.ids], dtype=np.int32) for encoding in encodings])
 
 
 def pack(stream: NDArray[np.int32], length: int, at_least: int, what: str) -> NDArray[np.int32]:
@@ -48,6 +48,8 @@ def pack(stream: NDArray[np.int32], length: int, at_least: int, what: str) -> ND
     """
     num_blocks = (len(stream) - 1) // length
     if num_blocks < at_least:
-        raise DataError(f"{what} has {len(stream)} tokens: {num_blocks} blocks of {length}, expected at least {at_least}; use a shorter sequence_length or more text")
+        found = f"{len(stream)} tokens: {num_blocks} blocks of {length}, expected at least {at_least}"
+        raise DataError(f"{what} has {found}; use a shorter sequence_length or more text")
     starts = np.arange(num_blocks)[:, None] * length
-    return stream[starts + np.arange(length + 1)]
+    blocks: NDArray[np.int32] = stream[starts + np.arange(length + 1)]
+    return blocks

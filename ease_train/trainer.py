@@ -137,7 +137,9 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            raise DivergenceError(f"the loss is {loss.item()} at step {self.checkpoint.step + 1}; the last checkpoint is kept; try a lower learning_rate than {self.settings.learning_rate}")
+            what = f"the loss is {loss.item()}, its gradient's norm {norm.item()}, at step {self.checkpoint.step + 1}"
+            remedy = f"try a lower learning_rate than {self.settings.learning_rate}"
+            raise DivergenceError(f"{what}; the last checkpoint is kept; {remedy}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.checkpoint.step += 1

@@ -1,0 +1,93 @@
+"""ease-train: what it prints, and how it ends."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ease_train.checkpoint import load_checkpoint
+from ease_train.cli import main
+from ease_train.config import recipe_names
+
+OPTIONS = "--dim 16 --num-layers 3 --num-heads 2 --num-kv-heads 1 --ffn-dim 32 --max-positions 32 --exits 2 --kind char --batch-size 2"
+LIMITS = "--sequence-length 16 --steps 4 --warmup-steps 1 --eval-every 2 --eval-tokens 64 --save-every 2 --threads 1"
+WEIGHTS = ["--layer-weights", "2", "0.3", "--layer-weights", "3", "1.0"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def fit(out: Path, corpus: str, *more: str, recipe: str = "demo") -> Result:
+    return run("fit", recipe, "--data", corpus, "--out", str(out), *OPTIONS.split(), *LIMITS.split(), *WEIGHTS, *more)
+
+
+def test_fit_then_resume(small_corpus: str, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    result = fit(out, small_corpus)
+    assert result.exit_code == 0, result.output
+    assert "exits at [2, 3]" in result.output
+    assert "step 4: validation perplexity layer 2" in result.output
+    saved = load_checkpoint(out)
+    assert (saved.step, saved.recipe.model.exits, saved.recipe.train.layer_weights) == (4, (2, 3), {2: 0.3, 3: 1.0})
+    again = run("fit", "demo", "--out", str(out), "--resume")
+    assert again.exit_code == 0, again.output
+
+
+def one_line(result: Result) -> str:
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--exits", "9"], ["exits = [2, 9]", "expected layers from 1 to 3"]),
+        (["--layer-weights", "1", "0.5"], ["layer_weights names layer 1", "exits = [2, 3]"]),
+        (["--sequence-length", "64"], ["sequence_length = 64", "max_positions = 32"]),
+        (["--batch-size", "99999"], ["expected at least 99999", "use a shorter sequence_length or more text"]),
+        (["--kind", "bqe"], ["kind = 'bqe'", "did you mean 'bpe'?"]),
+    ],
+)
+def test_a_bad_value_is_one_line_and_leaves_nothing(small_corpus: str, tmp_path: Path, more: list[str], words: list[str]) -> None:
+    message = one_line(fit(tmp_path / "c", small_corpus, *more))
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "c").exists()
+
+
+def test_wrong_names(small_corpus: str, tmp_path: Path) -> None:
+    assert "unknown recipe 'demi'; did you mean 'demo'?" in one_line(fit(tmp_path / "c", small_corpus, recipe="demi"))
+    assert "no data file at ./no.txt" in one_line(fit(tmp_path / "c", "./no.txt"))
+
+
+def test_an_existing_out_is_not_overwritten(small_corpus: str, tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    assert "is there already; go on with it (--resume) or choose another --out" in one_line(fit(tmp_path / "c", small_corpus))
+
+
+def test_resume_takes_no_options(tmp_path: Path) -> None:
+    message = one_line(run("fit", "demo", "--out", str(tmp_path / "c"), "--resume", "--steps", "9"))
+    assert "leave out: --steps" in message
+    assert "no checkpoint at" in one_line(run("fit", "demo", "--out", str(tmp_path / "c"), "--resume"))
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = run("--debug", "fit", "demi", "--out", str(tmp_path / "c"))
+    assert result.exit_code == 1
+    assert "unknown recipe" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["fit"], ["fit", "demo"], ["fit", "demo", "--stepz", "3"], ["fit", "demo", "--steps", "x"], ["fitt"]]
+)
+def test_wrong_usage_is_2(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_recipes_are_listed_with_their_papers() -> None:
+    result = CliRunner().invoke(main, ["recipes"], env={"COLUMNS": "300"})
+    assert result.exit_code == 0
+    assert all(name in result.output for name in recipe_names())
+    assert "arXiv 2207.07061" in result.output

@@ -1,0 +1,107 @@
+"""Recipes: names, types and values are checked, and a wrong one is named with what was expected."""
+
+import json
+import tomllib
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ease_train.config import ModelConfig, Recipe, TokenizerConfig, load_recipe, recipe_names
+from ease_train.errors import ConfigError
+
+Maker = Callable[..., Recipe]
+
+
+def test_every_shipped_recipe_loads_and_names_its_paper() -> None:
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.description
+        assert recipe.paper
+
+
+def test_a_recipe_survives_json(recipe: Recipe) -> None:
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())), "json") == recipe
+
+
+@pytest.mark.parametrize(
+    ("table", "fields", "message"),
+    [
+        ("model", {"num_layer": 3}, "tiny, [model]: unknown field 'num_layer'; did you mean 'num_layers'?"),
+        ("train", {"learning_rat": 1.0}, "tiny, [train]: unknown field 'learning_rat'; did you mean 'learning_rate'?"),
+        ("train", {"steps": "many"}, "tiny, [train]: steps = 'many' is not of the type int"),
+        ("train", {"steps": True}, "tiny, [train]: steps = True is not of the type int"),
+        ("train", {"layer_weights": {"two": 1.0}}, "layer_weights = {'two': 1.0}: invalid literal for int() with base 10: 'two'"),
+        ("model", {"exits": [2, "x"]}, "exits = 'x' is not of the type int"),
+        ("model", {"tie_embeddings": 1}, "tie_embeddings = 1 is not of the type bool"),
+        ("model", {"exits": [2, 9]}, "exits = [2, 9], expected layers from 1 to 4"),
+        ("model", {"exits": [0]}, "exits = [0], expected layers from 1 to 4"),
+        ("model", {"dim": 18, "num_heads": 4}, "dim = 18 does not give 4 heads of an even width"),
+        ("model", {"num_heads": 4, "num_kv_heads": 3}, "num_heads = 4 is no multiple of num_kv_heads = 3"),
+        ("model", {"num_layers": 0}, "num_layers = 0, expected at least 1"),
+        ("model", {"exit_norm": "owned"}, "exit_norm = 'owned'; did you mean 'own'?"),
+        ("tokenizer", {"kind": "bqe"}, "kind = 'bqe'; did you mean 'bpe'?"),
+        ("train", {"steps": 0}, "steps = 0, expected at least 1"),
+        ("train", {"layer_weights": {2: -1.0, 4: 1.0}}, "layer_weights = {2: -1.0}, expected weights of at least 0"),
+        ("train", {"layer_weights": {2: 0.0}}, "layer_weights are all 0; nothing would be trained"),
+        ("train", {"layer_weights": {1: 1.0}}, "layer_weights names layer 1, which is no exit; exits = [2, 3, 4]"),
+        ("train", {"sequence_length": 64}, "sequence_length = 64 is more than max_positions = 32"),
+    ],
+)
+def test_wrong_field(make_recipe: Maker, table: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_recipe(**{table: fields})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bpe_needs_room_for_every_byte() -> None:
+    with pytest.raises(ConfigError, match="bpe_vocab_size = 256, expected at least 257"):
+        TokenizerConfig(kind="bpe", bpe_vocab_size=256)
+
+
+def test_the_last_layer_is_always_an_exit() -> None:
+    config = ModelConfig(num_layers=7, exits=(5, 2, 5))
+    assert config.exits == (2, 5, 7)
+    assert config.segments == ((1, 2), (3, 5), (6, 7))
+
+
+def test_the_gated_unit_is_8_3_of_the_width_in_steps_of_64() -> None:
+    assert ModelConfig(dim=256).ffn_dim == 704  # 682.7
+    assert ModelConfig(dim=192).ffn_dim == 512  # 512 exactly
+    assert ModelConfig(dim=256, ffn_dim=100).ffn_dim == 100
+
+
+def test_options_replace_fields_of_any_table(recipe: Recipe) -> None:
+    changed = recipe.with_options({"dim": 96, "kind": "bpe", "steps": 7})
+    assert (changed.model.dim, changed.model.ffn_dim, changed.tokenizer.kind, changed.train.steps) == (96, 256, "bpe", 7)
+    assert changed.train.batch_size == recipe.train.batch_size
+    with pytest.raises(ConfigError, match="unknown field 'stepz'; did you mean 'steps'"):
+        recipe.with_options({"stepz": 7})
+
+
+def test_a_recipe_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text((resources.files("ease_train") / "recipes" / "demo.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    assert load_recipe(str(path)).train == load_recipe("demo").train
+    assert load_recipe(str(path)).name == "mine"
+    path.write_text("[model\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("demmo", "unknown recipe 'demmo'; did you mean 'demo'?"), ("no.toml", "no recipe file at no.toml")]
+)
+def test_no_such_recipe(name: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_recipe(name)
+    assert message in str(error.value)
+
+
+def test_an_unknown_table_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"unknown field 'modell'; did you mean 'model'\?"):
+        Recipe.from_dict(tomllib.loads("[modell]\ndim = 3\n"), "x")

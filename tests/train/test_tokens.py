@@ -1,0 +1,70 @@
+"""Tokenizers lose nothing, and packing leaves nothing out but the rest that fills no block."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from ease_train.config import TokenizerConfig
+from ease_train.errors import DataError
+from ease_train.tokens import END, UNKNOWN, encode_stream, pack, train_tokenizer
+
+TEXT = "And the king went up;\n\n  two spaces, a tab\t, naïve café — “quotes” 日本語 🙂\n"
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_tokenizer([TEXT] * 5, TokenizerConfig(kind="bpe", bpe_vocab_size=300))
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_bytes_round_trip_whatever_the_text(bpe: Tokenizer, text: str) -> None:
+    assert bpe.decode(bpe.encode(text).ids) == text
+
+
+def test_characters_round_trip() -> None:
+    tokenizer = train_tokenizer([TEXT], TokenizerConfig(kind="char"))
+    ids = tokenizer.encode(TEXT).ids
+    assert len(ids) == len(TEXT)  # one token a character, white space included
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.get_vocab_size() == len(set(TEXT)) + 2
+    assert tokenizer.encode("ж").ids == [tokenizer.token_to_id(UNKNOWN)]
+
+
+def test_bpe_learns_as_many_words_as_asked(bpe: Tokenizer) -> None:
+    assert bpe.get_vocab_size() == 300
+    assert len(bpe.encode(TEXT).ids) < len(TEXT.encode())
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_the_end_stands_before_every_document(kind: str) -> None:
+    documents = ["one two", "three"]
+    tokenizer = train_tokenizer(documents, TokenizerConfig(kind=kind, bpe_vocab_size=260))
+    end = tokenizer.token_to_id(END)
+    stream = encode_stream(tokenizer, documents)
+    assert stream.dtype == np.int32
+    expected = [end, *tokenizer.encode("one two").ids, end, *tokenizer.encode("three").ids]
+    assert stream.tolist() == expected
+
+
+@given(st.integers(2, 200), st.integers(1, 20))
+def test_blocks_overlap_by_one_token(tokens: int, length: int) -> None:
+    stream = np.arange(tokens, dtype=np.int32)
+    blocks = pack(stream, length, 0, "stream")
+    assert blocks.shape == ((tokens - 1) // length, length + 1)
+    inputs, targets = blocks[:, :-1].ravel(), blocks[:, 1:].ravel()
+    used = len(blocks) * length
+    assert inputs.tolist() == list(range(used))  # every token is an input once,
+    assert targets.tolist() == list(range(1, used + 1))  # and the next one its target
+    assert tokens - 1 - used < length
+
+
+def test_too_little_text_says_how_much_there_is(make_recipe: Callable[..., object]) -> None:
+    with pytest.raises(
+        DataError, match="corpus has 10 tokens: 2 blocks of 4, expected at least 3; use a shorter sequence_length or more text"
+    ):
+        pack(np.arange(10, dtype=np.int32), 4, 3, "corpus")

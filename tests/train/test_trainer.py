@@ -1,0 +1,135 @@
+"""The loop: its schedule, its data order, what it yields, and that an interrupted run goes on bit for bit."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ease_train.checkpoint import load_checkpoint
+from ease_train.config import Recipe, TrainConfig
+from ease_train.errors import DataError, DivergenceError
+from ease_train.losses import exit_losses
+from ease_train.trainer import EvalEvent, SaveEvent, StepEvent, Trainer, create_optimizer, learning_rate
+
+Maker = Callable[..., Recipe]
+
+
+def test_the_learning_rate_follows_the_formula() -> None:
+    settings = TrainConfig(learning_rate=2e-3, warmup_steps=10, steps=110, min_lr_ratio=0.1)
+    assert [learning_rate(step, settings) for step in (0, 4, 9)] == pytest.approx([2e-4, 1e-3, 2e-3])
+    for share, factor in [(0.0, 1.0), (0.5, 0.55), (1.0, 0.1), (0.25, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)]:
+        assert learning_rate(10 + int(100 * share), settings) == pytest.approx(2e-3 * factor)
+    falling = [learning_rate(step, settings) for step in range(10, 110)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_without_warm_up_the_first_step_has_the_peak() -> None:
+    assert learning_rate(0, TrainConfig(learning_rate=1.0, warmup_steps=0, steps=5)) == 1.0
+
+
+def test_only_matrices_decay(recipe: Recipe, small_corpus: str) -> None:
+    trainer = Trainer.begin(recipe, small_corpus)
+    decayed, free = create_optimizer(trainer.model, recipe.train).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert free["weight_decay"] == 0.0
+    assert all(p.ndim == 2 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in free["params"])
+    count = sum(p.numel() for group in (decayed, free) for p in group["params"])
+    assert count == sum(p.numel() for p in trainer.model.parameters())
+
+
+def test_what_a_run_yields(recipe: Recipe, small_corpus: str, tmp_path: Path) -> None:
+    events = list(Trainer.begin(recipe, small_corpus).fit(tmp_path / "c"))
+    assert [e.step for e in events if isinstance(e, StepEvent)] == list(range(1, 13))
+    assert [e.step for e in events if isinstance(e, EvalEvent)] == [6, 12]
+    assert [e.step for e in events if isinstance(e, SaveEvent)] == [4, 8, 12]
+    steps = [e for e in events if isinstance(e, StepEvent)]
+    assert all(e.loss == pytest.approx(0.3 * e.exit_losses[2] + 0.2 * e.exit_losses[3] + e.exit_losses[4], rel=1e-5) for e in steps)
+    assert steps[-1].loss < steps[0].loss
+    lines = [json.loads(line) for line in (tmp_path / "c" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert lines[-1]["perplexity"]["4"] == pytest.approx(events[-2].perplexity[4])
+
+
+def test_the_validation_perplexity_is_a_mean_over_tokens(recipe: Recipe, small_corpus: str) -> None:
+    trainer = Trainer.begin(recipe, small_corpus)
+    found = trainer.evaluate().perplexity
+    assert trainer.validation.shape == (4, 17)  # eval_tokens 64
+    ids = torch.from_numpy(trainer.validation).long()
+    expected = exit_losses(trainer.model, ids[:, :-1], ids[:, 1:])
+    assert found == pytest.approx({layer: math.exp(loss) for layer, loss in expected.items()}, rel=1e-6)
+
+
+def test_an_epoch_reads_every_block_once_in_an_order_of_its_own(make_recipe: Maker, small_corpus: str) -> None:
+    trainer = Trainer.begin(make_recipe(train={"batch_size": 3}), small_corpus)
+    trainer.blocks = np.arange(11 * 17, dtype=np.int32).reshape(11, 17)
+    epochs = []
+    for epoch in range(2):
+        seen = []
+        for place in range(3):
+            trainer.checkpoint.step = 3 * epoch + place
+            seen += trainer.next_batch()[:, 0].tolist()
+        assert len(set(seen)) == 9  # three batches of three; the incomplete one is left out
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("killed_after", [4, 7])
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe: Recipe, small_corpus: str, tmp_path: Path, killed_after: int) -> None:
+    whole = list(Trainer.begin(recipe, small_corpus).fit(tmp_path / "whole"))
+    losses = {e.step: (e.loss, e.exit_losses, e.learning_rate, e.grad_norm) for e in whole if isinstance(e, StepEvent)}
+    for event in Trainer.begin(recipe, small_corpus).fit(tmp_path / "cut"):
+        if event.step == killed_after + 1:
+            break  # step 8 or 5 was computed, but the last checkpoint is that of step 4
+    resumed = [e for e in Trainer.resume(tmp_path / "cut").fit(tmp_path / "cut") if isinstance(e, StepEvent)]
+    assert [e.step for e in resumed] == list(range(5, 13))
+    assert all((e.loss, e.exit_losses, e.learning_rate, e.grad_norm) == losses[e.step] for e in resumed)
+    one, other = load_checkpoint(tmp_path / "whole", resume=True), load_checkpoint(tmp_path / "cut", resume=True)
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+    assert [line["step"] for line in other.metrics] == [line["step"] for line in one.metrics]
+
+
+def test_a_seed_is_a_run(make_recipe: Maker, small_corpus: str) -> None:
+    def first_loss(seed: int) -> float:
+        trainer = Trainer.begin(make_recipe(train={"seed": seed}), small_corpus)
+        return trainer.train_step(trainer.next_batch()).loss
+
+    assert first_loss(1) == first_loss(1)
+    assert first_loss(1) != first_loss(2)
+
+
+def run_with_a_bad_weight(trainer: Trainer, out: Path) -> None:
+    for event in trainer.fit(out):
+        if event.step == 5 and isinstance(event, StepEvent):
+            with torch.no_grad():
+                trainer.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+
+
+def test_divergence_stops_and_keeps_the_last_checkpoint(recipe: Recipe, small_corpus: str, tmp_path: Path) -> None:
+    message = r"the loss is nan.* at step 6; the last checkpoint is kept; try a lower learning_rate than 0\.002"
+    with pytest.raises(DivergenceError, match=message):
+        run_with_a_bad_weight(Trainer.begin(recipe, small_corpus), tmp_path / "c")
+    kept = load_checkpoint(tmp_path / "c", resume=True)
+    assert kept.step == 4
+    assert all(torch.isfinite(p).all() for p in kept.model.parameters())
+
+
+def test_a_gradient_that_is_no_number_leaves_the_weights_alone(recipe: Recipe, small_corpus: str) -> None:
+    trainer = Trainer.begin(recipe, small_corpus)
+    trainer.model.embed.weight.register_hook(lambda grad: grad * math.inf)
+    before = trainer.model.layers[0].mlp.up_proj.weight.clone()
+    with pytest.raises(DivergenceError, match=r"gradient's norm (nan|inf)"):
+        trainer.train_step(trainer.next_batch())
+    assert torch.equal(trainer.model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_a_corpus_too_small_for_one_batch(make_recipe: Maker, tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(20)), encoding="utf-8")
+    with pytest.raises(DataError, match=r"few\.jsonl \(train\) has 63 tokens: 3 blocks of 16, expected at least 50"):
+        Trainer.begin(make_recipe(train={"batch_size": 50}), str(path))
