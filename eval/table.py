@@ -186,9 +186,11 @@ def first_tokens(documents: Sequence[Sequence[int]], num_tokens: int) -> Iterato
 
 def choose_texts(documents: Sequence[Sequence[int]], amounts: Amounts, limit: int) -> list[Text]:
     """Beginnings of documents spread evenly over the corpus, all of one length."""
-    length = min(amounts.prompt_tokens + amounts.new_tokens, limit)
+    length = amounts.prompt_tokens + amounts.new_tokens
+    if length > limit:
+        raise RequestError(f"{length} tokens a text are more than this model's context of {limit}; ask for fewer: --prompt-tokens, --new-tokens")
     long_enough = [ids for ids in documents if len(ids) >= length]
-    if not long_enough or length <= amounts.prompt_tokens + 1:
+    if not long_enough:
         raise RequestError(f"no document of the corpus has {length} tokens; ask for fewer: --prompt-tokens, --new-tokens")
     places = np.linspace(0, len(long_enough) - 1, min(amounts.num_texts, len(long_enough))).round().astype(int)
     return [Text(tuple(long_enough[i][:length]), amounts.prompt_tokens) for i in places]

@@ -1,0 +1,146 @@
+"""What evaluation says equals what the engine does, and both equal an offline simulation in torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ease_eval.perplexity import score_documents, windows
+from ease_runtime.engine import Engine
+from ease_runtime.policy import ExitPolicy
+from ease_runtime.sampling import Given
+from ease_runtime.stack import OrtStack
+from ease_train.checkpoint import load_checkpoint
+from ease_train.model import Decoder
+
+THRESHOLDS = (0.3, 0.5, 0.8)
+TIE = 1e-5  # a confidence this near its threshold may fall on either side in torch and in ONNX Runtime
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_bundle: Path) -> OrtStack:
+    return OrtStack(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> Decoder:
+    return load_checkpoint(tiny_checkpoint).model.eval()
+
+
+def policy(threshold: float | None, name: str = "max-prob") -> ExitPolicy:
+    return ExitPolicy.create(name, None if threshold is None else [threshold], 3)
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 300, length).tolist()
+
+
+class Simulation:
+    """The offline reference: from whole-text passes in torch, with the rules of the engine written again."""
+
+    def __init__(self, model: Decoder, threshold: float, catch_up: str, num_prompt: int) -> None:
+        self.model, self.threshold, self.catch_up, self.num_prompt = model, threshold, catch_up, num_prompt
+        self.depths: list[int] = []  # of every token that has been predicted
+
+    def next(self, ids: Sequence[int]) -> tuple[int, int, float]:
+        """Token, depth and confidence that follow `ids`."""
+        hidden = self.model.embed(torch.tensor([list(ids)]))
+        frozen_below = [0] * self.num_prompt + self.depths  # the depth at which a position's state froze; 0: never
+        for first, last in self.model.config.segments:
+            hidden = self.model.run_layers(hidden, first, last, self.active(frozen_below, first, hidden))
+            probabilities = self.model.lm_head(self.model.exit_hidden(hidden[0, -1], last)).softmax(-1)
+            confidence, token = probabilities.max(-1)
+            if last == self.model.config.num_layers or confidence.item() >= np.float32(self.threshold):
+                self.depths.append(last)
+                return int(token), last, confidence.item()
+        raise AssertionError("the last layer is an exit")
+
+    def active(self, frozen_below: list[int], first: int, hidden: Tensor) -> Tensor | None:
+        if self.catch_up == "recompute":
+            return None
+        # The state of position i froze where the token after it was predicted; prompt positions never freeze, the newest is on its way.
+        depths = frozen_below[1:] + [0]
+        mask = [depths[i] == 0 or depths[i] >= first or i < self.num_prompt for i in range(hidden.shape[1])]
+        return torch.tensor([mask])
+
+
+@pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_engine_equals_the_simulation_in_torch(stack: OrtStack, model: Decoder, catch_up: str, threshold: float) -> None:
+    prompt, num_tokens = text(12, seed=3), 120
+    engine = Engine(stack)
+    produced = list(engine.generate(engine.start(prompt, max_new_tokens=num_tokens, policy=policy(threshold), catch_up=catch_up)))
+    simulation, ids, ties = Simulation(model, threshold, catch_up, len(prompt)), list(prompt), 0
+    for token in produced:
+        with torch.no_grad():
+            expected, depth, confidence = simulation.next(ids)
+        if abs(confidence - threshold) < TIE:
+            ties += 1  # what follows may differ for that reason alone
+            break
+        assert (token.id, token.depth) == (expected, depth)
+        assert token.confidence == pytest.approx(confidence, abs=1e-4)
+        ids.append(expected)
+    assert ties == 0, "pick another seed: a tie cut this test short"
+    assert len(set(t.depth for t in produced)) >= 2, "the threshold must separate tokens, or the test shows nothing"
+
+
+def engine_logprobs(stack: OrtStack, ids: list[int], chosen: ExitPolicy, catch_up: str, cap: int) -> tuple[list[float], list[int]]:
+    """Token by token, from a prompt of one token."""
+    engine = Engine(stack, cap=cap)
+    sequence = engine.start(ids[:1], max_new_tokens=len(ids) - 1, policy=chosen, catch_up=catch_up, sampler=Given(ids))
+    tokens = list(engine.generate(sequence))
+    return [t.logprob for t in tokens], [t.depth for t in tokens]
+
+
+@pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
+@pytest.mark.parametrize("name", ["max-prob", "margin", "entropy"])
+@pytest.mark.parametrize("cap", [5, 1000])
+def test_parallel_scores_equal_the_engines(stack: OrtStack, catch_up: str, name: str, cap: int) -> None:
+    ids = text(150, seed=5)
+    policies = [policy(None), policy(0.0, name), *(policy(t, name) for t in THRESHOLDS), policy(1.0, name)]
+    scores = score_documents(stack, [ids], policies, catch_up)
+    for chosen, score in zip(policies, scores, strict=True):
+        logprobs, depths = engine_logprobs(stack, ids, chosen, catch_up, cap)
+        assert score.depths.tolist() == depths
+        np.testing.assert_allclose(score.logprobs, logprobs, rtol=1e-4, atol=1e-4)
+        assert score.perplexity == pytest.approx(np.exp(-np.mean(logprobs)), rel=1e-4)
+    assert len({tuple(score.depths) for score in scores}) >= 4
+
+
+def test_off_is_the_plain_model(stack: OrtStack, model: Decoder) -> None:
+    ids = text(200, seed=8)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0, torch.arange(199), torch.tensor(ids[1:])]
+    for catch_up in ("recompute", "propagate"):
+        (score,) = score_documents(stack, [ids], [policy(None)], catch_up)
+        assert set(score.depths) == {6}
+        np.testing.assert_allclose(score.logprobs, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_threshold_zero_leaves_every_token_at_the_first_exit(stack: OrtStack) -> None:
+    for catch_up in ("recompute", "propagate"):
+        (score,) = score_documents(stack, [text(100)], [policy(0.0)], catch_up)
+        assert set(score.depths) == {2}
+
+
+def test_long_documents_are_scored_once_a_token_with_the_context_of_their_window(stack: OrtStack, model: Decoder) -> None:
+    documents = [text(700, seed=1), text(2, seed=2), text(stack.max_positions + 1, seed=3)]
+    (score,) = score_documents(stack, documents, [policy(None)], "recompute")
+    assert len(score.logprobs) == 699 + 1 + stack.max_positions
+    ids = torch.tensor(documents[0])
+    with torch.no_grad():  # the second window: inputs 144..432, of which 288.. are new
+        window = model(ids[None, 144:432]).log_softmax(-1)[0]
+    expected = window[torch.arange(288), ids[145:433]].numpy()[144:]
+    np.testing.assert_allclose(score.logprobs[288:432], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("num_ids", "length", "stride"), [(2, 4, 2), (5, 4, 2), (17, 8, 3), (100, 8, 8), (9, 8, 4), (10, 8, 1)])
+def test_windows_score_every_target_once(num_ids: int, length: int, stride: int) -> None:
+    scored: list[int] = []
+    for window in windows(num_ids, length, stride):
+        assert 0 < window.stop - window.start <= length
+        scored += range(window.start + window.scored_from + 1, window.stop + 1)
+    assert scored == list(range(1, num_ids))

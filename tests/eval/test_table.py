@@ -1,0 +1,97 @@
+"""The table: its contract, and that its speeds are those of the wall clock."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ease_eval.cli import main
+from ease_eval.latency import Setting, Text, ideal_seconds, measure
+from ease_runtime.engine import Engine
+from ease_runtime.policy import ExitPolicy
+from ease_runtime.stack import OrtStack
+
+CONTRACT = {"policy", "threshold", "catch_up", "ppl", "mean_depth", "depth_fraction", "tokens_per_second"}
+CONTRACT |= {"latency_ms_p50", "latency_ms_p95", "speedup", "ideal_speedup"}
+SMALL = ["--scored-tokens", "300", "--texts", "2", "--prompt-tokens", "8", "--new-tokens", "24", "--rounds", "2"]
+
+
+def test_json_and_markdown_hold_every_row_off_first(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
+    files = ["--json", str(tmp_path / "out" / "table.json"), "--markdown", str(tmp_path / "table.md")]
+    arguments = ["table", str(tiny_bundle), "--data", str(corpus_file), "--thresholds", "0,0.6", "--catch-up", "recompute", "--catch-up", "propagate"]
+    result = CliRunner().invoke(main, [*arguments, *SMALL, *files])
+    assert result.exit_code == 0, result.output
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert {"bundle", "data", "device", "versions", "rows"} <= table.keys()
+    rows = table["rows"]
+    assert [(r["threshold"], r["catch_up"]) for r in rows[1:]] == [(0.0, "recompute"), (0.6, "recompute"), (0.0, "propagate"), (0.6, "propagate")]
+    assert all(r.keys() >= CONTRACT for r in rows)
+    off = rows[0]
+    assert (off["threshold"], off["mean_depth"], off["speedup"], off["ideal_speedup"]) == (None, 6.0, 1.0, 1.0)
+    assert rows[1]["mean_depth"] == 2.0
+    assert 2.0 < rows[2]["mean_depth"] < 6.0
+    assert rows[1]["ppl"] == rows[3]["ppl"], "when all leave at the first exit, no later K/V is ever read"
+    assert sum(rows[2]["depth_counts"].values()) == table["num_scored_tokens"] == 300
+    markdown = (tmp_path / "table.md").read_text()
+    assert markdown.count("\n| ") == len(rows) + 1
+    assert f"{off['ppl']:.2f}" in markdown
+
+
+def settings(*thresholds: float | None) -> list[Setting]:
+    return [Setting(ExitPolicy.create("max-prob", None if t is None else [t], 3), "propagate") for t in thresholds]
+
+
+def test_a_slow_deep_segment_shows_in_measured_and_ideal_speed(tiny_bundle: Path) -> None:
+    """With the last segment made slower by 5 ms, leaving at the first exit is more than five times as fast, and so is the ideal."""
+    stack = OrtStack(tiny_bundle)
+    texts = [Text(tuple(range(1, 31)), 10)]
+
+    def speedups() -> tuple[float, float]:
+        (off, early), seconds = measure(Engine(stack), settings(None, 0.0), texts, 3)
+        assert (set(off.depths), set(early.depths)) == ({6}, {2})
+        return off.rounds[1] / early.rounds[1], ideal_seconds(off.calls, seconds) / ideal_seconds(early.calls, seconds)
+
+    plain_measured, plain_ideal = speedups()
+    plain_run = stack.run_segment
+
+    def slowed(number: int, *arguments: object) -> None:
+        if number == 2:
+            time.sleep(0.005)
+        plain_run(number, *arguments)  # type: ignore[arg-type]
+
+    stack.run_segment = slowed  # type: ignore[assignment, method-assign]
+    slow_measured, slow_ideal = speedups()
+    assert slow_measured > 5 > plain_measured
+    assert slow_ideal > 5 > plain_ideal
+
+
+def test_calls_of_a_setting_are_those_its_depths_need(tiny_bundle: Path) -> None:
+    stack = OrtStack(tiny_bundle)
+    texts = [Text(tuple(range(1, 31)), 10)]
+    (off, early), _ = measure(Engine(stack), settings(None, 0.0), texts, 1)
+    kinds = [(call.graph, call.number, call.num_tokens) for call in off.calls]
+    assert kinds == [("segment", 0, 1), ("segment", 1, 1), ("segment", 2, 1), ("exit", 2, 1)] * 19
+    assert [(call.graph, call.number, call.num_tokens) for call in early.calls] == [("segment", 0, 1), ("exit", 0, 1)] * 19
+    assert len(off.depths) == len(off.token_seconds) == 19
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "maxprob"], "unknown policy 'maxprob'; did you mean 'max-prob'?"),
+        (["--catch-up", "recompte"], "unknown catch-up 'recompte'; did you mean 'recompute'?"),
+        (["--thresholds", "1.2"], "threshold 1.2 is outside [0, 1]"),
+        (["--data", "no/such.txt"], "no data file at no/such.txt"),
+        (["--split", "tests"], "unknown split 'tests'; did you mean 'test'?"),
+        (["--rounds", "0"], "num_rounds = 0, expected at least 1"),
+        (["--new-tokens", "5000"], "5008 tokens a text are more than this model's context of 288"),
+        (["--json", "/proc/table.json"], "could not write /proc/table.json"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tiny_bundle: Path, corpus_file: Path, options: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, ["table", str(tiny_bundle), "--data", str(corpus_file), *SMALL, *options])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1

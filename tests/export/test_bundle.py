@@ -1,0 +1,132 @@
+"""The bundle against the checkpoint: every graph, the whole, every segmentation, and what a failed export leaves."""
+
+import errno
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+import tiny_model
+import torch
+from safetensors.torch import load_file, save_file
+
+from ease_export import build
+from ease_export.build import export_bundle
+from ease_export.errors import ExportError
+from ease_export.verify import TOLERANCE, torch_greedy, verify_bundle
+from ease_runtime.engine import Engine
+from ease_runtime.manifest import load_manifest
+from ease_runtime.stack import OrtStack
+from ease_train.checkpoint import load_checkpoint
+
+NUM_GREEDY = 200
+
+
+def test_every_graph_equals_torch_and_greedy_tokens_agree(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    report = verify_bundle(tiny_bundle, tiny_checkpoint, NUM_GREEDY)
+    assert max(d.relative for d in report.differences) <= TOLERANCE
+    graphs = {d.graph for d in report.differences}
+    assert {"segment_01.onnx", "segment_02.onnx", "segment_03.onnx", "kv_02.onnx", "kv_03.onnx", "exit_02.onnx + head.onnx"} <= graphs
+    assert (report.agreed, report.num_generated) == (NUM_GREEDY, NUM_GREEDY)
+    assert report.ok
+
+
+@pytest.mark.parametrize("name", ["layers.3.attention.k_proj.weight", "exit_norms.2.weight", "lm_head.weight", "layers.5.mlp.down_proj.weight"])
+def test_verify_finds_a_weight_that_differs(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    other = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, other)
+    weights = load_file(other / "model.safetensors")
+    weights[name].view(-1)[5] += 0.5
+    save_file(weights, other / "model.safetensors")
+    assert not verify_bundle(tiny_bundle, other, 8).ok
+
+
+def test_graphs_hold_standard_operators_only(tiny_bundle: Path) -> None:
+    for path in sorted(tiny_bundle.glob("*.onnx")):
+        model = onnx.load(path, load_external_data=False)
+        assert {node.domain for node in model.graph.node} == {""}, path.name
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", 24)], path.name
+    operators = Counter(node.op_type for node in onnx.load(tiny_bundle / "segment_02.onnx", load_external_data=False).graph.node)
+    assert operators["Attention"] == 2
+    assert operators["TensorScatter"] == 4
+
+
+def test_kv_graphs_name_their_segments_weights(tiny_bundle: Path) -> None:
+    def places(name: str) -> set[tuple[str, str]]:
+        graph = onnx.load(tiny_bundle / name, load_external_data=False).graph
+        entries = [{e.key: e.value for e in tensor.external_data} for tensor in graph.initializer if tensor.external_data]
+        return {(e["location"], e["offset"]) for e in entries}
+
+    assert not (tiny_bundle / "kv_02.onnx.data").exists()
+    kv, segment = places("kv_02.onnx"), places("segment_02.onnx")
+    assert len(kv) >= 5  # two projections a layer, and the rotary tables
+    assert kv <= segment
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, tiny_checkpoint: Path) -> dict[int, tuple[Path, Path]]:
+    """The same model cut into 1, 2, 3 and 4 segments: number -> (checkpoint, bundle)."""
+    made = {3: (tiny_checkpoint, tiny_bundle)}
+    for exits in ((6,), (3, 6), (1, 3, 5, 6)):
+        folder = tmp_path_factory.mktemp(f"cut{len(exits)}")
+        tiny_model.write_checkpoint(folder / "checkpoint", exits)
+        export_bundle(folder / "checkpoint", folder / "bundle")
+        made[len(exits)] = (folder / "checkpoint", folder / "bundle")
+    return made
+
+
+def test_every_segmentation_gives_torchs_greedy_tokens(cuts: dict[int, tuple[Path, Path]]) -> None:
+    """In one prefill of all but the last token, or token by token, and whatever the number of segments."""
+    prompt = [5, 200, 31, 77]
+    expected: list[int] | None = None
+    for checkpoint_path, bundle in cuts.values():
+        model = load_checkpoint(checkpoint_path).model.eval()
+        with torch.no_grad():
+            reference = torch_greedy(model, prompt, NUM_GREEDY)
+        expected = expected or reference
+        assert reference == expected, "the checkpoints are the same model"
+        engine = Engine(OrtStack(bundle))
+        stepwise = [t.id for t in engine.generate(engine.start(prompt, max_new_tokens=NUM_GREEDY))]
+        assert stepwise == expected
+        for length in (1, 17, NUM_GREEDY - 1):
+            sequence = engine.start(prompt + expected[:length], max_new_tokens=1)
+            assert [t.id for t in engine.generate(sequence)] == [expected[length]]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_export_leaves_no_half_bundle(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    calls = []
+
+    def fail_third(*args: object) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        (args[1] / f"file{len(calls)}").write_text("half")  # type: ignore[operator]
+
+    monkeypatch.setattr(build, "write_graph", fail_third)
+    expected = ExportError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        export_bundle(tiny_checkpoint, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_keeps_the_older_bundle(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+    def full_disk(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "write_graph", full_disk)
+    with pytest.raises(ExportError, match="No space left on device; no half bundle"):
+        export_bundle(tiny_checkpoint, tmp_path / "bundle")
+    load_manifest(tmp_path / "bundle")
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_export_does_not_replace_what_is_no_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mine.txt").write_text("dear")
+    with pytest.raises(ExportError, match="is no bundle"):
+        export_bundle(tiny_checkpoint, tmp_path / "letters")
+    assert (tmp_path / "letters" / "mine.txt").read_text() == "dear"

@@ -1,0 +1,70 @@
+"""The seeded tiny checkpoint and bundle of the tests, also for a place without torch:
+
+    python tests/tiny_model.py OUT      # writes OUT/checkpoint and OUT/bundle
+"""
+
+import random
+import sys
+from pathlib import Path
+
+EXITS = (2, 4, 6)
+CONTEXT = 288  # more than two steps of the cache, and no multiple of one
+
+
+def corpus() -> str:
+    """About 40,000 characters with some structure: sentences over a small vocabulary, in paragraphs."""
+    rng = random.Random(0)
+    subjects = ["the king", "a shepherd", "the river", "my servant", "the stone", "a voice"]
+    verbs = ["went up to", "spoke unto", "looked upon", "was with", "did follow", "came before"]
+    places = ["the mountain", "the city", "the people", "the sea", "the house of the lord", "the field"]
+
+    def sentence() -> str:
+        return f"And {rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(places)}; and it was {rng.choice(['good', 'so', 'night', 'day'])}."
+
+    return "\n\n".join(" ".join(sentence() for _ in range(5)) for _ in range(150)) + "\n"
+
+
+def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS) -> None:
+    """A seeded model of 6 layers, untrained; its head is scaled so that confidences spread over (0, 1).
+
+    Whatever the exits, layers, embedding and head hold the same weights.
+    """
+    import torch
+
+    from ease_train.checkpoint import Checkpoint, save_checkpoint
+    from ease_train.config import ModelConfig, Recipe, TokenizerConfig, TrainConfig
+    from ease_train.model import Decoder
+    from ease_train.tokens import train_tokenizer
+
+    tokenizer_config = TokenizerConfig(kind="bpe", bpe_vocab_size=320)
+    tokenizer = train_tokenizer([corpus()], tokenizer_config)
+    config = ModelConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        dim=64,
+        num_layers=6,
+        num_heads=4,
+        num_kv_heads=2,
+        max_positions=CONTEXT,
+        exits=exits,
+        tie_embeddings=False,
+    )
+    train = TrainConfig(layer_weights={6: 1.0}, steps=1, sequence_length=64)
+    torch.manual_seed(7)
+    model = Decoder(config)
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)  # layers that move the state, so that the exits differ
+        model.embed.weight.mul_(20.0)
+        model.lm_head.weight.mul_(25.0)
+        for norm in model.exit_norms.values():
+            norm.weight.uniform_(0.5, 1.5)
+    save_checkpoint(Checkpoint(Recipe("tiny", "", "", config, tokenizer_config, train), model, tokenizer, 0, "corpus.txt"), path)
+
+
+if __name__ == "__main__":
+    from ease_export.build import export_bundle
+
+    out = Path(sys.argv[1])
+    write_checkpoint(out / "checkpoint")
+    export_bundle(out / "checkpoint", out / "bundle")
