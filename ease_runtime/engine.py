@@ -46,6 +46,7 @@ def schedule(sequence: Sequence, cap: int = DEFAULT_CAP) -> Work:
     kind = "kv" if sequence.catch_up == "propagate" else "segment"
     level = sequence.level
     if level == 0:
+        assert done[0] <= newest, "a cropped sequence needs its next token before it can go on"
         if not sequence.prefilling:
             for k in range(1, len(done)):
                 if done[k - 1] - done[k] >= cap:
@@ -57,9 +58,11 @@ def schedule(sequence: Sequence, cap: int = DEFAULT_CAP) -> Work:
 
 
 class Engine:
-    """Drives sequences over a stack. `cap` bounds the pending tokens at a boundary."""
+    """Drives sequences over a stack. `cap` bounds the pending tokens at a boundary. Raises RequestError for a cap below 1."""
 
     def __init__(self, stack: Stack, *, cap: int = DEFAULT_CAP) -> None:
+        if cap < 1:
+            raise RequestError(f"cap {cap} is below 1")
         self.stack, self.cap = stack, cap
         self.sequences: list[Sequence] = []  # unfinished: their pending states live in the pool
 
@@ -116,7 +119,10 @@ class Engine:
     def step(self, sequence: Sequence) -> Token | None:
         """One pass; the token that it produced, if it did."""
         work = schedule(sequence, self.cap)
-        return self.commit(sequence, work, self.run(sequence, work))
+        token = self.commit(sequence, work, self.run(sequence, work))
+        if sequence.finish_reason is not None:
+            self.release(sequence)
+        return token
 
     def run(self, sequence: Sequence, work: Work) -> HeadOutput | None:
         """Run a pass, and the exit's head when the newest token is in it and still undecided at an exit that asks."""

@@ -70,7 +70,8 @@ class ExitPolicy:
             return output.top_prob
         if self.name == "margin":
             return output.margin
-        return np.clip(1.0 - output.entropy / math.log(output.logits.shape[-1]), 0.0, 1.0).astype(np.float32)
+        certainty: NDArray[np.float32] = np.clip(1.0 - output.entropy / math.log(output.logits.shape[-1]), 0.0, 1.0).astype(np.float32)
+        return certainty
 
     def leaves(self, exit_index: int, confidence: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Which of the tokens leave at an early exit. Shape: (N) -> (N)."""

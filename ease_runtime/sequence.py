@@ -54,7 +54,12 @@ class Sequence:
         return self.rows[self.done[-1] : self.done[0]]
 
     def crop(self, length: int) -> None:
-        """Forget every token from position `length` on; what the caches hold past it is overwritten later."""
+        """Forget every token from position `length` on; what the caches hold past it is overwritten later.
+
+        The token that takes the place of the first of them is appended to `tokens` before the next step. The prompt must have run.
+        """
         del self.tokens[length:]
+        del self.produced[max(0, length - self.num_prompt) :]
+        self.num_prompt = min(self.num_prompt, length)
         self.done = [min(done, length) for done in self.done]
         self.level, self.decided = 0, None

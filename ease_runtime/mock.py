@@ -1,0 +1,210 @@
+"""The layers without weights: the protocol `Stack` in plain numpy, for tests of whatever drives one.
+
+    stack = MockStack(exit_layers=(2, 4, 6), confidence=lambda exit_index, position: 0.9 if position % 3 else 0.2)
+    engine = Engine(stack)
+
+A hidden state is one 64-bit number. Each layer hashes it with the keys and values of every position up to its own, and the
+logits are a hash of what comes out: a pass over the wrong token, at the wrong position, in the wrong order or on missing or
+stale K/V changes every figure after it, and a right one is equal to the bit however the work was cut into passes.
+What the contract forbids fails at once, with an AssertionError: gaps in a cache, rows that nobody wrote or kept, states of
+another position or another depth. Rows move at every reservation, and a head's output is spoilt by the next call.
+
+Shapes: S new tokens, N tokens at an exit, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ease_runtime.policy import HeadOutput
+from ease_runtime.stack import Cache, Call, Int64s
+
+LARGEST_LOGIT = 12.0  # a token's logits spread over ±(a share of) this, so that confidences spread over (0, 1)
+SMALLEST = float(np.finfo(np.float32).tiny)  # stands for a scripted confidence of 0, whose logarithm is needed
+
+Hashes = NDArray[np.uint64]
+
+
+def mix(*parts: Hashes) -> Hashes:
+    """One 64-bit number of several (the finalizer of MurmurHash3, applied part after part). Broadcasts."""
+    mixed = np.zeros(1, np.uint64)
+    for part in parts:
+        mixed = (mixed ^ part) + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+        mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+        mixed = mixed ^ (mixed >> np.uint64(33))
+    return mixed
+
+
+def _number(value: int) -> Hashes:
+    return np.array([value], np.uint64)
+
+
+class MockCache:
+    """K/V of one sequence: a number a layer and position. `filled[k]` positions of segment k count; later ones are stale."""
+
+    def __init__(self, num_layers: int, num_segments: int, capacity: int) -> None:
+        self.entries = np.zeros((num_layers, capacity), np.uint64)
+        self.filled = [0] * num_segments
+
+
+class MockPool:
+    """Hidden states by row, each with its position and the segment it came out of (-1: nothing was written yet)."""
+
+    UNKNOWN = -2  # a row that is neither reserved nor live
+
+    def __init__(self) -> None:
+        self.moves = 0
+        self.states = np.zeros(0, np.uint64)
+        self.positions = np.zeros(0, np.int64)
+        self.segments = np.zeros(0, np.int64)
+
+    def reserve(self, num_rows: int, live: Sequence[Int64s]) -> int:
+        """Free rows in a line. Every living row moves; every other row is forgotten."""
+        named = np.concatenate([np.zeros(0, np.int64), *live])
+        assert len(set(named.tolist())) == len(named), "a row is named as living twice"
+        self.check_written(named)
+        self.moves += 1
+        first = 1 + self.moves % 5  # another place each time, and never row 0
+        size = first + num_rows + len(named)
+        states, positions, segments = np.zeros(size, np.uint64), np.zeros(size, np.int64), np.full(size, self.UNKNOWN, np.int64)
+        segments[first : first + num_rows] = -1
+        moved = first + num_rows
+        for rows in reversed(live):
+            here = slice(moved, moved + len(rows))
+            states[here], positions[here], segments[here] = self.states[rows], self.positions[rows], self.segments[rows]
+            rows[:] = np.arange(here.start, here.stop)
+            moved = here.stop
+        self.states, self.positions, self.segments = states, positions, segments
+        return first
+
+    def check_written(self, rows: Int64s) -> None:
+        """Whether the rows hold states: written since they were reserved, and named as living ever since."""
+        for row in rows.tolist():
+            assert self._segment_of(row) >= 0, f"row {row} holds no state"
+
+    def write(self, first: int, states: Hashes, start: int, segment: int) -> None:
+        """Put the states of positions start.. into rows that were reserved last and not written since."""
+        rows = np.arange(first, first + len(states))
+        for row in rows.tolist():
+            assert self._segment_of(row) == -1, f"row {row} was not reserved for this pass"
+        self.states[rows], self.segments[rows] = states, segment
+        self.positions[rows] = np.arange(start, start + len(states))
+
+    def _segment_of(self, row: int) -> int:
+        return int(self.segments[row]) if 0 <= row < len(self.segments) else self.UNKNOWN
+
+
+class MockStack:
+    """A stack of hashes. Layers and exits as in a bundle; `confidence(exit_index, position)` scripts what exits report.
+
+    Without a script the confidence is that of the logits. `trace` collects the calls, with the tokens that a cache holds
+    as its length.
+    """
+
+    def __init__(
+        self,
+        exit_layers: tuple[int, ...] = (2, 4, 6),
+        *,
+        vocab_size: int = 23,
+        max_positions: int = 64,
+        confidence: Callable[[int, int], float] | None = None,
+    ) -> None:
+        self.exit_layers, self.vocab_size, self.max_positions = exit_layers, vocab_size, max_positions
+        self.trace: list[Call] | None = None
+        self.confidence = confidence
+        self.pool = MockPool()
+        self._output: HeadOutput | None = None
+
+    def layers(self, number: int) -> range:
+        """The layers (from 1) of a segment (from 0)."""
+        return range(self.exit_layers[number - 1] + 1 if number else 1, self.exit_layers[number] + 1)
+
+    def open_cache(self) -> MockCache:
+        return MockCache(self.exit_layers[-1], len(self.exit_layers), self.max_positions)
+
+    def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
+        return self.pool.reserve(num_rows, live)
+
+    def run_segment(
+        self, number: int, cache: Cache, start: int, inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None
+    ) -> None:
+        cache, positions = self._place("segment", number, cache, start, inputs)
+        if number == 0:
+            assert all(0 <= token < self.vocab_size for token in inputs.tolist()), "a token is outside the vocabulary"
+            states = mix(_number(0), inputs.astype(np.uint64))
+        else:
+            assert (self.pool.segments[inputs] == number - 1).all(), f"a state does not come from segment {number - 1}"
+            states = self.pool.states[inputs]
+        moving = np.ones(len(inputs), np.bool_) if active is None else active
+        for layer in self.layers(number):
+            entries = cache.entries[layer - 1]
+            entries[positions] = self.keys_values(layer, positions, states)
+            attended = np.cumsum(entries[: start + len(inputs)], dtype=np.uint64)[start:]
+            states = np.where(moving, mix(_number(layer), _number(2), states, attended), states)
+        self.pool.write(out_row, states, start, number)
+
+    def run_kv(self, number: int, cache: Cache, start: int, rows: Int64s) -> None:
+        assert number > 0, "the first segment runs for every token: there is nothing to propagate into it"
+        cache, positions = self._place("kv", number, cache, start, rows)
+        for layer in self.layers(number):
+            cache.entries[layer - 1][positions] = self.keys_values(layer, positions, self.pool.states[rows])
+
+    def run_exit(self, number: int, rows: Int64s) -> HeadOutput:
+        self.pool.check_written(rows)
+        assert (self.pool.segments[rows] == number).all(), f"a state does not come from segment {number}"
+        if self.trace is not None:
+            self.trace.append(Call("exit", number, len(rows), 0))
+        if self._output is not None:
+            _spoil(self._output)
+        self._output = self._head(number, rows)
+        return self._output
+
+    @staticmethod
+    def keys_values(layer: int, positions: Int64s, states: Hashes) -> Hashes:
+        """What a layer (from 1) stores for states at their positions. Shape: (S), (S) -> (S)."""
+        return mix(_number(layer), _number(1), positions.astype(np.uint64), states)
+
+    def _place(self, kind: str, number: int, cache: Cache, start: int, inputs: Int64s) -> tuple[MockCache, Int64s]:
+        """Check a pass against the contract and note it. Returns the cache and the new tokens' positions."""
+        assert isinstance(cache, MockCache)
+        stop = start + len(inputs)
+        assert len(inputs) > 0, "a pass over no token"
+        assert 0 <= start <= cache.filled[number], (
+            f"segment {number} holds {cache.filled[number]} positions: writing at {start} leaves a gap"
+        )
+        assert stop <= self.max_positions, f"position {stop - 1} is past the context of {self.max_positions}"
+        positions = np.arange(start, stop)
+        if number:
+            self.pool.check_written(inputs)
+            assert (self.pool.positions[inputs] == positions).all(), f"rows of positions {self.pool.positions[inputs]} run at {positions}"
+            assert (self.pool.segments[inputs] < number).all(), f"a state has been through segment {number} before"
+        cache.filled[number] = stop
+        if self.trace is not None:
+            self.trace.append(Call(kind, number, len(inputs), stop))
+        return cache, positions
+
+    def _head(self, number: int, rows: Int64s) -> HeadOutput:
+        """Logits hashed from the states and the exit, and what follows from them. Shape: (N) -> (N, V), (N)..."""
+        hashed = mix(_number(number), _number(3), self.pool.states[rows][:, None], np.arange(self.vocab_size + 1, dtype=np.uint64))
+        uniform = (hashed >> np.uint64(40)).astype(np.float64) * 2.0**-24  # in [0, 1)
+        logits = ((2.0 * uniform[:, 1:] - 1.0) * LARGEST_LOGIT * uniform[:, :1]).astype(np.float32)
+        weights = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+        probabilities = weights / weights.sum(axis=1, keepdims=True)
+        ordered = np.sort(probabilities, axis=1)
+        top, margin = ordered[:, -1], ordered[:, -1] - ordered[:, -2]
+        entropy = -(probabilities * np.log(probabilities)).sum(axis=1)
+        if self.confidence is not None:
+            scripted = np.array([self.confidence(number, position) for position in self.pool.positions[rows].tolist()])
+            top, margin, entropy = np.maximum(scripted, SMALLEST), scripted, (1.0 - scripted) * math.log(self.vocab_size)
+        floats = (values.astype(np.float32) for values in (top, margin, entropy))
+        return HeadOutput(logits, logits.argmax(axis=1), *floats)
+
+
+def _spoil(output: HeadOutput) -> None:
+    """Overwrite an output that its reader should be done with, as the next call to a real head does."""
+    for values in (output.logits, output.top_prob, output.margin, output.entropy):
+        values.fill(np.nan)
+    output.top_id.fill(-1)
