@@ -1,6 +1,6 @@
 """Write docs/cli.md from every command's --help; with --check, fail when it has drifted.
 
-    python docs/make_cli.py [--check]
+python docs/make_cli.py [--check]
 """
 
 import sys

@@ -80,10 +80,16 @@ def exit_file(number: int) -> str:
     return f"exit_{number + 1:02d}.onnx"
 
 
+def head_file(model: Decoder, number: int, layer: int) -> str:
+    return HEAD_FILE if model.head(layer) is model.lm_head else f"head_{number + 1:02d}.onnx"
+
+
 def plan_graphs(model: Decoder) -> Iterator[Plan]:
     """Every graph of the bundle, one after the other."""
-    yield _head_plan(model)
+    yield _head_plan(HEAD_FILE, model.lm_head)
     for number, (first, last) in enumerate(model.config.segments):
+        if model.head(last) is not model.lm_head:
+            yield _head_plan(head_file(model, number, last), model.head(last))
         yield _segment_plan(model, number, first, last)
         if number:
             yield _kv_plan(model, number, first, last)
@@ -101,14 +107,20 @@ def _caches(model: Decoder, first: int, last: int) -> tuple[list[Tensor], list[d
 
 def _segment_plan(model: Decoder, number: int, first: int, last: int) -> Plan:
     past, past_axes, names = _caches(model, first, last)
-    ids, active, write = torch.zeros(ROWS, TOKENS, dtype=torch.int64), torch.ones(ROWS, TOKENS, dtype=torch.bool), torch.zeros(ROWS, dtype=torch.int64)
+    ids, active, write = (
+        torch.zeros(ROWS, TOKENS, dtype=torch.int64),
+        torch.ones(ROWS, TOKENS, dtype=torch.bool),
+        torch.zeros(ROWS, dtype=torch.int64),
+    )
     tokens = {0: "B", 1: "S"}
     shared = ["active", "write_indices", *(f"past_{n}" for n in names)]
     out = ["hidden", *(f"present_{n}" for n in names)]
     file = segment_file(number)
     if number == 0:
         module: nn.Module = FirstSegment(model, first, last)
-        return Plan(file, module, (ids, active, write, past), ["input_ids", *shared], (tokens, tokens, {0: "B"}, past_axes), out, f"{file}.data")
+        return Plan(
+            file, module, (ids, active, write, past), ["input_ids", *shared], (tokens, tokens, {0: "B"}, past_axes), out, f"{file}.data"
+        )
     pool = torch.zeros(POOL, model.config.dim)
     axes = ({0: "M"}, tokens, tokens, {0: "B"}, past_axes)
     return Plan(file, Segment(model, first, last), (pool, ids, active, write, past), ["pool", "index", *shared], axes, out, f"{file}.data")
@@ -119,7 +131,15 @@ def _kv_plan(model: Decoder, number: int, first: int, last: int) -> Plan:
     inputs = (torch.zeros(POOL, model.config.dim), torch.zeros(ROWS, TOKENS, dtype=torch.int64), torch.zeros(ROWS, dtype=torch.int64), past)
     input_names = ["pool", "index", "write_indices", *(f"past_{n}" for n in names)]
     axes = ({0: "M"}, {0: "B", 1: "S"}, {0: "B"}, past_axes)
-    return Plan(kv_file(number), PropagateKV(model, first, last), inputs, input_names, axes, [f"present_{n}" for n in names], f"{segment_file(number)}.data")
+    return Plan(
+        kv_file(number),
+        PropagateKV(model, first, last),
+        inputs,
+        input_names,
+        axes,
+        [f"present_{n}" for n in names],
+        f"{segment_file(number)}.data",
+    )
 
 
 def _exit_plan(model: Decoder, number: int, layer: int) -> Plan:
@@ -128,9 +148,9 @@ def _exit_plan(model: Decoder, number: int, layer: int) -> Plan:
     return Plan(file, ExitHead(model, layer), inputs, ["pool", "index"], ({0: "M"}, {0: "N"}), ["exit_hidden"], f"{file}.data")
 
 
-def _head_plan(model: Decoder) -> Plan:
+def _head_plan(file: str, lm_head: nn.Linear) -> Plan:
     outputs = ["logits", "top_id", "top_prob", "margin", "entropy"]
-    return Plan(HEAD_FILE, Head(model), (torch.zeros(AT_EXIT, model.config.dim),), ["exit_hidden"], ({0: "N"},), outputs, f"{HEAD_FILE}.data")
+    return Plan(file, Head(lm_head), (torch.zeros(AT_EXIT, lm_head.in_features),), ["exit_hidden"], ({0: "N"},), outputs, f"{file}.data")
 
 
 def write_graph(plan: Plan, folder: Path, tensors: dict[bytes, tuple[int, int]]) -> None:
@@ -203,7 +223,7 @@ def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path) -> Man
         end_id=checkpoint.tokenizer.token_to_id(END),
         tokenizer=TOKENIZER_FILE,
         segments=segments,
-        exits=tuple(ExitInfo(layer, exit_file(n), HEAD_FILE) for n, layer in enumerate(config.exits)),
+        exits=tuple(ExitInfo(layer, exit_file(n), head_file(checkpoint.model, n, layer)) for n, layer in enumerate(config.exits)),
         files={path.name: FileInfo(sha256_of(path), path.stat().st_size) for path in sorted(folder.iterdir())},
         source=_source(checkpoint, checkpoint_path),
     )
@@ -219,5 +239,10 @@ def _source(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
         "data": checkpoint.data,
         "step": checkpoint.step,
         "metrics": json.loads(json.dumps(evaluations[-1])) if evaluations else {},
-        "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "python": platform.python_version(),
+        },
     }

@@ -75,6 +75,7 @@ def inspect(bundle: Path) -> None:
 
 def render_manifest(manifest: Manifest, bundle: Path, console: Console) -> None:
     """What is in the bundle."""
+
     def megabytes(*names: str | None) -> str:
         return f"{sum(manifest.files[n].num_bytes for n in names if n in manifest.files) / 1e6:.2f}"
 

@@ -31,7 +31,7 @@ def _per_head(norm: nn.Module, x: Tensor, heads: tuple[int, int]) -> Tensor:
     """A norm over each head, where the model has one. Shape: (B, S, heads*P) -> same."""
     if isinstance(norm, nn.Identity):
         return x
-    out: Tensor = norm(x.unflatten(-1, heads)).flatten(-2)
+    out: Tensor = norm(torch.unflatten(x, -1, heads)).flatten(-2)
     return out
 
 
@@ -136,20 +136,21 @@ class PropagateKV(_OverCache):
         hidden = F.embedding(index, pool)
         where, present = Placement(hidden, write_indices, self.cos, self.sin), []
         for i, block in enumerate(self.blocks):
-            for cache, new in zip(past[2 * i : 2 * i + 2], block.keys_values(hidden, where), strict=True):  # type: ignore[operator]
+            assert isinstance(block, ServingBlock)
+            for cache, new in zip(past[2 * i : 2 * i + 2], block.keys_values(hidden, where), strict=True):
                 present.append(scatter_rows(cache, new, write_indices))
         return tuple(present)
 
 
 class ExitHead(nn.Module):
-    """exit_k: pool (M, D), index (N) -> exit_hidden (N, D), after the exit's norm."""
+    """exit_k: pool (M, D), index (N) -> exit_hidden (N, D), after the exit's adapter and norm."""
 
     def __init__(self, model: Decoder, layer: int) -> None:
         super().__init__()
-        self.norm = model.exit_norms[str(layer)] if str(layer) in model.exit_norms else model.norm
+        self.module = model.exit_module(layer)
 
     def forward(self, pool: Tensor, index: Tensor) -> Tensor:
-        out: Tensor = self.norm(F.embedding(index, pool))
+        out: Tensor = self.module(F.embedding(index, pool))
         return out
 
 
@@ -159,12 +160,12 @@ class Head(nn.Module):
     top_id (N) int64, top_prob (N), margin (N) = p1 - p2, entropy (N) in nats.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, lm_head: nn.Linear) -> None:
         super().__init__()
-        self.lm_head = model.lm_head
+        self.lm_head = lm_head
 
     def forward(self, exit_hidden: Tensor) -> tuple[Tensor, ...]:
-        logits = self.lm_head(exit_hidden)
+        logits = self.lm_head(exit_hidden)  # (N, V)
         top, ids = torch.topk(logits, 2, dim=-1)  # (N, 2)
         shifted = logits - top[:, :1]
         exponentials = shifted.exp()

@@ -123,7 +123,7 @@ def compare_caches(stack: OrtStack, model: Decoder, cache: Any, hidden: Tensor, 
 def compare_exit(stack: OrtStack, model: Decoder, number: int, rows: NDArray[np.int64], hidden: Tensor) -> Iterator[Difference]:
     """An exit's graph with its head: logits, and the figures reduced in the graph."""
     leave = stack.manifest.exits[number]
-    logits = model.lm_head(model.exit_hidden(hidden[0], leave.layer))
+    logits = model.head(leave.layer)(model.exit_hidden(hidden[0], leave.layer))
     probabilities = logits.softmax(-1)
     top = probabilities.topk(2, dim=-1).values
     output = stack.run_exit(number, rows)

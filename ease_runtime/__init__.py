@@ -1,0 +1,8 @@
+"""Run a bundle with ONNX Runtime; each token leaves as soon as it is sure. Imports no torch, onnx or transformers."""
+
+from ease_runtime.engine import Engine
+from ease_runtime.errors import BundleError, DeviceError, EaseError, RequestError
+from ease_runtime.llm import LLM, Options, Timing, TokenEvent
+from ease_runtime.policy import ExitPolicy
+
+__all__ = ["LLM", "BundleError", "DeviceError", "EaseError", "Engine", "ExitPolicy", "Options", "RequestError", "Timing", "TokenEvent"]

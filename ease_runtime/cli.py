@@ -32,8 +32,14 @@ def main(debug: bool) -> None:
 @click.option("--prompt", required=True, help="The text to continue; - reads it from standard input.")
 @click.option("--max-tokens", default=Options.max_tokens, show_default=True, help="Longest answer, in tokens.")
 @click.option("--policy", default=Options.policy, show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
-@click.option("--threshold", type=FloatList(), help="A token leaves at this confidence; one for every early exit, or one each. Without it none leaves.")
-@click.option("--catch-up", default=Options.catch_up, show_default=True, help=f"How tokens that left pay their K/V: {' or '.join(CATCH_UPS)}.")
+@click.option(
+    "--threshold",
+    type=FloatList(),
+    help="A token leaves at this confidence; one for every early exit, or one each. Without it none leaves.",
+)
+@click.option(
+    "--catch-up", default=Options.catch_up, show_default=True, help=f"How tokens that left pay their K/V: {' or '.join(CATCH_UPS)}."
+)
 @click.option("--temperature", default=Options.temperature, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=Options.top_k, show_default=True, help="Keep the k most probable tokens; 0 keeps all.")
 @click.option("--top-p", default=Options.top_p, show_default=True, help="Keep the most probable tokens up to this mass.")
@@ -145,7 +151,9 @@ def mean_depth(events: list[TokenEvent]) -> float:
     return sum(event.depth for event in events) / len(events)
 
 
-def print_summary(events: list[TokenEvent], timing: Timing, exit_layers: tuple[int, ...], full_depth: Timing | None, console: Console) -> None:
+def print_summary(
+    events: list[TokenEvent], timing: Timing, exit_layers: tuple[int, ...], full_depth: Timing | None, console: Console
+) -> None:
     """Depth and speed in a line, and against full depth in another."""
     if not events:
         return

@@ -23,7 +23,7 @@ class ErrorGroup(click.Group):
             sys.exit(1)
 
 
-class FloatList(click.ParamType):
+class FloatList(click.ParamType[tuple[float, ...]]):
     """Numbers separated by commas: 0.5,0.7."""
 
     name = "X[,X...]"

@@ -1,8 +1,8 @@
 """Text in, text out, over the engine.
 
-    llm = LLM("runs/demo/bundle")
-    for event in llm.generate("In the beginning", Options(threshold=(0.7,), catch_up="propagate")):
-        print(event.text, end="", flush=True)
+llm = LLM("runs/demo/bundle")
+for event in llm.generate("In the beginning", Options(threshold=(0.7,), catch_up="propagate")):
+    print(event.text, end="", flush=True)
 """
 
 import time

@@ -128,8 +128,9 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
 
 
 def _segment(table: "_Table") -> SegmentInfo:
-    kv_graph = table.file("kv_graph") if table.has("kv_graph") else None
-    return SegmentInfo(table.choice("kind", SEGMENT_KINDS), table.integer("first_layer"), table.integer("last_layer"), table.file("graph"), kv_graph)
+    kind, first, last = table.choice("kind", SEGMENT_KINDS), table.integer("first_layer"), table.integer("last_layer")
+    kv_graph = table.file("kv_graph") if first > 1 else None
+    return SegmentInfo(kind, first, last, table.file("graph"), kv_graph)
 
 
 def _check_shape(manifest: Manifest, table: "_Table") -> None:
@@ -137,7 +138,9 @@ def _check_shape(manifest: Manifest, table: "_Table") -> None:
     expected = 1
     for segment, leave in zip(manifest.segments, manifest.exits, strict=False):
         if segment.first_layer != expected or segment.last_layer < expected or leave.layer != segment.last_layer:
-            table.fail(f"layers {segment.first_layer}..{segment.last_layer} with an exit at {leave.layer} do not follow layer {expected - 1}")
+            table.fail(
+                f"layers {segment.first_layer}..{segment.last_layer} with an exit at {leave.layer} do not follow layer {expected - 1}"
+            )
         expected = segment.last_layer + 1
     if len(manifest.segments) != len(manifest.exits) or expected != manifest.num_layers + 1:
         table.fail(f"{len(manifest.segments)} segments and {len(manifest.exits)} exits do not make {manifest.num_layers} layers")

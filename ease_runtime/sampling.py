@@ -56,8 +56,8 @@ class GumbelSampler:
             raise RequestError(f"top_k {self.top_k} is below 0 (0 keeps every token)")
         if not 0.0 < self.top_p <= 1.0:
             raise RequestError(f"top_p {self.top_p} is outside (0, 1]")
-        if self.seed < 0:
-            raise RequestError(f"seed {self.seed} is below 0")
+        if not 0 <= self.seed < 2**64:
+            raise RequestError(f"seed {self.seed} is outside [0, 2**64)")
 
     def pick(self, output: HeadOutput, position: int) -> int:
         scaled = output.logits[0].astype(np.float64) / self.temperature
@@ -80,7 +80,7 @@ class GumbelSampler:
 def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """Standard Gumbel noise for token ids at a position: SplitMix64 (Steele et al. 2014) of the three numbers. Shape: (n) -> (n)."""
     mixed = _splitmix(_splitmix(_splitmix(np.array([seed], np.uint64)) ^ np.uint64(position)) ^ ids.astype(np.uint64))
-    uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1)
+    uniform = ((mixed >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # in (0, 1): with one bit more the largest rounds to 1
     noise: NDArray[np.float64] = -np.log(-np.log(uniform))
     return noise
 

@@ -27,7 +27,9 @@ def test_train_export_run_evaluate(tmp_path: Path, corpus_file: Path) -> None:
     run("ease-train", "fit", "demo", "--data", corpus_file, "--out", checkpoint, *MODEL, *steps)
     run("ease-export", "build", checkpoint, bundle)
     assert "88 of 88" in run("ease-export", "verify", bundle, "--checkpoint", checkpoint, "--tokens", "88").stdout
-    told = json.loads(run("ease-run", "generate", bundle, "--prompt", "And the king", "--threshold", "0.5", "--json", "--max-tokens", "40").stdout)
+    told = json.loads(
+        run("ease-run", "generate", bundle, "--prompt", "And the king", "--threshold", "0.5", "--json", "--max-tokens", "40").stdout
+    )
     assert {"text", "tokens", "finish_reason", "usage", "timing"} <= told.keys()
     assert {t["depth"] for t in told["tokens"]} <= {2, 4}
     assert "".join(t["text"] for t in told["tokens"]) == told["text"]
@@ -43,7 +45,9 @@ def test_train_export_run_evaluate(tmp_path: Path, corpus_file: Path) -> None:
 
 
 def test_coloured_generation_has_a_legend_and_figures(tiny_bundle: Path) -> None:
-    shown = run("ease-run", "generate", tiny_bundle, "--prompt", "And", "--threshold", "0.5", "--show-exits", "--compare", "--max-tokens", "30").stdout
+    shown = run(
+        "ease-run", "generate", tiny_bundle, "--prompt", "And", "--threshold", "0.5", "--show-exits", "--compare", "--max-tokens", "30"
+    ).stdout
     assert shown.startswith("depth:  2   4   6")
     assert "30 tokens, mean depth" in shown
     assert "of 6 layers" in shown

@@ -1,6 +1,6 @@
 """The seeded tiny checkpoint and bundle of the tests, also for a place without torch:
 
-    python tests/tiny_model.py OUT      # writes OUT/checkpoint and OUT/bundle
+python tests/tiny_model.py OUT      # writes OUT/checkpoint and OUT/bundle
 """
 
 import random
@@ -19,7 +19,9 @@ def corpus() -> str:
     places = ["the mountain", "the city", "the people", "the sea", "the house of the lord", "the field"]
 
     def sentence() -> str:
-        return f"And {rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(places)}; and it was {rng.choice(['good', 'so', 'night', 'day'])}."
+        return (
+            f"And {rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(places)}; and it was {rng.choice(['good', 'so', 'night', 'day'])}."
+        )
 
     return "\n\n".join(" ".join(sentence() for _ in range(5)) for _ in range(150)) + "\n"
 

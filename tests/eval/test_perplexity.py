@@ -62,7 +62,7 @@ class Simulation:
         if self.catch_up == "recompute":
             return None
         # The state of position i froze where the token after it was predicted; prompt positions never freeze, the newest is on its way.
-        depths = frozen_below[1:] + [0]
+        depths = [*frozen_below[1:], 0]
         mask = [depths[i] == 0 or depths[i] >= first or i < self.num_prompt for i in range(hidden.shape[1])]
         return torch.tensor([mask])
 
@@ -84,7 +84,7 @@ def test_engine_equals_the_simulation_in_torch(stack: OrtStack, model: Decoder, 
         assert token.confidence == pytest.approx(confidence, abs=1e-4)
         ids.append(expected)
     assert ties == 0, "pick another seed: a tie cut this test short"
-    assert len(set(t.depth for t in produced)) >= 2, "the threshold must separate tokens, or the test shows nothing"
+    assert len({t.depth for t in produced}) >= 2, "the threshold must separate tokens, or the test shows nothing"
 
 
 def engine_logprobs(stack: OrtStack, ids: list[int], chosen: ExitPolicy, catch_up: str, cap: int) -> tuple[list[float], list[int]]:

@@ -20,13 +20,29 @@ SMALL = ["--scored-tokens", "300", "--texts", "2", "--prompt-tokens", "8", "--ne
 
 def test_json_and_markdown_hold_every_row_off_first(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
     files = ["--json", str(tmp_path / "out" / "table.json"), "--markdown", str(tmp_path / "table.md")]
-    arguments = ["table", str(tiny_bundle), "--data", str(corpus_file), "--thresholds", "0,0.6", "--catch-up", "recompute", "--catch-up", "propagate"]
+    arguments = [
+        "table",
+        str(tiny_bundle),
+        "--data",
+        str(corpus_file),
+        "--thresholds",
+        "0,0.6",
+        "--catch-up",
+        "recompute",
+        "--catch-up",
+        "propagate",
+    ]
     result = CliRunner().invoke(main, [*arguments, *SMALL, *files])
     assert result.exit_code == 0, result.output
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert {"bundle", "data", "device", "versions", "rows"} <= table.keys()
     rows = table["rows"]
-    assert [(r["threshold"], r["catch_up"]) for r in rows[1:]] == [(0.0, "recompute"), (0.6, "recompute"), (0.0, "propagate"), (0.6, "propagate")]
+    assert [(r["threshold"], r["catch_up"]) for r in rows[1:]] == [
+        (0.0, "recompute"),
+        (0.6, "recompute"),
+        (0.0, "propagate"),
+        (0.6, "propagate"),
+    ]
     assert all(r.keys() >= CONTRACT for r in rows)
     off = rows[0]
     assert (off["threshold"], off["mean_depth"], off["speedup"], off["ideal_speedup"]) == (None, 6.0, 1.0, 1.0)

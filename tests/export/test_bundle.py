@@ -7,10 +7,10 @@ from pathlib import Path
 
 import onnx
 import pytest
-import tiny_model
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny_model
 from ease_export import build
 from ease_export.build import export_bundle
 from ease_export.errors import ExportError
@@ -32,7 +32,9 @@ def test_every_graph_equals_torch_and_greedy_tokens_agree(tiny_bundle: Path, tin
     assert report.ok
 
 
-@pytest.mark.parametrize("name", ["layers.3.attention.k_proj.weight", "exit_norms.2.weight", "lm_head.weight", "layers.5.mlp.down_proj.weight"])
+@pytest.mark.parametrize(
+    "name", ["layers.3.attention.k_proj.weight", "exit_norms.2.weight", "lm_head.weight", "layers.5.mlp.down_proj.weight"]
+)
 def test_verify_finds_a_weight_that_differs(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     other = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint, other)
@@ -95,7 +97,9 @@ def test_every_segmentation_gives_torchs_greedy_tokens(cuts: dict[int, tuple[Pat
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_export_leaves_no_half_bundle(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def test_a_failed_export_leaves_no_half_bundle(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     calls = []
 
     def fail_third(*args: object) -> None:
@@ -111,7 +115,9 @@ def test_a_failed_export_leaves_no_half_bundle(tiny_checkpoint: Path, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_export_keeps_the_older_bundle(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_keeps_the_older_bundle(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
 
     def full_disk(*args: object) -> None:

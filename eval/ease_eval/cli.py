@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -27,11 +28,15 @@ def main(debug: bool) -> None:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--data", default="kjv", show_default=True, help="kjv, wikitext-2, a local .txt/.jsonl/.parquet file, or a data set on the hub.")
+@click.option(
+    "--data", default="kjv", show_default=True, help="kjv, wikitext-2, a local .txt/.jsonl/.parquet file, or a data set on the hub."
+)
 @click.option("--split", default="test", show_default=True, help="train, validation or test.")
 @click.option("--policy", default="max-prob", show_default=True, help="max-prob, margin or entropy.")
 @click.option("--thresholds", type=FloatList(), default="0.5,0.7,0.9", show_default=True, help="Thresholds, each for every early exit.")
-@click.option("--catch-up", "catch_ups", multiple=True, default=("recompute",), show_default=True, help=f"{' or '.join(CATCH_UPS)}; may be repeated.")
+@click.option(
+    "--catch-up", "catch_ups", multiple=True, default=("recompute",), show_default=True, help=f"{' or '.join(CATCH_UPS)}; may be repeated."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
 @click.option("--markdown", "markdown_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.")
 @click.option("--scored-tokens", default=Amounts.scored_tokens, show_default=True, help="Tokens whose perplexity is measured.")
@@ -86,12 +91,15 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def render(result: Table, console: Console) -> None:
-    """The table on the terminal."""
-    shown = RichTable(title=f"{result.bundle} on {result.data} ({result.split})")
+    """The table on the terminal, narrow enough for 80 columns."""
+    policy = result.rows[0].policy
+    shown = RichTable(
+        title=f"{result.bundle} on {result.data} ({result.split}), {policy}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for column in COLUMNS:
-        shown.add_column(column, justify="right", no_wrap=True)
+        shown.add_column(column.replace(" ", "\n").replace("/", "\n/"), justify="right")
     for row in result.rows:
-        shown.add_row(*cells(row))
+        shown.add_row(*(cell.removeprefix(f"{policy} ") for cell in cells(row)))
     console.print(shown)
 
 

@@ -92,7 +92,8 @@ class _Decisions:
 
     @property
     def undecided(self) -> NDArray[np.bool_]:
-        return self.depths == 0
+        mask: NDArray[np.bool_] = self.depths == 0
+        return mask
 
     def see(self, exit_index: int, positions: NDArray[np.int64], confidence: NDArray[np.float32], logprobs: Floats) -> None:
         """What an exit says of some undecided positions: those that leave are settled."""

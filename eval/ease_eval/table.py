@@ -1,7 +1,7 @@
 """The table: for each setting, off first, what it costs in perplexity and saves in time.
 
-    table = make_table(bundle, source="kjv", split="test", thresholds=[0.5, 0.7, 0.9], catch_ups=["recompute"])
-    print(table.markdown())
+table = make_table(bundle, source="kjv", split="test", thresholds=[0.5, 0.7, 0.9], catch_ups=["recompute"])
+print(table.markdown())
 """
 
 import json
@@ -83,7 +83,19 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
-COLUMNS = ("threshold", "catch-up", "perplexity", "vs off", "mean depth", "tokens/s", "p50 ms", "p95 ms", "speed-up", "ideal", "measured/ideal")
+COLUMNS = (
+    "threshold",
+    "catch-up",
+    "perplexity",
+    "vs off",
+    "mean depth",
+    "tokens/s",
+    "p50 ms",
+    "p95 ms",
+    "speed-up",
+    "ideal",
+    "measured/ideal",
+)
 
 
 def cells(row: Row) -> list[str]:
@@ -152,7 +164,11 @@ def make_table(
         num_decoded_tokens=len(timings[0].depths),
         num_rounds=amounts.num_rounds,
         source=llm.manifest.source,
-        versions={"python": platform.python_version(), **{name: version(name) for name in ("numpy", "tokenizers", "ease-lm")}, **_onnxruntime()},
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("numpy", "tokenizers", "ease-lm")},
+            **_onnxruntime(),
+        },
         rows=tuple(rows),
     )
 
@@ -188,7 +204,9 @@ def choose_texts(documents: Sequence[Sequence[int]], amounts: Amounts, limit: in
     """Beginnings of documents spread evenly over the corpus, all of one length."""
     length = amounts.prompt_tokens + amounts.new_tokens
     if length > limit:
-        raise RequestError(f"{length} tokens a text are more than this model's context of {limit}; ask for fewer: --prompt-tokens, --new-tokens")
+        raise RequestError(
+            f"{length} tokens a text are more than this model's context of {limit}; ask for fewer: --prompt-tokens, --new-tokens"
+        )
     long_enough = [ids for ids in documents if len(ids) >= length]
     if not long_enough:
         raise RequestError(f"no document of the corpus has {length} tokens; ask for fewer: --prompt-tokens, --new-tokens")
@@ -201,7 +219,11 @@ def score_settings(llm: LLM, documents: Sequence[Sequence[int]], settings: Seque
     scores: dict[int, Scores] = {}
     for catch_up in CATCH_UPS:
         mine = [i for i, s in enumerate(settings) if s.catch_up == catch_up]
-        scores |= dict(zip(mine, score_documents(llm.stack, documents, [settings[i].policy for i in mine], catch_up), strict=True)) if mine else {}
+        scores |= (
+            dict(zip(mine, score_documents(llm.stack, documents, [settings[i].policy for i in mine], catch_up), strict=True))
+            if mine
+            else {}
+        )
     return [scores[i] for i in range(len(settings))]
 
 
