@@ -7,6 +7,7 @@ that is newer than this version, incomplete, altered, or points outside its dire
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers",)
 PRECISIONS = ("fp32",)
+LONGEST_NAME = 255  # bytes: what file systems take
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _check_shape(manifest: Manifest, table: "_Table") -> None:
 def _check_file(bundle: Path, name: str, info: FileInfo) -> None:
     path = bundle / name
     remedy = f"export the bundle again: ease-export build CHECKPOINT {bundle}"
-    if path.resolve().parent != bundle.resolve():
+    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(bundle):
         raise BundleError(f"{path} points outside the bundle; {remedy}")
     if not path.is_file():
         raise BundleError(f"{path} is missing; {remedy}")
@@ -207,7 +209,8 @@ class _Table:
         return self.file_name(self.text(key))
 
     def file_name(self, name: str) -> str:
-        if name in (".", "..") or "/" in name or "\\" in name or "\0" in name or ":" in name:
+        inside = name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
+        if not inside or len(name.encode()) > LONGEST_NAME:
             self.fail(f"{name!r} is not the name of a file inside the bundle")
         return name
 
