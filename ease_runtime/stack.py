@@ -58,7 +58,9 @@ class Stack(Protocol):
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         """The first of `num_rows` free rows in a line. Rows named in `live` keep their states; they may move, in place."""
 
-    def run_segment(self, number: int, cache: Cache, start: int, inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None) -> None:
+    def run_segment(
+        self, number: int, cache: Cache, start: int, inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None
+    ) -> None:
         """Run S tokens at positions start.. through a segment; their hidden states go to rows out_row...
 
         `inputs` are token ids for segment 0 and pool rows for the others. Where `active` is False a token is frozen.
@@ -77,7 +79,10 @@ def _start_thread_pool(num_threads: int) -> None:
 
     With the default, a spinning pool a session, two segments ran 2x slower and thirty 13x slower than one graph.
     """
-    ort.set_global_thread_pool_sizes(num_threads, 1)
+    try:
+        ort.set_global_thread_pool_sizes(num_threads, 1)
+    except Exception:  # ONNX Runtime's exceptions share no base of their own
+        raise DeviceError("onnxruntime's thread pool is there already, with another number of threads: a process has one") from None
 
 
 def _load_session(path: Path, log_level: int) -> ort.InferenceSession:
@@ -208,7 +213,9 @@ class OrtStack:
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         return self.pool.reserve(num_rows, live)
 
-    def run_segment(self, number: int, cache: Cache, start: int, inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None) -> None:
+    def run_segment(
+        self, number: int, cache: Cache, start: int, inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None
+    ) -> None:
         binding = self._place(self.segments[number], "segment", number, cache, start, inputs)
         binding.own["active"][0] = True if active is None else active
         if binding.bound.get("hidden") != (self.pool.serial, out_row):

@@ -1,0 +1,356 @@
+"""ONNX Runtime's side of the stack, on a real bundle: to the bit, in place, and loud when something is wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ease_runtime import stack as stack_module
+from ease_runtime.engine import CATCH_UPS, Engine
+from ease_runtime.errors import BundleError, DeviceError
+from ease_runtime.policy import ExitPolicy
+from ease_runtime.sampling import GumbelSampler
+from ease_runtime.sequence import Sequence, Token
+from ease_runtime.stack import HiddenPool, OrtCache, OrtStack
+
+NUM_TOKENS = 96
+SIZES = (1, 2, 3, 16, 48, 96)  # tokens a pass; none but the last is a whole number of the others, all divide 96
+COPIED = "TensorScatter: in-place optimization not activated"
+
+
+def some_ids(stack: OrtStack, num_tokens: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, stack.vocab_size, num_tokens)
+
+
+def run_all(stack: OrtStack, ids: np.ndarray, size: int, active: np.ndarray | None = None) -> tuple[list[np.ndarray], OrtCache]:
+    """Every segment over `ids` in passes of `size`: the hidden states after each segment, and the cache."""
+    cache, rows, states = stack.open_cache(), ids, []
+    for k in range(len(stack.exit_layers)):
+        out = stack.reserve_rows(len(ids), [rows] if k else [])
+        for start in range(0, len(ids), size):
+            part = slice(start, min(start + size, len(ids)))
+            stack.run_segment(k, cache, start, rows[part], out + start, None if active is None else active[part])
+        rows = np.arange(out, out + len(ids))
+        states.append(stack.pool.states[rows].copy())
+    return states, cache
+
+
+def assert_equal_runs(one: tuple[list[np.ndarray], OrtCache], other: tuple[list[np.ndarray], OrtCache]) -> None:
+    for k, (a, b) in enumerate(zip(one[0], other[0], strict=True)):
+        np.testing.assert_array_equal(a, b, err_msg=f"hidden states after segment {k}")
+    length = len(one[0][0])
+    np.testing.assert_array_equal(one[1].buffers[:, :, :, :length], other[1].buffers[:, :, :, :length], err_msg="keys and values")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_stack: OrtStack) -> tuple[list[np.ndarray], OrtCache]:
+    """One pass of 96 tokens a segment."""
+    return run_all(tiny_stack, some_ids(tiny_stack, NUM_TOKENS), NUM_TOKENS)
+
+
+@pytest.mark.parametrize("step", [1, 7, 128, 1000])
+@pytest.mark.parametrize("size", SIZES)
+def test_passes_are_bit_identical(
+    tiny_stack: OrtStack, whole: tuple[list[np.ndarray], OrtCache], size: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of tokens S and the cache length T: T as short as can be, in odd steps, in steps of 128, and all of it."""
+    monkeypatch.setattr(stack_module, "CACHE_STEP", step)
+    lengths = {tiny_stack.open_cache().length_for(n) for n in range(size, NUM_TOKENS + 1, size)}
+    assert lengths == {min(-(-n // step) * step, tiny_stack.max_positions) for n in range(size, NUM_TOKENS + 1, size)}
+    assert_equal_runs(run_all(tiny_stack, some_ids(tiny_stack, NUM_TOKENS), size), whole)
+
+
+def test_states_and_kv_are_not_trivial(tiny_stack: OrtStack, whole: tuple[list[np.ndarray], OrtCache]) -> None:
+    """Equal to the bit means something: every position and segment has states of its own, and another past gives others."""
+    states, cache = whole
+    for k in range(3):
+        assert len(np.unique(states[k], axis=0)) == NUM_TOKENS
+    assert (cache.buffers[:, :, :, :NUM_TOKENS] != 0).any(axis=-1).all()
+    assert not cache.buffers[:, :, :, NUM_TOKENS:].any()
+    ids = some_ids(tiny_stack, NUM_TOKENS)
+    ids[0] = (ids[0] + 1) % tiny_stack.vocab_size
+    other, _ = run_all(tiny_stack, ids, NUM_TOKENS)
+    assert (other[2] != states[2]).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_kv_graphs_write_what_frozen_tokens_have(tiny_stack: OrtStack, size: int) -> None:
+    """`run_kv` in passes of any size, against segments with `active` False: K/V equal to the bit, states unchanged."""
+    stack, ids = tiny_stack, some_ids(tiny_stack, NUM_TOKENS)
+    frozen, propagated = stack.open_cache(), stack.open_cache()
+    first = stack.reserve_rows(NUM_TOKENS, [])
+    stack.run_segment(0, frozen, 0, ids, first)
+    stack.run_segment(0, propagated, 0, ids, first)
+    rows = np.arange(first, first + NUM_TOKENS)
+    for k in (1, 2):
+        out = stack.reserve_rows(NUM_TOKENS, [rows])
+        stack.run_segment(k, frozen, 0, rows, out, np.zeros(NUM_TOKENS, np.bool_))
+        np.testing.assert_array_equal(stack.pool.states[out : out + NUM_TOKENS], stack.pool.states[rows])
+        for start in range(0, NUM_TOKENS, size):
+            stack.run_kv(k, propagated, start, rows[start : start + size])
+    np.testing.assert_array_equal(propagated.buffers, frozen.buffers)
+    assert frozen.buffers[:, :, :, :NUM_TOKENS].any(axis=-1).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_mask_of_frozen_tokens_is_bit_identical_too(tiny_stack: OrtStack, size: int) -> None:
+    ids, active = some_ids(tiny_stack, NUM_TOKENS), np.random.default_rng(5).random(NUM_TOKENS) < 0.5
+    assert_equal_runs(run_all(tiny_stack, ids, size, active), run_all(tiny_stack, ids, NUM_TOKENS, active))
+
+
+def test_head_figures_are_those_of_its_logits(tiny_stack: OrtStack) -> None:
+    states, _ = run_all(tiny_stack, some_ids(tiny_stack, 40), 40)
+    first = tiny_stack.reserve_rows(40, [])
+    for k in range(3):
+        tiny_stack.pool.states[first : first + 40] = states[k]
+        output = tiny_stack.run_exit(k, np.arange(first, first + 40))
+        logits = output.logits.astype(np.float64)
+        logprobs = logits - logits.max(axis=1, keepdims=True)
+        logprobs -= np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
+        top = np.sort(np.exp(logprobs), axis=1)
+        np.testing.assert_array_equal(output.top_id, logits.argmax(axis=1))
+        np.testing.assert_allclose(output.top_prob, top[:, -1], rtol=1e-5)
+        np.testing.assert_allclose(output.margin, top[:, -1] - top[:, -2], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(output.entropy, -(np.exp(logprobs) * logprobs).sum(axis=1), rtol=1e-4, atol=1e-5)
+
+
+# The cache in place
+
+
+def test_no_cache_is_copied(tiny_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime warns when TensorScatter cannot write in place. First, that it would: with the cache bound elsewhere."""
+    stack = OrtStack(tiny_bundle, log_level=2)
+    ids = some_ids(stack, 150)
+    _run_out_of_place(stack, ids[:3])
+    assert capfd.readouterr().err.count(COPIED) == 4  # two layers, keys and values
+    engine = Engine(stack, cap=5)
+    for catch_up in CATCH_UPS:
+        policy = ExitPolicy.create("max-prob", [0.4], 3)
+        sequence = engine.start(ids[:120].tolist(), max_new_tokens=30, policy=policy, catch_up=catch_up)
+        assert len({token.depth for token in engine.generate(sequence)}) > 1
+    captured = capfd.readouterr()
+    assert "TensorScatter" not in captured.err + captured.out
+
+
+def _run_out_of_place(stack: OrtStack, ids: np.ndarray) -> None:
+    """The first segment with past and present in different buffers."""
+    session, shape = stack.segments[0].session, (1, 128, stack.manifest.kv_dim)
+    feed = {"input_ids": ids[None], "active": np.ones((1, len(ids)), np.bool_), "write_indices": np.zeros(1, np.int64)}
+    feed |= {i.name: np.zeros(shape, np.float32) for i in session.get_inputs() if i.name.startswith("past_")}
+    io = session.io_binding()
+    for name, array in feed.items():
+        io.bind_cpu_input(name, array)
+    for output in session.get_outputs():
+        io.bind_output(output.name)
+    session.run_with_iobinding(io)
+
+
+def test_the_cache_grows_in_steps(tiny_stack: OrtStack) -> None:
+    """Across lengths 128 and 256 up to the context's end (288, no multiple of a step), token for token as without a cache."""
+    ids = some_ids(tiny_stack, 100)
+    engine, tiny_stack.trace = Engine(tiny_stack), []
+    sequence = engine.start(ids.tolist(), max_new_tokens=1000)
+    tokens = [token.id for token in engine.generate(sequence)]
+    trace, tiny_stack.trace = tiny_stack.trace, None
+    assert [c.cache_length for c in trace if c.graph == "segment" and c.number == 2] == [128] * 29 + [256] * 128 + [288] * 31
+    assert len(tokens) == 188
+    assert len(set(tokens)) > 10
+    assert tokens == full_recomputation(tiny_stack, ids, 188)
+
+
+def full_recomputation(stack: OrtStack, ids: np.ndarray, num_new: int) -> list[int]:
+    """Greedy tokens, each from an empty cache and one pass a segment over everything so far."""
+    history = ids
+    for _ in range(num_new):
+        cache, rows = stack.open_cache(), history
+        for k in range(len(stack.exit_layers)):
+            out = stack.reserve_rows(len(history), [rows] if k else [])
+            stack.run_segment(k, cache, 0, rows, out)
+            rows = np.arange(out, out + len(history))
+        history = np.append(history, stack.run_exit(len(stack.exit_layers) - 1, rows[-1:]).top_id[0])
+    return history[len(ids) :].tolist()
+
+
+# The engine on the real stack
+
+
+def begin(engine: Engine, seed: int, catch_up: str, threshold: float | None) -> Sequence:
+    """A seeded prompt and sampler, so that the texts differ and do not loop."""
+    prompt = some_ids(engine.stack, 5 + 9 * seed, seed).tolist()
+    policy = ExitPolicy.create("max-prob", None if threshold is None else [threshold], 3)
+    return engine.start(prompt, max_new_tokens=60, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, seed))
+
+
+REQUESTS = [(0, "propagate", 0.4), (1, "recompute", 0.4), (2, "recompute", None), (3, "propagate", 0.2), (4, "recompute", 0.0)]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_stack: OrtStack) -> list[list[Token]]:
+    """Each request by itself, on an engine of its own."""
+    tokens = []
+    for request in REQUESTS:
+        engine = Engine(tiny_stack)
+        tokens.append(list(engine.generate(begin(engine, *request))))
+    return tokens
+
+
+def test_depths_vary(alone: list[list[Token]]) -> None:
+    """What follows would prove little if every token had the same depth."""
+    depths = [{token.depth for token in tokens} for tokens in alone]
+    assert [len(d) > 1 for d in depths] == [True, True, False, True, False]
+    assert depths[2] == {6}
+    assert depths[4] == {2}
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize(("pool_rows", "cap"), [(1, 3), (1, 64), (64, 3), (64, 64)])
+def test_interleaved_sequences_in_a_small_pool(
+    tiny_bundle: Path, alone: list[list[Token]], pool_rows: int, cap: int, always: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step by step in turns, with a pool so small that it grows and is packed (or packed at every pass): tokens and figures as alone."""
+    reserve, pack, packs = HiddenPool.reserve, HiddenPool._pack, []
+
+    def hurried_reserve(pool: HiddenPool, num_rows: int, live: list[np.ndarray]) -> int:
+        if always:
+            pool.top = len(pool.states)
+        return reserve(pool, num_rows, live)
+
+    def spoiling_pack(pool: HiddenPool, num_rows: int, live: list[np.ndarray]) -> None:
+        pack(pool, num_rows, live)
+        pool.states[pool.top :] = np.nan  # what nobody keeps
+        packs.append(num_rows)
+
+    monkeypatch.setattr(stack_module, "POOL_ROWS", pool_rows)
+    monkeypatch.setattr(HiddenPool, "reserve", hurried_reserve)
+    monkeypatch.setattr(HiddenPool, "_pack", spoiling_pack)
+    stack = OrtStack(tiny_bundle)
+    packs.clear()
+    engine = Engine(stack, cap=cap)
+    sequences = [begin(engine, *request) for request in REQUESTS]
+    rng = np.random.default_rng(pool_rows)
+    while running := [s for s in sequences if s.finish_reason is None]:
+        engine.step(running[rng.integers(len(running))])
+    assert [s.produced for s in sequences] == alone
+    assert len(packs) >= (300 if always else 3)
+    assert stack.pool.serial >= 1  # it has grown
+
+
+def test_a_cap_changes_no_token_and_no_depth(tiny_stack: OrtStack, alone: list[list[Token]]) -> None:
+    for cap in (1, 2, 7):
+        engine = Engine(tiny_stack, cap=cap)
+        assert [list(engine.generate(begin(engine, *request))) for request in REQUESTS] == alone
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 20))
+def test_the_pool_keeps_what_lives(data: st.DataObject, rows: int) -> None:
+    """HiddenPool against a dictionary: after any reservations, the living rows hold what was written, and free rows are free."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack_module, "POOL_ROWS", rows)
+        pool = HiddenPool(2)
+    owners: list[tuple[np.ndarray, np.ndarray]] = []  # rows of each, and what they must hold
+    written = 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        num_rows = data.draw(st.integers(1, 9))
+        serial, size = pool.serial, len(pool.states)
+        first = pool.reserve(num_rows, [rows for rows, _ in owners])
+        assert (pool.serial != serial) == (len(pool.states) != size)
+        new = np.arange(first, first + num_rows)
+        assert new[-1] < len(pool.states)
+        named = np.concatenate([new, *(rows for rows, _ in owners)])
+        assert len(np.unique(named)) == len(named)
+        values = np.arange(written, written + num_rows, dtype=np.float32)[:, None].repeat(2, axis=1)
+        written += num_rows
+        pool.states[new] = values
+        owners.append((new, values))
+        owners = [(rows[cut:], values[cut:]) for rows, values in owners if (cut := data.draw(st.integers(0, len(rows)))) < len(rows)]
+        for rows_of, expected in owners:
+            np.testing.assert_array_equal(pool.states[rows_of], expected)
+
+
+def test_more_pass_sizes_than_bindings_are_kept(
+    tiny_stack: OrtStack, whole: tuple[list[np.ndarray], OrtCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bindings are forgotten and built again, and the tokens of a pass still land where they should."""
+    monkeypatch.setattr(stack_module, "BINDINGS_KEPT", 2)
+    for size in (5, 11, 13, 5, 11):
+        assert_equal_runs(run_all(tiny_stack, some_ids(tiny_stack, NUM_TOKENS), size), whole)
+    assert all(len(graph.bindings) <= 65 for graph in tiny_stack.segments)
+
+
+# Loading
+
+
+def test_the_self_test_sees_a_wrong_mask(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A causal mask aligned top-left, as before onnxruntime 1.31: several tokens on a filled cache see only its beginning."""
+    right = OrtStack.run_segment
+
+    def top_left(self: OrtStack, number: int, cache: OrtCache, start: int, inputs: np.ndarray, out_row: int, active: None = None) -> None:
+        if len(inputs) > 1 and start:
+            right(self, number, self.open_cache(), 0, inputs, out_row)
+        else:
+            right(self, number, cache, start, inputs, out_row, active)
+
+    monkeypatch.setattr(OrtStack, "run_segment", top_left)
+    with pytest.raises(DeviceError) as caught:
+        OrtStack(tiny_bundle)
+    message = str(caught.value)
+    assert "self-test failed" in message
+    assert "pip install 'onnxruntime>=1.31'" in message
+    assert "\n" not in message
+
+
+def test_the_self_test_sees_numbers_that_are_none(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = OrtStack.run_segment
+
+    def not_a_number(self: OrtStack, number: int, cache: OrtCache, start: int, inputs: np.ndarray, out_row: int) -> None:
+        right(self, number, cache, start, inputs, out_row)
+        self.pool.states[out_row + len(inputs) - 1, 0] = np.nan
+
+    monkeypatch.setattr(OrtStack, "run_segment", not_a_number)
+    with pytest.raises(DeviceError, match="self-test failed"):
+        OrtStack(tiny_bundle)
+
+
+def test_one_thread_pool_for_the_process(tiny_bundle: Path, tiny_stack: OrtStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set once, however many stacks load; every session uses it."""
+    assert stack_module._start_thread_pool.cache_info().currsize == 1  # `tiny_stack` has set it for good
+    sizes, own_threads = [], []
+    stack_module._start_thread_pool.cache_clear()
+    monkeypatch.setattr(ort, "set_global_thread_pool_sizes", lambda *size: sizes.append(size))
+    load = ort.InferenceSession
+
+    def loaded(path: str, options: ort.SessionOptions, **kwargs: object) -> ort.InferenceSession:
+        own_threads.append(options.use_per_session_threads)
+        return load(path, options, **kwargs)
+
+    monkeypatch.setattr(ort, "InferenceSession", loaded)
+    OrtStack(tiny_bundle)
+    OrtStack(tiny_bundle)
+    assert sizes == [(0, 1)]
+    assert own_threads == [False] * 2 * 9  # 3 segments, 2 kv graphs, 3 exits, 1 head that they share
+
+
+def test_another_number_of_threads_is_refused(tiny_bundle: Path, tiny_stack: OrtStack) -> None:
+    """ONNX Runtime's pool cannot be replaced once it is there."""
+    assert tiny_stack.segments  # has started it
+    with pytest.raises(DeviceError, match="another number of threads") as caught:
+        OrtStack(tiny_bundle, num_threads=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_graph_that_is_no_graph(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "segment.onnx"
+    path.write_bytes(b"no graph")
+    with pytest.raises(BundleError) as caught:
+        stack_module._load_session(path, 3)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_propagates_into_the_first_segment(tiny_stack: OrtStack) -> None:
+    with pytest.raises(AssertionError, match="nothing to propagate"):
+        tiny_stack.run_kv(0, tiny_stack.open_cache(), 0, np.zeros(1, np.int64))
