@@ -68,6 +68,9 @@ class MockPool:
         self.check_written(named)
         self.moves += 1
         first = 1 + self.moves % 5  # another place each time, and never row 0
+        order = np.concatenate([np.zeros(0, np.int64), *reversed(live)])
+        while (order == first + num_rows + np.arange(len(order))).any():
+            first += 1
         size = first + num_rows + len(named)
         states, positions, segments = np.zeros(size, np.uint64), np.zeros(size, np.int64), np.full(size, self.UNKNOWN, np.int64)
         segments[first : first + num_rows] = -1

@@ -1,0 +1,235 @@
+"""Sampling against the distribution it claims, and the filters against their definitions."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ease_runtime import sampling
+from ease_runtime.errors import RequestError
+from ease_runtime.policy import HeadOutput
+from ease_runtime.sampling import Given, Greedy, GumbelSampler, gumbel_noise
+
+DRAWS = 10_000
+
+
+def output_of(logits: np.ndarray) -> HeadOutput:
+    """A head's output for one token, of which a sampler may use the logits and the top id."""
+    logits = np.asarray(logits, np.float32)[None]
+    nothing = np.full(1, np.nan, np.float32)
+    return HeadOutput(logits, logits.argmax(axis=1), nothing, nothing, nothing)
+
+
+def some_logits(size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0.0, 1.5, size).astype(np.float32)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return weights / weights.sum()
+
+
+def brute_force_kept(probabilities: np.ndarray, top_k: int, top_p: float) -> set[int]:
+    """The k most probable tokens, then the fewest of the most probable among those whose mass reaches top_p of theirs."""
+    order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
+    if top_k:
+        order = order[:top_k]
+    total, mass, kept = math.fsum(probabilities[i] for i in order), 0.0, set()
+    for i in order:
+        if mass >= top_p * total:
+            break
+        kept.add(i)
+        mass += probabilities[i]
+    return kept
+
+
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """Pearson's statistic as a standard normal deviate (Wilson and Hilferty 1931)."""
+    expected = probabilities * counts.sum()
+    assert expected.min() > 5
+    degrees = len(counts) - 1
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return ((statistic / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
+
+
+def draws(sampler: GumbelSampler, logits: np.ndarray) -> np.ndarray:
+    """How often each id is picked over many positions."""
+    output = output_of(logits)
+    return np.bincount([sampler.pick(output, position) for position in range(DRAWS)], minlength=len(logits))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "seed"),
+    [(1.0, 0, 1.0, 0), (0.6, 0, 1.0, 1), (2.0, 0, 1.0, 2), (1.0, 6, 1.0, 3), (1.3, 0, 0.8, 4), (0.9, 9, 0.7, 5)],
+)
+def test_draws_follow_the_filtered_softmax(temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    """Over positions, at fixed seeds: within 4 standard deviations of the softmax of what the filters keep, and never outside it."""
+    logits = some_logits(12, 1)
+    probabilities = softmax(logits / np.float32(temperature))
+    kept = sorted(brute_force_kept(probabilities, top_k, top_p))
+    assert (len(kept) == 12) == (top_k == 0 and top_p == 1.0)
+    counts = draws(GumbelSampler(temperature, top_k, top_p, seed), logits)
+    assert counts.sum() == counts[kept].sum() == DRAWS
+    expected = probabilities[kept] / probabilities[kept].sum()
+    assert abs(chi_square(counts[kept], expected)) < 4
+    assert chi_square(counts[kept], np.roll(expected, 1)) > 10  # the test can tell
+
+
+def test_draws_of_different_seeds_follow_it_too() -> None:
+    """Over seeds at one position, and independent of the draws at the next position."""
+    logits = some_logits(5, 3) / 4
+    probabilities = softmax(logits)
+    output = output_of(logits)
+    pairs = np.zeros((5, 5))
+    for seed in range(DRAWS):
+        sampler = GumbelSampler(1.0, 0, 1.0, seed)
+        pairs[sampler.pick(output, 7), sampler.pick(output, 8)] += 1
+    assert abs(chi_square(pairs.ravel(), np.outer(probabilities, probabilities).ravel())) < 4
+
+
+def test_noise_is_gumbel() -> None:
+    """Kolmogorov-Smirnov against exp(-exp(-x)), at a level of 1 in 10,000, and no two alike."""
+    noise = np.sort(np.concatenate([gumbel_noise(3, position, np.arange(1000)) for position in range(100)]))
+    n = len(noise)
+    distribution = np.exp(-np.exp(-noise))
+    distance = max((np.arange(1, n + 1) / n - distribution).max(), (distribution - np.arange(n) / n).max())
+    assert distance * math.sqrt(n) < 2.23
+    assert len(np.unique(noise)) == n
+
+
+def test_noise_depends_on_each_of_its_three_numbers() -> None:
+    ids = np.arange(50)
+    one = gumbel_noise(1, 2, ids)
+    for other in (gumbel_noise(2, 2, ids), gumbel_noise(1, 3, ids), gumbel_noise(2, 1, ids)):
+        assert (one != other).all()
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.5
+
+
+def test_noise_is_finite_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the bits, the noise is a number: the smallest and largest uniforms are neither 0 nor 1."""
+    for bits in (0, 2**64 - 1):
+        monkeypatch.setattr(sampling, "_splitmix", lambda x, bits=bits: np.full(len(x), bits, np.uint64))
+        assert np.isfinite(gumbel_noise(0, 0, np.arange(3))).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    position=st.integers(0, 10**6),
+    ids=st.lists(st.integers(0, 10**6), min_size=1, max_size=40, unique=True),
+)
+def test_noise_of_an_id_does_not_depend_on_the_others(seed: int, position: int, ids: list[int]) -> None:
+    together = gumbel_noise(seed, position, np.array(ids))
+    assert together.tolist() == [gumbel_noise(seed, position, np.array([i]))[0] for i in ids]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 60),
+    temperature=st.floats(0.05, 5.0),
+    top_k=st.integers(0, 70),
+    top_p=st.floats(0.01, 1.0),
+)
+def test_filters_keep_what_their_definitions_say(seed: int, size: int, temperature: float, top_k: int, top_p: float) -> None:
+    scaled = some_logits(size, seed).astype(np.float64) / temperature
+    sampler = GumbelSampler(temperature, top_k, top_p, seed)
+    kept = sampler.kept(scaled)
+    assert len(set(kept.tolist())) == len(kept) > 0
+    weights = np.exp(scaled - scaled.max())
+    expected = brute_force_kept(weights / weights.sum(), top_k, top_p)
+    if set(kept.tolist()) != expected:  # only a mass that reaches top_p up to rounding may be decided otherwise
+        mass = weights[sorted(expected & set(kept.tolist()))].sum()
+        total = weights[sorted(brute_force_kept(weights, top_k, 1.0))].sum()
+        assert abs(mass - top_p * total) < 1e-12 * total
+    assert int(scaled.argmax()) in kept
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [
+        (0, 1.0, {0, 1, 2, 3}),
+        (2, 1.0, {0, 1}),
+        (9, 1.0, {0, 1, 2, 3}),
+        (0, 0.5, {0}),
+        (0, 0.51, {0, 1}),
+        (0, 0.76, {0, 1, 2}),
+        (0, 0.001, {0}),
+        (2, 0.66, {0}),
+        (2, 0.67, {0, 1}),
+    ],
+)
+def test_filters_on_round_figures(top_k: int, top_p: float, expected: set[int]) -> None:
+    """Probabilities 1/2, 1/4, 1/8, 1/8. Top-p counts among what top-k has left: 1/2 of 3/4 is two thirds."""
+    scaled = np.log(np.array([0.5, 0.25, 0.125, 0.125]))
+    assert set(GumbelSampler(1.0, top_k, top_p, 0).kept(scaled).tolist()) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**64 - 1), position=st.integers(0, 5000), top_k=st.integers(1, 30), top_p=st.floats(0.05, 1.0))
+def test_a_filter_keeps_the_draw_if_it_keeps_the_token(seed: int, position: int, top_k: int, top_p: float) -> None:
+    """The noise does not depend on what is kept: a draw that survives a filter is the filtered draw."""
+    logits = some_logits(30, seed % 1000)
+    output = output_of(logits)
+    free = GumbelSampler(1.0, 0, 1.0, seed).pick(output, position)
+    narrow = GumbelSampler(1.0, top_k, top_p, seed)
+    if free in narrow.kept(logits.astype(np.float64)):
+        assert narrow.pick(output, position) == free
+    assert narrow.pick(output, position) in narrow.kept(logits.astype(np.float64))
+
+
+def test_a_seed_gives_the_same_draws() -> None:
+    outputs = [output_of(some_logits(40, position)) for position in range(200)]
+    first, again, other = ([GumbelSampler(1.0, 0, 0.95, seed).pick(o, p) for p, o in enumerate(outputs)] for seed in (11, 11, 12))
+    assert first == again
+    assert sum(a != b for a, b in zip(first, other, strict=True)) > 50
+
+
+def test_these_draws_for_ever() -> None:
+    """A seed means the same on every machine and in every version: draws written down here."""
+    output = output_of(np.linspace(0.0, 1.0, 10))
+    assert [GumbelSampler(1.0, 0, 1.0, 42).pick(output, position) for position in range(12)] == [2, 5, 5, 6, 2, 8, 2, 9, 8, 6, 8, 2]
+
+
+def test_a_low_temperature_is_greedy_and_so_is_top_1() -> None:
+    for seed in range(50):
+        output = output_of(some_logits(30, seed))
+        best = int(output.logits[0].argmax())
+        assert Greedy().pick(output, seed) == best
+        assert GumbelSampler(1e-6, 0, 1.0, seed).pick(output, seed) == best
+        assert GumbelSampler(5.0, 1, 1.0, seed).pick(output, seed) == best
+        assert GumbelSampler(1.0, 0, 1e-9, seed).pick(output, seed) == best
+
+
+def test_given_reads_the_text_by_position() -> None:
+    given_text = Given([5, 9, 7, 3])
+    output = output_of(some_logits(10, 0))
+    assert [given_text.pick(output, position) for position in (1, 3)] == [9, 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0.0, 0, 1.0, 0), "temperature 0.0"),
+        ((-1.0, 0, 1.0, 0), "temperature -1.0"),
+        ((math.inf, 0, 1.0, 0), "temperature inf"),
+        ((math.nan, 0, 1.0, 0), "temperature nan"),
+        ((1.0, -1, 1.0, 0), "top_k -1"),
+        ((1.0, 0, 0.0, 0), "top_p 0.0"),
+        ((1.0, 0, 1.1, 0), "top_p 1.1"),
+        ((1.0, 0, math.nan, 0), "top_p nan"),
+        ((1.0, 0, 1.0, -1), "seed -1"),
+        ((1.0, 0, 1.0, 2**64), f"seed {2**64}"),
+    ],
+)
+def test_values_outside_their_range(values: tuple[float, int, float, int], message: str) -> None:
+    with pytest.raises(RequestError, match=message.replace("+", r"\+")):
+        GumbelSampler(*values)
+
+
+def test_the_largest_seed_draws() -> None:
+    output = output_of(some_logits(30, 0))
+    picks = {GumbelSampler(1.0, 0, 1.0, 2**64 - 1).pick(output, position) for position in range(100)}
+    assert len(picks) > 5
