@@ -1,7 +1,7 @@
 """What a training run is made of: frozen dataclasses, plain dictionaries in and out.
 
-A recipe is a TOML file with the tables `[model]`, `[tokenizer]` and `[train]`, one key a field of the
-dataclasses below. Help texts live in the fields, so that the command line, the TOML key and the JSON key
+A recipe is a TOML file with the tables `[model]`, `[tokenizer]`, `[train]` and `[method]`, one key a field of the
+section of that name. Help texts live in the fields, so that the command line, the TOML key and the JSON key
 of a setting cannot drift apart. An unknown key is an error that names the nearest known one.
 
     recipe = load_recipe("demo").with_options({"dim": 128, "steps": 500})
@@ -9,8 +9,6 @@ of a setting cannot drift apart. An unknown key is an error that names the neare
 
 import dataclasses
 import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,59 +16,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from ease_train.errors import ConfigError, did_you_mean
+from ease_train.method import MethodConfig
+from ease_train.sections import Section, one_of, setting
 
-EXIT_NORMS = ("shared", "own")
 TOKENIZERS = ("bpe", "char")
-
-
-def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word the command line uses
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass(frozen=True)
-class Section:
-    """One table of a recipe: built from and turned into a plain dictionary."""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
-        """Build the section, checking names and types. Raises ConfigError naming `where` and the field."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        hints = typing.get_type_hints(cls)
-        for name in values:
-            if name not in fields:
-                raise ConfigError(f"{where}: unknown field '{name}'; {did_you_mean(name, fields)}")
-        return cls(**{name: _coerce(value, hints[name], f"{where}: {name}") for name, value in values.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The section as JSON-ready values (tuples as lists, layer numbers as strings)."""
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    try:
-        if origin is types.UnionType:  # only "X | None" is used
-            return None if value is None else _coerce(value, arguments[0], where)
-        if origin is tuple and isinstance(value, list | tuple):
-            return tuple(_coerce(item, arguments[0], where) for item in value)
-        if origin is dict and isinstance(value, Mapping):
-            return {arguments[0](key): _coerce(item, arguments[1], where) for key, item in value.items()}
-        if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if hint in (int, bool, str) and type(value) is hint:
-            return value
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where} = {value!r}: {error}") from None
-    raise ConfigError(f"{where} = {value!r} is not of the type {getattr(hint, '__name__', hint)}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    if isinstance(value, dict):
-        return {str(key): item for key, item in value.items()}
-    return value
 
 
 @dataclass(frozen=True)
@@ -92,6 +41,13 @@ class ModelConfig(Section):
     qk_norm: bool = setting(False, "RMSNorm on each query and key head (Qwen3)")
     exits: tuple[int, ...] = setting((4, 8, 12), "layers after which a token may leave; the last is always one")
     exit_norm: str = setting("own", "norm at an early exit: 'own' (one each) or 'shared' (the final norm)")
+    exit_adapter: str = setting("none", "before an early exit's norm: 'none', 'low-rank' or 'mlp' (EE-Tuning)")
+    adapter_dim: int = setting(0, "inner width of an exit's adapter; 0 takes a quarter of dim")
+    exit_head: str = setting("tied", "LM head of an early exit: 'tied' (the model's) or 'own'")
+    gates: tuple[int, ...] = setting((), "early exits with a gate; set by `ease-train gates`")
+    gate_width: int = setting(0, "hidden width of a gate; 0 makes it linear")
+    routed_layers: tuple[int, ...] = setting((), "Mixture-of-Depths layers, which most tokens go around")
+    capacity: float = setting(0.125, "share of a sequence that a Mixture-of-Depths layer takes in training")
 
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "max_positions"):
@@ -101,14 +57,29 @@ class ModelConfig(Section):
             raise ConfigError(f"model: dim = {self.dim} does not give {self.num_heads} heads of an even width")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
-        if self.exit_norm not in EXIT_NORMS:
-            raise ConfigError(f"model: exit_norm = '{self.exit_norm}'; {did_you_mean(self.exit_norm, EXIT_NORMS)}")
+        one_of("model: exit_norm", self.exit_norm, ("shared", "own"))
+        one_of("model: exit_adapter", self.exit_adapter, ("none", "low-rank", "mlp"))
+        one_of("model: exit_head", self.exit_head, ("tied", "own"))
         exits = tuple(sorted({*self.exits, self.num_layers}))
         if exits[0] < 1 or exits[-1] > self.num_layers:
             raise ConfigError(f"model: exits = {list(self.exits)}, expected layers from 1 to {self.num_layers}")
         object.__setattr__(self, "exits", exits)
+        self._check_layers()
         if self.ffn_dim == 0:
             object.__setattr__(self, "ffn_dim", -(-8 * self.dim // (3 * 64)) * 64)
+
+    def _check_layers(self) -> None:
+        if strange := sorted({*self.gates} - {*self.exits[:-1]}):
+            raise ConfigError(f"model: gates = {strange}, expected early exits: {list(self.exits[:-1])}")
+        if strange := sorted({*self.routed_layers} - {*range(1, self.num_layers + 1)}):
+            raise ConfigError(f"model: routed_layers = {strange}, expected layers from 1 to {self.num_layers}")
+        if not 0 < self.capacity <= 1:
+            raise ConfigError(f"model: capacity = {self.capacity}, expected a share above 0 and up to 1")
+
+    @property
+    def adapter_width(self) -> int:
+        """Inner width of an exit's adapter."""
+        return self.adapter_dim or max(1, self.dim // 4)
 
     @property
     def head_dim(self) -> int:
@@ -134,8 +105,7 @@ class TokenizerConfig(Section):
     bpe_vocab_size: int = setting(4096, "words that byte-level BPE learns")
 
     def __post_init__(self) -> None:
-        if self.kind not in TOKENIZERS:
-            raise ConfigError(f"tokenizer: kind = '{self.kind}'; {did_you_mean(self.kind, TOKENIZERS)}")
+        one_of("tokenizer: kind", self.kind, TOKENIZERS)
         if self.kind == "bpe" and self.bpe_vocab_size < 257:
             raise ConfigError(f"tokenizer: bpe_vocab_size = {self.bpe_vocab_size}, expected at least 257 (256 bytes and the end)")
 
@@ -184,11 +154,17 @@ class Recipe:
     model: ModelConfig
     tokenizer: TokenizerConfig
     train: TrainConfig
+    method: MethodConfig = field(default_factory=MethodConfig)
 
     def __post_init__(self) -> None:
-        for layer in self.train.layer_weights:
-            if layer not in self.model.exits:
-                raise ConfigError(f"train: layer_weights names layer {layer}, which is no exit; exits = {list(self.model.exits)}")
+        exits = list(self.model.exits)
+        for layer in self.train.layer_weights if self.method.weight_rule == "given" else ():
+            if layer not in exits:
+                raise ConfigError(f"train: layer_weights names layer {layer}, which is no exit; exits = {exits}")
+        if idle := self.method.for_early_exits if len(exits) == 1 else ():
+            raise ConfigError(f"method: {idle[0]} = {getattr(self.method, idle[0])!r} needs an early exit; exits = {exits}")
+        if strange := sorted({*self.method.layer_lr_scales} - {*range(1, self.model.num_layers + 1)}):
+            raise ConfigError(f"method: layer_lr_scales names {strange}, expected layers from 1 to {self.model.num_layers}")
         if self.train.sequence_length > self.model.max_positions:
             limit = self.model.max_positions
             raise ConfigError(f"train: sequence_length = {self.train.sequence_length} is more than max_positions = {limit}")
@@ -207,6 +183,7 @@ class Recipe:
             model=ModelConfig.from_dict(values.get("model", {}), f"{where}, [model]"),
             tokenizer=TokenizerConfig.from_dict(values.get("tokenizer", {}), f"{where}, [tokenizer]"),
             train=TrainConfig.from_dict(values.get("train", {}), f"{where}, [train]"),
+            method=MethodConfig.from_dict(values.get("method", {}), f"{where}, [method]"),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,6 +195,7 @@ class Recipe:
             "model": self.model.to_dict(),
             "tokenizer": self.tokenizer.to_dict(),
             "train": self.train.to_dict(),
+            "method": self.method.to_dict(),
         }
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
@@ -234,7 +212,7 @@ class Recipe:
         return type(self).from_dict(values, self.name)
 
 
-SECTIONS: Mapping[str, type[Section]] = {"model": ModelConfig, "tokenizer": TokenizerConfig, "train": TrainConfig}
+SECTIONS: Mapping[str, type[Section]] = {"model": ModelConfig, "tokenizer": TokenizerConfig, "train": TrainConfig, "method": MethodConfig}
 
 
 def recipe_names() -> list[str]:

@@ -2,84 +2,189 @@
 
 Joint training of all exits on a weighted sum of their cross-entropies is BranchyNet's (Teerapittayanon et al. 2016,
 arXiv 1709.01686) and, for decoders, CALM's (Schuster et al. 2022, arXiv 2207.07061).
+
+Shapes: N tokens (batch times sequence), D width, V vocabulary, E exits that are trained.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from ease_train.gradients import split_gradient
 from ease_train.model import Decoder
 
-CHUNK_ROWS = 1024  # rows of logits held at once: 16 MB for a vocabulary of 4096
+CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB
 
 
-class _ExitCrossEntropy(torch.autograd.Function):
-    """sum_i w_i * CE(h_i @ W^T, y): loss and gradients chunk by chunk in the forward pass.
+@dataclass(frozen=True)
+class Objective:
+    """What one step minimises: the weights of the exits, and what is asked of them beside their cross-entropy.
 
-    The gradient of the shared head's weight is one (V, D) buffer whatever the number of exits.
+    weights                 layer (from 1) -> weight; exits with weight 0 are left out
+    distill_weight          lambda: an early exit's loss is CE + lambda T^2 KL(last || exit) + mu |h_last - h_exit|^2
+    distill_temperature     T
+    distill_hidden_weight   mu; a mean over the width, after the exits' norms; the last exit's side gets no gradient
+    routing_threshold       above 0, a token trains only the first exit whose top probability reaches it, else the last, each
+                            with weight 1
+    gradient                what the layers see of it: `joint`, `equilibrium`, `detached` (gradients.py)
+    drop                    layer dropout, one probability a layer (LayerSkip)
+    predictor_weight        weight of the Mixture-of-Depths predictors' loss
+    """
+
+    weights: Mapping[int, float]
+    distill_weight: float = 0.0
+    distill_temperature: float = 1.0
+    distill_hidden_weight: float = 0.0
+    routing_threshold: float = 0.0
+    gradient: str = "joint"
+    drop: tuple[float, ...] = ()
+    predictor_weight: float = 1.0
+
+    @property
+    def distils(self) -> bool:
+        """Whether the last exit is needed as a teacher."""
+        return self.distill_weight > 0 or self.distill_hidden_weight > 0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The chunked loss's constants: for each exit, its head among the given ones and its weights; the last exit is the teacher."""
+
+    heads: tuple[int, ...]
+    weights: tuple[float, ...]
+    distill: tuple[float, ...]
+    temperature: float
+    threshold: float
+
+
+class _ExitLoss(torch.autograd.Function):
+    """sum_i w_i CE(h_i W_i^T, y) + d_i T^2 KL(softmax(h_E W_E^T / T) || softmax(h_i W_i^T / T)), a mean over tokens.
+
+    Loss and gradients are computed chunk by chunk in the forward pass; the gradient of a head's weight is one (V, D) buffer
+    whatever the number of exits that share it.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, targets: Tensor, exit_weights: tuple[float, ...], *hiddens: Tensor) -> tuple[Tensor, Tensor]:
-        grad_weight = torch.zeros_like(weight)
-        grads = [torch.empty_like(h) for h in hiddens]
-        losses = torch.zeros(len(hiddens), dtype=torch.float32, device=weight.device)
-        for i, (hidden, scale) in enumerate(zip(hiddens, exit_weights, strict=True)):
-            for start in range(0, len(targets), CHUNK_ROWS):
-                rows = slice(start, start + CHUNK_ROWS)
-                grad = (hidden[rows] @ weight.T).float()  # logits; turned into their gradient below, in place
-                losses[i] += F.cross_entropy(grad, targets[rows], reduction="sum") / len(targets)
-                torch.softmax(grad, dim=-1, out=grad)
-                grad[torch.arange(len(grad), device=grad.device), targets[rows]] -= 1.0
-                grad = grad.mul_(scale / len(targets)).to(weight.dtype)
-                grads[i][rows] = grad @ weight
-                grad_weight.addmm_(grad.T, hidden[rows])
-        ctx.save_for_backward(grad_weight, *grads)
-        ctx.mark_non_differentiable(losses)
-        return (losses * torch.tensor(exit_weights, device=losses.device)).sum(), losses
+    def forward(ctx: Any, targets: Tensor, plan: _Plan, num_heads: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        heads, hiddens = tensors[:num_heads], tensors[num_heads:]
+        grad_heads, grads = [torch.zeros_like(w) for w in heads], [torch.zeros_like(h) for h in hiddens]
+        sums = torch.zeros(2, len(hiddens), dtype=torch.float32, device=targets.device)  # weighted; cross-entropy alone
+        size = max(1, CHUNK_ELEMENTS // heads[0].shape[0])
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
+            teacher = _probabilities(hiddens[-1][rows], heads[plan.heads[-1]], plan.temperature) if any(plan.distill) else None
+            waiting = torch.ones(len(targets[rows]), dtype=torch.bool, device=targets.device)
+            for i, hidden in enumerate(hiddens):
+                weight, head = heads[plan.heads[i]], plan.heads[i]
+                logits = (hidden[rows] @ weight.T).float()  # turned into their gradient below, in place
+                row_weights, waiting = _row_weights(logits, plan, i, waiting)
+                losses, distances = _chunk(logits, targets[rows], row_weights / len(targets), plan.distill[i] / len(targets), plan, teacher)
+                sums[0, i] += (losses * row_weights).sum() / len(targets) + distances
+                sums[1, i] += losses.sum() / len(targets)
+                grad = logits.to(weight.dtype)
+                grads[i][rows] = (grad @ weight).to(grads[i].dtype)
+                grad_heads[head].addmm_(grad.T, hidden[rows].to(weight.dtype))
+        ctx.save_for_backward(*grad_heads, *grads)
+        ctx.mark_non_differentiable(sums)
+        return sums[0].sum(), sums[1]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_weight, *grads = ctx.saved_tensors
-        return (grad_weight * grad_outputs[0], None, None, *(g * grad_outputs[0] for g in grads))
+        return (None, None, None, *(g * grad_outputs[0] for g in ctx.saved_tensors))
+
+
+def _probabilities(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    return torch.softmax((hidden @ weight.T).float() / temperature, dim=-1)
+
+
+def _row_weights(logits: Tensor, plan: _Plan, exit_number: int, waiting: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's weight at an exit, and who still waits for one. Shape: (n, V), (n) bool -> (n), (n) bool."""
+    if plan.threshold == 0.0:
+        return torch.full_like(logits[:, 0], plan.weights[exit_number]), waiting
+    leaves = waiting
+    if exit_number < len(plan.weights) - 1:
+        top = (logits.max(dim=-1).values - logits.logsumexp(dim=-1)).exp()
+        leaves = waiting & (top >= plan.threshold)
+    return leaves.float(), waiting & ~leaves
+
+
+def _chunk(logits: Tensor, targets: Tensor, scales: Tensor, distill: float, plan: _Plan, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropies (n), and the summed, scaled divergence from the teacher; `logits` becomes the gradient of both."""
+    everyone = torch.arange(len(targets), device=targets.device)
+    losses = logits.logsumexp(dim=-1) - logits[everyone, targets]
+    distance, extra = torch.zeros((), device=logits.device), None
+    if teacher is not None and distill > 0:
+        student = torch.log_softmax(logits / plan.temperature, dim=-1)
+        distance = distill * plan.temperature**2 * F.kl_div(student, teacher, reduction="sum")
+        extra = student.exp_().sub_(teacher).mul_(distill * plan.temperature)
+    torch.softmax(logits, dim=-1, out=logits)
+    logits[everyone, targets] -= 1.0
+    logits.mul_(scales[:, None])
+    if extra is not None:
+        logits.add_(extra)
+    return losses, distance
+
+
+def exit_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Objective) -> tuple[Tensor, dict[int, float]]:
+    """The training loss, and the plain cross-entropy of each exit that is trained, in nats a token.
+
+    No layer runs past the last exit that is needed. Shape: input_ids and targets (B, S) int64 -> scalar with gradient, {layer: loss}.
+    """
+    rows = _exit_rows(model, input_ids, objective)
+    layers = list(rows)
+    weights = tuple(objective.weights.get(layer, 0.0) for layer in layers)
+    heads = [model.head(layer).weight for layer in layers]
+    unique = list({id(head): head for head in heads}.values())
+    places = tuple(next(i for i, head in enumerate(unique) if head is wanted) for wanted in heads)
+    distill = tuple(objective.distill_weight * weight for weight in weights[:-1])
+    plan = _Plan(places, weights, (*distill, 0.0), objective.distill_temperature, objective.routing_threshold)
+    total, losses = _ExitLoss.apply(targets.flatten(), plan, len(unique), *unique, *rows.values())  # type: ignore[no-untyped-call]
+    if objective.distill_hidden_weight:
+        last = rows[layers[-1]].detach()
+        distances = [weight * F.mse_loss(rows[layer], last) for layer, weight in zip(layers[:-1], weights[:-1], strict=True)]
+        total = total + objective.distill_hidden_weight * sum(distances, torch.zeros_like(total))
+    if model.training and (predictor := model.predictor_loss()) is not None:
+        total = total + objective.predictor_weight * predictor
+    return total, dict(zip(layers, losses.tolist(), strict=True))
+
+
+def _exit_rows(model: Decoder, input_ids: Tensor, objective: Objective) -> dict[int, Tensor]:
+    """What the heads of the needed exits read, shallow first. Shape: (B, S) -> {layer: (N, D)}."""
+    wanted = {layer for layer, weight in objective.weights.items() if weight > 0}
+    if objective.distils:
+        wanted.add(model.config.num_layers)
+    rows: dict[int, Tensor] = {}
+    hidden = model.embed(input_ids)
+    for first, last in model.config.segments:
+        hidden = model.run_layers(hidden, first, last, drop=objective.drop)
+        if last in wanted:
+            branch, hidden = split_gradient(hidden, len(wanted) - len(rows), objective.gradient)
+            rows[last] = model.exit_hidden(branch, last).flatten(0, 1)
+        if len(rows) == len(wanted):
+            break
+    return rows
 
 
 def exit_cross_entropy(
     model: Decoder, input_ids: Tensor, targets: Tensor, layer_weights: Mapping[int, float]
 ) -> tuple[Tensor, dict[int, float]]:
-    """The training loss, sum over exits of weight times mean cross-entropy, and each exit's own loss in nats.
-
-    Exits with weight 0 are left out, and no layer runs past the last exit that has a weight.
-    Shape: input_ids and targets (B, S) int64 -> scalar with gradient, {layer: loss}.
-    """
-    wanted = {layer: weight for layer, weight in layer_weights.items() if weight > 0}
-    states = {}
-    for layer, hidden in model.exit_states(input_ids):
-        if layer in wanted:
-            states[layer] = model.exit_hidden(hidden, layer).flatten(0, 1)  # (B*S, D)
-        if len(states) == len(wanted):
-            break
-    weights = tuple(wanted[layer] for layer in states)
-    total, losses = _ExitCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        model.lm_head.weight, targets.flatten(), weights, *states.values()
-    )
-    return total, dict(zip(states, losses.tolist(), strict=True))
+    """`exit_loss` for nothing but weights: the sum over exits of weight times mean cross-entropy."""
+    return exit_loss(model, input_ids, targets, Objective(layer_weights))
 
 
 @torch.no_grad()
 def exit_losses(model: Decoder, input_ids: Tensor, targets: Tensor) -> dict[int, float]:
     """Mean cross-entropy at every exit, in nats a token. Shape: (B, S) int64 twice -> {layer: loss}."""
     flat, losses = targets.flatten(), {}
+    size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
     for layer, hidden in model.exit_states(input_ids):
-        rows = model.exit_hidden(hidden, layer).flatten(0, 1)
-        total = sum(
-            F.cross_entropy(
-                model.lm_head(rows[start : start + CHUNK_ROWS]).float(), flat[start : start + CHUNK_ROWS], reduction="sum"
-            ).item()
-            for start in range(0, len(flat), CHUNK_ROWS)
-        )
+        rows, head, total = model.exit_hidden(hidden, layer).flatten(0, 1), model.head(layer), 0.0
+        for start in range(0, len(flat), size):
+            chunk = slice(start, start + size)
+            total += F.cross_entropy(head(rows[chunk]).float(), flat[chunk], reduction="sum").item()
         losses[layer] = total / len(flat)
     return losses

@@ -1,105 +1,31 @@
 """A Llama-family decoder whose hidden state can be read at several exits.
 
-Knows nothing about losses, tokenizers or files. Shapes: B batch, S sequence, D width, H query heads,
-G key/value heads, P width of a head, V vocabulary. Layers and exits are numbered from 1.
+Knows nothing about losses, tokenizers or files. Shapes: B batch, S sequence, D width, P width of a head, V vocabulary.
+Layers and exits are numbered from 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.utils.checkpoint import checkpoint
 
+from ease_train.blocks import Block, rotary_tables
 from ease_train.config import ModelConfig
+from ease_train.exits import Gate, LowRankAdapter, MLPAdapter, exit_adapter
+from ease_train.routed import RoutedBlock
 
-
-def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (Su et al. 2021, arXiv 2104.09864).
-
-    Shape: two of (max_positions, P/2).
-    """
-    half = config.head_dim // 2
-    inverse = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = torch.arange(config.max_positions, dtype=torch.float64)[:, None] * inverse
-    return angles.cos().float(), angles.sin().float()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each head's first and second half by its position's angles (the non-interleaved form).
-
-    Shape: x (B, H, S, P), cos and sin (S, P/2) -> (B, H, S, P).
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-class Attention(nn.Module):
-    """Causal attention with grouped key/value heads (Ainslie et al. 2023, arXiv 2305.13245)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.dim, config.kv_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.dim, config.kv_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-
-    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys, and values. Shape: (B, S, D) -> two of (B, G, S, P)."""
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        return rotate(k, cos, sin), v
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attend to oneself and to what came before. Shape: (B, S, D) -> (B, S, D)."""
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))).transpose(1, 2)
-        k, v = self.keys_values(x, cos, sin)
-        groups = self.num_heads // self.num_kv_heads
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, is_causal=True)  # (B, H, S, P)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
-        return out
-
-
-class GatedMLP(nn.Module):
-    """Gated linear unit with SiLU (Shazeer 2020, arXiv 2002.05202). Shape: (B, S, D) -> (B, S, D)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
-class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). Shape: (B, S, D) -> (B, S, D)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.mlp = GatedMLP(config)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
-        return out
+__all__ = ["Block", "Decoder", "RoutedBlock"]
 
 
 class Decoder(nn.Module):
-    """The decoder: embedding, blocks, and one LM head that every exit shares.
+    """The decoder: embedding, blocks, and an LM head that the exits share unless the configuration gives them their own.
 
     model = Decoder(ModelConfig(vocab_size=4096))
     logits = model(input_ids)                       # full depth, (B, S, V)
     for layer, hidden in model.exit_states(input_ids):
-        logits = model.lm_head(model.exit_hidden(hidden, layer))
+        logits = model.head(layer)(model.exit_hidden(hidden, layer))
     """
 
     cos: Tensor
@@ -108,12 +34,19 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.vocab_size > 0, "the vocabulary's size comes from the tokenizer before a model is built"
-        self.config = config
+        self.config, early = config, config.exits[:-1]
+        self.recompute_activations = False  # in the backward pass, instead of keeping them: less memory, more time
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        layers = range(1, config.num_layers + 1)
+        self.layers = nn.ModuleList(RoutedBlock(config) if layer in config.routed_layers else Block(config) for layer in layers)
         self.norm = nn.RMSNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
-        own = config.exits[:-1] if config.exit_norm == "own" and config.final_norm else ()
+        own = early if config.exit_norm == "own" and config.final_norm else ()
         self.exit_norms = nn.ModuleDict({str(layer): nn.RMSNorm(config.dim, config.norm_eps) for layer in own})
+        adapted = early if config.exit_adapter != "none" else ()
+        self.adapters = nn.ModuleDict({str(layer): exit_adapter(config) for layer in adapted})
+        headed = early if config.exit_head == "own" else ()
+        self.exit_heads = nn.ModuleDict({str(layer): nn.Linear(config.dim, config.vocab_size, bias=False) for layer in headed})
+        self.gates = nn.ModuleDict({str(layer): Gate(config.dim, config.gate_width) for layer in config.gates})
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
@@ -127,6 +60,8 @@ class Decoder(nn.Module):
             nn.init.trunc_normal_(module.weight, std=0.02, a=-0.06, b=0.06)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+        if isinstance(module, LowRankAdapter | MLPAdapter):  # after its own linear layers: `apply` visits children first
+            nn.init.zeros_(module.up.weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits of the last layer. Shape: (B, S) int64 -> (B, S, V)."""
@@ -134,18 +69,31 @@ class Decoder(nn.Module):
         logits: Tensor = self.lm_head(self.norm(hidden))
         return logits
 
-    def run_layers(self, hidden: Tensor, first: int, last: int, active: Tensor | None = None) -> Tensor:
+    def run_layers(self, hidden: Tensor, first: int, last: int, active: Tensor | None = None, drop: Sequence[float] = ()) -> Tensor:
         """Run layers first..last (from 1, both included).
 
         A token with `active` False is frozen: its hidden state passes through unchanged, and each layer's keys and
         values for it come from that frozen state, which is state propagation (CALM, arXiv 2207.07061, section 3.1).
+        `drop` holds a probability a layer of the whole model: a sequence skips the layer with it (LayerSkip, arXiv 2404.16710).
         Shape: hidden (B, S, D), active (B, S) bool -> (B, S, D).
         """
-        cos, sin = self.cos[: hidden.shape[1]], self.sin[: hidden.shape[1]]
-        for layer in range(first - 1, last):
-            after = self.layers[layer](hidden, cos, sin)
+        for layer in range(first, last + 1):
+            after = self._after(layer, hidden, drop[layer - 1] if drop else 0.0)
             hidden = after if active is None else torch.where(active[..., None], after, hidden)
         return hidden
+
+    def _after(self, layer: int, hidden: Tensor, drop: float) -> Tensor:
+        """The hidden state after one layer, for the sequences that do not skip it."""
+        if drop == 0.0:
+            return self._run(layer, hidden)
+        kept = (torch.rand(len(hidden)) >= drop).nonzero().flatten().to(hidden.device)  # on the CPU: its state is in the checkpoint
+        return hidden.index_copy(0, kept, self._run(layer, hidden[kept])) if len(kept) else hidden
+
+    def _run(self, layer: int, hidden: Tensor) -> Tensor:
+        block, cos, sin = self.layers[layer - 1], self.cos[: hidden.shape[1]], self.sin[: hidden.shape[1]]
+        if self.recompute_activations and isinstance(block, Block):
+            return cast(Tensor, checkpoint(block, hidden, cos, sin, use_reentrant=False))
+        return cast(Tensor, block(hidden, cos, sin))
 
     def exit_states(self, input_ids: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (layer, hidden state) at each exit, shallow first. Shape: (B, S) -> (B, S, D) each."""
@@ -154,8 +102,21 @@ class Decoder(nn.Module):
             hidden = self.run_layers(hidden, first, last)
             yield last, hidden
 
+    def exit_module(self, layer: int) -> nn.Module:
+        """All that stands between a hidden state at `layer` and the exit's head: adapter, then norm. Shape: (..., D) -> (..., D)."""
+        norm = self.exit_norms[str(layer)] if str(layer) in self.exit_norms else self.norm  # noqa: SIM401 - a ModuleDict has no get
+        return nn.Sequential(self.adapters[str(layer)], norm) if str(layer) in self.adapters else norm
+
     def exit_hidden(self, hidden: Tensor, layer: int) -> Tensor:
-        """The exit's norm: what stands between a hidden state at `layer` and the LM head. Shape: (..., D) -> (..., D)."""
-        norm: nn.Module = self.exit_norms[str(layer)] if str(layer) in self.exit_norms else self.norm  # noqa: SIM401 - ModuleDict.get lost its type
-        out: Tensor = norm(hidden)
-        return out
+        """What the exit's head and gate read. Shape: (..., D) -> (..., D)."""
+        return cast(Tensor, self.exit_module(layer)(hidden))
+
+    def head(self, layer: int) -> nn.Linear:
+        """The LM head of an exit: its own, or the shared one. Shape: (..., D) -> (..., V)."""
+        own = str(layer) in self.exit_heads
+        return cast(nn.Linear, self.exit_heads[str(layer)]) if own else self.lm_head
+
+    def predictor_loss(self) -> Tensor | None:
+        """Mean loss of the routed blocks' predictors in the last forward pass of training; None without routed blocks."""
+        losses = [block.predictor_loss for block in self.layers if isinstance(block, RoutedBlock) and block.predictor_loss is not None]
+        return torch.stack(losses).mean() if losses else None

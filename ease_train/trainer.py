@@ -10,7 +10,7 @@ A step's data and learning rate depend on the step's number alone, so a resumed 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -24,8 +24,9 @@ from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ease_train.config import Recipe, TrainConfig
 from ease_train.corpora import load_documents
 from ease_train.errors import DivergenceError
-from ease_train.losses import exit_cross_entropy, exit_losses
+from ease_train.losses import Objective, exit_loss, exit_losses
 from ease_train.model import Decoder
+from ease_train.schedules import drop_rates, exit_weights
 from ease_train.tokens import encode_stream, pack, train_tokenizer
 
 
@@ -69,14 +70,37 @@ def learning_rate(step: int, settings: TrainConfig) -> float:
     return settings.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def create_optimizer(model: Decoder, settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on matrices only."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+def create_optimizer(model: Decoder, settings: TrainConfig, layer_lr_scales: Mapping[int, float] | None = None) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on matrices only.
+
+    `layer_lr_scales` (layer from 1 -> share) is discriminative fine-tuning (Howard & Ruder 2018, arXiv 1801.06146): a group a
+    share; embedding, norms outside the layers, exits and head have the full rate.
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        layer = int(name.split(".")[1]) + 1 if name.startswith("layers.") else 0
+        decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault(((layer_lr_scales or {}).get(layer, 1.0), decay), []).append(parameter)
+    options = [
+        {"params": parameters, "weight_decay": decay, "lr": settings.learning_rate * scale, "lr_scale": scale}
+        for (scale, decay), parameters in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
+    return torch.optim.AdamW(options, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def objective_at(step: int, recipe: Recipe) -> Objective:
+    """What a step (from 0) minimises under a recipe's method."""
+    method = recipe.method
+    return Objective(
+        exit_weights(step, recipe),
+        method.distill_weight,
+        method.distill_temperature,
+        method.distill_hidden_weight,
+        method.routing_threshold if step >= method.routing_warmup_steps else 0.0,
+        method.exit_gradient,
+        drop_rates(step, recipe),
+        method.predictor_weight,
+    )
 
 
 class Trainer:
@@ -86,7 +110,7 @@ class Trainer:
         self.checkpoint, self.recipe, self.settings = checkpoint, checkpoint.recipe, checkpoint.recipe.train
         self.device = torch.device(device)
         self.model = checkpoint.model.to(self.device)
-        self.optimizer = create_optimizer(self.model, self.settings)
+        self.optimizer = create_optimizer(self.model, self.settings, self.recipe.method.layer_lr_scales)
         if checkpoint.train_state is not None:
             self.optimizer.load_state_dict(checkpoint.train_state["optimizer"])
             torch.set_rng_state(checkpoint.train_state["rng"])
@@ -132,8 +156,8 @@ class Trainer:
         inputs, targets = self._tensors(batch)
         rate = learning_rate(self.checkpoint.step, self.settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss, by_exit = exit_cross_entropy(self.model, inputs, targets, self.settings.layer_weights)
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        loss, by_exit = exit_loss(self.model.train(), inputs, targets, objective_at(self.checkpoint.step, self.recipe))
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
@@ -149,6 +173,7 @@ class Trainer:
     def evaluate(self) -> EvalEvent:
         """Validation perplexity of every exit, a mean over tokens."""
         totals: dict[int, float] = {}
+        self.model.eval()
         for start in range(0, len(self.validation), self.settings.batch_size):
             batch = self.validation[start : start + self.settings.batch_size]
             for layer, loss in exit_losses(self.model, *self._tensors(batch)).items():

@@ -34,7 +34,7 @@ def naive(model: Decoder, inputs: torch.Tensor, targets: torch.Tensor, weights: 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk", [5, 1024])
 def test_value_and_gradients(recipe: Recipe, tied: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ROWS", chunk)  # 24 rows: an odd rest, or all at once
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk * VOCABULARY)  # 24 rows: an odd rest, or all at once
     model, inputs, targets = model_and_batch(recipe, tie_embeddings=tied)
     weights = {2: 0.3, 3: 0.25, 4: 1.5}
     expected = naive(model, inputs, targets, weights)

@@ -1,0 +1,95 @@
+"""How the exits are trained together: the `[method]` table of a recipe. The formulas are in schedules.py and losses.py."""
+
+from dataclasses import dataclass, field
+
+from ease_train.errors import ConfigError
+from ease_train.sections import Section, one_of, setting
+
+WEIGHT_RULES = ("given", "uniform", "depth", "layerskip")
+ALPHAS = ("none", "constant", "linear", "cosine", "step")
+WARMUPS = ("none", "linear", "cosine")
+CURRICULA = ("none", "rotational", "gradual")
+GRADIENTS = ("joint", "equilibrium", "detached")
+
+
+@dataclass(frozen=True)
+class MethodConfig(Section):
+    """What is asked of the exits: their weights over time, distillation, gradients, layer dropout, routing."""
+
+    weight_rule: str = setting("given", "exit weights: 'given' (layer_weights), 'uniform', 'depth' (CALM) or 'layerskip'")
+    exit_scale: float = setting(1.0, "LayerSkip's e_scale, on the early exits' weights")
+    normalize_weights: bool = setting(False, "divide the exit weights of each step by their sum")
+    alpha_schedule: str = setting(
+        "none", "first exit's weight alpha, last one's 1 - alpha: 'constant', 'linear', 'cosine', 'step' or 'none'"
+    )
+    alpha_start: float = setting(0.7, "alpha at the first step")
+    alpha_end: float = setting(0.7, "alpha at the last step")
+    alpha_steps: tuple[int, ...] = setting((), "steps at which alpha moves, for 'step'")
+    exit_warmup: str = setting("none", "warm-up of the early exits' weights (EE-LLM): 'linear', 'cosine' or 'none'")
+    exit_warmup_steps: int = setting(0, "steps of that warm-up")
+    exit_warmup_from: float = setting(0.0, "early exits' weight at its first step")
+    curriculum: str = setting("none", "which exits a step trains (LayerSkip): 'rotational', 'gradual' or 'none' (all)")
+    rotate_every: int = setting(2, "a rotational curriculum trains every so-manieth exit")
+    exit_gradient: str = setting(
+        "joint", "into the layers from an exit: 'joint', 'equilibrium' (rescaled) or 'detached' (none from early exits)"
+    )
+    layer_dropout: float = setting(0.0, "LayerSkip's p_max: probability that a sequence skips the last layer; less for those before")
+    layer_dropout_time: str = setting("constant", "over the run: 'constant', or 'exponential' (from 0, for training from scratch)")
+    distill_weight: float = setting(0.0, "weight of the divergence of an early exit from the last one, relative to its own loss")
+    distill_temperature: float = setting(2.0, "temperature of that divergence")
+    distill_hidden_weight: float = setting(0.0, "weight of the squared distance to the last exit's hidden state, after the exits' norms")
+    routing_threshold: float = setting(0.0, "a token trains only the first exit whose top probability reaches this; 0 trains all exits")
+    routing_warmup_steps: int = setting(0, "steps of joint training before tokens are routed")
+    predictor_weight: float = setting(1.0, "weight of the loss of Mixture-of-Depths predictors (it reaches nothing else)")
+    layer_lr_scales: dict[int, float] = field(
+        default_factory=dict, metadata={"help": "learning rate of a layer as a share of the others' (discriminative fine-tuning)"}
+    )
+
+    def __post_init__(self) -> None:
+        one_of("method: weight_rule", self.weight_rule, WEIGHT_RULES)
+        one_of("method: alpha_schedule", self.alpha_schedule, ALPHAS)
+        one_of("method: exit_warmup", self.exit_warmup, WARMUPS)
+        one_of("method: curriculum", self.curriculum, CURRICULA)
+        one_of("method: exit_gradient", self.exit_gradient, GRADIENTS)
+        one_of("method: layer_dropout_time", self.layer_dropout_time, ("constant", "exponential"))
+        for name in ("layer_dropout", "routing_threshold", "alpha_start", "alpha_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"method: {name} = {getattr(self, name)}, expected a number from 0 to 1")
+        for name in ("distill_weight", "distill_hidden_weight", "exit_scale", "exit_warmup_from", "predictor_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"method: {name} = {getattr(self, name)}, expected at least 0")
+        if self.distill_temperature <= 0:
+            raise ConfigError(f"method: distill_temperature = {self.distill_temperature}, expected more than 0")
+        if self.rotate_every < 1:
+            raise ConfigError(f"method: rotate_every = {self.rotate_every}, expected at least 1")
+        if slow := {layer: scale for layer, scale in self.layer_lr_scales.items() if scale < 0}:
+            raise ConfigError(f"method: layer_lr_scales = {slow}, expected at least 0")
+        self._check_contradictions()
+
+    @property
+    def for_early_exits(self) -> tuple[str, ...]:
+        """The settings that differ from their defaults and mean nothing without an early exit."""
+        names = (
+            "alpha_schedule",
+            "exit_warmup",
+            "curriculum",
+            "exit_gradient",
+            "distill_weight",
+            "distill_hidden_weight",
+            "routing_threshold",
+        )
+        return tuple(name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default)
+
+    def _check_contradictions(self) -> None:
+        if self.alpha_schedule != "none" and self.weight_rule != "given":
+            raise ConfigError(f"method: alpha_schedule and weight_rule = '{self.weight_rule}' both set the exit weights; leave one out")
+        if self.alpha_schedule != "none" and self.exit_warmup != "none":
+            raise ConfigError("method: alpha_schedule and exit_warmup both move the early exits' weights; leave one out")
+        if self.exit_warmup != "none" and self.exit_warmup_steps < 1:
+            raise ConfigError(
+                f"method: exit_warmup_steps = {self.exit_warmup_steps}, expected at least 1 with exit_warmup = '{self.exit_warmup}'"
+            )
+        if self.routing_threshold and self.curriculum != "none":
+            raise ConfigError("method: routing_threshold and curriculum both choose the exits to train; leave one out")
+        if self.routing_threshold and (self.distill_weight or self.distill_hidden_weight):
+            raise ConfigError("method: with routing_threshold a token has one exit and nothing to distil from; leave one out")

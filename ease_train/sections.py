@@ -1,0 +1,66 @@
+"""One table of a recipe as a frozen dataclass: names and types checked, plain dictionaries in and out."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from ease_train.errors import ConfigError, did_you_mean
+
+
+def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word the command line uses
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def one_of(where: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ConfigError, naming the nearest known value, unless `value` is one of them."""
+    if value not in known:
+        raise ConfigError(f"{where} = '{value}'; {did_you_mean(value, known)}")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table of a recipe: built from and turned into a plain dictionary."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Build the section, checking names and types. Raises ConfigError naming `where` and the field."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        hints = typing.get_type_hints(cls)
+        for name in values:
+            if name not in fields:
+                raise ConfigError(f"{where}: unknown field '{name}'; {did_you_mean(name, fields)}")
+        return cls(**{name: _coerce(value, hints[name], f"{where}: {name}") for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as JSON-ready values (tuples as lists, layer numbers as strings)."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    try:
+        if origin is types.UnionType:  # only "X | None" is used
+            return None if value is None else _coerce(value, arguments[0], where)
+        if origin is tuple and isinstance(value, list | tuple):
+            return tuple(_coerce(item, arguments[0], where) for item in value)
+        if origin is dict and isinstance(value, Mapping):
+            return {arguments[0](key): _coerce(item, arguments[1], where) for key, item in value.items()}
+        if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if hint in (int, bool, str) and type(value) is hint:
+            return value
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} = {value!r}: {error}") from None
+    raise ConfigError(f"{where} = {value!r} is not of the type {getattr(hint, '__name__', hint)}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, dict):
+        return {str(key): item for key, item in value.items()}
+    return value
