@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ease_export.errors import ExportError
-from ease_export.graphs import OPSET, ExitHead, FirstSegment, Head, PropagateKV, Segment
+from ease_export.graphs import OPSET, ExitHead, FirstSegment, GateHead, Head, PropagateKV, Route, Routed, Segment
 from ease_runtime.manifest import FORMAT_VERSION, MANIFEST_FILE, ExitInfo, FileInfo, Manifest, SegmentInfo, sha256_of
 from ease_train.checkpoint import Checkpoint, load_checkpoint
 from ease_train.files import written_aside
-from ease_train.model import Decoder
+from ease_train.model import Decoder, RoutedBlock
 from ease_train.tokens import END
 
 EXTERNAL_BYTES = 1024  # smaller initializers stay inside the graph
@@ -68,16 +68,37 @@ def export_bundle(checkpoint_path: Path, bundle: Path) -> Manifest:
     return manifest
 
 
-def segment_file(number: int) -> str:
-    return f"segment_{number + 1:02d}.onnx"
+@dataclass(frozen=True)
+class Cut:
+    """One segment of the model: layers first..last (from 1), its number (from 0) and whether it is a routed layer."""
+
+    number: int
+    first: int
+    last: int
+    routed: bool
+
+    def file(self, kind: str) -> str:
+        """The name of one of its graphs."""
+        return f"{kind}_{self.number + 1:02d}.onnx"
 
 
-def kv_file(number: int) -> str:
-    return f"kv_{number + 1:02d}.onnx"
+def cut_layers(model: Decoder) -> list[Cut]:
+    """The segments: cut after every exit, and around every routed layer. Raises ExportError when the first layer is routed."""
+    config = model.config
+    routed = {number for number, layer in enumerate(model.layers, 1) if isinstance(layer, RoutedBlock)}
+    if 1 in routed:
+        raise ExportError("layer 1 is routed: a bundle's first segment must run for every token; train with routed_layers from 2 on")
+    ends = sorted({*config.exits, *routed, *(layer - 1 for layer in routed)} - {0})
+    starts = [1, *(end + 1 for end in ends[:-1])]
+    return [Cut(number, first, last, first in routed) for number, (first, last) in enumerate(zip(starts, ends, strict=True))]
 
 
 def exit_file(number: int) -> str:
     return f"exit_{number + 1:02d}.onnx"
+
+
+def gate_file(model: Decoder, number: int, layer: int) -> str | None:
+    return f"gate_{number + 1:02d}.onnx" if str(layer) in model.gates else None
 
 
 def head_file(model: Decoder, number: int, layer: int) -> str:
@@ -87,59 +108,74 @@ def head_file(model: Decoder, number: int, layer: int) -> str:
 def plan_graphs(model: Decoder) -> Iterator[Plan]:
     """Every graph of the bundle, one after the other."""
     yield _head_plan(HEAD_FILE, model.lm_head)
-    for number, (first, last) in enumerate(model.config.segments):
-        if model.head(last) is not model.lm_head:
-            yield _head_plan(head_file(model, number, last), model.head(last))
-        yield _segment_plan(model, number, first, last)
-        if number:
-            yield _kv_plan(model, number, first, last)
-        yield _exit_plan(model, number, last)
+    for cut in cut_layers(model):
+        if cut.routed:
+            yield _routed_plan(model, cut)
+            yield _route_plan(model, cut)
+            continue
+        yield _segment_plan(model, cut)
+        if cut.number:
+            yield _kv_plan(model, cut)
+    for number, layer in enumerate(model.config.exits):
+        yield _exit_plan(model, number, layer)
+        if (file := head_file(model, number, layer)) != HEAD_FILE:
+            yield _head_plan(file, model.head(layer))
+        if gate := gate_file(model, number, layer):
+            example = torch.zeros(AT_EXIT, model.config.dim)
+            yield Plan(gate, GateHead(model, layer), (example,), ["exit_hidden"], ({0: "N"},), ["probability"], f"{gate}.data")
 
 
 # Example sizes, all different and none 1, so that no axis is taken for another or for a constant.
 ROWS, TOKENS, LENGTH, POOL, AT_EXIT = 2, 3, 16, 32, 5
 
 
-def _caches(model: Decoder, first: int, last: int) -> tuple[list[Tensor], list[dict[int, str]], list[str]]:
-    names = [f"{name}.{i}" for i in range(last - first + 1) for name in ("key", "value")]
-    return [torch.zeros(ROWS, LENGTH, model.config.kv_dim) for _ in names], [{0: "B", 1: "T"} for _ in names], names
+Inputs = list[tuple[str, Tensor, dict[int, str]]]  # name, example, axes
 
 
-def _segment_plan(model: Decoder, number: int, first: int, last: int) -> Plan:
-    past, past_axes, names = _caches(model, first, last)
-    ids, active, write = (
-        torch.zeros(ROWS, TOKENS, dtype=torch.int64),
-        torch.ones(ROWS, TOKENS, dtype=torch.bool),
-        torch.zeros(ROWS, dtype=torch.int64),
-    )
-    tokens = {0: "B", 1: "S"}
-    shared = ["active", "write_indices", *(f"past_{n}" for n in names)]
-    out = ["hidden", *(f"present_{n}" for n in names)]
-    file = segment_file(number)
-    if number == 0:
-        module: nn.Module = FirstSegment(model, first, last)
-        return Plan(
-            file, module, (ids, active, write, past), ["input_ids", *shared], (tokens, tokens, {0: "B"}, past_axes), out, f"{file}.data"
-        )
-    pool = torch.zeros(POOL, model.config.dim)
-    axes = ({0: "M"}, tokens, tokens, {0: "B"}, past_axes)
-    return Plan(file, Segment(model, first, last), (pool, ids, active, write, past), ["pool", "index", *shared], axes, out, f"{file}.data")
+def _tokens(name: str, dtype: torch.dtype = torch.int64) -> tuple[str, Tensor, dict[int, str]]:
+    return name, torch.ones(ROWS, TOKENS, dtype=dtype), {0: "B", 1: "S"}
 
 
-def _kv_plan(model: Decoder, number: int, first: int, last: int) -> Plan:
-    past, past_axes, names = _caches(model, first, last)
-    inputs = (torch.zeros(POOL, model.config.dim), torch.zeros(ROWS, TOKENS, dtype=torch.int64), torch.zeros(ROWS, dtype=torch.int64), past)
-    input_names = ["pool", "index", "write_indices", *(f"past_{n}" for n in names)]
-    axes = ({0: "M"}, {0: "B", 1: "S"}, {0: "B"}, past_axes)
+def _over_cache(file: str, module: nn.Module, model: Decoder, cut: Cut, inputs: Inputs, outputs: list[str], weights: str) -> Plan:
+    """A graph that reads and writes the caches of a segment's layers, after its own inputs and `write_indices`."""
+    names = [f"{name}.{i}" for i in range(cut.last - cut.first + 1) for name in ("key", "value")]
+    past = [torch.zeros(ROWS, LENGTH, model.config.kv_dim) for _ in names]
+    inputs = [*inputs, ("write_indices", torch.zeros(ROWS, dtype=torch.int64), {0: "B"})]
     return Plan(
-        kv_file(number),
-        PropagateKV(model, first, last),
-        inputs,
-        input_names,
-        axes,
-        [f"present_{n}" for n in names],
-        f"{segment_file(number)}.data",
+        file=file,
+        module=module,
+        inputs=(*(example for _, example, _ in inputs), past),
+        input_names=[*(name for name, _, _ in inputs), *(f"past_{name}" for name in names)],
+        axes=(*(axes for _, _, axes in inputs), [{0: "B", 1: "T"} for _ in names]),
+        output_names=[*outputs, *(f"present_{name}" for name in names)],
+        weights=weights,
     )
+
+
+def _pool(model: Decoder) -> Inputs:
+    return [("pool", torch.zeros(POOL, model.config.dim), {0: "M"}), _tokens("index")]
+
+
+def _segment_plan(model: Decoder, cut: Cut) -> Plan:
+    kind = Segment if cut.number else FirstSegment
+    inputs = [*(_pool(model) if cut.number else [_tokens("input_ids")]), _tokens("active", torch.bool)]
+    file = cut.file("segment")
+    return _over_cache(file, kind(model, cut.first, cut.last), model, cut, inputs, ["hidden"], f"{file}.data")
+
+
+def _kv_plan(model: Decoder, cut: Cut) -> Plan:
+    return _over_cache(cut.file("kv"), PropagateKV(model, cut.first, cut.last), model, cut, _pool(model), [], f"{cut.file('segment')}.data")
+
+
+def _routed_plan(model: Decoder, cut: Cut) -> Plan:
+    file = cut.file("segment")
+    return _over_cache(file, Routed(model, cut.first), model, cut, [*_pool(model), _tokens("positions")], ["hidden"], f"{file}.data")
+
+
+def _route_plan(model: Decoder, cut: Cut) -> Plan:
+    file = cut.file("route")
+    inputs = (torch.zeros(POOL, model.config.dim), torch.zeros(AT_EXIT, dtype=torch.int64))
+    return Plan(file, Route(model, cut.first), inputs, ["pool", "index"], ({0: "M"}, {0: "N"}), ["goes_in"], f"{file}.data")
 
 
 def _exit_plan(model: Decoder, number: int, layer: int) -> Plan:
@@ -208,10 +244,7 @@ def _quiet_export() -> Iterator[None]:
 
 def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path) -> Manifest:
     """The manifest of the files written so far."""
-    config = checkpoint.model.config
-    segments = tuple(
-        SegmentInfo("layers", first, last, segment_file(n), kv_file(n) if n else None) for n, (first, last) in enumerate(config.segments)
-    )
+    model, config = checkpoint.model, checkpoint.model.config
     return Manifest(
         format_version=FORMAT_VERSION,
         precision="fp32",
@@ -222,11 +255,19 @@ def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path) -> Man
         max_positions=config.max_positions,
         end_id=checkpoint.tokenizer.token_to_id(END),
         tokenizer=TOKENIZER_FILE,
-        segments=segments,
-        exits=tuple(ExitInfo(layer, exit_file(n), head_file(checkpoint.model, n, layer)) for n, layer in enumerate(config.exits)),
+        segments=tuple(_segment_info(cut) for cut in cut_layers(model)),
+        exits=tuple(
+            ExitInfo(layer, exit_file(n), head_file(model, n, layer), gate_file(model, n, layer)) for n, layer in enumerate(config.exits)
+        ),
         files={path.name: FileInfo(sha256_of(path), path.stat().st_size) for path in sorted(folder.iterdir())},
         source=_source(checkpoint, checkpoint_path),
     )
+
+
+def _segment_info(cut: Cut) -> SegmentInfo:
+    if cut.routed:
+        return SegmentInfo("routed", cut.first, cut.last, cut.file("segment"), None, cut.file("route"))
+    return SegmentInfo("layers", cut.first, cut.last, cut.file("segment"), cut.file("kv") if cut.number else None)
 
 
 def _source(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.onnx import ops
 
-from ease_train.model import Block, Decoder
+from ease_train.model import Block, Decoder, RoutedBlock
 
 OPSET = 24
 
@@ -76,13 +76,18 @@ class ServingBlock(nn.Module):
 
 
 class Placement:
-    """Where the S new tokens of each row go: their positions, and the row's length once they are written."""
+    """Where the S new tokens of each row go: their positions, and the length of the row's cache once they are written.
 
-    def __init__(self, hidden: Tensor, write_indices: Tensor, cos: Tensor, sin: Tensor) -> None:
+    Positions follow from where the tokens are written, unless they are given: a routed layer's cache has gaps.
+    """
+
+    def __init__(self, hidden: Tensor, write_indices: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> None:
         num_new, limit = hidden.shape[1], cos.shape[0]
         self.write_indices, self.cos, self.sin = write_indices, cos, sin
         self.lengths = write_indices + num_new  # (B)
-        self.positions = (write_indices[:, None] + torch.arange(num_new)).clamp(max=limit - 1)  # (B, S); pads may reach past the limit
+        if positions is None:
+            positions = write_indices[:, None] + torch.arange(num_new)
+        self.positions = positions.clamp(max=limit - 1)  # (B, S); pads may reach past the limit
 
     def rotate(self, x: Tensor, num_heads: int) -> Tensor:
         """RotaryEmbedding at the tokens' positions. Shape: (B, S, heads*P) -> same."""
@@ -140,6 +145,55 @@ class PropagateKV(_OverCache):
             for cache, new in zip(past[2 * i : 2 * i + 2], block.keys_values(hidden, where), strict=True):
                 present.append(scatter_rows(cache, new, write_indices))
         return tuple(present)
+
+
+class Routed(nn.Module):
+    """segment_k of the kind `routed`: pool (M, D), index (B, S), positions (B, S), write_indices (B), past -> as a segment.
+
+    Runs only the tokens that go in: x + router(x) * (block(x) - x). `write_indices` counts those that went in before.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, model: Decoder, layer: int) -> None:
+        super().__init__()
+        routed = model.layers[layer - 1]
+        assert isinstance(routed, RoutedBlock)
+        self.block, self.router = ServingBlock(routed.block), routed.router
+        self.register_buffer("cos", model.cos)
+        self.register_buffer("sin", model.sin)
+
+    def forward(self, pool: Tensor, index: Tensor, positions: Tensor, write_indices: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        x = F.embedding(index, pool)
+        where = Placement(x, write_indices, self.cos, self.sin, positions)
+        after, key, value = self.block(x, past[0], past[1], where)
+        return x + self.router(x)[..., None] * (after - x), key, value
+
+
+class Route(nn.Module):
+    """route_k: pool (M, D), index (N) -> goes_in (N) bool, the causal rule of a routed layer."""
+
+    def __init__(self, model: Decoder, layer: int) -> None:
+        super().__init__()
+        routed = model.layers[layer - 1]
+        assert isinstance(routed, RoutedBlock)
+        self.routed = routed
+
+    def forward(self, pool: Tensor, index: Tensor) -> Tensor:
+        return self.routed.goes_in(F.embedding(index, pool))
+
+
+class GateHead(nn.Module):
+    """gate_k: exit_hidden (N, D) -> probability (N) that the full-depth model would say what this exit says."""
+
+    def __init__(self, model: Decoder, layer: int) -> None:
+        super().__init__()
+        self.gate = model.gates[str(layer)]
+
+    def forward(self, exit_hidden: Tensor) -> Tensor:
+        out: Tensor = self.gate(exit_hidden)
+        return out
 
 
 class ExitHead(nn.Module):

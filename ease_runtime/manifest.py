@@ -17,20 +17,25 @@ from ease_runtime.errors import BundleError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-SEGMENT_KINDS = ("layers",)
+SEGMENT_KINDS = ("layers", "routed")
 PRECISIONS = ("fp32",)
 LONGEST_NAME = 255  # bytes: what file systems take
 
 
 @dataclass(frozen=True)
 class SegmentInfo:
-    """The layers between two exits, and the graphs that run them. Layers are numbered from 1."""
+    """Layers that run together, and the graphs that run them. Layers are numbered from 1.
+
+    A `layers` segment runs for every token. A `routed` one is a Mixture-of-Depths layer: `route_graph` says which tokens go
+    in; the others go around it, and have no K/V there.
+    """
 
     kind: str
     first_layer: int
     last_layer: int
     graph: str
-    kv_graph: str | None  # what `propagate` runs for tokens that have left; the first segment has none
+    kv_graph: str | None  # what `propagate` runs for tokens that have left; the first segment has none, nor has a routed one
+    route_graph: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -40,11 +45,15 @@ class SegmentInfo:
 
 @dataclass(frozen=True)
 class ExitInfo:
-    """A place where a token may leave: after `layer`, through the exit's own graph, then a head."""
+    """A place where a token may leave: after `layer` (the last of a segment), through the exit's own graph, then a head.
+
+    A `gate`, where there is one, says from the exit's hidden state whether to leave, without a head.
+    """
 
     layer: int
     graph: str
     head: str
+    gate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         end_id=table.integer("end_id", at_least=0) if table.has("end_id") else None,
         tokenizer=table.file("tokenizer"),
         segments=tuple(_segment(t) for t in table.tables("segments")),
-        exits=tuple(ExitInfo(t.integer("layer"), t.file("graph"), t.file("head")) for t in table.tables("exits")),
+        exits=tuple(ExitInfo(t.integer("layer"), t.file("graph"), t.file("head"), t.optional_file("gate")) for t in table.tables("exits")),
         files={name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0)) for name, t in table.named_tables("files")},
         source=table.mapping("source"),
     )
@@ -130,26 +139,36 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
 
 
 def _segment(table: "_Table") -> SegmentInfo:
-    kind, first, last = table.choice("kind", SEGMENT_KINDS), table.integer("first_layer"), table.integer("last_layer")
-    kv_graph = table.file("kv_graph") if first > 1 else None
-    return SegmentInfo(kind, first, last, table.file("graph"), kv_graph)
+    first, last = table.integer("first_layer"), table.integer("last_layer")
+    segment = SegmentInfo(
+        table.choice("kind", SEGMENT_KINDS),
+        first,
+        last,
+        table.file("graph"),
+        table.optional_file("kv_graph"),
+        table.optional_file("route_graph"),
+    )
+    if (segment.kind == "routed") != (segment.route_graph is not None):
+        table.fail(f"segment {segment.graph} is of the kind '{segment.kind}' and has route_graph {segment.route_graph!r}")
+    return segment
 
 
 def _check_shape(manifest: Manifest, table: "_Table") -> None:
-    """Segments must cover the layers without a gap, each ending at its exit, and every file named must have a sum."""
+    """Segments must cover the layers without a gap, exits must stand at their ends, and every file named must have a sum."""
     expected = 1
-    for segment, leave in zip(manifest.segments, manifest.exits, strict=False):
-        if segment.first_layer != expected or segment.last_layer < expected or leave.layer != segment.last_layer:
-            table.fail(
-                f"layers {segment.first_layer}..{segment.last_layer} with an exit at {leave.layer} do not follow layer {expected - 1}"
-            )
+    for segment in manifest.segments:
+        if segment.first_layer != expected or segment.last_layer < expected:
+            table.fail(f"a segment of layers {segment.first_layer}..{segment.last_layer} does not follow layer {expected - 1}")
         expected = segment.last_layer + 1
-    if len(manifest.segments) != len(manifest.exits) or expected != manifest.num_layers + 1:
-        table.fail(f"{len(manifest.segments)} segments and {len(manifest.exits)} exits do not make {manifest.num_layers} layers")
-    graphs = [manifest.tokenizer, *(s.graph for s in manifest.segments), *(s.kv_graph for s in manifest.segments if s.kv_graph)]
-    graphs += [name for e in manifest.exits for name in (e.graph, e.head)]
+    layers = manifest.exit_layers
+    if expected != manifest.num_layers + 1 or layers[-1] != manifest.num_layers:
+        table.fail(f"{len(manifest.segments)} segments and exits at {list(layers)} do not make {manifest.num_layers} layers")
+    if list(layers) != sorted(set(layers)) or not set(layers) <= {s.last_layer for s in manifest.segments}:
+        table.fail(f"exits at {list(layers)} do not stand at the ends of segments")
+    graphs = [manifest.tokenizer, *(name for s in manifest.segments for name in (s.graph, s.kv_graph, s.route_graph))]
+    graphs += [name for e in manifest.exits for name in (e.graph, e.head, e.gate)]
     for name in graphs:
-        if name not in manifest.files:
+        if name is not None and name not in manifest.files:
             table.fail(f"{name} has no sha256 sum")
 
 
@@ -207,6 +226,9 @@ class _Table:
 
     def file(self, key: str) -> str:
         return self.file_name(self.text(key))
+
+    def optional_file(self, key: str) -> str | None:
+        return self.file(key) if self.has(key) else None
 
     def file_name(self, name: str) -> str:
         inside = name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
