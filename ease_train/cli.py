@@ -14,8 +14,11 @@ from rich.table import Table
 
 from ease_train.config import SECTIONS, Recipe, load_recipe, recipe_names
 from ease_train.errors import TrainError
+from ease_train.method import GateConfig
+from ease_train.sections import Section
 
 if typing.TYPE_CHECKING:
+    from ease_train.gates import GateTrainer
     from ease_train.trainer import Event, Trainer
 
 OPTION_KINDS: dict[Any, dict[str, Any]] = {
@@ -41,15 +44,25 @@ class ErrorGroup(click.Group):
             sys.exit(1)
 
 
-def field_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command one option a recipe field, with the field's own help."""
-    for table, section in reversed(list(SECTIONS.items())):
+def section_options(section: type[Section], prefix: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command one option a field of `section`, with the field's own help."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         hints = typing.get_type_hints(section)
         for field in reversed(dataclasses.fields(section)):
             kind = OPTION_KINDS[hints[field.name]]
-            metavar = "LAYER WEIGHT" if hints[field.name] == dict[int, float] else None
-            text = f"[{table}] {field.metadata['help']}"
+            metavar = "LAYER NUMBER" if hints[field.name] == dict[int, float] else None
+            text = f"{prefix}{field.metadata['help']}"
             command = click.option(f"--{field.name.replace('_', '-')}", field.name, help=text, metavar=metavar, **kind)(command)
+        return command
+
+    return decorate
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command one option a recipe field."""
+    for table, section in reversed(list(SECTIONS.items())):
+        command = section_options(section, f"[{table}] ")(command)
     return command
 
 
@@ -83,7 +96,7 @@ def recipes() -> None:
 @click.option("--resume", is_flag=True, help="Go on with the checkpoint at --out; its own settings hold.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")
-@field_options
+@recipe_options
 def fit(recipe: str, data: str, out: Path, resume: bool, device: str, threads: int | None, **fields: Any) -> None:
     """Train a model by RECIPE (a name from `ease-train recipes`, or a .toml file)."""
     import torch
@@ -104,6 +117,46 @@ def fit(recipe: str, data: str, out: Path, resume: bool, device: str, threads: i
     else:
         trainer = Trainer.begin(chosen, data, device)
     run_with_progress(trainer, trainer.recipe, out)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--data", help="As for fit; what the checkpoint was trained on by default.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint with gates goes.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")
+@section_options(GateConfig, "")
+def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: int | None, **fields: Any) -> None:
+    """Train a gate at every early exit of CHECKPOINT, whose own weights stay as they are."""
+    import torch
+
+    from ease_train.checkpoint import load_checkpoint, save_checkpoint
+    from ease_train.gates import GateTrainer
+
+    if threads:
+        torch.set_num_threads(threads)
+    if out.exists():
+        raise TrainError(f"{out} is there already; choose another --out")
+    settings = GateConfig.from_dict(given_options(fields), "gates")
+    trainer = GateTrainer(load_checkpoint(checkpoint), settings, data, device)
+    show_gates(trainer)
+    save_checkpoint(trainer.checkpoint, out)
+
+
+def show_gates(trainer: "GateTrainer") -> None:
+    """Train the gates and show their quality on the validation split."""
+    from ease_train.gates import GateStep
+
+    console = Console()
+    with Progress(TextColumn("gates"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("gates", total=trainer.settings.steps)
+        for event in trainer.fit():
+            if isinstance(event, GateStep):
+                progress.update(task, completed=event.step)
+                continue
+            for layer, gate in event.gates.items():
+                figures = f"agrees {gate.agreement:.3f}, AUC {gate.auc:.3f}, calibration error {gate.ece:.3f}"
+                console.print(f"gate at layer {layer}: {figures}, temperature {gate.temperature:.2f}")
 
 
 def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:

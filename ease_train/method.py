@@ -1,4 +1,7 @@
-"""How the exits are trained together: the `[method]` table of a recipe. The formulas are in schedules.py and losses.py."""
+"""How the exits are trained together (the `[method]` table of a recipe), and how gates are.
+
+The formulas are in schedules.py, losses.py and gates.py.
+"""
 
 from dataclasses import dataclass, field
 
@@ -93,3 +96,20 @@ class MethodConfig(Section):
             raise ConfigError("method: routing_threshold and curriculum both choose the exits to train; leave one out")
         if self.routing_threshold and (self.distill_weight or self.distill_hidden_weight):
             raise ConfigError("method: with routing_threshold a token has one exit and nothing to distil from; leave one out")
+
+
+@dataclass(frozen=True)
+class GateConfig(Section):
+    """How gates are trained."""
+
+    steps: int = setting(200, "optimizer steps")
+    batch_size: int = setting(8, "sequences in a step")
+    learning_rate: float = setting(3e-3, "peak learning rate of AdamW, falling linearly to 0")
+    gate_width: int = setting(0, "hidden width of a gate; 0 makes it linear")
+    eval_tokens: int = setting(20000, "validation tokens for the calibration and its report")
+    seed: int = setting(42, "seed of the gates and of the order of the data")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"gates: {name} = {getattr(self, name)}, expected at least 1")

@@ -170,7 +170,7 @@ def test_the_four_figures(threshold: float, batches: Batches) -> None:
     losses, right, shallow, tokens = [], 0, 0, 0
     for x, y in batches:
         total = 0.0
-        every = F.softmax(torch.stack(model.forward_all_layers(x)), dim=-1)
+        every = F.softmax(torch.stack(model.forward_all_layers(x)), dim=-1).detach()
         for row in range(len(x)):
             for place in range(x.shape[1]):
                 leaves = threshold > 0 and every[1, row, place].max() >= threshold
