@@ -148,6 +148,8 @@ def _segment(table: "_Table") -> SegmentInfo:
         table.optional_file("kv_graph"),
         table.optional_file("route_graph"),
     )
+    if segment.kind == "layers" and first > 1 and segment.kv_graph is None:
+        table.fail(f"segment {segment.graph} has no kv_graph")
     if (segment.kind == "routed") != (segment.route_graph is not None):
         table.fail(f"segment {segment.graph} is of the kind '{segment.kind}' and has route_graph {segment.route_graph!r}")
     return segment
