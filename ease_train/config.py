@@ -224,8 +224,24 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str) -> Recipe:
     """Read a recipe by its name, or from a path that ends in .toml.
 
+    `extends = "NAME"` takes everything that the file does not set from another recipe, key by key in each table.
     Raises ConfigError when there is none, or when it does not hold.
     """
+    values, seen = _read_recipe(name), [name]
+    while base := values.pop("extends", None):
+        if base in seen:
+            raise ConfigError(f"recipe {name}: extends = '{base}' goes in a circle: {' -> '.join([*seen, base])}")
+        seen.append(base)
+        values = _laid_over(values, _read_recipe(base))
+    return Recipe.from_dict({"name": Path(name).stem, **values}, f"recipe {Path(name).stem}")
+
+
+def _laid_over(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**base, **values}
+    return {**merged, **{table: {**base.get(table, {}), **values.get(table, {})} for table in SECTIONS if table in merged}}
+
+
+def _read_recipe(name: str) -> dict[str, Any]:
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
@@ -236,7 +252,6 @@ def load_recipe(name: str) -> Recipe:
     else:
         raise ConfigError(f"unknown recipe '{name}'; {did_you_mean(name, recipe_names())} (list them: ease-train recipes)")
     try:
-        values = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {name} is not valid TOML: {error}") from None
-    return Recipe.from_dict({"name": Path(name).stem, **values}, f"recipe {Path(name).stem}")

@@ -76,7 +76,7 @@ def agreement(model: Decoder, input_ids: Tensor) -> dict[int, tuple[Tensor, Tens
 
 def _top_tokens(model: Decoder, layer: int, hidden: Tensor) -> Tensor:
     size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
-    return torch.cat([model.head(layer)(rows).argmax(dim=-1) for rows in torch.split(hidden, size)])  # type: ignore[no-untyped-call]
+    return torch.cat([model.head(layer)(rows).argmax(dim=-1) for rows in torch.split(hidden, size)])
 
 
 def balanced_loss(scores: Tensor, labels: Tensor) -> Tensor:
