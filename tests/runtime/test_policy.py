@@ -27,7 +27,7 @@ def formula(name: str, logits: np.ndarray) -> np.ndarray:
     probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     ordered = np.sort(probabilities, axis=1)[:, ::-1]
-    if name == "max-prob":
+    if name in ("max-prob", "gate"):  # of a head, which is asked where there is no gate
         return ordered[:, 0]
     if name == "margin":
         return ordered[:, 0] - ordered[:, 1]
@@ -99,7 +99,7 @@ def test_a_bundle_with_one_exit_has_nowhere_to_leave_early() -> None:
     [
         ("max_prob", None, "unknown policy 'max_prob'; did you mean 'max-prob'?"),
         ("entrpy", [0.5], "unknown policy 'entrpy'; did you mean 'entropy'?"),
-        ("zzz", [0.5], "unknown policy 'zzz'; known: entropy, margin, max-prob"),
+        ("zzz", [0.5], f"unknown policy 'zzz'; known: {', '.join(sorted(POLICIES))}"),
         ("max-prob", [1.01], "threshold 1.01 is outside [0, 1]"),
         ("max-prob", [-0.1], "threshold -0.1 is outside [0, 1]"),
         ("max-prob", [0.5, math.nan], "threshold nan is outside [0, 1]"),
