@@ -4,6 +4,7 @@
     model.safetensors   the weights
     tokenizer.json
     metrics.jsonl       one line a log step or evaluation
+    metrics.csv         the same numbers as a table
     train_state/        optimizer and random state; only for resuming
 
 Written aside and renamed; nothing is ever unpickled.
@@ -25,6 +26,7 @@ from tokenizers import Tokenizer
 from ease_train.config import Recipe
 from ease_train.errors import CheckpointError
 from ease_train.files import restore_interrupted, written_aside
+from ease_train.logs import metrics_csv
 from ease_train.model import Decoder
 
 FORMAT_VERSION = 1
@@ -62,6 +64,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             save_model(checkpoint.model, str(folder / "model.safetensors"))
             checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in checkpoint.metrics), encoding="utf-8")
+            (folder / "metrics.csv").write_text(metrics_csv(checkpoint.metrics), encoding="utf-8")
             if checkpoint.train_state is not None:
                 (folder / STATE_FILE.parent).mkdir()
                 torch.save(checkpoint.train_state, folder / STATE_FILE)

@@ -96,16 +96,28 @@ def recipes() -> None:
 @click.option("--resume", is_flag=True, help="Go on with the checkpoint at --out; its own settings hold.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")
+@click.option("--seeds", type=click.IntRange(0), multiple=True, help="Train once for each of these seeds, into OUT/seed-N.")
 @recipe_options
-def fit(recipe: str, data: str, out: Path, resume: bool, device: str, threads: int | None, **fields: Any) -> None:
+def fit(recipe: str, data: str, out: Path, resume: bool, device: str, threads: int | None, seeds: tuple[int, ...], **fields: Any) -> None:
     """Train a model by RECIPE (a name from `ease-train recipes`, or a .toml file)."""
     import torch
-
-    from ease_train.trainer import Trainer
 
     if threads:
         torch.set_num_threads(threads)
     options = given_options(fields)
+    if seeds and "seed" in options:
+        raise TrainError("--seed and --seeds both choose the seed; leave one out")
+    if not seeds:
+        fit_once(recipe, options, data, out, resume, device)
+    for seed in seeds:
+        folder = out / f"seed-{seed}"
+        fit_once(recipe, {} if resume and folder.exists() else {**options, "seed": seed}, data, folder, resume and folder.exists(), device)
+
+
+def fit_once(recipe: str, options: dict[str, Any], data: str, out: Path, resume: bool, device: str) -> None:
+    """Begin or resume one run, and train it to its end."""
+    from ease_train.trainer import Trainer
+
     chosen = load_recipe(recipe).with_options(options)
     if resume:
         if options:
@@ -187,6 +199,8 @@ def show(event: "Event", progress: Progress, task: Any) -> None:
     elif isinstance(event, EvalEvent):
         values = ", ".join(f"layer {layer} {value:.2f}" for layer, value in event.perplexity.items())
         progress.console.print(f"step {event.step}: validation perplexity {values}")
+        if event.sample:
+            progress.console.print(event.sample, markup=False, style="italic")
     else:
         progress.console.print(f"step {event.step}: saved {event.path}")
 

@@ -8,6 +8,7 @@ A step's data and learning rate depend on the step's number alone, so a resumed 
 (with the same number of threads).
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ from ease_train.errors import DivergenceError
 from ease_train.losses import Objective, exit_loss, exit_losses
 from ease_train.model import Decoder
 from ease_train.schedules import drop_rates, exit_weights
-from ease_train.tokens import encode_stream, pack, train_tokenizer
+from ease_train.tokens import END, encode_stream, pack, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class EvalEvent:
-    """Validation perplexity at each exit, by layer."""
+    """Validation perplexity at each exit, by layer, and a greedy continuation of nothing where one was asked for."""
 
     step: int
     perplexity: dict[int, float]
+    sample: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,10 @@ class Trainer:
         if checkpoint.train_state is not None:
             self.optimizer.load_state_dict(checkpoint.train_state["optimizer"])
             torch.set_rng_state(checkpoint.train_state["rng"])
+        self.model.recompute_activations = self.settings.recompute_activations
+        self.sequences_a_step = self.settings.batch_size * self.settings.accumulate
         length = self.settings.sequence_length
-        self.blocks = pack(self._stream("train"), length, self.settings.batch_size, f"{checkpoint.data} (train)")
+        self.blocks = pack(self._stream("train"), length, self.sequences_a_step, f"{checkpoint.data} (train)")
         blocks = pack(self._stream("validation"), length, 1, f"{checkpoint.data} (validation)")
         self.validation = blocks[: max(1, self.settings.eval_tokens // length)]
 
@@ -134,41 +138,56 @@ class Trainer:
         return cls(load_checkpoint(path, resume=True), device)
 
     def fit(self, out: Path) -> Iterator[Event]:
-        """Train to the last step; yield every step, evaluation and checkpoint. Raises DivergenceError."""
-        while self.checkpoint.step < self.settings.steps:
+        """Train to the last step, or until patience ends; yield every step, evaluation and checkpoint. Raises DivergenceError."""
+        while self.checkpoint.step < self.settings.steps and not self.out_of_patience():
             yield self.log(self.train_step(self.next_batch()))
             step, last = self.checkpoint.step, self.checkpoint.step == self.settings.steps
             if step % self.settings.eval_every == 0 or last:
                 yield self.log(self.evaluate())
+            last = last or self.out_of_patience()
             if step % self.settings.save_every == 0 or last:
                 yield self.save(out)
 
     def next_batch(self) -> NDArray[np.int32]:
-        """The blocks of the step to come: each epoch in an order of its own, an incomplete batch left out."""
-        per_epoch = len(self.blocks) // self.settings.batch_size
+        """The blocks of the step to come: each epoch in an order of its own, an incomplete step left out."""
+        per_epoch = len(self.blocks) // self.sequences_a_step
         epoch, place = divmod(self.checkpoint.step, per_epoch)
         order = np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.blocks))
-        return self.blocks[order[place * self.settings.batch_size :][: self.settings.batch_size]]
+        return self.blocks[order[place * self.sequences_a_step :][: self.sequences_a_step]]
 
     def train_step(self, batch: NDArray[np.int32]) -> StepEvent:
         """Forward, backward, clip, step."""
         began = time.perf_counter()
-        inputs, targets = self._tensors(batch)
         rate = learning_rate(self.checkpoint.step, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        loss, by_exit = exit_loss(self.model.train(), inputs, targets, objective_at(self.checkpoint.step, self.recipe))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss, by_exit = self._backward(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            what = f"the loss is {loss.item()}, its gradient's norm {norm.item()}, at step {self.checkpoint.step + 1}"
+        if not math.isfinite(loss) or not math.isfinite(norm.item()):
+            what = f"the loss is {loss}, its gradient's norm {norm.item()}, at step {self.checkpoint.step + 1}"
             remedy = f"try a lower learning_rate than {self.settings.learning_rate}"
             raise DivergenceError(f"{what}; the last checkpoint is kept; {remedy}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.checkpoint.step += 1
-        speed = targets.numel() / (time.perf_counter() - began)
-        return StepEvent(self.checkpoint.step, loss.item(), by_exit, rate, norm.item(), speed)
+        speed = len(batch) * self.settings.sequence_length / (time.perf_counter() - began)
+        return StepEvent(self.checkpoint.step, loss, by_exit, rate, norm.item(), speed)
+
+    def _backward(self, batch: NDArray[np.int32]) -> tuple[float, dict[int, float]]:
+        """Add up the gradients of a step's batches; their mean losses. Shape: (accumulate * batch_size, sequence_length + 1)."""
+        objective, share = objective_at(self.checkpoint.step, self.recipe), 1 / self.settings.accumulate
+        self.model.train()
+        total, by_exit = 0.0, dict.fromkeys(self.recipe.model.exits, 0.0)
+        for part in np.split(batch, self.settings.accumulate):
+            with self._autocast():
+                loss, losses = exit_loss(self.model, *self._tensors(part), objective)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            total += loss.item() * share
+            by_exit |= {layer: by_exit[layer] + value * share for layer, value in losses.items()}
+        return total, {layer: by_exit[layer] for layer in losses}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def evaluate(self) -> EvalEvent:
         """Validation perplexity of every exit, a mean over tokens."""
@@ -176,9 +195,28 @@ class Trainer:
         self.model.eval()
         for start in range(0, len(self.validation), self.settings.batch_size):
             batch = self.validation[start : start + self.settings.batch_size]
-            for layer, loss in exit_losses(self.model, *self._tensors(batch)).items():
+            with self._autocast():
+                losses = exit_losses(self.model, *self._tensors(batch))
+            for layer, loss in losses.items():
                 totals[layer] = totals.get(layer, 0.0) + loss * len(batch)
-        return EvalEvent(self.checkpoint.step, {layer: math.exp(total / len(self.validation)) for layer, total in totals.items()})
+        perplexity = {layer: math.exp(total / len(self.validation)) for layer, total in totals.items()}
+        return EvalEvent(self.checkpoint.step, perplexity, self.sample(self.settings.sample_tokens))
+
+    @torch.no_grad()
+    def sample(self, num_tokens: int) -> str:
+        """A greedy continuation of the token that begins a document, at full depth; each token runs the whole text so far."""
+        ids = torch.tensor([[self.checkpoint.tokenizer.token_to_id(END)]], device=self.device)
+        self.model.eval()
+        for _ in range(min(num_tokens, self.recipe.model.max_positions - 1)):
+            ids = torch.cat((ids, self.model(ids)[:, -1:].argmax(dim=-1)), dim=1)
+        return str(self.checkpoint.tokenizer.decode(ids[0, 1:].tolist()))
+
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations were all worse than the best before them, at the last exit."""
+        evaluations = [line["perplexity"] for line in self.checkpoint.metrics if "perplexity" in line]
+        values = [found[str(self.recipe.model.num_layers)] for found in evaluations]
+        patience = self.settings.patience
+        return 0 < patience < len(values) and min(values[-patience:]) >= min(values[:-patience])
 
     def save(self, out: Path) -> SaveEvent:
         """Write the checkpoint with all that a resumed run needs."""
@@ -189,7 +227,7 @@ class Trainer:
     def log(self, event: Event) -> Event:
         """Keep an event for metrics.jsonl: every evaluation, and one step in `log_every`."""
         if isinstance(event, EvalEvent) or event.step % self.settings.log_every == 0:
-            self.checkpoint.metrics.append(asdict(event))
+            self.checkpoint.metrics.append(json.loads(json.dumps(asdict(event))))  # as it will be read back
         return event
 
     def _stream(self, split: str) -> NDArray[np.int32]:

@@ -91,3 +91,11 @@ def test_recipes_are_listed_with_their_papers() -> None:
     assert result.exit_code == 0
     assert all(name in result.output for name in recipe_names())
     assert "arXiv 2207.07061" in result.output
+
+
+def test_several_seeds(small_corpus: str, tmp_path: Path) -> None:
+    result = fit(tmp_path / "c", small_corpus, "--seeds", "3", "--seeds", "5")
+    assert result.exit_code == 0, result.output
+    seeds = {path.name: load_checkpoint(path).recipe.train.seed for path in (tmp_path / "c").iterdir()}
+    assert seeds == {"seed-3": 3, "seed-5": 5}
+    assert "--seed and --seeds both choose the seed" in one_line(fit(tmp_path / "d", small_corpus, "--seeds", "3", "--seed", "4"))

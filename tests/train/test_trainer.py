@@ -1,5 +1,6 @@
 """The loop: its schedule, its data order, what it yields, and that an interrupted run goes on bit for bit."""
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -133,3 +134,57 @@ def test_a_corpus_too_small_for_one_batch(make_recipe: Maker, tmp_path: Path) ->
     path.write_text("".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(20)), encoding="utf-8")
     with pytest.raises(DataError, match=r"few\.jsonl \(train\) has 63 tokens: 3 blocks of 16, expected at least 50"):
         Trainer.begin(make_recipe(train={"batch_size": 50}), str(path))
+
+
+def test_accumulation_is_one_larger_batch(make_recipe: Maker, small_corpus: str) -> None:
+    whole = Trainer.begin(make_recipe(train={"batch_size": 6}), small_corpus)
+    parts = Trainer.begin(make_recipe(train={"batch_size": 2, "accumulate": 3}), small_corpus)
+    for _ in range(3):
+        assert np.array_equal(whole.next_batch(), parts.next_batch())
+        one, other = whole.train_step(whole.next_batch()), parts.train_step(parts.next_batch())
+        assert other.loss == pytest.approx(one.loss, rel=1e-5)
+        assert other.exit_losses == pytest.approx(one.exit_losses, rel=1e-5)
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+
+
+def test_bf16_follows_fp32_from_afar(make_recipe: Maker, small_corpus: str) -> None:
+    exact, rounded = (Trainer.begin(make_recipe(train={"precision": p}), small_corpus) for p in ("fp32", "bf16"))
+    losses = [[trainer.train_step(trainer.next_batch()).loss for _ in range(6)] for trainer in (exact, rounded)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+    assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+    assert rounded.evaluate().perplexity == pytest.approx(exact.evaluate().perplexity, rel=0.05)
+
+
+def test_patience_ends_a_run_that_gets_no_better(make_recipe: Maker, small_corpus: str, tmp_path: Path) -> None:
+    def run(patience: int, perplexities: list[float], out: Path) -> tuple[list[int], Trainer]:
+        settings = {"patience": patience, "eval_every": 1, "save_every": 100, "steps": len(perplexities)}
+        trainer = Trainer.begin(make_recipe(train=settings), small_corpus)
+        trainer.evaluate = lambda: EvalEvent(trainer.checkpoint.step, {4: perplexities[trainer.checkpoint.step - 1]})
+        return [event.step for event in trainer.fit(out) if isinstance(event, StepEvent)], trainer
+
+    noisy = [9.0, 8.0, 8.5, 7.0, 7.5, 7.2, 7.1, 6.0]
+    assert run(0, noisy, tmp_path / "a")[0] == list(range(1, 9))
+    assert run(1, noisy, tmp_path / "b")[0] == [1, 2, 3]
+    assert run(2, noisy, tmp_path / "c")[0] == [1, 2, 3, 4, 5, 6]
+    assert load_checkpoint(tmp_path / "c").step == 6  # saved where it stopped
+    assert list(Trainer.resume(tmp_path / "c").fit(tmp_path / "c")) == []
+
+
+def test_a_sample_is_greedy_at_full_depth(make_recipe: Maker, small_corpus: str) -> None:
+    trainer = Trainer.begin(make_recipe(train={"sample_tokens": 5}), small_corpus)
+    tokenizer, ids = trainer.checkpoint.tokenizer, [0]
+    for _ in range(5):
+        ids.append(int(trainer.model(torch.tensor([ids]))[0, -1].argmax()))
+    assert trainer.evaluate().sample == tokenizer.decode(ids[1:])
+    assert trainer.sample(0) == ""
+    assert len(trainer.sample(10_000)) <= trainer.recipe.model.max_positions
+
+
+def test_the_metrics_are_a_table_too(recipe: Recipe, small_corpus: str, tmp_path: Path) -> None:
+    steps = [e for e in Trainer.begin(recipe, small_corpus).fit(tmp_path / "c") if isinstance(e, StepEvent)]
+    with (tmp_path / "c" / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    assert [float(row["exit_losses_3"]) for row in rows] == [step.exit_losses[3] for step in steps]
+    assert [row["step"] for row in rows if row["perplexity_4"]] == ["6", "12"]
