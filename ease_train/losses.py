@@ -73,7 +73,8 @@ class _ExitLoss(torch.autograd.Function):
         heads, hiddens = tensors[:num_heads], tensors[num_heads:]
         grad_heads, grads = [torch.zeros_like(w) for w in heads], [torch.zeros_like(h) for h in hiddens]
         sums = torch.zeros(2, len(hiddens), dtype=torch.float32, device=targets.device)  # weighted; cross-entropy alone
-        size = max(1, CHUNK_ELEMENTS // heads[0].shape[0])
+        held = 4 if any(plan.distill) else 1  # arrays of the size of a chunk's logits: teacher, student, their divergence
+        size = max(1, CHUNK_ELEMENTS // (held * heads[0].shape[0]))
         for start in range(0, len(targets), size):
             rows = slice(start, start + size)
             teacher = _probabilities(hiddens[-1][rows], heads[plan.heads[-1]], plan.temperature) if any(plan.distill) else None
