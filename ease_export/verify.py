@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ease_export.errors import ExportError
 from ease_runtime.engine import Engine
+from ease_runtime.policy import ExitPolicy
+from ease_runtime.sequence import Sequence
 from ease_runtime.stack import OrtStack
 from ease_train.checkpoint import load_checkpoint
-from ease_train.model import Decoder
+from ease_train.model import Block, Decoder, RoutedBlock
 
 TOLERANCE = 1e-5  # fp32, of the largest magnitude
 NUM_TOKENS = 48  # of the pass that compares graphs
@@ -86,34 +88,53 @@ def torch_greedy(model: Decoder, prompt: list[int], num_tokens: int) -> list[int
 
 
 def compare_graphs(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
-    """Segments (in two passes over a cache), exits and heads, each on the runtime's own inputs, against the training model."""
-    count = min(NUM_TOKENS, stack.max_positions)
-    first = min(NUM_PREFILLED, count - 1)
+    """Segments (in two passes over a cache), exits, heads and gates, each on the runtime's own inputs, against the training model."""
+    engine, count = Engine(stack), min(NUM_TOKENS, stack.max_positions)
     ids = np.random.default_rng(1).integers(0, stack.vocab_size, count)
-    cache, rows = stack.open_cache(), ids
+    sequence = engine.open(ids.tolist(), ExitPolicy(), "recompute")
     hidden = model.embed(torch.from_numpy(ids)[None])
-    for k, segment in enumerate(stack.manifest.segments):
-        out = stack.reserve_rows(count, [rows] if k else [])
-        stack.run_segment(k, cache, 0, rows[:first], out)
-        stack.run_segment(k, cache, first, rows[first:], out + first)
-        before, rows = hidden, np.arange(out, out + count)
-        hidden = model.run_layers(before, segment.first_layer, segment.last_layer)
-        yield Difference(segment.graph, "hidden", relative_difference(stack.pool.states[rows], hidden[0]))
-        yield from compare_caches(stack, model, cache, before, k)
-        yield from compare_exit(stack, model, k, rows, hidden)
+    for number, segment in enumerate(stack.manifest.segments):
+        for start, stop in ((0, NUM_PREFILLED), (NUM_PREFILLED, count)):
+            engine.advance(sequence, number, min(start, count - 1), min(stop, count))
+            sequence.done[number] = min(stop, count)
+        before, hidden = hidden, model.run_layers(hidden, segment.first_layer, segment.last_layer)
+        yield Difference(segment.graph, "hidden", relative_difference(stack.pool.states[sequence.rows[:count]], hidden[0]))
+        if segment.route_graph:
+            yield from compare_routed(stack, model, sequence, before, number)
+        else:
+            yield from compare_caches(stack, model, sequence.cache, before, number)
+        if (exit_index := stack.layout[number].exit_index) is not None:
+            yield from compare_exit(stack, model, exit_index, sequence.rows[:count], hidden)
+    engine.release(sequence)
+
+
+def compare_routed(stack: OrtStack, model: Decoder, sequence: Sequence, hidden: Tensor, number: int) -> Iterator[Difference]:
+    """Who goes into a routed segment (the share that differs), and the K/V of those."""
+    segment, routed = stack.manifest.segments[number], model.layers[stack.manifest.segments[number].first_layer - 1]
+    assert isinstance(routed, RoutedBlock), "the checkpoint has the bundle's layers"
+    inside = routed.goes_in(hidden)[0].numpy()
+    yield Difference(segment.route_graph or "", "goes_in", float((sequence.inside[number, : len(inside)] != inside).mean()))
+    positions = torch.from_numpy(np.flatnonzero(inside))
+    keys_values = routed.block.attention.keys_values(
+        routed.block.attention_norm(hidden[:, positions]), model.cos[positions], model.sin[positions]
+    )
+    written = sequence.cache.buffers[segment.first_layer - 1, :, 0, : len(positions)]  # type: ignore[attr-defined]
+    for place, name in enumerate(("present_key", "present_value")):
+        yield Difference(segment.graph, name, relative_difference(written[place], keys_values[place][0].transpose(0, 1).flatten(1)))
 
 
 def compare_caches(stack: OrtStack, model: Decoder, cache: Any, hidden: Tensor, number: int, frozen: bool = False) -> Iterator[Difference]:
     """Keys and values that a segment (or its kv graph, of a frozen state) wrote, all layers together."""
     segment, count = stack.manifest.segments[number], hidden.shape[1]
     keys, values = [], []
-    for layer in range(segment.first_layer - 1, segment.last_layer):
-        block = model.layers[layer]
-        k, v = block.attention.keys_values(block.attention_norm(hidden), model.cos[:count], model.sin[:count])  # type: ignore[operator, union-attr]
+    for layer in range(segment.first_layer, segment.last_layer + 1):
+        block = model.layers[layer - 1]
+        assert isinstance(block, Block), "the checkpoint has the bundle's layers"
+        k, v = block.attention.keys_values(block.attention_norm(hidden), model.cos[:count], model.sin[:count])
         keys.append(k[0].transpose(0, 1).flatten(1))
         values.append(v[0].transpose(0, 1).flatten(1))
         if not frozen:
-            hidden = model.run_layers(hidden, layer + 1, layer + 1)
+            hidden = model.run_layers(hidden, layer, layer)
     written = cache.buffers[segment.first_layer - 1 : segment.last_layer, :, 0, :count]
     graph = (segment.kv_graph or "") if frozen else segment.graph
     yield Difference(graph, "present_key", relative_difference(written[:, 0], torch.stack(keys)))
@@ -133,10 +154,15 @@ def compare_exit(stack: OrtStack, model: Decoder, number: int, rows: NDArray[np.
     yield Difference(name, "margin", relative_difference(output.margin, top[:, 0] - top[:, 1]))
     entropy = -(probabilities * logits.log_softmax(-1)).sum(-1)
     yield Difference(name, "entropy", relative_difference(output.entropy, entropy))
+    if leave.gate:
+        expected = model.gates[str(leave.layer)](model.exit_hidden(hidden[0], leave.layer))
+        yield Difference(leave.gate, "probability", relative_difference(stack.run_gate(number, rows), expected))
 
 
 def compare_propagation(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
-    """Each kv graph, and each segment with some tokens frozen (`active`), against the training model."""
+    """Each kv graph, and each segment with some tokens frozen (`active`), against the training model; not for routed layers."""
+    if any(shape.routed for shape in stack.layout):
+        return
     count = min(NUM_TOKENS, stack.max_positions)
     ids = np.random.default_rng(2).integers(0, stack.vocab_size, count)
     active = np.arange(count) % FROZEN_EVERY != 1

@@ -14,11 +14,12 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ease_runtime.errors import RequestError, did_you_mean
 from ease_runtime.policy import ExitPolicy, HeadOutput
 from ease_runtime.sampling import Greedy, Sampler
-from ease_runtime.sequence import Sequence, Token
+from ease_runtime.sequence import Leaving, Sequence, Token
 from ease_runtime.stack import Stack
 
 CATCH_UPS = ("propagate", "recompute")
@@ -27,12 +28,20 @@ DEFAULT_CAP = 64  # pending tokens at a boundary before they are settled without
 
 @dataclass(frozen=True)
 class Work:
-    """One pass: tokens [start, stop) of a sequence through a segment, or their propagated K/V into it."""
+    """One pass: tokens [start, stop) of a sequence through a segment (from 0), or their propagated K/V into it."""
 
-    kind: str  # "segment" or "kv"
+    kind: str  # "segment", "kv", or "head": the newest token's gate has opened, and the exit's head is asked
     segment: int  # from 0
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an exit said of the newest token: its head's output, or (N = 1) its gate's probability."""
+
+    output: HeadOutput | None = None
+    gate: NDArray[np.float32] | None = None
 
 
 def schedule(sequence: Sequence, cap: int = DEFAULT_CAP) -> Work:
@@ -45,6 +54,8 @@ def schedule(sequence: Sequence, cap: int = DEFAULT_CAP) -> Work:
     done, newest = sequence.done, len(sequence.tokens) - 1
     kind = "kv" if sequence.catch_up == "propagate" else "segment"
     level = sequence.level
+    if sequence.leaving is not None:
+        return Work("head", sequence.leaving.segment, newest, newest + 1)
     if level == 0:
         assert done[0] <= newest, "a cropped sequence needs its next token before it can go on"
         if not sequence.prefilling:
@@ -77,28 +88,47 @@ class Engine:
         stop_ids: frozenset[int] = frozenset(),
     ) -> Sequence:
         """A new sequence. Raises RequestError when the prompt is empty, too long, or has ids outside the vocabulary."""
-        limit = self.stack.max_positions
+        limit, policy = self.stack.max_positions, policy or ExitPolicy()
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         if len(prompt) >= limit:
             raise RequestError(f"the prompt has {len(prompt)} tokens; this model's context of {limit} leaves no room for an answer")
         if not all(0 <= token < self.stack.vocab_size for token in prompt):
             raise RequestError(f"the prompt has token ids outside the vocabulary of {self.stack.vocab_size}")
-        if catch_up not in CATCH_UPS:
-            raise RequestError(f"unknown catch-up '{catch_up}'; {did_you_mean(catch_up, CATCH_UPS)}")
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens {max_new_tokens} is below 1")
+        self.check(policy, catch_up)
+        sequence = self.open(prompt, policy, catch_up)
+        sequence.max_length = min(limit, len(prompt) + max_new_tokens)
+        sequence.sampler, sequence.stop_ids = sampler or Greedy(), stop_ids
+        return sequence
+
+    def check(self, policy: ExitPolicy, catch_up: str) -> None:
+        """Raises RequestError for a catch-up that is unknown, or a setting that this bundle cannot run."""
+        if catch_up not in CATCH_UPS:
+            raise RequestError(f"unknown catch-up '{catch_up}'; {did_you_mean(catch_up, CATCH_UPS)}")
+        if policy.thresholds is None:
+            return
+        if catch_up == "propagate" and any(segment.routed for segment in self.stack.layout):
+            raise RequestError("catch-up 'propagate' has no K/V for routed layers; use recompute")
+        if policy.asks_gate and not self.stack.has_gates:
+            raise RequestError("policy 'gate' needs a gate at every early exit; train them: ease-train gates CHECKPOINT --out CHECKPOINT2")
+
+    def open(self, tokens: Many[int], policy: ExitPolicy, catch_up: str) -> Sequence:
+        """A sequence whose tokens have not run yet, unchecked. It is released when it ends, or by `release`."""
+        stack = self.stack
         sequence = Sequence(
-            tokens=list(prompt),
-            num_prompt=len(prompt),
-            max_length=min(limit, len(prompt) + max_new_tokens),
-            policy=policy or ExitPolicy(),
+            tokens=list(tokens),
+            num_prompt=len(tokens),
+            max_length=stack.max_positions,
+            policy=policy,
             catch_up=catch_up,
-            sampler=sampler or Greedy(),
-            stop_ids=stop_ids,
-            cache=self.stack.open_cache(),
-            done=[0] * len(self.stack.exit_layers),
-            rows=np.zeros(limit, np.int64),
+            sampler=Greedy(),
+            stop_ids=frozenset(),
+            cache=stack.open_cache(),
+            done=[0] * len(stack.layout),
+            rows=np.zeros(stack.max_positions, np.int64),
+            inside=np.zeros((len(stack.layout), stack.max_positions), np.bool_),
         )
         self.sequences.append(sequence)
         return sequence
@@ -124,43 +154,89 @@ class Engine:
             self.release(sequence)
         return token
 
-    def run(self, sequence: Sequence, work: Work) -> HeadOutput | None:
-        """Run a pass, and the exit's head when the newest token is in it and still undecided at an exit that asks."""
-        stack, rows = self.stack, sequence.rows
+    def run(self, sequence: Sequence, work: Work) -> Seen | None:
+        """Run a pass, and ask the exit behind it when the newest token is in it and still undecided there."""
+        stack, rows, policy = self.stack, sequence.rows, sequence.policy
         if work.kind == "kv":
             stack.run_kv(work.segment, sequence.cache, work.start, rows[work.start : work.stop])
             return None
-        out_row = stack.reserve_rows(work.stop - work.start, [s.live_rows() for s in self.sequences])
-        inputs = rows[work.start : work.stop] if work.segment else np.array(sequence.tokens[work.start : work.stop], np.int64)
-        stack.run_segment(work.segment, sequence.cache, work.start, inputs, out_row)
-        rows[work.start : work.stop] = np.arange(out_row, out_row + work.stop - work.start)
-        last = work.segment == len(sequence.done) - 1
-        if work.stop < len(sequence.tokens) or sequence.decided or not (last or sequence.policy.tests(work.segment)):
+        if work.kind == "segment":
+            self.advance(sequence, work.segment, work.start, work.stop)
+        exit_index = stack.layout[work.segment].exit_index
+        if exit_index is None or work.stop < len(sequence.tokens) or sequence.decided:
             return None
-        return stack.run_exit(work.segment, rows[work.stop - 1 : work.stop])
+        newest, early = rows[work.stop - 1 : work.stop], exit_index < len(stack.exit_layers) - 1
+        if early and not policy.tests(exit_index):
+            return None
+        if early and policy.asks_gate and work.kind == "segment":
+            return Seen(gate=stack.run_gate(exit_index, newest))
+        return Seen(output=stack.run_exit(exit_index, newest))
 
-    def commit(self, sequence: Sequence, work: Work, output: HeadOutput | None) -> Token | None:
+    def advance(self, sequence: Sequence, segment: int, start: int, stop: int, active: NDArray[np.bool_] | None = None) -> None:
+        """Run tokens [start, stop) through a segment, or around it where it is routed. Shape: active (stop - start)."""
+        stack, rows = self.stack, sequence.rows
+        if stack.layout[segment].routed:
+            inside = stack.run_route(segment, rows[start:stop])
+            sequence.inside[segment, start:stop] = inside
+            moving = start + np.flatnonzero(inside)
+        else:
+            moving = np.arange(start, stop)
+        if not len(moving):
+            return
+        out_row = stack.reserve_rows(len(moving), [s.live_rows() for s in self.sequences])
+        if stack.layout[segment].routed:
+            written = int(np.count_nonzero(sequence.inside[segment, :start]))
+            stack.run_routed(segment, sequence.cache, written, moving, rows[moving], out_row)
+        else:
+            inputs = rows[start:stop] if segment else np.array(sequence.tokens[start:stop], np.int64)
+            stack.run_segment(segment, sequence.cache, start, inputs, out_row, active)
+        rows[moving] = np.arange(out_row, out_row + len(moving))
+
+    def commit(self, sequence: Sequence, work: Work, seen: Seen | None) -> Token | None:
         """Advance the counters; let the policy decide and the sampler choose; emit the token once its passes are done."""
-        sequence.done[work.segment] = work.stop
+        if work.kind != "head":
+            sequence.done[work.segment] = work.stop
         if work.kind == "kv" or work.stop < len(sequence.tokens):
             return None
-        last = len(sequence.done) - 1
-        if output is not None:
-            sequence.decided = self.decide(sequence, work.segment, output)
-        if sequence.decided is None or (sequence.prefilling and work.segment < last):
+        if seen is not None:
+            self.decide(sequence, work.segment, seen)
+        if sequence.leaving is not None:
+            return None
+        if sequence.decided is None or (sequence.prefilling and work.segment < len(sequence.done) - 1):
             sequence.level = work.segment + 1
             return None
         return self.emit(sequence, sequence.decided)
 
-    def decide(self, sequence: Sequence, exit_index: int, output: HeadOutput) -> Token | None:
-        """The newest token's prediction, if it leaves at this exit; None when it goes deeper."""
-        confidence = sequence.policy.confidence(output)
-        if exit_index < len(sequence.done) - 1 and not sequence.policy.leaves(exit_index, confidence)[0]:
-            return None
-        token = sequence.sampler.pick(output, len(sequence.tokens))
-        logits = output.logits[0]
-        logprob = float(logits[token] - logits[output.top_id[0]]) + math.log(output.top_prob[0])
-        return Token(token, self.stack.exit_layers[exit_index], float(confidence[0]), logprob)
+    def decide(self, sequence: Sequence, segment: int, seen: Seen) -> None:
+        """Let the newest token leave at the exit behind a segment, or not: sets `decided`, or `leaving` when a gate opens."""
+        exit_index, policy = self.stack.layout[segment].exit_index, sequence.policy
+        assert exit_index is not None, "only an exit says something"
+        if seen.output is None:
+            assert seen.gate is not None, "an exit has a head or a gate"
+            if policy.leaves(exit_index, seen.gate)[0]:
+                sequence.leaving = Leaving(segment, float(seen.gate[0]))
+            return
+        if sequence.leaving is not None:
+            confidence, sequence.leaving = sequence.leaving.confidence, None
+        else:
+            values = policy.confidence(seen.output)
+            if exit_index < len(self.stack.exit_layers) - 1 and not policy.leaves(exit_index, values)[0]:
+                return
+            confidence = float(values[0])
+        position = len(sequence.tokens)
+        token, logits = sequence.sampler.pick(seen.output, position), seen.output.logits[0]
+        logprob = float(logits[token] - logits[seen.output.top_id[0]]) + math.log(seen.output.top_prob[0])
+        depth = int(self.depths(sequence, segment, np.array([position - 1]))[0])
+        sequence.decided = Token(token, depth, confidence, logprob)
+
+    def depths(self, sequence: Sequence, segment: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Layers that positions have used up to the end of a segment: those they went around do not count. Shape: (N) -> (N)."""
+        layout = self.stack.layout[: segment + 1]
+        depths = np.full(len(positions), sum(shape.num_layers for shape in layout))
+        for number, shape in enumerate(layout):
+            if shape.routed:
+                depths -= shape.num_layers * ~sequence.inside[number, positions]
+        return depths
 
     def emit(self, sequence: Sequence, token: Token) -> Token:
         """Append the token; see whether the sequence ends with it."""

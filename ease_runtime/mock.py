@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ease_runtime.policy import HeadOutput
-from ease_runtime.stack import Cache, Call, Int64s
+from ease_runtime.stack import Cache, Call, Int64s, SegmentShape
 
 LARGEST_LOGIT = 12.0  # a token's logits spread over ±(a share of) this, so that confidences spread over (0, 1)
 SMALLEST = float(np.finfo(np.float32).tiny)  # stands for a scripted confidence of 0, whose logarithm is needed
@@ -103,8 +103,8 @@ class MockPool:
 class MockStack:
     """A stack of hashes. Layers and exits as in a bundle; `confidence(exit_index, position)` scripts what exits report.
 
-    Without a script the confidence is that of the logits. `trace` collects the calls, with the tokens that a cache holds
-    as its length.
+    Without a script the confidence is that of the logits, and there are no gates. No segment is routed. `trace` collects the
+    calls, with the tokens that a cache holds as its length.
     """
 
     def __init__(
@@ -116,6 +116,8 @@ class MockStack:
         confidence: Callable[[int, int], float] | None = None,
     ) -> None:
         self.exit_layers, self.vocab_size, self.max_positions = exit_layers, vocab_size, max_positions
+        self.layout = tuple(SegmentShape(len(self.layers(number)), number) for number in range(len(exit_layers)))
+        self.has_gates = confidence is not None
         self.trace: list[Call] | None = None
         self.confidence = confidence
         self.pool = MockPool()
@@ -155,15 +157,30 @@ class MockStack:
         for layer in self.layers(number):
             cache.entries[layer - 1][positions] = self.keys_values(layer, positions, self.pool.states[rows])
 
+    def run_route(self, number: int, rows: Int64s) -> NDArray[np.bool_]:
+        raise AssertionError(f"segment {number} is not routed")
+
+    def run_routed(self, number: int, cache: Cache, written: int, positions: Int64s, rows: Int64s, out_row: int) -> None:
+        raise AssertionError(f"segment {number} is not routed")
+
+    def run_gate(self, number: int, rows: Int64s) -> NDArray[np.float32]:
+        self._look("gate", number, rows)
+        assert self.confidence is not None, "a gate's probability is scripted"
+        return np.array([self.confidence(number, position) for position in self.pool.positions[rows].tolist()], np.float32)
+
     def run_exit(self, number: int, rows: Int64s) -> HeadOutput:
-        self.pool.check_written(rows)
-        assert (self.pool.segments[rows] == number).all(), f"a state does not come from segment {number}"
-        if self.trace is not None:
-            self.trace.append(Call("exit", number, len(rows), 0))
+        self._look("exit", number, rows)
         if self._output is not None:
             _spoil(self._output)
         self._output = self._head(number, rows)
         return self._output
+
+    def _look(self, kind: str, number: int, rows: Int64s) -> None:
+        """Check the states that an exit is asked about, and note the call."""
+        self.pool.check_written(rows)
+        assert (self.pool.segments[rows] == number).all(), f"a state does not come from segment {number}"
+        if self.trace is not None:
+            self.trace.append(Call(kind, number, len(rows), 0))
 
     @staticmethod
     def keys_values(layer: int, positions: Int64s, states: Hashes) -> Hashes:

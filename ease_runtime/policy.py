@@ -3,7 +3,8 @@
 Every policy turns what the head says of a token into a confidence in [0, 1]; the token leaves when the confidence is at
 least the exit's threshold. The confidence is that of the raw logits, before temperature or filters. Threshold 0 leaves at
 the first exit. max-prob and margin are CALM's softmax measures (Schuster et al. 2022, arXiv 2207.07061, section 3.5);
-entropy is BranchyNet's (Teerapittayanon et al. 2016, arXiv 1709.01686), here 1 - H / ln V.
+entropy is BranchyNet's (Teerapittayanon et al. 2016, arXiv 1709.01686), here 1 - H / ln V. gate is a learned predictor (CALM's
+meta-classifier, section 3.4): its probability is asked of the stack, and the head runs only for a token that leaves.
 """
 
 import math
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from ease_runtime.errors import RequestError, did_you_mean
 
-POLICIES = ("max-prob", "margin", "entropy")
+POLICIES = ("max-prob", "margin", "entropy", "gate")
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,14 @@ class ExitPolicy:
         """Whether a token may leave at this exit (from 0) before the last."""
         return self.thresholds is not None and exit_index < len(self.thresholds)
 
+    @property
+    def asks_gate(self) -> bool:
+        """Whether early exits ask their gate, and a head only once the token leaves."""
+        return self.name == "gate"
+
     def confidence(self, output: HeadOutput) -> NDArray[np.float32]:
         """Confidence of each token, in [0, 1]. Shape: (N)."""
-        if self.name == "max-prob":
+        if self.name in ("max-prob", "gate"):  # where there is no gate, after the last layer, the head speaks for itself
             return output.top_prob
         if self.name == "margin":
             return output.margin

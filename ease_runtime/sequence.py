@@ -25,6 +25,14 @@ class Token:
     logprob: float
 
 
+@dataclass(frozen=True)
+class Leaving:
+    """A token whose gate has opened after a segment; its head has yet to be asked."""
+
+    segment: int
+    confidence: float
+
+
 @dataclass
 class Sequence:
     """The state of one request. The newest token (the last of `tokens`) is on its way to `level`, the next segment."""
@@ -39,7 +47,9 @@ class Sequence:
     cache: Cache
     done: list[int]
     rows: NDArray[np.int64]  # where in the pool a position's hidden state is, while it is pending
+    inside: NDArray[np.bool_]  # (segments, positions): who went into a routed segment
     level: int = 0
+    leaving: Leaving | None = None
     decided: Token | None = None  # the prediction of the newest token, once an exit has made it
     finish_reason: str | None = None
     produced: list[Token] = field(default_factory=list)
@@ -62,4 +72,4 @@ class Sequence:
         del self.produced[max(0, length - self.num_prompt) :]
         self.num_prompt = min(self.num_prompt, length)
         self.done = [min(done, length) for done in self.done]
-        self.level, self.decided = 0, None
+        self.level, self.leaving, self.decided = 0, None, None

@@ -34,10 +34,19 @@ Int64s = NDArray[np.int64]
 class Call:
     """One graph call, for whoever traces them: what it ran, over how many tokens, with which cache length."""
 
-    graph: str  # "segment", "kv" or "exit" (an exit's graph and the head after it)
+    graph: str  # "segment", "kv", "route", or "exit" and "gate" (an exit's graph and the head or the gate after it)
     number: int  # of the segment or exit, from 0
     num_tokens: int
     cache_length: int
+
+
+@dataclass(frozen=True)
+class SegmentShape:
+    """What the engine knows of a segment: its layers, the exit at its end (from 0) if there is one, and whether tokens go around it."""
+
+    num_layers: int
+    exit_index: int | None
+    routed: bool = False
 
 
 class Cache(Protocol):
@@ -47,9 +56,11 @@ class Cache(Protocol):
 class Stack(Protocol):
     """What the engine needs of the layers. Segments and exits are numbered from 0; rows are rows of the hidden pool."""
 
+    layout: tuple[SegmentShape, ...]
     exit_layers: tuple[int, ...]
     vocab_size: int
     max_positions: int
+    has_gates: bool  # at every early exit
     trace: list[Call] | None
 
     def open_cache(self) -> Cache:
@@ -68,6 +79,15 @@ class Stack(Protocol):
 
     def run_kv(self, number: int, cache: Cache, start: int, rows: Int64s) -> None:
         """Write the K/V that a segment would hold for frozen hidden states at positions start.. (state propagation)."""
+
+    def run_route(self, number: int, rows: Int64s) -> NDArray[np.bool_]:
+        """Which hidden states go into a routed segment. Shape: (S) -> (S)."""
+
+    def run_routed(self, number: int, cache: Cache, written: int, positions: Int64s, rows: Int64s, out_row: int) -> None:
+        """Run the tokens that go into a routed segment, after the `written` ones that its cache holds. Shapes: positions and rows (S)."""
+
+    def run_gate(self, number: int, rows: Int64s) -> NDArray[np.float32]:
+        """An exit's gate: the probability that full depth would say the same. Shape: (N) -> (N), overwritten by the next call."""
 
     def run_exit(self, number: int, rows: Int64s) -> HeadOutput:
         """What an exit's head says of the hidden states in `rows`. The result is overwritten by the next call."""
@@ -196,6 +216,9 @@ class OrtStack:
         self.manifest: Manifest = load_manifest(bundle)
         self.exit_layers = self.manifest.exit_layers
         self.vocab_size, self.max_positions = self.manifest.vocab_size, self.manifest.max_positions
+        places = {layer: number for number, layer in enumerate(self.exit_layers)}
+        self.layout = tuple(SegmentShape(s.num_layers, places.get(s.last_layer), s.kind == "routed") for s in self.manifest.segments)
+        self.has_gates = all(leave.gate for leave in self.manifest.exits[:-1])
         self.trace: list[Call] | None = None
         _start_thread_pool(num_threads)
         load = functools.cache(lambda name: _load_session(bundle / name, log_level))
@@ -204,6 +227,8 @@ class OrtStack:
         self.exits = [_Graph(load(e.graph), self._bind_exit) for e in self.manifest.exits]
         self.segments = [_Graph(load(s.graph), self._bind_segment) for s in self.manifest.segments]
         self.kvs = [_Graph(load(s.kv_graph), self._bind_segment) if s.kv_graph else None for s in self.manifest.segments]
+        self.routes = [_Graph(load(s.route_graph), self._bind_route) if s.route_graph else None for s in self.manifest.segments]
+        self.gates = [_Graph(load(e.gate), self._bind_gate) if e.gate else None for e in self.manifest.exits]
         self.pool = HiddenPool(self.manifest.dim)
         self._self_test()
 
@@ -218,10 +243,7 @@ class OrtStack:
     ) -> None:
         binding = self._place(self.segments[number], "segment", number, cache, start, inputs)
         binding.own["active"][0] = True if active is None else active
-        if binding.bound.get("hidden") != (self.pool.serial, out_row):
-            shape = (1, len(inputs), self.manifest.dim)
-            binding.io.bind_output("hidden", "cpu", 0, np.float32, shape, self.pool.row_pointer(out_row))
-            binding.bound["hidden"] = (self.pool.serial, out_row)
+        self._bind_hidden(binding, len(inputs), out_row)
         binding.run()
 
     def run_kv(self, number: int, cache: Cache, start: int, rows: Int64s) -> None:
@@ -229,19 +251,54 @@ class OrtStack:
         assert graph is not None, "the first segment runs for every token: there is nothing to propagate into it"
         self._place(graph, "kv", number, cache, start, rows).run()
 
+    def run_route(self, number: int, rows: Int64s) -> NDArray[np.bool_]:
+        graph = self.routes[number]
+        assert graph is not None, "every token runs a segment that is not routed"
+        binding = graph.binding(len(rows))
+        self._bind_pool(binding)
+        binding.own["index"][:] = rows
+        binding.run()
+        self._note("route", number, len(rows))
+        return binding.own["goes_in"]
+
+    def run_routed(self, number: int, cache: Cache, written: int, positions: Int64s, rows: Int64s, out_row: int) -> None:
+        binding = self._place(self.segments[number], "segment", number, cache, written, rows)
+        binding.own["positions"][0] = positions
+        self._bind_hidden(binding, len(rows), out_row)
+        binding.run()
+
+    def run_gate(self, number: int, rows: Int64s) -> NDArray[np.float32]:
+        graph = self.gates[number]
+        assert graph is not None, "whoever asks a gate has seen that the bundle has one"
+        head, gate = self._run_exit_graph(number, rows), graph.binding(len(rows))
+        if gate.bound.get("head") is not head:
+            gate.input("exit_hidden", head.own["exit_hidden"])
+            gate.bound["head"] = head
+        gate.run()
+        self._note("gate", number, len(rows))
+        return gate.own["probability"]
+
     def run_exit(self, number: int, rows: Int64s) -> HeadOutput:
+        head = self._run_exit_graph(number, rows)
+        head.run()
+        self._note("exit", number, len(rows))
+        own = head.own
+        return HeadOutput(own["logits"], own["top_id"], own["top_prob"], own["margin"], own["entropy"])
+
+    def _run_exit_graph(self, number: int, rows: Int64s) -> _Binding:
+        """Run an exit's own graph, which writes where its head reads; returns that head's binding."""
         leave, head = self.exits[number].binding(len(rows)), self.heads[number].binding(len(rows))
         self._bind_pool(leave)
         leave.own["index"][:] = rows
-        if leave.bound.get("head") is not head:  # the exit writes where its head reads
+        if leave.bound.get("head") is not head:
             leave.output("exit_hidden", head.own["exit_hidden"])
             leave.bound["head"] = head
         leave.run()
-        head.run()
+        return head
+
+    def _note(self, graph: str, number: int, num_tokens: int, cache_length: int = 0) -> None:
         if self.trace is not None:
-            self.trace.append(Call("exit", number, len(rows), 0))
-        own = head.own
-        return HeadOutput(own["logits"], own["top_id"], own["top_prob"], own["margin"], own["entropy"])
+            self.trace.append(Call(graph, number, num_tokens, cache_length))
 
     def _place(self, graph: _Graph, kind: str, number: int, cache: Cache, start: int, inputs: Int64s) -> _Binding:
         """The binding for these tokens, with the cache, the pool and the small inputs in place."""
@@ -255,8 +312,7 @@ class OrtStack:
             self._bind_cache(binding, self.manifest.segments[number], cache, length)
         if number:
             self._bind_pool(binding)
-        if self.trace is not None:
-            self.trace.append(Call(kind, number, num_tokens, length))
+        self._note(kind, number, num_tokens, length)
         return binding
 
     def _bind_cache(self, binding: _Binding, segment: SegmentInfo, cache: OrtCache, length: int) -> None:
@@ -273,15 +329,30 @@ class OrtStack:
             binding.input("pool", self.pool.states)
             binding.bound["pool"] = self.pool.serial
 
+    def _bind_hidden(self, binding: _Binding, num_tokens: int, out_row: int) -> None:
+        if binding.bound.get("hidden") != (self.pool.serial, out_row):
+            shape = (1, num_tokens, self.manifest.dim)
+            binding.io.bind_output("hidden", "cpu", 0, np.float32, shape, self.pool.row_pointer(out_row))
+            binding.bound["hidden"] = (self.pool.serial, out_row)
+
     def _bind_segment(self, binding: _Binding, num_tokens: int) -> None:
         names = {i.name for i in binding.session.get_inputs()}
         binding.input("input_ids" if "input_ids" in names else "index", np.zeros((1, num_tokens), np.int64))
         binding.input("write_indices", np.zeros(1, np.int64))
         if "active" in names:
             binding.input("active", np.ones((1, num_tokens), np.bool_))
+        if "positions" in names:
+            binding.input("positions", np.zeros((1, num_tokens), np.int64))
 
     def _bind_exit(self, binding: _Binding, num_tokens: int) -> None:
         binding.input("index", np.zeros(num_tokens, np.int64))
+
+    def _bind_route(self, binding: _Binding, num_tokens: int) -> None:
+        binding.input("index", np.zeros(num_tokens, np.int64))
+        binding.output("goes_in", np.zeros(num_tokens, np.bool_))
+
+    def _bind_gate(self, binding: _Binding, num_tokens: int) -> None:
+        binding.output("probability", np.zeros(num_tokens, np.float32))
 
     def _bind_head(self, binding: _Binding, num_tokens: int) -> None:
         binding.input("exit_hidden", np.zeros((num_tokens, self.manifest.dim), np.float32))

@@ -6,6 +6,7 @@ python tests/tiny_model.py OUT      # writes OUT/checkpoint and OUT/bundle
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 EXITS = (2, 4, 6)
 CONTEXT = 288  # more than two steps of the cache, and no multiple of one
@@ -26,10 +27,10 @@ def corpus() -> str:
     return "\n\n".join(" ".join(sentence() for _ in range(5)) for _ in range(150)) + "\n"
 
 
-def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS) -> None:
+def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS, **model_fields: Any) -> None:
     """A seeded model of 6 layers, untrained; its head is scaled so that confidences spread over (0, 1).
 
-    Whatever the exits, layers, embedding and head hold the same weights.
+    Whatever the exits, layers, embedding and head hold the same weights. `model_fields` are more fields of ModelConfig.
     """
     import torch
 
@@ -49,6 +50,7 @@ def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS) -> None:
         max_positions=CONTEXT,
         exits=exits,
         tie_embeddings=False,
+        **model_fields,
     )
     train = TrainConfig(layer_weights={6: 1.0}, steps=1, sequence_length=64)
     torch.manual_seed(7)
@@ -61,6 +63,11 @@ def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS) -> None:
         model.lm_head.weight.mul_(25.0)
         for norm in model.exit_norms.values():
             norm.weight.uniform_(0.5, 1.5)
+        for gate in model.gates.parameters():
+            gate.mul_(60.0)  # probabilities that spread, too
+        for adapter in model.adapters.parameters():
+            if adapter.ndim == 2:
+                adapter.normal_(std=0.2)
     save_checkpoint(Checkpoint(Recipe("tiny", "", "", config, tokenizer_config, train), model, tokenizer, 0, "corpus.txt"), path)
 
 

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ease_runtime.engine import Engine
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.sampling import Given
 from ease_runtime.sequence import Sequence as SequenceState
-from ease_runtime.stack import Call, Stack
+from ease_runtime.stack import Cache, Call, Stack
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,25 @@ class CallProbe:
         cache = stack.open_cache()
         for i in range(self.RUNS + 1):
             began = time.perf_counter()
-            if call.graph == "segment":
-                stack.run_segment(call.number, cache, start, rows, out_row)
-            elif call.graph == "kv":
-                stack.run_kv(call.number, cache, start, rows)
-            else:
-                stack.run_exit(call.number, rows)
+            self._once(cache, start, rows, out_row)
             if i:
                 self.seconds.append(time.perf_counter() - began)
+
+    def _once(self, cache: Cache, start: int, rows: NDArray[np.int64], out_row: int) -> None:
+        stack, number = self.stack, self.call.number
+        match self.call.graph:
+            case "segment" if stack.layout[number].routed:
+                stack.run_routed(number, cache, start, np.arange(start, start + len(rows)), rows, out_row)
+            case "segment":
+                stack.run_segment(number, cache, start, rows, out_row)
+            case "kv":
+                stack.run_kv(number, cache, start, rows)
+            case "route":
+                stack.run_route(number, rows)
+            case "gate":
+                stack.run_gate(number, rows)
+            case _:
+                stack.run_exit(number, rows)
 
 
 def ideal_seconds(calls: Sequence[Call], seconds: dict[Call, float]) -> float:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_runtime.engine import Engine
 from ease_runtime.policy import ExitPolicy, HeadOutput
-from ease_runtime.stack import Stack
+from ease_runtime.sequence import Sequence as SequenceState
 
 HEAD_ROWS = 32  # tokens a head call scores at once (its logits are rows x vocabulary)
 
@@ -60,33 +61,78 @@ def windows(num_ids: int, length: int, stride: int) -> Iterator[Window]:
             return
 
 
-def score_documents(stack: Stack, documents: Sequence[Sequence[int]], policies: Sequence[ExitPolicy], catch_up: str) -> list[Scores]:
-    """Score every document under each policy, in windows of the model's context with half a window's stride."""
-    length = stack.max_positions
+def score_documents(engine: Engine, documents: Sequence[Sequence[int]], policies: Sequence[ExitPolicy], catch_up: str) -> list[Scores]:
+    """Score every document under each policy, in windows of the model's context with half a window's stride.
+
+    Raises RequestError when the engine's stack cannot run a policy or the catch-up.
+    """
+    for policy in policies:
+        engine.check(policy, catch_up)
+    length = engine.stack.max_positions
     parts: list[list[Scores]] = [[] for _ in policies]
     for ids in documents:
         for window in windows(len(ids), length, max(1, length // 2)):
-            inputs = np.array(ids[window.start : window.stop], np.int64)
-            targets = np.array(ids[window.start + 1 : window.stop + 1], np.int64)
-            for part, scores in zip(parts, score_window(stack, inputs, targets, policies, catch_up), strict=True):
+            inputs, targets = ids[window.start : window.stop], np.array(ids[window.start + 1 : window.stop + 1], np.int64)
+            for part, scores in zip(parts, score_window(engine, inputs, targets, policies, catch_up), strict=True):
                 part.append(Scores(scores.logprobs[window.scored_from :], scores.depths[window.scored_from :]))
     return [Scores(np.concatenate([s.logprobs for s in part]), np.concatenate([s.depths for s in part])) for part in parts]
 
 
 def score_window(
-    stack: Stack, inputs: NDArray[np.int64], targets: NDArray[np.int64], policies: Sequence[ExitPolicy], catch_up: str
+    engine: Engine, inputs: Sequence[int], targets: NDArray[np.int64], policies: Sequence[ExitPolicy], catch_up: str
 ) -> list[Scores]:
     """Score one window under each policy. Shape: inputs and targets (S) -> one Scores of S tokens each."""
     if catch_up == "propagate":
-        return [_score_propagate(stack, inputs, targets, policy) for policy in policies]
-    return _score_exact(stack, inputs, targets, policies)
+        return [score for policy in policies for score in _score_pass(engine, inputs, targets, [policy], freeze=True)]
+    return _score_pass(engine, inputs, targets, policies, freeze=False)
+
+
+def _score_pass(
+    engine: Engine, inputs: Sequence[int], targets: NDArray[np.int64], policies: Sequence[ExitPolicy], freeze: bool
+) -> list[Scores]:
+    """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes one policy."""
+    decisions = [_Decisions(policy, len(inputs)) for policy in policies]
+    sequence, active = engine.open(inputs, ExitPolicy(), "recompute"), np.ones(len(inputs), np.bool_)
+    try:
+        for segment, shape in enumerate(engine.stack.layout):
+            engine.advance(sequence, segment, 0, len(inputs), active if freeze else None)
+            sequence.done[segment] = len(inputs)
+            if shape.exit_index is not None:
+                _ask_exit(engine, sequence, segment, targets, decisions)
+            if freeze:
+                active = decisions[0].undecided
+                active[0] = True  # prefill
+    finally:
+        engine.release(sequence)
+    return [d.scores() for d in decisions]
+
+
+def _ask_exit(engine: Engine, sequence: SequenceState, segment: int, targets: NDArray[np.int64], decisions: Sequence["_Decisions"]) -> None:
+    """Let every decision that looks at the exit behind a segment see what it says."""
+    stack = engine.stack
+    exit_index = stack.layout[segment].exit_index
+    assert exit_index is not None, "the segment has an exit"
+    last = exit_index == len(stack.exit_layers) - 1
+    asking = [d for d in decisions if last or d.policy.tests(exit_index)]
+    if not asking:
+        return
+    undecided = np.flatnonzero(np.any([d.undecided for d in asking], axis=0))
+    gated = not last and any(d.policy.asks_gate for d in asking)
+    for start in range(0, len(undecided), HEAD_ROWS):
+        positions = undecided[start : start + HEAD_ROWS]
+        rows = sequence.rows[np.resize(positions, HEAD_ROWS)]  # always as many, so that one binding serves
+        gate = stack.run_gate(exit_index, rows).copy() if gated else None
+        output = stack.run_exit(exit_index, rows)
+        seen = _Chunk(positions, output, gate, engine.depths(sequence, segment, positions), _logprobs(output, targets[positions]))
+        for d in asking:
+            d.see(seen, exit_index, last)
 
 
 class _Decisions:
     """Which exit each position left by, filled in exit by exit."""
 
-    def __init__(self, policy: ExitPolicy, num_tokens: int, layers: tuple[int, ...]) -> None:
-        self.policy, self.layers = policy, layers
+    def __init__(self, policy: ExitPolicy, num_tokens: int) -> None:
+        self.policy = policy
         self.depths = np.zeros(num_tokens, np.int64)  # 0: undecided
         self.logprobs = np.zeros(num_tokens, np.float64)
 
@@ -95,66 +141,33 @@ class _Decisions:
         mask: NDArray[np.bool_] = self.depths == 0
         return mask
 
-    def see(self, exit_index: int, positions: NDArray[np.int64], confidence: NDArray[np.float32], logprobs: Floats) -> None:
-        """What an exit says of some undecided positions: those that leave are settled."""
-        if exit_index < len(self.layers) - 1:
-            leaves = self.policy.leaves(exit_index, confidence)
-            positions, logprobs = positions[leaves], logprobs[leaves]
-        self.depths[positions] = self.layers[exit_index]
-        self.logprobs[positions] = logprobs
+    def see(self, seen: "_Chunk", exit_index: int, last: bool) -> None:
+        """What an exit says of some positions: those of them that are undecided here and leave are settled."""
+        settled = self.undecided[seen.positions]
+        if not last:
+            settled &= self.policy.leaves(exit_index, seen.confidence(self.policy))
+        positions = seen.positions[settled]
+        self.depths[positions], self.logprobs[positions] = seen.depths[settled], seen.logprobs[settled]
 
     def scores(self) -> Scores:
         return Scores(self.logprobs, self.depths)
 
 
-def _score_exact(stack: Stack, inputs: NDArray[np.int64], targets: NDArray[np.int64], policies: Sequence[ExitPolicy]) -> list[Scores]:
-    decisions = [_Decisions(policy, len(inputs), stack.exit_layers) for policy in policies]
-    cache, states = stack.open_cache(), inputs
-    for k in range(len(stack.exit_layers)):
-        states = _run_segment(stack, k, cache, states)
-        asking = [d for d in decisions if k == len(stack.exit_layers) - 1 or d.policy.tests(k)]
-        if not asking:
-            continue
-        undecided = np.flatnonzero(np.any([d.undecided for d in asking], axis=0))
-        for positions, output in _head_chunks(stack, k, states, undecided):
-            logprobs = _logprobs(output, targets[positions])
-            for d in asking:
-                mine = d.undecided[positions]
-                d.see(k, positions[mine], d.policy.confidence(output)[: len(positions)][mine], logprobs[mine])
-    return [d.scores() for d in decisions]
+@dataclass(frozen=True)
+class _Chunk:
+    """What an exit says of N positions; the head's and the gate's arrays may be longer (padded)."""
 
+    positions: NDArray[np.int64]
+    output: HeadOutput
+    gate: NDArray[np.float32] | None
+    depths: NDArray[np.int64]  # (N)
+    logprobs: Floats  # (N), of the targets
 
-def _score_propagate(stack: Stack, inputs: NDArray[np.int64], targets: NDArray[np.int64], policy: ExitPolicy) -> Scores:
-    decisions = _Decisions(policy, len(inputs), stack.exit_layers)
-    cache, states, active = stack.open_cache(), inputs, np.ones(len(inputs), np.bool_)
-    for k in range(len(stack.exit_layers)):
-        states = _run_segment(stack, k, cache, states, active)
-        if k == len(stack.exit_layers) - 1 or policy.tests(k):
-            for positions, output in _head_chunks(stack, k, states, np.flatnonzero(decisions.undecided)):
-                confidence = policy.confidence(output)[: len(positions)]
-                decisions.see(k, positions, confidence, _logprobs(output, targets[positions]))
-        active = decisions.undecided
-        active[0] = True  # prefill
-    return decisions.scores()
-
-
-def _run_segment(
-    stack: Stack, number: int, cache: object, inputs: NDArray[np.int64], active: NDArray[np.bool_] | None = None
-) -> NDArray[np.int64]:
-    """Run a whole window through a segment; returns the pool rows of its hidden states."""
-    live = [] if number == 0 else [inputs]
-    out = stack.reserve_rows(len(inputs), live)
-    stack.run_segment(number, cache, 0, inputs, out, active)
-    return np.arange(out, out + len(inputs))
-
-
-def _head_chunks(
-    stack: Stack, exit_index: int, rows: NDArray[np.int64], positions: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.int64], HeadOutput]]:
-    """The head's output for some positions, a chunk of always the same size at a time (the last one padded)."""
-    for start in range(0, len(positions), HEAD_ROWS):
-        chunk = positions[start : start + HEAD_ROWS]
-        yield chunk, stack.run_exit(exit_index, rows[np.resize(chunk, HEAD_ROWS)])
+    def confidence(self, policy: ExitPolicy) -> NDArray[np.float32]:
+        """Confidence under a policy. Shape: (N)."""
+        values = self.gate if policy.asks_gate else policy.confidence(self.output)
+        assert values is not None, "a policy that asks gates is refused where there are none"
+        return values[: len(self.positions)]
 
 
 def _logprobs(output: HeadOutput, targets: NDArray[np.int64]) -> Floats:

@@ -220,7 +220,7 @@ def score_settings(llm: LLM, documents: Sequence[Sequence[int]], settings: Seque
     for catch_up in CATCH_UPS:
         mine = [i for i, s in enumerate(settings) if s.catch_up == catch_up]
         scores |= (
-            dict(zip(mine, score_documents(llm.stack, documents, [settings[i].policy for i in mine], catch_up), strict=True))
+            dict(zip(mine, score_documents(llm.engine, documents, [settings[i].policy for i in mine], catch_up), strict=True))
             if mine
             else {}
         )

@@ -101,7 +101,7 @@ def engine_logprobs(stack: OrtStack, ids: list[int], chosen: ExitPolicy, catch_u
 def test_parallel_scores_equal_the_engines(stack: OrtStack, catch_up: str, name: str, cap: int) -> None:
     ids = text(150, seed=5)
     policies = [policy(None), policy(0.0, name), *(policy(t, name) for t in THRESHOLDS), policy(1.0, name)]
-    scores = score_documents(stack, [ids], policies, catch_up)
+    scores = score_documents(Engine(stack), [ids], policies, catch_up)
     for chosen, score in zip(policies, scores, strict=True):
         logprobs, depths = engine_logprobs(stack, ids, chosen, catch_up, cap)
         assert score.depths.tolist() == depths
@@ -115,20 +115,20 @@ def test_off_is_the_plain_model(stack: OrtStack, model: Decoder) -> None:
     with torch.no_grad():
         expected = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0, torch.arange(199), torch.tensor(ids[1:])]
     for catch_up in ("recompute", "propagate"):
-        (score,) = score_documents(stack, [ids], [policy(None)], catch_up)
+        (score,) = score_documents(Engine(stack), [ids], [policy(None)], catch_up)
         assert set(score.depths) == {6}
         np.testing.assert_allclose(score.logprobs, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_threshold_zero_leaves_every_token_at_the_first_exit(stack: OrtStack) -> None:
     for catch_up in ("recompute", "propagate"):
-        (score,) = score_documents(stack, [text(100)], [policy(0.0)], catch_up)
+        (score,) = score_documents(Engine(stack), [text(100)], [policy(0.0)], catch_up)
         assert set(score.depths) == {2}
 
 
 def test_long_documents_are_scored_once_a_token_with_the_context_of_their_window(stack: OrtStack, model: Decoder) -> None:
     documents = [text(700, seed=1), text(2, seed=2), text(stack.max_positions + 1, seed=3)]
-    (score,) = score_documents(stack, documents, [policy(None)], "recompute")
+    (score,) = score_documents(Engine(stack), documents, [policy(None)], "recompute")
     assert len(score.logprobs) == 699 + 1 + stack.max_positions
     ids = torch.tensor(documents[0])
     with torch.no_grad():  # the second window: inputs 144..432, of which 288.. are new

@@ -1,0 +1,172 @@
+"""Gates, adapters, own heads and routed layers: exported, run by the engine, and equal to the model in torch."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_model
+from ease_eval.perplexity import score_documents
+from ease_export.build import export_bundle
+from ease_export.verify import TOLERANCE, verify_bundle
+from ease_runtime.engine import Engine
+from ease_runtime.errors import BundleError, RequestError
+from ease_runtime.manifest import load_manifest, parse_manifest
+from ease_runtime.policy import ExitPolicy
+from ease_runtime.sampling import Given
+from ease_runtime.stack import OrtStack
+from ease_train.checkpoint import load_checkpoint
+from ease_train.model import Decoder, RoutedBlock
+
+Made = tuple[Path, Path]
+
+
+def make(folder: Path, exits: tuple[int, ...], **fields: object) -> Made:
+    tiny_model.write_checkpoint(folder / "checkpoint", exits, **fields)
+    export_bundle(folder / "checkpoint", folder / "bundle")
+    return folder / "checkpoint", folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Exits with an MLP adapter, a head of their own and a gate."""
+    return make(tmp_path_factory.mktemp("gated"), (2, 4, 6), gates=(2, 4), gate_width=8, exit_adapter="mlp", exit_head="own")
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Layers 2, 4 and 6 are Mixture-of-Depths layers; one exit, at the end."""
+    return make(tmp_path_factory.mktemp("routed"), (6,), routed_layers=(2, 4, 6), capacity=0.5)
+
+
+@pytest.fixture(scope="module")
+def routed_with_exits(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """One routed layer below an early exit and one above."""
+    return make(tmp_path_factory.mktemp("both"), (3, 6), routed_layers=(2, 5), capacity=0.5)
+
+
+def text(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 300, length).tolist()
+
+
+@pytest.mark.parametrize("name", ["gated", "routed", "routed_with_exits"])
+def test_every_graph_equals_torch(name: str, request: pytest.FixtureRequest) -> None:
+    checkpoint, bundle = request.getfixturevalue(name)
+    report = verify_bundle(bundle, checkpoint, 150)
+    assert max(d.relative for d in report.differences) <= TOLERANCE
+    assert report.agreed == report.num_generated == 150
+    compared = {d.graph for d in report.differences}
+    manifest = load_manifest(bundle)
+    assert compared >= {s.graph for s in manifest.segments}
+    assert compared >= {e.gate for e in manifest.exits if e.gate} | {s.route_graph for s in manifest.segments if s.route_graph}
+
+
+def test_a_gate_decides_as_in_torch_and_the_head_runs_only_for_who_leaves(gated: Made) -> None:
+    checkpoint, bundle = gated
+    model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
+    engine, ids, threshold = Engine(stack), text(90, seed=4), 0.5
+    policy = ExitPolicy.create("gate", [threshold], 3)
+    sequence = engine.start(ids[:1], max_new_tokens=89, policy=policy, sampler=Given(ids))
+    stack.trace = []
+    tokens = list(engine.generate(sequence))
+    calls = Counter((call.graph, call.number) for call in stack.trace)
+    with torch.no_grad():
+        gates = {e: model.gates[str(e)](model.exit_hidden(h[0], e)) for e, h in model.exit_states(torch.tensor([ids[:-1]])) if e < 6}
+    expected = [2 if gates[2][i] >= threshold else 4 if gates[4][i] >= threshold else 6 for i in range(89)]
+    assert [t.depth for t in tokens] == expected
+    left = Counter(expected)
+    assert set(left) == {2, 4, 6}
+    assert calls["exit", 0] == left[2]
+    assert calls["exit", 1] == left[4]
+    assert calls["exit", 2] == left[6]
+    assert calls["gate", 0] == 89
+    assert calls["gate", 1] == 89 - left[2]
+    confidences = [t.confidence for t in tokens if t.depth == 2]
+    assert confidences == pytest.approx([gates[2][i].item() for i in range(89) if expected[i] == 2], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [("gated", "gate"), ("gated", "max-prob"), ("routed", "max-prob"), ("routed_with_exits", "max-prob")]
+)
+@pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
+def test_parallel_scores_equal_the_engines(name: str, policy: str, catch_up: str, request: pytest.FixtureRequest) -> None:
+    stack = OrtStack(request.getfixturevalue(name)[1])
+    engine, ids = Engine(stack), text(120, seed=6)
+    num_exits = len(stack.exit_layers)
+    policies = [ExitPolicy.create(policy, [t], num_exits) for t in (0.0, 0.4, 0.6)] if num_exits > 1 else []
+    policies.append(ExitPolicy())
+    if catch_up == "propagate" and name != "gated":
+        policies = [ExitPolicy()]  # nothing leaves early: nothing is propagated
+    scores = score_documents(engine, [ids], policies, catch_up)
+    for chosen, score in zip(policies, scores, strict=True):
+        sequence = engine.start(ids[:1], max_new_tokens=119, policy=chosen, catch_up=catch_up, sampler=Given(ids))
+        tokens = list(engine.generate(sequence))
+        assert score.depths.tolist() == [t.depth for t in tokens]
+        np.testing.assert_allclose(score.logprobs, [t.logprob for t in tokens], rtol=1e-4, atol=1e-4)
+
+
+def routes_in_torch(model: Decoder, ids: list[int]) -> dict[int, list[bool]]:
+    """Which positions go into each routed layer, in one teacher-forced pass of the whole text."""
+    hidden, routes = model.embed(torch.tensor([ids])), {}
+    for layer, block in enumerate(model.layers, 1):
+        if isinstance(block, RoutedBlock):
+            routes[layer] = block.goes_in(hidden)[0].tolist()
+        hidden = model.run_layers(hidden, layer, layer)
+    return routes
+
+
+def test_decoding_routes_as_teacher_forcing_and_skips_for_real(routed: Made) -> None:
+    """The same routing and logits as one pass in torch, and a routed block runs once for each token that goes in, no more."""
+    checkpoint, bundle = routed
+    model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
+    engine, ids = Engine(stack), text(150, seed=9)
+    sequence = engine.start(ids[:1], max_new_tokens=149, sampler=Given(ids))
+    stack.trace = []
+    tokens = list(engine.generate(sequence))
+    with torch.no_grad():
+        routes = routes_in_torch(model, ids[:-1])
+        logprobs = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0, torch.arange(149), torch.tensor(ids[1:])]
+    ran = Counter(call.number for call in stack.trace if call.graph == "segment")
+    for segment, info in enumerate(stack.manifest.segments):
+        if info.kind == "routed":
+            inside = routes[info.first_layer]
+            assert sequence.inside[segment, :149].tolist() == inside
+            assert ran[segment] == sum(inside)
+            assert 20 < sum(inside) < 130, "the routing must choose, or the test shows nothing"
+        else:
+            assert ran[segment] == 149
+    skipped = [sum(not route[i] for route in routes.values()) for i in range(149)]
+    assert [t.depth for t in tokens] == [6 - s for s in skipped]
+    np.testing.assert_allclose([t.logprob for t in tokens], logprobs.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_keys_and_values_are_written_only_for_routed_tokens(routed: Made) -> None:
+    stack = OrtStack(routed[1])
+    sequence = Engine(stack).start(text(40, seed=2), max_new_tokens=20)
+    list(Engine(stack).generate(sequence))
+    buffers = sequence.cache.buffers  # type: ignore[attr-defined]
+    for segment, info in enumerate(stack.manifest.segments):
+        filled = np.abs(buffers[info.first_layer - 1, 0, 0]).sum(axis=1) > 0
+        expected = np.count_nonzero(sequence.inside[segment]) if info.kind == "routed" else len(sequence.tokens) - 1
+        assert np.count_nonzero(filled) == expected
+        assert filled[:expected].all()
+
+
+def test_what_a_bundle_cannot_do_is_said(routed_with_exits: Made, tiny_bundle: Path) -> None:
+    engine = Engine(OrtStack(routed_with_exits[1]))
+    with pytest.raises(RequestError, match="'propagate' has no K/V for routed layers; use recompute"):
+        engine.start([1], max_new_tokens=2, policy=ExitPolicy.create("max-prob", [0.5], 2), catch_up="propagate")
+    plain = Engine(OrtStack(tiny_bundle))
+    with pytest.raises(RequestError, match="policy 'gate' needs a gate at every early exit; train them: ease-train gates"):
+        plain.start([1], max_new_tokens=2, policy=ExitPolicy.create("gate", [0.5], 3))
+
+
+def test_a_routed_segment_without_its_route_graph_is_refused(routed: Made) -> None:
+    manifest = load_manifest(routed[1])
+    values = dataclasses.asdict(manifest)
+    values = {**values, "segments": [{**s, "route_graph": None} for s in values["segments"]], "exits": list(values["exits"])}
+    with pytest.raises(BundleError, match="is of the kind 'routed' and has route_graph None"):
+        parse_manifest(values, routed[1] / "manifest.json")
