@@ -172,8 +172,8 @@ def show_gates(trainer: "GateTrainer") -> None:
 
 
 def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
-    """Train and show it; an interrupted run is saved first."""
-    console = Console()
+    """Train and show it (the first of several processes does); an interrupted run is saved first."""
+    console = Console(quiet=not trainer.workers.first)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     parameters = sum(p.numel() for p in trainer.model.parameters())
     exits = list(recipe.model.exits)

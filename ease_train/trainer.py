@@ -19,6 +19,7 @@ from typing import Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -27,6 +28,7 @@ from ease_train.corpora import load_documents
 from ease_train.errors import DivergenceError
 from ease_train.losses import Objective, exit_loss, exit_losses
 from ease_train.model import Decoder
+from ease_train.parallel import Workers
 from ease_train.schedules import drop_rates, exit_weights
 from ease_train.tokens import END, encode_stream, pack, train_tokenizer
 
@@ -108,16 +110,18 @@ def objective_at(step: int, recipe: Recipe) -> Objective:
 class Trainer:
     """Holds a run: model, optimizer, packed data, and the number of the next step."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", workers: Workers | None = None) -> None:
         self.checkpoint, self.recipe, self.settings = checkpoint, checkpoint.recipe, checkpoint.recipe.train
-        self.device = torch.device(device)
+        self.device, self.workers = torch.device(device), workers or Workers()
         self.model = checkpoint.model.to(self.device)
         self.optimizer = create_optimizer(self.model, self.settings, self.recipe.method.layer_lr_scales)
         if checkpoint.train_state is not None:
             self.optimizer.load_state_dict(checkpoint.train_state["optimizer"])
             torch.set_rng_state(checkpoint.train_state["rng"])
+        if not self.workers.first:  # layer dropout must not drop the same sequences in every process
+            torch.manual_seed(hash((self.settings.seed, self.workers.rank, checkpoint.step)))
         self.model.recompute_activations = self.settings.recompute_activations
-        self.sequences_a_step = self.settings.batch_size * self.settings.accumulate
+        self.sequences_a_step = self.settings.batch_size * self.settings.accumulate * self.workers.count
         length = self.settings.sequence_length
         self.blocks = pack(self._stream("train"), length, self.sequences_a_step, f"{checkpoint.data} (train)")
         blocks = pack(self._stream("validation"), length, 1, f"{checkpoint.data} (validation)")
@@ -126,16 +130,19 @@ class Trainer:
     @classmethod
     def begin(cls, recipe: Recipe, source: str, device: str = "cpu") -> Self:
         """A new run: trains the tokenizer, builds the model. Raises DataError, ConfigError."""
+        workers, device = Workers.join(device)
         tokenizer = train_tokenizer(load_documents(source, "train"), recipe.tokenizer)
+        tokenizer = Tokenizer.from_str(workers.share(tokenizer.to_str())) if workers.count > 1 else tokenizer
         if recipe.model.vocab_size == 0:
             recipe = replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.get_vocab_size()))
         torch.manual_seed(recipe.train.seed)
-        return cls(Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source), device)
+        return cls(Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source), device, workers)
 
     @classmethod
     def resume(cls, path: Path, device: str = "cpu") -> Self:
         """Go on with the run saved at `path`. Raises CheckpointError."""
-        return cls(load_checkpoint(path, resume=True), device)
+        workers, device = Workers.join(device)
+        return cls(load_checkpoint(path, resume=True), device, workers)
 
     def fit(self, out: Path) -> Iterator[Event]:
         """Train to the last step, or until patience ends; yield every step, evaluation and checkpoint. Raises DivergenceError."""
@@ -161,7 +168,8 @@ class Trainer:
         rate = learning_rate(self.checkpoint.step, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        loss, by_exit = self._backward(batch)
+        loss, by_exit = self._backward(np.split(batch, self.workers.count)[self.workers.rank])
+        self.workers.mean_gradients(self.model)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
             what = f"the loss is {loss}, its gradient's norm {norm.item()}, at step {self.checkpoint.step + 1}"
@@ -184,7 +192,8 @@ class Trainer:
             (loss * share).backward()  # type: ignore[no-untyped-call]
             total += loss.item() * share
             by_exit |= {layer: by_exit[layer] + value * share for layer, value in losses.items()}
-        return total, {layer: by_exit[layer] for layer in losses}
+        means = self.workers.mean([total, *(by_exit[layer] for layer in losses)], self.device)
+        return means[0], dict(zip(losses, means[1:], strict=True))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
@@ -221,7 +230,9 @@ class Trainer:
     def save(self, out: Path) -> SaveEvent:
         """Write the checkpoint with all that a resumed run needs."""
         self.checkpoint.train_state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
-        save_checkpoint(self.checkpoint, out)
+        if self.workers.first:
+            save_checkpoint(self.checkpoint, out)
+        self.workers.wait()
         return SaveEvent(self.checkpoint.step, out)
 
     def log(self, event: Event) -> Event:
