@@ -96,25 +96,28 @@ def recipes() -> None:
 @click.option("--resume", is_flag=True, help="Go on with the checkpoint at --out; its own settings hold.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")
+@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Keep the tokens of the data in this folder.")
 @click.option("--seeds", type=click.IntRange(0), multiple=True, help="Train once for each of these seeds, into OUT/seed-N.")
 @recipe_options
-def fit(recipe: str, data: str, out: Path, resume: bool, device: str, threads: int | None, seeds: tuple[int, ...], **fields: Any) -> None:
+def fit(recipe: str, data: str, out: Path, resume: bool, threads: int | None, seeds: tuple[int, ...], **fields: Any) -> None:
     """Train a model by RECIPE (a name from `ease-train recipes`, or a .toml file)."""
     import torch
 
     if threads:
         torch.set_num_threads(threads)
+    place = {name: fields.pop(name) for name in ("device", "cache")}
     options = given_options(fields)
     if seeds and "seed" in options:
         raise TrainError("--seed and --seeds both choose the seed; leave one out")
     if not seeds:
-        fit_once(recipe, options, data, out, resume, device)
+        fit_once(recipe, options, data, out, resume, **place)
     for seed in seeds:
         folder = out / f"seed-{seed}"
-        fit_once(recipe, {} if resume and folder.exists() else {**options, "seed": seed}, data, folder, resume and folder.exists(), device)
+        goes_on = resume and folder.exists()
+        fit_once(recipe, {} if goes_on else {**options, "seed": seed}, data, folder, goes_on, **place)
 
 
-def fit_once(recipe: str, options: dict[str, Any], data: str, out: Path, resume: bool, device: str) -> None:
+def fit_once(recipe: str, options: dict[str, Any], data: str, out: Path, resume: bool, **place: Any) -> None:
     """Begin or resume one run, and train it to its end."""
     from ease_train.trainer import Trainer
 
@@ -123,11 +126,11 @@ def fit_once(recipe: str, options: dict[str, Any], data: str, out: Path, resume:
         if options:
             named = ", ".join("--" + name.replace("_", "-") for name in options)
             raise TrainError(f"--resume goes on with the settings in {out}/config.json; leave out: {named}")
-        trainer = Trainer.resume(out, device)
+        trainer = Trainer.resume(out, **place)
     elif out.exists():
         raise TrainError(f"{out} is there already; go on with it (--resume) or choose another --out")
     else:
-        trainer = Trainer.begin(chosen, data, device)
+        trainer = Trainer.begin(chosen, data, **place)
     run_with_progress(trainer, trainer.recipe, out)
 
 

@@ -193,4 +193,4 @@ class GateTrainer:
         return pack(stream, length, at_least, f"{source} ({split})")
 
     def _ids(self, batch: NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(batch[:, :-1]).long().to(self.device)
+        return torch.from_numpy(batch[:, :-1].astype(np.int64)).to(self.device)

@@ -1,5 +1,9 @@
 """Text to tokens to blocks: tokenizers trained on the corpus, and the packed blocks that training reads."""
 
+import hashlib
+import os
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -41,15 +45,35 @@ def encode_stream(tokenizer: Tokenizer, documents: list[str]) -> NDArray[np.int3
     return np.concatenate([np.array([end, *encoding.ids], dtype=np.int32) for encoding in encodings])
 
 
+def cached_stream(tokenizer: Tokenizer, documents: list[str], folder: Path | None) -> NDArray[np.int32]:
+    """`encode_stream`, kept in `folder` under the sum of tokenizer and documents, and read from there the next time.
+
+    A file found there is mapped, not read. Without a folder nothing is kept.
+    """
+    if folder is None:
+        return encode_stream(tokenizer, documents)
+    digest = hashlib.sha256(tokenizer.to_str().encode())
+    for text in documents:
+        digest.update(f"{len(text)}:".encode() + text.encode("utf-8", "surrogatepass"))
+    path = folder / f"{digest.hexdigest()[:32]}.npy"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as file:
+            np.save(file, encode_stream(tokenizer, documents))
+        partial.replace(path)
+    stream: NDArray[np.int32] = np.load(path, mmap_mode="r")
+    return stream
+
+
 def pack(stream: NDArray[np.int32], length: int, at_least: int, what: str) -> NDArray[np.int32]:
     """Cut a stream into blocks of length + 1 that overlap by one token: inputs are block[:-1], targets block[1:].
 
-    Shape: (tokens,) -> (blocks, length + 1). Raises DataError when there are fewer than `at_least` blocks.
+    The blocks are read-only views of the stream, which may be larger than memory. Shape: (tokens,) -> (blocks, length + 1).
+    Raises DataError when there are fewer than `at_least` blocks, which is at least 1.
     """
     num_blocks = (len(stream) - 1) // length
     if num_blocks < at_least:
         found = f"{len(stream)} tokens: {num_blocks} blocks of {length}, expected at least {at_least}"
         raise DataError(f"{what} has {found}; use a shorter sequence_length or more text")
-    starts = np.arange(num_blocks)[:, None] * length
-    blocks: NDArray[np.int32] = stream[starts + np.arange(length + 1)]
-    return blocks
+    return np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length][:num_blocks]

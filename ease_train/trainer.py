@@ -30,7 +30,7 @@ from ease_train.losses import Objective, exit_loss, exit_losses
 from ease_train.model import Decoder
 from ease_train.parallel import Workers
 from ease_train.schedules import drop_rates, exit_weights
-from ease_train.tokens import END, encode_stream, pack, train_tokenizer
+from ease_train.tokens import END, cached_stream, pack, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def objective_at(step: int, recipe: Recipe) -> Objective:
 class Trainer:
     """Holds a run: model, optimizer, packed data, and the number of the next step."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", workers: Workers | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", workers: Workers | None = None, cache: Path | None = None) -> None:
         self.checkpoint, self.recipe, self.settings = checkpoint, checkpoint.recipe, checkpoint.recipe.train
-        self.device, self.workers = torch.device(device), workers or Workers()
+        self.device, self.workers, self.cache = torch.device(device), workers or Workers(), cache
         self.model = checkpoint.model.to(self.device)
         self.optimizer = create_optimizer(self.model, self.settings, self.recipe.method.layer_lr_scales)
         if checkpoint.train_state is not None:
@@ -128,21 +128,21 @@ class Trainer:
         self.validation = blocks[: max(1, self.settings.eval_tokens // length)]
 
     @classmethod
-    def begin(cls, recipe: Recipe, source: str, device: str = "cpu") -> Self:
-        """A new run: trains the tokenizer, builds the model. Raises DataError, ConfigError."""
+    def begin(cls, recipe: Recipe, source: str, device: str = "cpu", cache: Path | None = None) -> Self:
+        """A new run: trains the tokenizer, builds the model; keeps tokens in `cache`. Raises DataError, ConfigError."""
         workers, device = Workers.join(device)
         tokenizer = train_tokenizer(load_documents(source, "train"), recipe.tokenizer)
         tokenizer = Tokenizer.from_str(workers.share(tokenizer.to_str())) if workers.count > 1 else tokenizer
         if recipe.model.vocab_size == 0:
             recipe = replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.get_vocab_size()))
         torch.manual_seed(recipe.train.seed)
-        return cls(Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source), device, workers)
+        return cls(Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source), device, workers, cache)
 
     @classmethod
-    def resume(cls, path: Path, device: str = "cpu") -> Self:
+    def resume(cls, path: Path, device: str = "cpu", cache: Path | None = None) -> Self:
         """Go on with the run saved at `path`. Raises CheckpointError."""
         workers, device = Workers.join(device)
-        return cls(load_checkpoint(path, resume=True), device, workers)
+        return cls(load_checkpoint(path, resume=True), device, workers, cache)
 
     def fit(self, out: Path) -> Iterator[Event]:
         """Train to the last step, or until patience ends; yield every step, evaluation and checkpoint. Raises DivergenceError."""
@@ -242,8 +242,8 @@ class Trainer:
         return event
 
     def _stream(self, split: str) -> NDArray[np.int32]:
-        return encode_stream(self.checkpoint.tokenizer, load_documents(self.checkpoint.data, split))
+        return cached_stream(self.checkpoint.tokenizer, load_documents(self.checkpoint.data, split), self.cache)
 
     def _tensors(self, batch: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
-        ids = torch.from_numpy(batch).long().to(self.device)
+        ids = torch.from_numpy(batch.astype(np.int64)).to(self.device)
         return ids[:, :-1], ids[:, 1:]

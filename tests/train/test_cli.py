@@ -24,8 +24,9 @@ def fit(out: Path, corpus: str, *more: str, recipe: str = "demo") -> Result:
 
 def test_fit_then_resume(small_corpus: str, tmp_path: Path) -> None:
     out = tmp_path / "c"
-    result = fit(out, small_corpus)
+    result = fit(out, small_corpus, "--cache", str(tmp_path / "cache"))
     assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # the tokens of two splits
     assert "exits at [2, 3]" in result.output
     assert "step 4: validation perplexity layer 2" in result.output
     saved = load_checkpoint(out)

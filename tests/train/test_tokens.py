@@ -1,6 +1,7 @@
 """Tokenizers lose nothing, and packing leaves nothing out but the rest that fills no block."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from ease_train import tokens
 from ease_train.config import TokenizerConfig
 from ease_train.errors import DataError
-from ease_train.tokens import END, UNKNOWN, encode_stream, pack, train_tokenizer
+from ease_train.tokens import END, UNKNOWN, cached_stream, encode_stream, pack, train_tokenizer
 
 TEXT = "And the king went up;\n\n  two spaces, a tab\t, naïve café — “quotes” 日本語 🙂\n"
 
@@ -51,10 +53,10 @@ def test_the_end_stands_before_every_document(kind: str) -> None:
     assert stream.tolist() == expected
 
 
-@given(st.integers(2, 200), st.integers(1, 20))
+@given(st.integers(21, 200), st.integers(1, 20))
 def test_blocks_overlap_by_one_token(tokens: int, length: int) -> None:
     stream = np.arange(tokens, dtype=np.int32)
-    blocks = pack(stream, length, 0, "stream")
+    blocks = pack(stream, length, 1, "stream")
     assert blocks.shape == ((tokens - 1) // length, length + 1)
     inputs, targets = blocks[:, :-1].ravel(), blocks[:, 1:].ravel()
     used = len(blocks) * length
@@ -68,3 +70,20 @@ def test_too_little_text_says_how_much_there_is(make_recipe: Callable[..., objec
         DataError, match="corpus has 10 tokens: 2 blocks of 4, expected at least 3; use a shorter sequence_length or more text"
     ):
         pack(np.arange(10, dtype=np.int32), 4, 3, "corpus")
+
+
+def test_tokens_are_kept_until_text_or_tokenizer_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (train_tokenizer(["abc abd" * 9], TokenizerConfig(kind=kind, bpe_vocab_size=260)) for kind in ("char", "bpe"))
+    expected = encode_stream(one, ["abc", "abd"])
+    assert cached_stream(one, ["abc", "abd"], None).tolist() == expected.tolist()
+    assert list(tmp_path.iterdir()) == []
+    first = cached_stream(one, ["abc", "abd"], tmp_path)
+    assert first.tolist() == expected.tolist()
+    assert len(list(tmp_path.iterdir())) == 1
+    for documents, tokenizer in ([["abcabd"], one], [["abc", "abc"], one], [["abc", "abd"], other]):
+        assert cached_stream(tokenizer, documents, tmp_path).tolist() == encode_stream(tokenizer, documents).tolist()
+    assert len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr(tokens, "encode_stream", lambda *_: pytest.fail("encoded again"))
+    again = cached_stream(one, ["abc", "abd"], tmp_path)
+    assert isinstance(again, np.memmap)
+    assert again.tolist() == expected.tolist()

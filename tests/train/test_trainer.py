@@ -60,7 +60,7 @@ def test_the_validation_perplexity_is_a_mean_over_tokens(recipe: Recipe, small_c
     trainer = Trainer.begin(recipe, small_corpus)
     found = trainer.evaluate().perplexity
     assert trainer.validation.shape == (4, 17)  # eval_tokens 64
-    ids = torch.from_numpy(trainer.validation).long()
+    ids = torch.from_numpy(trainer.validation.astype(np.int64))
     expected = exit_losses(trainer.model, ids[:, :-1], ids[:, 1:])
     assert found == pytest.approx({layer: math.exp(loss) for layer, loss in expected.items()}, rel=1e-6)
 
