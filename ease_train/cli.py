@@ -136,6 +136,29 @@ def fit_once(recipe: str, options: dict[str, Any], data: str, out: Path, resume:
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--recipe", default="ee-tuning", show_default=True, help="The recipe whose exits, method and training to use.")
+@click.option("--data", help="As for fit; what the checkpoint was trained on by default.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the tuned checkpoint goes.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")
+@recipe_options
+def tune(checkpoint: Path, recipe: str, data: str | None, out: Path, device: str, threads: int | None, **fields: Any) -> None:
+    """Give CHECKPOINT new exits, or train its own on. Resume with `ease-train fit RECIPE --out OUT --resume`."""
+    import torch
+
+    from ease_train.checkpoint import load_checkpoint
+    from ease_train.tune import begin_tuning
+
+    if threads:
+        torch.set_num_threads(threads)
+    if out.exists():
+        raise TrainError(f"{out} is there already; choose another --out")
+    trainer = begin_tuning(load_checkpoint(checkpoint), load_recipe(recipe), given_options(fields), data, device)
+    run_with_progress(trainer, trainer.recipe, out)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--data", help="As for fit; what the checkpoint was trained on by default.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint with gates goes.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")

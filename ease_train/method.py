@@ -36,6 +36,7 @@ class MethodConfig(Section):
     exit_gradient: str = setting(
         "joint", "into the layers from an exit: 'joint', 'equilibrium' (rescaled) or 'detached' (none from early exits)"
     )
+    trains: str = setting("all", "'all' weights, or those of the 'exits' alone: norms, adapters and heads of their own (EE-Tuning)")
     layer_dropout: float = setting(0.0, "LayerSkip's p_max: probability that a sequence skips the last layer; less for those before")
     layer_dropout_time: str = setting("constant", "over the run: 'constant', or 'exponential' (from 0, for training from scratch)")
     distill_weight: float = setting(0.0, "weight of the divergence of an early exit from the last one, relative to its own loss")
@@ -54,6 +55,7 @@ class MethodConfig(Section):
         one_of("method: exit_warmup", self.exit_warmup, WARMUPS)
         one_of("method: curriculum", self.curriculum, CURRICULA)
         one_of("method: exit_gradient", self.exit_gradient, GRADIENTS)
+        one_of("method: trains", self.trains, ("all", "exits"))
         one_of("method: layer_dropout_time", self.layer_dropout_time, ("constant", "exponential"))
         for name in ("layer_dropout", "routing_threshold", "alpha_start", "alpha_end"):
             if not 0 <= getattr(self, name) <= 1:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ease_train.config import Recipe, TrainConfig
 from ease_train.corpora import load_documents
-from ease_train.errors import DivergenceError
+from ease_train.errors import ConfigError, DivergenceError
 from ease_train.losses import Objective, exit_loss, exit_losses
 from ease_train.model import Decoder
 from ease_train.parallel import Workers
@@ -82,6 +82,8 @@ def create_optimizer(model: Decoder, settings: TrainConfig, layer_lr_scales: Map
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         layer = int(name.split(".")[1]) + 1 if name.startswith("layers.") else 0
         decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault(((layer_lr_scales or {}).get(layer, 1.0), decay), []).append(parameter)
@@ -90,6 +92,16 @@ def create_optimizer(model: Decoder, settings: TrainConfig, layer_lr_scales: Map
         for (scale, decay), parameters in groups.items()
     ]
     return torch.optim.AdamW(options, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def train_exits_only(model: Decoder) -> None:
+    """Freeze all but the early exits' norms, adapters and heads. Raises ConfigError when they have none of their own."""
+    model.requires_grad_(False)
+    own = (model.exit_norms, model.adapters, model.exit_heads)
+    for modules in own:
+        modules.requires_grad_(True)
+    if not any(len(modules) for modules in own):
+        raise ConfigError("method: trains = 'exits', but the exits have no norm, adapter or head of their own; set exit_adapter = 'mlp'")
 
 
 def objective_at(step: int, recipe: Recipe) -> Objective:
@@ -114,6 +126,8 @@ class Trainer:
         self.checkpoint, self.recipe, self.settings = checkpoint, checkpoint.recipe, checkpoint.recipe.train
         self.device, self.workers, self.cache = torch.device(device), workers or Workers(), cache
         self.model = checkpoint.model.to(self.device)
+        if self.recipe.method.trains == "exits":
+            train_exits_only(self.model)
         self.optimizer = create_optimizer(self.model, self.settings, self.recipe.method.layer_lr_scales)
         if checkpoint.train_state is not None:
             self.optimizer.load_state_dict(checkpoint.train_state["optimizer"])
