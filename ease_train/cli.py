@@ -1,9 +1,11 @@
 """ease-train: train models that can stop early."""
 
 import dataclasses
+import signal
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +200,7 @@ def show_gates(trainer: "GateTrainer") -> None:
 
 
 def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
-    """Train and show it (the first of several processes does); an interrupted run is saved first."""
+    """Train and show it (the first of several processes does); an interrupted one is saved after its step."""
     console = Console(quiet=not trainer.workers.first)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -206,13 +208,29 @@ def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
     console.print(f"{recipe.name}: {parameters / 1e6:.1f} M parameters, exits at {exits}, data {trainer.checkpoint.data}")
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=trainer.settings.steps, completed=trainer.checkpoint.step)
-        try:
+        with interrupts() as interrupted:
             for event in trainer.fit(out):
                 show(event, progress, task)
-        except KeyboardInterrupt:
-            trainer.save(out)
-            remedy = f"ease-train fit {recipe.name} --out {out} --resume"
-            raise TrainError(f"interrupted at step {trainer.checkpoint.step}, saved; go on: {remedy}") from None
+                if interrupted and trainer.workers.count == 1:
+                    trainer.save(out)
+                    remedy = f"ease-train fit {recipe.name} --out {out} --resume"
+                    raise TrainError(f"interrupted at step {trainer.checkpoint.step}, saved; go on: {remedy}")
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collect Ctrl-C instead of raising it, so that a step is finished before the run is saved; a second one raises."""
+    caught: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def show(event: "Event", progress: Progress, task: Any) -> None:

@@ -1,13 +1,17 @@
 """ease-train: what it prints, and how it ends."""
 
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from ease_train.checkpoint import load_checkpoint
 from ease_train.cli import main
 from ease_train.config import recipe_names
+from ease_train.trainer import Trainer
 
 OPTIONS = "--dim 16 --num-layers 3 --num-heads 2 --num-kv-heads 1 --ffn-dim 32 --max-positions 32 --exits 2 --kind char --batch-size 2"
 LIMITS = "--sequence-length 16 --steps 4 --warmup-steps 1 --eval-every 2 --eval-tokens 64 --save-every 2 --threads 1"
@@ -100,3 +104,22 @@ def test_several_seeds(small_corpus: str, tmp_path: Path) -> None:
     seeds = {path.name: load_checkpoint(path).recipe.train.seed for path in (tmp_path / "c").iterdir()}
     assert seeds == {"seed-3": 3, "seed-5": 5}
     assert "--seed and --seeds both choose the seed" in one_line(fit(tmp_path / "d", small_corpus, "--seeds", "3", "--seed", "4"))
+
+
+def test_an_interrupted_run_is_saved_and_goes_on_bit_for_bit(small_corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fit(tmp_path / "whole", small_corpus).exit_code == 0
+    step = Trainer.train_step
+
+    def step_with_ctrl_c(trainer: Trainer, batch: Any) -> Any:
+        if trainer.checkpoint.step == 2:
+            signal.raise_signal(signal.SIGINT)  # in the middle of step 3
+        return step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", step_with_ctrl_c)
+    message = one_line(fit(tmp_path / "cut", small_corpus))
+    assert f"interrupted at step 3, saved; go on: ease-train fit demo --out {tmp_path}/cut --resume" in message
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "cut").step == 3
+    assert run("fit", "demo", "--out", str(tmp_path / "cut"), "--resume", "--threads", "1").exit_code == 0
+    one, other = (load_checkpoint(tmp_path / name).model.state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
