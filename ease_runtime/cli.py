@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from ease_runtime.commands import ErrorGroup, FloatList
+from ease_runtime.commands import ErrorGroup, ThresholdList
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import DEVICES, LLM, Options, Timing, TokenEvent
@@ -34,8 +34,8 @@ def main(debug: bool) -> None:
 @click.option("--policy", default=Options.policy, show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
 @click.option(
     "--threshold",
-    type=FloatList(),
-    help="A token leaves at this confidence; one for every early exit, or one each. Without it none leaves.",
+    type=ThresholdList(),
+    help="A token leaves at this confidence; one for every early exit, or one each (off: not asked). Without it none leaves.",
 )
 @click.option(
     "--catch-up", default=Options.catch_up, show_default=True, help=f"How tokens that left pay their K/V: {' or '.join(CATCH_UPS)}."
@@ -54,7 +54,7 @@ def generate(
     prompt: str,
     max_tokens: int,
     policy: str,
-    threshold: tuple[float, ...] | None,
+    threshold: tuple[float | None, ...] | None,
     catch_up: str,
     temperature: float,
     top_k: int,

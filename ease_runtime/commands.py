@@ -23,15 +23,15 @@ class ErrorGroup(click.Group):
             sys.exit(1)
 
 
-class FloatList(click.ParamType[tuple[float, ...]]):
-    """Numbers separated by commas: 0.5,0.7."""
+class ThresholdList(click.ParamType[tuple[float | None, ...]]):
+    """Numbers separated by commas, or 'off' (None) for an exit that is not asked: 0.5 or off,0.7."""
 
     name = "X[,X...]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float | None, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(float(part) for part in str(value).split(","))
+            return tuple(None if part.strip() == "off" else float(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"'{value}' is not a list of numbers like 0.5,0.7", param, ctx)
+            self.fail(f"'{value}' is not a list of numbers like 0.5 or off,0.7", param, ctx)

@@ -24,14 +24,15 @@ DEVICES = ("auto", "cpu")
 
 @dataclass(frozen=True)
 class Options:
-    """How to continue a prompt. `threshold` None: no token leaves early; one value holds for every early exit.
+    """How to continue a prompt.
 
-    temperature 0 is greedy.
+    `threshold` None: no token leaves early; one value holds for every early exit; None among several is an exit that is not
+    asked. temperature 0 is greedy.
     """
 
     max_tokens: int = 128
     policy: str = "max-prob"
-    threshold: tuple[float, ...] | None = None
+    threshold: tuple[float | None, ...] | None = None
     catch_up: str = "recompute"
     temperature: float = 0.0
     top_k: int = 0

@@ -38,21 +38,21 @@ class ExitPolicy:
     """A confidence and its threshold at each early exit; `thresholds` None means that no token leaves early (off)."""
 
     name: str = "max-prob"
-    thresholds: tuple[float, ...] | None = None
+    thresholds: tuple[float | None, ...] | None = None
 
     @classmethod
-    def create(cls, name: str, thresholds: Sequence[float] | None, num_exits: int) -> "ExitPolicy":
+    def create(cls, name: str, thresholds: Sequence[float | None] | None, num_exits: int) -> "ExitPolicy":
         """Check a policy against a bundle with `num_exits` exits, the last one included.
 
-        One threshold holds for every early exit. Raises RequestError for an unknown name, a threshold outside [0, 1], or
-        a wrong number of them.
+        One threshold holds for every early exit; None among several is an exit that is not asked. Raises RequestError for an
+        unknown name, a threshold outside [0, 1], or a wrong number of them.
         """
         if name not in POLICIES:
             raise RequestError(f"unknown policy '{name}'; {did_you_mean(name, POLICIES)}")
         if thresholds is None:
             return cls(name, None)
         for value in thresholds:
-            if not 0.0 <= value <= 1.0:
+            if value is not None and not 0.0 <= value <= 1.0:
                 raise RequestError(f"threshold {value} is outside [0, 1]")
         early = num_exits - 1
         if len(thresholds) == 1:
@@ -63,7 +63,7 @@ class ExitPolicy:
 
     def tests(self, exit_index: int) -> bool:
         """Whether a token may leave at this exit (from 0) before the last."""
-        return self.thresholds is not None and exit_index < len(self.thresholds)
+        return self.thresholds is not None and exit_index < len(self.thresholds) and self.thresholds[exit_index] is not None
 
     @property
     def asks_gate(self) -> bool:
@@ -81,6 +81,7 @@ class ExitPolicy:
 
     def leaves(self, exit_index: int, confidence: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Which of the tokens leave at an early exit. Shape: (N) -> (N)."""
-        assert self.thresholds is not None, "nothing leaves early when the policy is off"
+        threshold = self.thresholds[exit_index] if self.thresholds is not None else None
+        assert threshold is not None, "nothing leaves at an exit that is off"
         # In float32, as the confidence is: 1.0 is reached only by a probability that rounds to it.
-        return confidence >= np.float32(self.thresholds[exit_index])
+        return confidence >= np.float32(threshold)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from ease_eval.table import COLUMNS, Amounts, Table, cells, make_table
-from ease_runtime.commands import ErrorGroup, FloatList
+from ease_runtime.commands import ErrorGroup, ThresholdList
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import EaseError, RequestError
 from ease_train.errors import TrainError
@@ -33,7 +33,10 @@ def main(debug: bool) -> None:
 )
 @click.option("--split", default="test", show_default=True, help="train, validation or test.")
 @click.option("--policy", default="max-prob", show_default=True, help="max-prob, margin or entropy.")
-@click.option("--thresholds", type=FloatList(), default="0.5,0.7,0.9", show_default=True, help="Thresholds, each for every early exit.")
+@click.option("--thresholds", type=ThresholdList(), default="0.5,0.7,0.9", show_default=True, help="A row each; each for every early exit.")
+@click.option(
+    "--exit-thresholds", type=ThresholdList(), multiple=True, help="One more row: a threshold an exit, like off,0.5; may be repeated."
+)
 @click.option(
     "--catch-up", "catch_ups", multiple=True, default=("recompute",), show_default=True, help=f"{' or '.join(CATCH_UPS)}; may be repeated."
 )
@@ -50,7 +53,8 @@ def table(
     data: str,
     split: str,
     policy: str,
-    thresholds: tuple[float, ...],
+    thresholds: tuple[float | None, ...],
+    exit_thresholds: tuple[tuple[float | None, ...], ...],
     catch_ups: tuple[str, ...],
     json_file: Path | None,
     markdown_file: Path | None,
@@ -67,7 +71,7 @@ def table(
         source=data,
         split=split,
         policy=policy,
-        thresholds=thresholds,
+        thresholds=[*(t for t in thresholds if t is not None), *exit_thresholds],  # off is always the first row
         catch_ups=catch_ups,
         amounts=Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds),
         num_threads=threads,

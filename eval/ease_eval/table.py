@@ -30,7 +30,7 @@ class Row:
     """One setting. Perplexity and depth are over the scored tokens, times over the decoded ones (medians over rounds)."""
 
     policy: str
-    threshold: float | list[float] | None  # None: off
+    threshold: float | list[float | None] | None  # None: off; in a list, one an exit
     catch_up: str
     ppl: float
     mean_depth: float
@@ -100,7 +100,9 @@ COLUMNS = (
 
 def cells(row: Row) -> list[str]:
     """A row as the texts of COLUMNS."""
-    threshold = "off" if row.threshold is None else f"{row.policy} {row.threshold}"
+    each = row.threshold if isinstance(row.threshold, list) else [row.threshold]
+    values = "/".join("off" if value is None else f"{value}" for value in each)
+    threshold = "off" if row.threshold is None else f"{row.policy} {values}"
     return [
         threshold,
         row.catch_up if row.threshold is not None else "–",
@@ -138,7 +140,7 @@ def make_table(
     source: str,
     split: str,
     policy: str = "max-prob",
-    thresholds: Sequence[float | Sequence[float]],
+    thresholds: Sequence[float | Sequence[float | None]],
     catch_ups: Sequence[str],
     amounts: Amounts | None = None,
     num_threads: int = 0,
@@ -179,7 +181,9 @@ def _onnxruntime() -> dict[str, str]:
     return {"onnxruntime": onnxruntime.__version__}
 
 
-def make_settings(policy: str, thresholds: Sequence[float | Sequence[float]], catch_ups: Sequence[str], num_exits: int) -> list[Setting]:
+def make_settings(
+    policy: str, thresholds: Sequence[float | Sequence[float | None]], catch_ups: Sequence[str], num_exits: int
+) -> list[Setting]:
     """Off, then every threshold with every catch-up. Raises RequestError."""
     for name in catch_ups:
         if name not in CATCH_UPS:

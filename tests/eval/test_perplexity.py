@@ -144,3 +144,18 @@ def test_windows_score_every_target_once(num_ids: int, length: int, stride: int)
         assert 0 < window.stop - window.start <= length
         scored += range(window.start + window.scored_from + 1, window.stop + 1)
     assert scored == list(range(1, num_ids))
+
+
+def test_an_exit_that_is_off_is_not_asked(stack: OrtStack) -> None:
+    """Only the second exit: nobody leaves at the first, no head runs there, and who leaves is decided by the second alone."""
+    chosen, ids = ExitPolicy.create("max-prob", [None, 0.5], 3), text(100, seed=4)
+    engine = Engine(stack)
+    stack.trace = []
+    sequence = engine.start(ids[:1], max_new_tokens=99, policy=chosen, sampler=Given(ids))
+    depths = [t.depth for t in engine.generate(sequence)]
+    asked = {call.number for call in stack.trace if call.graph == "exit"}
+    stack.trace = None
+    assert asked == {1, 2}
+    assert set(depths) == {4, 6}
+    (score,) = score_documents(engine, [ids], [chosen], "recompute")
+    assert score.depths.tolist() == depths
