@@ -3,6 +3,9 @@
 import csv
 import json
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,3 +191,43 @@ def test_the_metrics_are_a_table_too(recipe: Recipe, small_corpus: str, tmp_path
     assert [int(row["step"]) for row in rows] == list(range(1, 13))
     assert [float(row["exit_losses_3"]) for row in rows] == [step.exit_losses[3] for step in steps]
     assert [row["step"] for row in rows if row["perplexity_4"]] == ["6", "12"]
+
+
+KILLED = """
+import json, sys
+from pathlib import Path
+import torch
+from ease_train.config import Recipe
+from ease_train.trainer import Trainer
+
+torch.set_num_threads(1)
+out = Path(sys.argv[3])
+trainer = Trainer.resume(out) if out.exists() else Trainer.begin(Recipe.from_dict(json.loads(sys.argv[1]), "tiny"), sys.argv[2])
+for event in trainer.fit(out):
+    print(event.step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_loses_nothing(make_recipe: Maker, small_corpus: str, tmp_path: Path) -> None:
+    """Saving after every step, so that a kill falls into a save more often than not."""
+    recipe = make_recipe(train={"steps": 300, "save_every": 1, "eval_every": 300}, method={"layer_dropout": 0.2})
+    out = tmp_path / "killed"
+    for lines in (5, 23):  # the first to see a checkpoint, then somewhere behind it
+        command = [sys.executable, "-c", KILLED, json.dumps(recipe.to_dict()), small_corpus, str(out)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for _ in range(lines):
+                process.stdout.readline()
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    resumed = Trainer.resume(out)
+    begun = resumed.checkpoint.step
+    assert begun >= 10
+    whole = Trainer.begin(recipe, small_corpus)
+    for _ in range(begun):
+        whole.train_step(whole.next_batch())
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    resumed = Trainer.resume(out)  # again, for its random state: the other run drew numbers meanwhile
+    after = [resumed.train_step(resumed.next_batch()).loss for _ in range(5)]
+    torch.set_rng_state(resumed.checkpoint.train_state["rng"])
+    assert after == [whole.train_step(whole.next_batch()).loss for _ in range(5)]
