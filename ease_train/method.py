@@ -32,7 +32,7 @@ class MethodConfig(Section):
     exit_warmup_steps: int = setting(0, "steps of that warm-up")
     exit_warmup_from: float = setting(0.0, "early exits' weight at its first step")
     curriculum: str = setting("none", "which exits a step trains (LayerSkip): 'rotational', 'gradual' or 'none' (all)")
-    rotate_every: int = setting(2, "a rotational curriculum trains every so-manieth exit")
+    rotate_every: int = setting(2, "N: a rotational curriculum trains every N-th early exit")
     exit_gradient: str = setting(
         "joint", "into the layers from an exit: 'joint', 'equilibrium' (rescaled) or 'detached' (none from early exits)"
     )
