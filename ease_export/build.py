@@ -111,18 +111,17 @@ def plan_graphs(model: Decoder) -> Iterator[Plan]:
     for cut in cut_layers(model):
         if cut.routed:
             yield _routed_plan(model, cut)
-            yield _route_plan(model, cut)
+            yield _from_pool(cut.file("route"), Route(model, cut.first), model, ["goes_in"])
             continue
         yield _segment_plan(model, cut)
         if cut.number:
             yield _kv_plan(model, cut)
     for number, layer in enumerate(model.config.exits):
-        yield _exit_plan(model, number, layer)
+        yield _from_pool(exit_file(number), ExitHead(model, layer), model, ["exit_hidden"])
         if (file := head_file(model, number, layer)) != HEAD_FILE:
             yield _head_plan(file, model.head(layer))
         if gate := gate_file(model, number, layer):
-            example = torch.zeros(AT_EXIT, model.config.dim)
-            yield Plan(gate, GateHead(model, layer), (example,), ["exit_hidden"], ({0: "N"},), ["probability"], f"{gate}.data")
+            yield _from_pool(gate, GateHead(model, layer), model, ["exit_hidden", "probability"])
 
 
 # Example sizes, all different and none 1, so that no axis is taken for another or for a constant.
@@ -172,16 +171,10 @@ def _routed_plan(model: Decoder, cut: Cut) -> Plan:
     return _over_cache(file, Routed(model, cut.first), model, cut, [*_pool(model), _tokens("positions")], ["hidden"], f"{file}.data")
 
 
-def _route_plan(model: Decoder, cut: Cut) -> Plan:
-    file = cut.file("route")
+def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str]) -> Plan:
+    """A graph over some rows of the pool, without caches."""
     inputs = (torch.zeros(POOL, model.config.dim), torch.zeros(AT_EXIT, dtype=torch.int64))
-    return Plan(file, Route(model, cut.first), inputs, ["pool", "index"], ({0: "M"}, {0: "N"}), ["goes_in"], f"{file}.data")
-
-
-def _exit_plan(model: Decoder, number: int, layer: int) -> Plan:
-    inputs = (torch.zeros(POOL, model.config.dim), torch.zeros(AT_EXIT, dtype=torch.int64))
-    file = exit_file(number)
-    return Plan(file, ExitHead(model, layer), inputs, ["pool", "index"], ({0: "M"}, {0: "N"}), ["exit_hidden"], f"{file}.data")
+    return Plan(file, module, inputs, ["pool", "index"], ({0: "M"}, {0: "N"}), outputs, f"{file}.data")
 
 
 def _head_plan(file: str, lm_head: nn.Linear) -> Plan:

@@ -184,18 +184,6 @@ class Route(nn.Module):
         return self.routed.goes_in(F.embedding(index, pool))
 
 
-class GateHead(nn.Module):
-    """gate_k: exit_hidden (N, D) -> probability (N) that the full-depth model would say what this exit says."""
-
-    def __init__(self, model: Decoder, layer: int) -> None:
-        super().__init__()
-        self.gate = model.gates[str(layer)]
-
-    def forward(self, exit_hidden: Tensor) -> Tensor:
-        out: Tensor = self.gate(exit_hidden)
-        return out
-
-
 class ExitHead(nn.Module):
     """exit_k: pool (M, D), index (N) -> exit_hidden (N, D), after the exit's adapter and norm."""
 
@@ -206,6 +194,21 @@ class ExitHead(nn.Module):
     def forward(self, pool: Tensor, index: Tensor) -> Tensor:
         out: Tensor = self.module(F.embedding(index, pool))
         return out
+
+
+class GateHead(ExitHead):
+    """gate_k: pool (M, D), index (N) -> exit_hidden (N, D), and probability (N) that the full-depth model would say what this exit says.
+
+    The hidden state comes out too, so that the head of a token that leaves can go on from there.
+    """
+
+    def __init__(self, model: Decoder, layer: int) -> None:
+        super().__init__(model, layer)
+        self.gate = model.gates[str(layer)]
+
+    def forward(self, pool: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        exit_hidden = self.module(F.embedding(index, pool))
+        return exit_hidden, self.gate(exit_hidden)
 
 
 class Head(nn.Module):

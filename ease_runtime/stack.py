@@ -230,12 +230,14 @@ class OrtStack:
         self.routes = [_Graph(load(s.route_graph), self._bind_route) if s.route_graph else None for s in self.manifest.segments]
         self.gates = [_Graph(load(e.gate), self._bind_gate) if e.gate else None for e in self.manifest.exits]
         self.pool = HiddenPool(self.manifest.dim)
+        self.at_head: tuple[int, ...] | None = None  # exit and rows whose states stand before the head, after a gate
         self._self_test()
 
     def open_cache(self) -> OrtCache:
         return OrtCache(self.manifest.num_layers, self.max_positions, self.manifest.kv_dim)
 
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
+        self.at_head = None
         return self.pool.reserve(num_rows, live)
 
     def run_segment(
@@ -270,31 +272,31 @@ class OrtStack:
     def run_gate(self, number: int, rows: Int64s) -> NDArray[np.float32]:
         graph = self.gates[number]
         assert graph is not None, "whoever asks a gate has seen that the bundle has one"
-        head, gate = self._run_exit_graph(number, rows), graph.binding(len(rows))
-        if gate.bound.get("head") is not head:
-            gate.input("exit_hidden", head.own["exit_hidden"])
-            gate.bound["head"] = head
-        gate.run()
+        binding = self._run_before_head(graph, number, rows)
+        self.at_head = (number, *rows.tolist())
         self._note("gate", number, len(rows))
-        return gate.own["probability"]
+        return binding.own["probability"]
 
     def run_exit(self, number: int, rows: Int64s) -> HeadOutput:
-        head = self._run_exit_graph(number, rows)
+        if self.at_head != (number, *rows.tolist()):  # a gate leaves its states where the head reads them
+            self._run_before_head(self.exits[number], number, rows)
+        self.at_head = None
+        head = self.heads[number].binding(len(rows))
         head.run()
         self._note("exit", number, len(rows))
         own = head.own
         return HeadOutput(own["logits"], own["top_id"], own["top_prob"], own["margin"], own["entropy"])
 
-    def _run_exit_graph(self, number: int, rows: Int64s) -> _Binding:
-        """Run an exit's own graph, which writes where its head reads; returns that head's binding."""
-        leave, head = self.exits[number].binding(len(rows)), self.heads[number].binding(len(rows))
-        self._bind_pool(leave)
-        leave.own["index"][:] = rows
-        if leave.bound.get("head") is not head:
-            leave.output("exit_hidden", head.own["exit_hidden"])
-            leave.bound["head"] = head
-        leave.run()
-        return head
+    def _run_before_head(self, graph: _Graph, number: int, rows: Int64s) -> _Binding:
+        """Run an exit's own graph or its gate, which write where the exit's head reads."""
+        binding, head = graph.binding(len(rows)), self.heads[number].binding(len(rows))
+        self._bind_pool(binding)
+        binding.own["index"][:] = rows
+        if binding.bound.get("head") is not head:
+            binding.output("exit_hidden", head.own["exit_hidden"])
+            binding.bound["head"] = head
+        binding.run()
+        return binding
 
     def _note(self, graph: str, number: int, num_tokens: int, cache_length: int = 0) -> None:
         if self.trace is not None:
@@ -352,6 +354,7 @@ class OrtStack:
         binding.output("goes_in", np.zeros(num_tokens, np.bool_))
 
     def _bind_gate(self, binding: _Binding, num_tokens: int) -> None:
+        binding.input("index", np.zeros(num_tokens, np.int64))
         binding.output("probability", np.zeros(num_tokens, np.float32))
 
     def _bind_head(self, binding: _Binding, num_tokens: int) -> None:
