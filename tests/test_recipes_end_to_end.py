@@ -1,0 +1,44 @@
+"""Every recipe the whole way: a few steps, export, verify against torch, generate, and score under a policy."""
+
+from pathlib import Path
+
+import pytest
+
+from ease_eval.perplexity import score_documents
+from ease_export.build import export_bundle
+from ease_export.verify import TOLERANCE, verify_bundle
+from ease_runtime.llm import LLM, Options
+from ease_runtime.policy import ExitPolicy
+from ease_train.config import load_recipe, recipe_names
+from ease_train.trainer import Trainer
+
+TINY = {"dim": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 32, "max_positions": 48, "kind": "char"}
+TINY |= {"steps": 4, "batch_size": 4, "sequence_length": 16, "warmup_steps": 2, "eval_every": 4, "eval_tokens": 64, "save_every": 4}
+IN_FAST_SUITE = {"deed", "token-routed"}  # the others take minutes of exporting
+NAMES = sorted(set(recipe_names()) - {"ee-tuning"})  # that one tunes a model that is there
+
+
+@pytest.mark.parametrize("name", [n if n in IN_FAST_SUITE else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_a_recipe_trains_exports_runs_and_is_scored(name: str, corpus_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    shorter = {field: 2 for field in ("exit_warmup_steps", "routing_warmup_steps") if getattr(recipe.method, field)}
+    for _ in Trainer.begin(recipe.with_options({**TINY, **shorter}), str(corpus_file)).fit(tmp_path / "checkpoint"):
+        pass
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    report = verify_bundle(tmp_path / "bundle", tmp_path / "checkpoint", 30)
+    assert max(d.relative for d in report.differences) <= TOLERANCE
+    assert report.agreed == 30
+    llm = LLM(tmp_path / "bundle")
+    early = len(llm.stack.exit_layers) - 1
+    events = list(llm.generate("And the king", Options(max_tokens=20, threshold=(0.0,) if early else None)))
+    assert len(events) == 20
+    if early:
+        assert {e.depth for e in events} == {llm.stack.exit_layers[0]}
+    off, chosen = score_documents(
+        llm.engine,
+        [llm.encode("And the river was with the sea.")],
+        [ExitPolicy(), llm.policy(Options(threshold=(0.05,) * max(1, early)))],
+        "recompute",
+    )
+    assert 1 < off.perplexity < 100
+    assert chosen.mean_depth <= off.mean_depth
