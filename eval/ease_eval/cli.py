@@ -8,11 +8,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from ease_eval.table import COLUMNS, Amounts, Table, cells, make_table
+from ease_eval.table import Amounts, Table, cells, make_table
 from ease_runtime.commands import ErrorGroup, ThresholdList
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import EaseError, RequestError
 from ease_train.errors import TrainError
+
+# COLUMNS of the table for a terminal of 80 columns
+NARROW_COLUMNS = ("at", "catch-up", "ppl", "vs off", "depth", "tok/s", "p50\nms", "p95\nms", "speed\n-up", "ideal", "of\nideal")
 
 
 class EvalGroup(ErrorGroup):
@@ -97,11 +100,9 @@ def write_whole(file: Path, text: str) -> None:
 def render(result: Table, console: Console) -> None:
     """The table on the terminal, narrow enough for 80 columns."""
     policy = result.rows[0].policy
-    shown = RichTable(
-        title=f"{result.bundle} on {result.data} ({result.split}), {policy}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    for column in COLUMNS:
-        shown.add_column(column.replace(" ", "\n").replace("/", "\n/"), justify="right")
+    shown = RichTable(title=f"{result.bundle} on {result.data} ({result.split}), {policy}", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column in NARROW_COLUMNS:
+        shown.add_column(column, justify="right", no_wrap=True)
     for row in result.rows:
         shown.add_row(*(cell.removeprefix(f"{policy} ") for cell in cells(row)))
     console.print(shown)
