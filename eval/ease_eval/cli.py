@@ -12,6 +12,7 @@ from ease_eval.table import Amounts, Table, cells, make_table
 from ease_runtime.commands import ErrorGroup, ThresholdList
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import EaseError, RequestError
+from ease_runtime.policy import POLICIES
 from ease_train.errors import TrainError
 
 # COLUMNS of the table for a terminal of 80 columns
@@ -35,7 +36,7 @@ def main(debug: bool) -> None:
     "--data", default="kjv", show_default=True, help="kjv, wikitext-2, a local .txt/.jsonl/.parquet file, or a data set on the hub."
 )
 @click.option("--split", default="test", show_default=True, help="train, validation or test.")
-@click.option("--policy", default="max-prob", show_default=True, help="max-prob, margin or entropy.")
+@click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
 @click.option("--thresholds", type=ThresholdList(), default="0.5,0.7,0.9", show_default=True, help="A row each; each for every early exit.")
 @click.option(
     "--exit-thresholds", type=ThresholdList(), multiple=True, help="One more row: a threshold an exit, like off,0.5; may be repeated."

@@ -17,7 +17,7 @@ import numpy as np
 from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure
 from ease_eval.perplexity import Scores, score_documents
 from ease_runtime.engine import CATCH_UPS
-from ease_runtime.errors import RequestError, did_you_mean
+from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.manifest import MANIFEST_FILE, sha256_of
 from ease_runtime.policy import ExitPolicy
@@ -149,6 +149,8 @@ def make_table(
     amounts = amounts or Amounts()
     llm = LLM(bundle, num_threads=num_threads)
     settings = make_settings(policy, thresholds, catch_ups, len(llm.stack.exit_layers))
+    for setting in settings:
+        llm.engine.check(setting.policy, setting.catch_up)
     encoded = [llm.encode(text) for text in load_documents(source, split)]
     documents = list(first_tokens(encoded, amounts.scored_tokens))
     texts = choose_texts(encoded, amounts, llm.stack.max_positions)
@@ -185,9 +187,6 @@ def make_settings(
     policy: str, thresholds: Sequence[float | Sequence[float | None]], catch_ups: Sequence[str], num_exits: int
 ) -> list[Setting]:
     """Off, then every threshold with every catch-up. Raises RequestError."""
-    for name in catch_ups:
-        if name not in CATCH_UPS:
-            raise RequestError(f"unknown catch-up '{name}'; {did_you_mean(name, CATCH_UPS)}")
     lists = [[t] if isinstance(t, float | int) else list(t) for t in thresholds]
     policies = [ExitPolicy.create(policy, values, num_exits) for values in lists]
     return [Setting(ExitPolicy.create(policy, None, num_exits), "recompute"), *(Setting(p, c) for c in catch_ups for p in policies)]
