@@ -1,10 +1,16 @@
 """Choosing the next token from logits: greedy, filtered sampling, or a given text.
 
-Sampling is Gumbel-max: the token is argmax(logit / temperature + noise) among those the filters keep, which draws from the
-filtered softmax. The noise of a token at a position is a pure function of (seed, position, token id), so a draw depends on
-no other draw, and two heads that agree on the distribution agree on the token.
+Logits are first adjusted (penalties, then bias). Sampling is Gumbel-max: the token is argmax(logit / temperature + noise)
+among those the filters keep, which draws from the filtered softmax. The noise of a token at a position is a pure function
+of (seed, position, token id), so a draw depends on no other draw, and two heads that agree on the distribution agree on the
+token.
+
+top-p          nucleus: Holtzman et al. 2020, arXiv 1904.09751
+min-p          at least this share of the largest probability: Nguyen et al. 2024, arXiv 2407.01082
+repetition     CTRL, Keskar et al. 2019, arXiv 1909.05858, section 4.1; for negative logits times, as everybody does since
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,21 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ease_runtime.errors import RequestError
-from ease_runtime.policy import HeadOutput
 
 
 class Sampler(Protocol):
     """What the engine asks for a token."""
 
-    def pick(self, output: HeadOutput, position: int) -> int:
-        """The token for `position`, from the head's output for one token (N = 1)."""
+    def pick(self, logits: NDArray[np.float32], top_id: int, tokens: Sequence[int], position: int) -> int:
+        """The token for `position`, from logits (V) whose largest is at `top_id`; the tokens before it are tokens[:position]."""
 
 
 class Greedy:
     """The most probable token."""
 
-    def pick(self, output: HeadOutput, position: int) -> int:
-        return int(output.top_id[0])
+    def pick(self, logits: NDArray[np.float32], top_id: int, tokens: Sequence[int], position: int) -> int:
+        return top_id
 
 
 class Given:
@@ -36,18 +41,75 @@ class Given:
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = tokens
 
-    def pick(self, output: HeadOutput, position: int) -> int:
+    def pick(self, logits: NDArray[np.float32], top_id: int, tokens: Sequence[int], position: int) -> int:
         return self.tokens[position]
 
 
 @dataclass(frozen=True)
+class Adjustments:
+    """What is done to the logits before anything is chosen from them, in this order.
+
+    `repetition_penalty` divides the positive and multiplies the negative logits of every token of the history, the prompt
+    included (1 changes nothing). `presence_penalty` is taken off once, `frequency_penalty` once an occurrence, of the tokens
+    after the prompt, as OpenAI has it. `logit_bias` is added: pairs of id and bias.
+    """
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    num_prompt: int = 0  # tokens of the history that are the prompt
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise RequestError(f"repetition_penalty {self.repetition_penalty} is not a number above 0 (1 changes nothing)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise RequestError(f"{name} {getattr(self, name)} is not a finite number (0 changes nothing)")
+        for token, bias in self.logit_bias:
+            if token < 0 or not math.isfinite(bias):
+                raise RequestError(f"logit_bias {token}={bias} is not a token id with a finite number to add to its logit")
+
+    @property
+    def change_nothing(self) -> bool:
+        """Whether the logits stay as they are."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.logit_bias) == (1.0, 0.0, 0.0, ())
+
+    def apply(self, logits: NDArray[np.float32], tokens: Sequence[int], position: int) -> NDArray[np.float64]:
+        """The adjusted logits for `position`. Shape: (V) -> (V)."""
+        adjusted = logits.astype(np.float64)
+        if self.repetition_penalty != 1.0:
+            seen = np.unique(np.array(tokens[:position], np.int64))
+            had, penalty = adjusted[seen], self.repetition_penalty
+            adjusted[seen] = np.where(had > 0, had / penalty, had * penalty)
+        if self.presence_penalty or self.frequency_penalty:
+            said, times = np.unique(np.array(tokens[self.num_prompt : position], np.int64), return_counts=True)
+            adjusted[said] -= self.presence_penalty + self.frequency_penalty * times
+        for token, bias in self.logit_bias:
+            adjusted[token] += bias
+        return adjusted
+
+
+@dataclass(frozen=True)
+class AdjustedGreedy:
+    """The largest of the adjusted logits."""
+
+    adjustments: Adjustments
+
+    def pick(self, logits: NDArray[np.float32], top_id: int, tokens: Sequence[int], position: int) -> int:
+        return int(self.adjustments.apply(logits, tokens, position).argmax())
+
+
+@dataclass(frozen=True)
 class GumbelSampler:
-    """Temperature, top-k (0 keeps all) and top-p (nucleus, Holtzman et al. 2020, arXiv 1904.09751), with a seed."""
+    """Temperature, then top-k (0 keeps all), top-p among those (1 keeps all) and min-p (0 keeps all), with a seed."""
 
     temperature: float
     top_k: int
     top_p: float
     seed: int
+    min_p: float = 0.0
+    adjustments: Adjustments = Adjustments()
 
     def __post_init__(self) -> None:
         if not self.temperature > 0.0 or not np.isfinite(self.temperature):
@@ -56,16 +118,18 @@ class GumbelSampler:
             raise RequestError(f"top_k {self.top_k} is below 0 (0 keeps every token)")
         if not 0.0 < self.top_p <= 1.0:
             raise RequestError(f"top_p {self.top_p} is outside (0, 1]")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise RequestError(f"min_p {self.min_p} is outside [0, 1]")
         if not 0 <= self.seed < 2**64:
             raise RequestError(f"seed {self.seed} is outside [0, 2**64)")
 
-    def pick(self, output: HeadOutput, position: int) -> int:
-        scaled = output.logits[0].astype(np.float64) / self.temperature
+    def pick(self, logits: NDArray[np.float32], top_id: int, tokens: Sequence[int], position: int) -> int:
+        scaled = self.adjustments.apply(logits, tokens, position) / self.temperature
         kept = self.kept(scaled)
         return int(kept[np.argmax(scaled[kept] + gumbel_noise(self.seed, position, kept))])
 
     def kept(self, scaled: NDArray[np.float64]) -> NDArray[np.int64]:
-        """The ids that the filters leave, top-k first, then top-p. Shape: (V) -> (kept)."""
+        """The ids that the filters leave. Shape: (V) -> (kept)."""
         ids = np.arange(len(scaled))
         if 0 < self.top_k < len(ids):
             ids = np.argpartition(scaled, -self.top_k)[-self.top_k :]
@@ -74,7 +138,17 @@ class GumbelSampler:
             weights = np.exp(scaled[ids] - scaled[ids[0]])
             before = np.cumsum(weights) - weights  # mass of the tokens ahead of each
             ids = ids[before < self.top_p * weights.sum()]
+        if self.min_p > 0.0:
+            ids = ids[scaled[ids] >= scaled[ids].max() + math.log(self.min_p)]
         return ids
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of the completion `number` (from 0) of a request: the first has the request's own, each other one its own stream."""
+    if number == 0:
+        return seed
+    mixed: NDArray[np.uint64] = _splitmix(_splitmix(np.array([seed], np.uint64)) ^ np.uint64(number))
+    return int(mixed[0])
 
 
 def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
