@@ -1,0 +1,150 @@
+"""Streaming text: the pieces together are the text, however the tokens cut it, up to the stop string and not a character further."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+import toy_text
+from ease_runtime.sequence import Token
+from ease_runtime.text import Detokenizer, Piece, StopMatcher, StopPattern, TextWriter
+
+BYTES, PIECES = toy_text.byte_tokenizer(), toy_text.piece_tokenizer()
+
+
+def pieces_of(tokenizer: Tokenizer, ids: list[int], context: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, context)
+    return [*(detokenizer.step(token) for token in ids), detokenizer.flush()]
+
+
+def write(ids: list[int], stops: list[str], tokenizer: Tokenizer = BYTES) -> tuple[list[list[Piece]], TextWriter]:
+    """What a writer gives after each token, up to the stop."""
+    writer = TextWriter(tokenizer, [], [StopPattern(stop) for stop in stops])
+    given = []
+    for place, token in enumerate(ids):
+        given.append(writer.add(Token(token, 1, 0.5, -1.0), last=place == len(ids) - 1))
+        if writer.stopped:
+            break
+    return given, writer
+
+
+def text_of(given: list[list[Piece]]) -> str:
+    return "".join(piece.text for pieces in given for piece in pieces)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, BYTES.get_vocab_size() - 1), max_size=60), prompt=st.text(max_size=20))
+def test_pieces_add_up_whatever_the_bytes(ids: list[int], prompt: str) -> None:
+    """Random bytes, most of them no character: the pieces are the decoded whole, and no piece shows half a character."""
+    context = BYTES.encode(prompt).ids
+    whole = BYTES.decode(context + ids, skip_special_tokens=True)
+    assert "".join(pieces_of(BYTES, ids, context)) == whole[len(BYTES.decode(context)) :]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=80), prompt=st.text(max_size=20))
+def test_no_piece_is_a_broken_character(text: str, prompt: str) -> None:
+    ids = BYTES.encode(text).ids
+    pieces = pieces_of(BYTES, ids, BYTES.encode(prompt).ids)
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_a_character_comes_with_its_last_byte() -> None:
+    ids = BYTES.encode("€!").ids  # the merges cut it after two bytes, and join its third with the next character
+    assert len(ids) == 2
+    assert pieces_of(BYTES, ids, []) == ["", "€!", ""]
+    assert pieces_of(BYTES, ids[:1], []) == ["", "\ufffd"]
+
+
+def test_special_tokens_have_no_text_and_spaces_stay() -> None:
+    """'▁the' loses its space at the start of a text only: not after the prompt, nor after a special token."""
+    the, a, ing = 3, 4, 5
+    assert pieces_of(PIECES, [the, a, ing, 1, the], [])[:-1] == ["the", " a", "ing", "", " the"]
+    assert pieces_of(PIECES, [the, a], [0, ing])[:-1] == [" the", " a"]
+    euro = [7 + byte for byte in "€".encode()]
+    assert pieces_of(PIECES, [*euro, a], [ing]) == ["", "", "€", " a", ""]
+
+
+def test_a_long_run_of_broken_bytes_costs_no_more_than_a_text() -> None:
+    broken = BYTES.encode("é").ids[:1]
+    start = time.perf_counter()
+    assert "".join(pieces_of(BYTES, broken * 5000, [])) == "\ufffd" * 5000
+    assert time.perf_counter() - start < 5
+
+
+def first_stop(text: str, stops: list[str]) -> int:
+    """Brute force: where the answer ends, by the first end of a stop string, the longest first."""
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return min(starts)
+    return len(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text("ab", max_size=40), stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3), cut=st.integers(1, 5)
+)
+def test_stop_strings_against_brute_force(text: str, stops: list[str], cut: int) -> None:
+    """Fed in parts of any size: found where they are, and what is held is the longest end that begins one of them."""
+    matcher, found = StopMatcher([StopPattern(stop) for stop in stops]), None
+    for start in range(0, len(text), cut):
+        found = matcher.feed(text[start : start + cut])
+        if found is not None:
+            break
+        so_far = text[: start + cut]
+        held = max(n for stop in stops for n in range(len(stop)) if so_far.endswith(stop[:n]))
+        assert matcher.num_held == held
+    assert (len(text) if found is None else found) == first_stop(text, stops)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("the a€\n", max_size=40), stops=st.lists(st.text("the a€\n", min_size=1, max_size=5), max_size=3))
+def test_the_answer_ends_before_the_stop_string(text: str, stops: list[str]) -> None:
+    """Across the borders of tokens and of characters; what was given never has to be taken back."""
+    given, writer = write(BYTES.encode(text).ids, stops)
+    end = first_stop(text, stops)
+    assert text_of(given) == text[:end]
+    assert writer.stopped == (end < len(text))
+    so_far = ""
+    for pieces in given:
+        so_far += "".join(piece.text for piece in pieces)
+        assert text[:end].startswith(so_far)
+
+
+def test_each_token_comes_once_and_in_order() -> None:
+    ids = BYTES.encode("abcabd the end").ids
+    given, writer = write(ids, ["abd!", " end?"])
+    assert [piece.token.id for pieces in given for piece in pieces] == ids
+    assert not writer.stopped
+    given, writer = write(ids, ["bd t"])
+    assert writer.stopped
+    assert text_of(given) == "abca"
+    assert [piece.token.id for pieces in given for piece in pieces] == ids[: len(given)]
+    assert BYTES.decode(ids[: len(given)]).startswith("abcabd t")
+
+
+def test_what_may_begin_a_stop_string_is_held_back() -> None:
+    given, _ = write(BYTES.encode("x12x123").ids, ["1234"])
+    assert [[piece.text for piece in pieces] for pieces in given] == [["x"], [], [], ["1", "2", "x"], [], [], ["1", "2", "3"]]
+
+
+def test_no_stop_strings_hold_nothing() -> None:
+    given, _ = write(BYTES.encode("abc").ids, [])
+    assert [[piece.text for piece in pieces] for pieces in given] == [["a"], ["b"], ["c"]]
+
+
+@pytest.mark.parametrize("stop", ["a" * 10_000 + "b", "ab" * 5_000 + "c", "x" * 10_000])
+def test_a_stop_string_of_10_kb_costs_little(stop: str) -> None:
+    """The worst texts for it: they nearly match, over and over."""
+    text = (stop[:-1] + "!") * 2
+    start = time.perf_counter()
+    matcher = StopMatcher([StopPattern(stop)])
+    assert matcher.feed(text) is None
+    assert matcher.feed(stop[:-1]) is None
+    assert matcher.num_held == len(stop) - 1
+    assert matcher.feed(stop[-1]) == len(text)
+    assert time.perf_counter() - start < 2
