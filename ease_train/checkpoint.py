@@ -5,7 +5,7 @@
     tokenizer.json
     metrics.jsonl       one line a log step or evaluation
     metrics.csv         the same numbers as a table
-    train_state/        optimizer and random state; only for resuming
+    train_state/        optimizer, and the run's own weights where the model is the best so far; only for resuming
 
 Written aside and renamed; nothing is ever unpickled.
 """
@@ -120,7 +120,7 @@ def _load_tokenizer(path: Path) -> Tokenizer:
 def _load_state(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path.name} is damaged")
-    return dict(torch.load(path, weights_only=True))
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _load_weights(model: Decoder, path: Path) -> None:

@@ -68,6 +68,12 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of where it runs."""
+    device = click.option("--device", default="auto", show_default=True, help="cpu or cuda; auto takes a GPU where there is one.")
+    return device(click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")(command))
+
+
 def given_options(fields: dict[str, Any]) -> dict[str, Any]:
     """The recipe fields that the command line sets; pairs become a dictionary."""
     given = {name: value for name, value in fields.items() if value not in (None, ())}
@@ -96,8 +102,8 @@ def recipes() -> None:
 @click.option("--data", default="kjv", show_default=True, help="kjv, wikitext-2, a .txt/.jsonl/.parquet file, or a hub data set.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint goes.")
 @click.option("--resume", is_flag=True, help="Go on with the checkpoint at --out; its own settings hold.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")
+@place_options
+@click.option("--sharded", is_flag=True, help="Several processes: shards of weights and optimizer in each (FSDP), not all of them.")
 @click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Keep the tokens of the data in this folder.")
 @click.option("--seeds", type=click.IntRange(0), multiple=True, help="Train once for each of these seeds, into OUT/seed-N.")
 @recipe_options
@@ -107,7 +113,7 @@ def fit(recipe: str, data: str, out: Path, resume: bool, threads: int | None, se
 
     if threads:
         torch.set_num_threads(threads)
-    place = {name: fields.pop(name) for name in ("device", "cache")}
+    place = {name: fields.pop(name) for name in ("device", "cache", "sharded")}
     options = given_options(fields)
     if seeds and "seed" in options:
         raise TrainError("--seed and --seeds both choose the seed; leave one out")
@@ -141,8 +147,7 @@ def fit_once(recipe: str, options: dict[str, Any], data: str, out: Path, resume:
 @click.option("--recipe", default="ee-tuning", show_default=True, help="The recipe whose exits, method and training to use.")
 @click.option("--data", help="As for fit; what the checkpoint was trained on by default.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the tuned checkpoint goes.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")
+@place_options
 @recipe_options
 def tune(checkpoint: Path, recipe: str, data: str | None, out: Path, device: str, threads: int | None, **fields: Any) -> None:
     """Give CHECKPOINT new exits, or train its own on. Resume with `ease-train fit RECIPE --out OUT --resume`."""
@@ -163,8 +168,7 @@ def tune(checkpoint: Path, recipe: str, data: str | None, out: Path, device: str
 @click.argument("checkpoint", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--data", help="As for fit; what the checkpoint was trained on by default.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint with gates goes.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")
+@place_options
 @section_options(GateConfig, "")
 def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: int | None, **fields: Any) -> None:
     """Train a gate at every early exit of CHECKPOINT, whose own weights stay as they are."""
@@ -246,7 +250,8 @@ def show(event: "Event", progress: Progress, task: Any) -> None:
         if event.sample:
             progress.console.print(event.sample, markup=False, style="italic")
     else:
-        progress.console.print(f"step {event.step}: saved {event.path}")
+        best = f" with the best model, that of step {event.model_step}" if event.model_step != event.step else ""
+        progress.console.print(f"step {event.step}: saved {event.path}{best}")
 
 
 if __name__ == "__main__":

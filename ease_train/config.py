@@ -133,9 +133,11 @@ class TrainConfig(Section):
     eval_tokens: int = setting(20000, "validation tokens in each look")
     save_every: int = setting(200, "steps between two checkpoints")
     accumulate: int = setting(1, "batches whose gradients are averaged before a step")
-    precision: str = setting("fp32", "of the matrix products: 'fp32', or 'bf16' (autocast; weights stay fp32)")
+    precision: str = setting("fp32", "of the matrix products: 'fp32', 'bf16' or 'fp16' (autocast; weights stay fp32)")
     recompute_activations: bool = setting(False, "in the backward pass, instead of keeping them: less memory, more time")
-    patience: int = setting(0, "stop after so many evaluations without a better perplexity at the last exit; 0 never stops")
+    patience: int = setting(
+        0, "stop after so many evaluations without a better perplexity at the last exit, keep the best model; 0 never stops"
+    )
     sample_tokens: int = setting(0, "tokens of greedy sample text at each evaluation")
 
     def __post_init__(self) -> None:
@@ -145,7 +147,7 @@ class TrainConfig(Section):
         for name in ("patience", "sample_tokens", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train: {name} = {getattr(self, name)}, expected at least 0")
-        one_of("train: precision", self.precision, ("fp32", "bf16"))
+        one_of("train: precision", self.precision, ("fp32", "bf16", "fp16"))
         negative = {layer: weight for layer, weight in self.layer_weights.items() if weight < 0}
         if negative:
             raise ConfigError(f"train: layer_weights = {negative}, expected weights of at least 0")

@@ -30,6 +30,7 @@ from ease_train.exits import Gate
 from ease_train.losses import CHUNK_ELEMENTS
 from ease_train.method import GateConfig
 from ease_train.model import Decoder
+from ease_train.parallel import usable_device
 from ease_train.tokens import encode_stream, pack
 
 BINS = 10  # of the calibration error
@@ -134,10 +135,11 @@ class GateTrainer:
         model = Decoder(config)
         kept = {name: value for name, value in checkpoint.model.state_dict().items() if not name.startswith("gates.")}
         model.load_state_dict(kept, strict=False)
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.device = usable_device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
         self.gates = {layer: cast(Gate, model.gates[str(layer)]).requires_grad_(True) for layer in early}
         self.checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, model=config), model=model, train_state=None)
-        self.settings, self.device = settings, torch.device(device)
+        self.settings = settings
         self.optimizer = torch.optim.AdamW(self.model.gates.parameters(), lr=settings.learning_rate)
         length, source = checkpoint.recipe.train.sequence_length, source or checkpoint.data
         self.blocks = self._blocks(source, "train", length, settings.batch_size)

@@ -65,7 +65,7 @@ class _ExitLoss(torch.autograd.Function):
     """sum_i w_i CE(h_i W_i^T, y) + d_i T^2 KL(softmax(h_E W_E^T / T) || softmax(h_i W_i^T / T)), a mean over tokens.
 
     Loss and gradients are computed chunk by chunk in the forward pass; the gradient of a head's weight is one (V, D) buffer
-    whatever the number of exits that share it.
+    whatever the number of exits that share it. The mean's 1/N comes in with the backward pass, so that fp16 need not hold it.
     """
 
     @staticmethod
@@ -83,19 +83,29 @@ class _ExitLoss(torch.autograd.Function):
                 weight, head = heads[plan.heads[i]], plan.heads[i]
                 logits = (hidden[rows] @ weight.T).float()  # turned into their gradient below, in place
                 row_weights, waiting = _row_weights(logits, plan, i, waiting)
-                losses, distances = _chunk(logits, targets[rows], row_weights / len(targets), plan.distill[i] / len(targets), plan, teacher)
-                sums[0, i] += (losses * row_weights).sum() / len(targets) + distances
-                sums[1, i] += losses.sum() / len(targets)
+                losses, distances = _chunk(logits, targets[rows], row_weights, plan.distill[i], plan, teacher)
+                sums[0, i] += (losses * row_weights).sum() + distances
+                sums[1, i] += losses.sum()
                 grad = logits.to(weight.dtype)
                 grads[i][rows] = (grad @ weight).to(grads[i].dtype)
-                grad_heads[head].addmm_(grad.T, hidden[rows].to(weight.dtype))
+                _add_product(grad_heads[head], grad.T, hidden[rows].to(weight.dtype))
         ctx.save_for_backward(*grad_heads, *grads)
-        ctx.mark_non_differentiable(sums)
-        return sums[0].sum(), sums[1]
+        ctx.num_tokens = len(targets)
+        means = sums / len(targets)
+        ctx.mark_non_differentiable(means)
+        return means[0].sum(), means[1]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *(g * grad_outputs[0] for g in ctx.saved_tensors))
+        return (None, None, None, *(g.mul_(grad_outputs[0] / ctx.num_tokens) for g in ctx.saved_tensors))
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """into += left @ right, the product in autocast's precision."""
+    if torch.is_autocast_enabled(into.device.type):
+        into += left @ right
+    else:
+        into.addmm_(left, right)
 
 
 def _probabilities(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

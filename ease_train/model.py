@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         if drop == 0.0:
             return self._run(layer, hidden)
         kept = (torch.rand(len(hidden)) >= drop).nonzero().flatten().to(hidden.device)  # on the CPU: its state is in the checkpoint
-        return hidden.index_copy(0, kept, self._run(layer, hidden[kept])) if len(kept) else hidden
+        return hidden.index_copy(0, kept, self._run(layer, hidden[kept]))
 
     def _run(self, layer: int, hidden: Tensor) -> Tensor:
         block, cos, sin = self.layers[layer - 1], self.cos[: hidden.shape[1]], self.sin[: hidden.shape[1]]

@@ -4,17 +4,17 @@
     for event in trainer.fit(Path("runs/demo/checkpoint")):
         print(event)
 
-A step's data and learning rate depend on the step's number alone, so a resumed run goes on bit for bit on CPU
-(with the same number of threads).
+A step's data, learning rate and random numbers depend on the step's number alone, so a resumed run goes on bit for bit
+on CPU (with the same number of threads).
 """
 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,12 +23,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ease_train.config import Recipe, TrainConfig
+from ease_train.config import ModelConfig, Recipe, TrainConfig
 from ease_train.corpora import load_documents
 from ease_train.errors import ConfigError, DivergenceError
 from ease_train.losses import Objective, exit_loss, exit_losses
 from ease_train.model import Decoder
-from ease_train.parallel import Workers
+from ease_train.parallel import Workers, load_optimizer, whole
 from ease_train.schedules import drop_rates, exit_weights
 from ease_train.tokens import END, cached_stream, pack, train_tokenizer
 
@@ -56,13 +56,16 @@ class EvalEvent:
 
 @dataclass(frozen=True)
 class SaveEvent:
-    """A checkpoint is on disk."""
+    """A checkpoint is on disk; its model is that of `model_step`, with patience the best evaluated so far."""
 
     step: int
     path: Path
+    model_step: int
 
 
 Event = StepEvent | EvalEvent | SaveEvent
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def learning_rate(step: int, settings: TrainConfig) -> float:
@@ -119,21 +122,50 @@ def objective_at(step: int, recipe: Recipe) -> Objective:
     )
 
 
-class Trainer:
-    """Holds a run: model, optimizer, packed data, and the number of the next step."""
+def weights_may_rest(recipe: Recipe) -> bool:
+    """Whether some step leaves weights without a gradient: an exit that is not trained, always or at times, or a gate."""
+    method, model = recipe.method, recipe.model
+    moving = {method.curriculum, method.exit_warmup, method.alpha_schedule} != {"none"}
+    return moving or bool(model.gates) or set(exit_weights(0, recipe)) != set(model.exits)
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", workers: Workers | None = None, cache: Path | None = None) -> None:
+
+@dataclass(frozen=True)
+class Kept:
+    """The model of one step, whole, on the CPU."""
+
+    step: int
+    model: Decoder
+
+    @classmethod
+    def of(cls, step: int, config: ModelConfig, weights: Mapping[str, Tensor]) -> Self:
+        """A copy of the weights; the random state stays as it is."""
+        with torch.random.fork_rng(devices=[]):
+            model = Decoder(config)
+        model.load_state_dict(weights)
+        return cls(step, model)
+
+
+class Trainer:
+    """Holds a run: model, optimizer, packed data, the number of the next step, and with patience the best model so far."""
+
+    def __init__(self, checkpoint: Checkpoint, workers: Workers | None = None, cache: Path | None = None) -> None:
         self.checkpoint, self.recipe, self.settings = checkpoint, checkpoint.recipe, checkpoint.recipe.train
-        self.device, self.workers, self.cache = torch.device(device), workers or Workers(), cache
+        self.workers, self.cache = workers or Workers(), cache
+        self.device, state = self.workers.device, checkpoint.train_state
+        self.best: Kept | None = None
+        if state is not None and "weights" in state:
+            self.best = Kept.of(checkpoint.step, self.recipe.model, checkpoint.model.state_dict())
+            checkpoint.model.load_state_dict(state["weights"])
+            checkpoint.step = state["step"]
         self.model = checkpoint.model.to(self.device)
         if self.recipe.method.trains == "exits":
             train_exits_only(self.model)
+        self.learner = self.workers.share_work(self.model, weights_may_rest(self.recipe))
         self.optimizer = create_optimizer(self.model, self.settings, self.recipe.method.layer_lr_scales)
-        if checkpoint.train_state is not None:
-            self.optimizer.load_state_dict(checkpoint.train_state["optimizer"])
-            torch.set_rng_state(checkpoint.train_state["rng"])
-        if not self.workers.first:  # layer dropout must not drop the same sequences in every process
-            torch.manual_seed(hash((self.settings.seed, self.workers.rank, checkpoint.step)))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
+        if state is not None:
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
         self.model.recompute_activations = self.settings.recompute_activations
         self.sequences_a_step = self.settings.batch_size * self.settings.accumulate * self.workers.count
         length = self.settings.sequence_length
@@ -142,21 +174,21 @@ class Trainer:
         self.validation = blocks[: max(1, self.settings.eval_tokens // length)]
 
     @classmethod
-    def begin(cls, recipe: Recipe, source: str, device: str = "cpu", cache: Path | None = None) -> Self:
+    def begin(cls, recipe: Recipe, source: str, device: str = "cpu", cache: Path | None = None, sharded: bool = False) -> Self:
         """A new run: trains the tokenizer, builds the model; keeps tokens in `cache`. Raises DataError, ConfigError."""
-        workers, device = Workers.join(device)
+        workers = Workers.join(device, sharded)
         tokenizer = train_tokenizer(load_documents(source, "train"), recipe.tokenizer)
         tokenizer = Tokenizer.from_str(workers.share(tokenizer.to_str())) if workers.count > 1 else tokenizer
         if recipe.model.vocab_size == 0:
             recipe = replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.get_vocab_size()))
         torch.manual_seed(recipe.train.seed)
-        return cls(Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source), device, workers, cache)
+        return cls(Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source), workers, cache)
 
     @classmethod
-    def resume(cls, path: Path, device: str = "cpu", cache: Path | None = None) -> Self:
-        """Go on with the run saved at `path`. Raises CheckpointError."""
-        workers, device = Workers.join(device)
-        return cls(load_checkpoint(path, resume=True), device, workers, cache)
+    def resume(cls, path: Path, device: str = "cpu", cache: Path | None = None, sharded: bool = False) -> Self:
+        """Go on with the run saved at `path`, with as many processes as there are now. Raises CheckpointError, ConfigError."""
+        workers = Workers.join(device, sharded)
+        return cls(load_checkpoint(path, resume=True), workers, cache)
 
     def fit(self, out: Path) -> Iterator[Event]:
         """Train to the last step, or until patience ends; yield every step, evaluation and checkpoint. Raises DivergenceError."""
@@ -165,6 +197,7 @@ class Trainer:
             step, last = self.checkpoint.step, self.checkpoint.step == self.settings.steps
             if step % self.settings.eval_every == 0 or last:
                 yield self.log(self.evaluate())
+                self.keep_best()
             last = last or self.out_of_patience()
             if step % self.settings.save_every == 0 or last:
                 yield self.save(out)
@@ -183,46 +216,54 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         loss, by_exit = self._backward(np.split(batch, self.workers.count)[self.workers.rank])
-        self.workers.mean_gradients(self.model)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
-        if not math.isfinite(loss) or not math.isfinite(norm.item()):
-            what = f"the loss is {loss}, its gradient's norm {norm.item()}, at step {self.checkpoint.step + 1}"
+        self.scaler.unscale_(self.optimizer)
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)))
+        overflows = not math.isfinite(norm) and self.scaler.get_scale() > 1  # fp16: the step is left out, the scale halved
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflows):
+            what = f"the loss is {loss}, its gradient's norm {norm}, at step {self.checkpoint.step + 1}"
             remedy = f"try a lower learning_rate than {self.settings.learning_rate}"
             raise DivergenceError(f"{what}; the last checkpoint is kept; {remedy}")
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.checkpoint.step += 1
         speed = len(batch) * self.settings.sequence_length / (time.perf_counter() - began)
-        return StepEvent(self.checkpoint.step, loss, by_exit, rate, norm.item(), speed)
+        return StepEvent(self.checkpoint.step, loss, by_exit, rate, norm, speed)
 
     def _backward(self, batch: NDArray[np.int32]) -> tuple[float, dict[int, float]]:
         """Add up the gradients of a step's batches; their mean losses. Shape: (accumulate * batch_size, sequence_length + 1)."""
-        objective, share = objective_at(self.checkpoint.step, self.recipe), 1 / self.settings.accumulate
+        objective, parts = objective_at(self.checkpoint.step, self.recipe), np.split(batch, self.settings.accumulate)
         self.model.train()
+        if objective.drop:  # not the same sequences in every process
+            place = (self.settings.seed, self.checkpoint.step, self.workers.rank)
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         total, by_exit = 0.0, dict.fromkeys(self.recipe.model.exits, 0.0)
-        for part in np.split(batch, self.settings.accumulate):
-            with self._autocast():
-                loss, losses = exit_loss(self.model, *self._tensors(part), objective)
-            (loss * share).backward()  # type: ignore[no-untyped-call]
-            total += loss.item() * share
-            by_exit |= {layer: by_exit[layer] + value * share for layer, value in losses.items()}
-        means = self.workers.mean([total, *(by_exit[layer] for layer in losses)], self.device)
+        for number, part in enumerate(parts, 1):
+            with self.workers.hold_gradients(self.learner, number < len(parts)):
+                loss, losses = self._ask(exit_loss, part, objective)
+                self.scaler.scale(loss / len(parts)).backward()
+            total += loss.item() / len(parts)
+            by_exit |= {layer: by_exit[layer] + value / len(parts) for layer, value in losses.items()}
+        means = self.workers.mean([total, *(by_exit[layer] for layer in losses)])
         return means[0], dict(zip(losses, means[1:], strict=True))
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+    def _ask(self, question: Callable[..., Any], batch: NDArray[np.int32], *more: Any) -> Any:
+        """question(model, input_ids, targets, ...), in the run's precision. Shape: batch (n, sequence_length + 1)."""
+        ids = torch.from_numpy(batch.astype(np.int64)).to(self.device)
+        with torch.autocast(self.device.type, AUTOCAST.get(self.settings.precision), enabled=self.settings.precision in AUTOCAST):
+            return self.learner(lambda model: question(model, ids[:, :-1], ids[:, 1:], *more))
 
+    @torch.no_grad()
     def evaluate(self) -> EvalEvent:
         """Validation perplexity of every exit, a mean over tokens."""
         totals: dict[int, float] = {}
         self.model.eval()
         for start in range(0, len(self.validation), self.settings.batch_size):
             batch = self.validation[start : start + self.settings.batch_size]
-            with self._autocast():
-                losses = exit_losses(self.model, *self._tensors(batch))
-            for layer, loss in losses.items():
+            for layer, loss in self._ask(exit_losses, batch).items():
                 totals[layer] = totals.get(layer, 0.0) + loss * len(batch)
-        perplexity = {layer: math.exp(total / len(self.validation)) for layer, total in totals.items()}
+        means = dict(zip(totals, self.workers.mean(list(totals.values())), strict=True))  # the same in every process
+        perplexity = {layer: math.exp(total / len(self.validation)) for layer, total in means.items()}
         return EvalEvent(self.checkpoint.step, perplexity, self.sample(self.settings.sample_tokens))
 
     @torch.no_grad()
@@ -231,23 +272,41 @@ class Trainer:
         ids = torch.tensor([[self.checkpoint.tokenizer.token_to_id(END)]], device=self.device)
         self.model.eval()
         for _ in range(min(num_tokens, self.recipe.model.max_positions - 1)):
-            ids = torch.cat((ids, self.model(ids)[:, -1:].argmax(dim=-1)), dim=1)
+            ids = torch.cat((ids, self.learner(lambda model, so_far=ids: model(so_far))[:, -1:].argmax(dim=-1)), dim=1)
         return str(self.checkpoint.tokenizer.decode(ids[0, 1:].tolist()))
 
     def out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations were all worse than the best before them, at the last exit."""
-        evaluations = [line["perplexity"] for line in self.checkpoint.metrics if "perplexity" in line]
-        values = [found[str(self.recipe.model.num_layers)] for found in evaluations]
-        patience = self.settings.patience
+        """Whether the last `patience` evaluations were all no better than the best before them, at the last exit."""
+        values, patience = self._last_exit_perplexities(), self.settings.patience
         return 0 < patience < len(values) and min(values[-patience:]) >= min(values[:-patience])
 
+    def keep_best(self) -> None:
+        """With patience, keep the model if its evaluation, the last one, was better than all before."""
+        values = self._last_exit_perplexities()
+        if self.settings.patience and values[-1] < min(values[:-1], default=math.inf):
+            weights = self._whole_weights()
+            self.best = Kept.of(self.checkpoint.step, self.recipe.model, weights) if self.workers.first else None
+
+    def _last_exit_perplexities(self) -> list[float]:
+        last = str(self.recipe.model.num_layers)
+        return [line["perplexity"][last] for line in self.checkpoint.metrics if "perplexity" in line]
+
     def save(self, out: Path) -> SaveEvent:
-        """Write the checkpoint with all that a resumed run needs."""
-        self.checkpoint.train_state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        """Write the checkpoint with all that a resumed run needs: with patience the best model, and the run's own weights aside."""
+        step = self.checkpoint.step
+        state: dict[str, Any] = {"optimizer": self.workers.gathered(self.optimizer.state_dict()), "scaler": self.scaler.state_dict()}
+        weights = self._whole_weights()
         if self.workers.first:
-            save_checkpoint(self.checkpoint, out)
+            saved = self.best or (Kept.of(step, self.recipe.model, weights) if self.workers.sharded else Kept(step, self.model))
+            state |= {"weights": weights, "step": step} if self.best else {}
+            save_checkpoint(replace(self.checkpoint, step=saved.step, model=saved.model, train_state=state), out)
         self.workers.wait()
-        return SaveEvent(self.checkpoint.step, out)
+        return SaveEvent(step, out, saved.step if self.workers.first else step)
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """The model's state dictionary, whole where the weights are in shards (every process must ask)."""
+        state = self.workers.gathered(self.learner.state_dict()) if self.workers.sharded else self.model.state_dict()
+        return {name.removeprefix("model."): value for name, value in state.items()}
 
     def log(self, event: Event) -> Event:
         """Keep an event for metrics.jsonl: every evaluation, and one step in `log_every`."""
@@ -257,7 +316,3 @@ class Trainer:
 
     def _stream(self, split: str) -> NDArray[np.int32]:
         return cached_stream(self.checkpoint.tokenizer, load_documents(self.checkpoint.data, split), self.cache)
-
-    def _tensors(self, batch: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
-        ids = torch.from_numpy(batch.astype(np.int64)).to(self.device)
-        return ids[:, :-1], ids[:, 1:]

@@ -60,10 +60,11 @@ def begin_tuning(
     source: str | None = None,
     device: str = "cpu",
     cache: Path | None = None,
+    sharded: bool = False,
 ) -> Trainer:
     """A new run from the checkpoint's weights, on its data or another source. Raises ConfigError, DataError."""
-    workers, device = Workers.join(device)
+    workers = Workers.join(device, sharded)
     chosen = tuned_recipe(trained.recipe, recipe, options)
     torch.manual_seed(chosen.train.seed)
     model = with_exits(trained.model, chosen)
-    return Trainer(Checkpoint(chosen, model, trained.tokenizer, 0, source or trained.data), device, workers, cache)
+    return Trainer(Checkpoint(chosen, model, trained.tokenizer, 0, source or trained.data), workers, cache)

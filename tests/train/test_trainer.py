@@ -150,13 +150,34 @@ def test_accumulation_is_one_larger_batch(make_recipe: Maker, small_corpus: str)
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
 
 
-def test_bf16_follows_fp32_from_afar(make_recipe: Maker, small_corpus: str) -> None:
-    exact, rounded = (Trainer.begin(make_recipe(train={"precision": p}), small_corpus) for p in ("fp32", "bf16"))
-    losses = [[trainer.train_step(trainer.next_batch()).loss for _ in range(6)] for trainer in (exact, rounded)]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.003)])
+def test_half_precision_follows_fp32_from_afar(make_recipe: Maker, small_corpus: str, precision: str, tolerance: float) -> None:
+    exact, rounded = (Trainer.begin(make_recipe(train={"precision": p}), small_corpus) for p in ("fp32", precision))
+    steps = [[trainer.train_step(trainer.next_batch()) for _ in range(6)] for trainer in (exact, rounded)]
+    losses = [[step.loss for step in of_one] for of_one in steps]
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+    assert [step.grad_norm for step in steps[1]] == pytest.approx([step.grad_norm for step in steps[0]], rel=2 * tolerance)
     assert losses[1] != losses[0]
     assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
     assert rounded.evaluate().perplexity == pytest.approx(exact.evaluate().perplexity, rel=0.05)
+
+
+def test_fp16_leaves_out_a_step_that_overflows_and_goes_on(make_recipe: Maker, small_corpus: str, tmp_path: Path) -> None:
+    """The loss is scaled up before the backward pass, less each time that the gradient overflows; resuming keeps the scale."""
+    trainer = Trainer.begin(make_recipe(train={"precision": "fp16", "save_every": 1}), small_corpus)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    step = trainer.train_step(trainer.next_batch())
+    assert not math.isfinite(step.grad_norm)
+    assert math.isfinite(step.loss)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert trainer.scaler.get_scale() == 2.0**99
+    trainer.save(tmp_path / "c")
+    assert Trainer.resume(tmp_path / "c").scaler.get_scale() == 2.0**99
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    trainer.model.embed.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(DivergenceError, match=r"gradient's norm (nan|inf)"):
+        trainer.train_step(trainer.next_batch())
 
 
 def test_patience_ends_a_run_that_gets_no_better(make_recipe: Maker, small_corpus: str, tmp_path: Path) -> None:
@@ -170,8 +191,38 @@ def test_patience_ends_a_run_that_gets_no_better(make_recipe: Maker, small_corpu
     assert run(0, noisy, tmp_path / "a")[0] == list(range(1, 9))
     assert run(1, noisy, tmp_path / "b")[0] == [1, 2, 3]
     assert run(2, noisy, tmp_path / "c")[0] == [1, 2, 3, 4, 5, 6]
-    assert load_checkpoint(tmp_path / "c").step == 6  # saved where it stopped
+    assert load_checkpoint(tmp_path / "a").step == 8
+    assert load_checkpoint(tmp_path / "c").step == 4  # the best, though it stopped after 6
+    assert Trainer.resume(tmp_path / "c").checkpoint.step == 6
     assert list(Trainer.resume(tmp_path / "c").fit(tmp_path / "c")) == []
+
+
+PATIENT = {"patience": 3, "eval_every": 2, "save_every": 4, "learning_rate": 0.1, "warmup_steps": 0, "steps": 16}
+
+
+@pytest.mark.parametrize("killed_after", [5, 9])
+def test_patience_keeps_the_best_model_and_the_curve(make_recipe: Maker, small_corpus: str, tmp_path: Path, killed_after: int) -> None:
+    """Whether or not the run is killed, the model is that of the best evaluation, which is not the last one."""
+    run = Trainer.begin(make_recipe(train=PATIENT), small_corpus)
+    evaluations, models = {}, {}
+    for event in run.fit(tmp_path / "whole"):
+        if isinstance(event, EvalEvent):
+            evaluations[event.step] = event.perplexity[4]
+            models[event.step] = {name: value.clone() for name, value in run.model.state_dict().items()}
+    best = min(evaluations, key=evaluations.__getitem__)
+    assert best < max(evaluations)
+    for event in Trainer.begin(make_recipe(train=PATIENT), small_corpus).fit(tmp_path / "cut"):
+        if event.step == killed_after:
+            break
+    resumed = list(Trainer.resume(tmp_path / "cut").fit(tmp_path / "cut"))
+    found = {event.step: event.perplexity[4] for event in resumed if isinstance(event, EvalEvent)}
+    assert found == {step: value for step, value in evaluations.items() if step > killed_after // 4 * 4}
+    saved = [event for event in resumed if isinstance(event, SaveEvent)][-1]
+    assert (saved.step, saved.model_step) == (max(evaluations), best)
+    for name in ("whole", "cut"):
+        checkpoint = load_checkpoint(tmp_path / name)
+        assert checkpoint.step == best
+        assert all(torch.equal(value, models[best][key]) for key, value in checkpoint.model.state_dict().items())
 
 
 def test_a_sample_is_greedy_at_full_depth(make_recipe: Maker, small_corpus: str) -> None:
@@ -227,7 +278,5 @@ def test_a_kill_at_any_moment_loses_nothing(make_recipe: Maker, small_corpus: st
         whole.train_step(whole.next_batch())
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
-    resumed = Trainer.resume(out)  # again, for its random state: the other run drew numbers meanwhile
     after = [resumed.train_step(resumed.next_batch()).loss for _ in range(5)]
-    torch.set_rng_state(resumed.checkpoint.train_state["rng"])
     assert after == [whole.train_step(whole.next_batch()).loss for _ in range(5)]
