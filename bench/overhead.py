@@ -51,7 +51,7 @@ def measure(bundle: Path, num_threads: int) -> list[dict[str, object]]:
     for name, threshold, catch_up in SETTINGS:
         rounds = []
         for _ in range(ROUNDS + 1):
-            policy = ExitPolicy.create("max-prob", None if threshold is None else [threshold], len(stack.exit_layers))
+            policy = ExitPolicy.create("max-prob", None if threshold is None else [threshold], stack.exit_layers)
             sequence = engine.start(text[:16], max_new_tokens=length - 16, policy=policy, catch_up=catch_up, sampler=Given(text))
             tokens = engine.generate(sequence)
             next(tokens)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ease_export.errors import ExportError
-from ease_export.graphs import OPSET, ExitHead, FirstSegment, GateHead, Head, PropagateKV, Route, Routed, Segment
+from ease_export.graphs import OPSET, ExitHead, FirstSegment, GateHead, Head, PropagateKV, Route, Routed, Segment, Similarity
 from ease_runtime.manifest import FORMAT_VERSION, MANIFEST_FILE, ExitInfo, FileInfo, Manifest, SegmentInfo, sha256_of
 from ease_train.checkpoint import Checkpoint, load_checkpoint
 from ease_train.files import written_aside
@@ -34,6 +34,7 @@ EXTERNAL_BYTES = 1024  # smaller initializers stay inside the graph
 ALIGNMENT = 4096  # of a tensor in its file: a page, so that it can be mapped
 TOKENIZER_FILE = "tokenizer.json"
 HEAD_FILE = "head.onnx"
+SIMILARITY_FILE = "similarity.onnx"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def plan_graphs(model: Decoder) -> Iterator[Plan]:
         yield _segment_plan(model, cut)
         if cut.number:
             yield _kv_plan(model, cut)
+    yield _similarity_plan(model)
     for number, layer in enumerate(model.config.exits):
         yield _from_pool(exit_file(number), ExitHead(model, layer), model, ["exit_hidden"])
         if (file := head_file(model, number, layer)) != HEAD_FILE:
@@ -125,21 +127,23 @@ def plan_graphs(model: Decoder) -> Iterator[Plan]:
 
 
 # Example sizes, all different and none 1, so that no axis is taken for another or for a constant.
-ROWS, TOKENS, LENGTH, POOL, AT_EXIT = 2, 3, 16, 32, 5
+ROWS, PLACES, TOKENS, LENGTH, POOL = 2, 3, 5, 16, 32
 
 
 Inputs = list[tuple[str, Tensor, dict[int, str]]]  # name, example, axes
 
 
 def _tokens(name: str, dtype: torch.dtype = torch.int64) -> tuple[str, Tensor, dict[int, str]]:
-    return name, torch.ones(ROWS, TOKENS, dtype=dtype), {0: "B", 1: "S"}
+    return name, torch.ones(TOKENS, dtype=dtype), {0: "N"}
 
 
 def _over_cache(file: str, module: nn.Module, model: Decoder, cut: Cut, inputs: Inputs, outputs: list[str], weights: str) -> Plan:
-    """A graph that reads and writes the caches of a segment's layers, after its own inputs and `write_indices`."""
+    """A graph that reads and writes the caches of a segment's layers, after its own inputs and where its tokens stand."""
     names = [f"{name}.{i}" for i in range(cut.last - cut.first + 1) for name in ("key", "value")]
     past = [torch.zeros(ROWS, LENGTH, model.config.kv_dim) for _ in names]
-    inputs = [*inputs, ("write_indices", torch.zeros(ROWS, dtype=torch.int64), {0: "B"})]
+    spread = ("spread", torch.arange(ROWS * PLACES).clamp(max=TOKENS - 1).reshape(ROWS, PLACES), {0: "B", 1: "S"})
+    places = ("places", torch.arange(TOKENS), {0: "N"})
+    inputs = [*inputs, spread, places, ("write_indices", torch.zeros(ROWS, dtype=torch.int64), {0: "B"})]
     return Plan(
         file=file,
         module=module,
@@ -159,7 +163,8 @@ def _segment_plan(model: Decoder, cut: Cut) -> Plan:
     kind = Segment if cut.number else FirstSegment
     inputs = [*(_pool(model) if cut.number else [_tokens("input_ids")]), _tokens("active", torch.bool)]
     file = cut.file("segment")
-    return _over_cache(file, kind(model, cut.first, cut.last), model, cut, inputs, ["hidden"], f"{file}.data")
+    outputs = ["hidden"] if cut.number else ["embedded", "hidden"]
+    return _over_cache(file, kind(model, cut.first, cut.last), model, cut, inputs, outputs, f"{file}.data")
 
 
 def _kv_plan(model: Decoder, cut: Cut) -> Plan:
@@ -173,13 +178,19 @@ def _routed_plan(model: Decoder, cut: Cut) -> Plan:
 
 def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str]) -> Plan:
     """A graph over some rows of the pool, without caches."""
-    inputs = (torch.zeros(POOL, model.config.dim), torch.zeros(AT_EXIT, dtype=torch.int64))
+    inputs = (torch.zeros(POOL, model.config.dim), torch.zeros(TOKENS, dtype=torch.int64))
     return Plan(file, module, inputs, ["pool", "index"], ({0: "M"}, {0: "N"}), outputs, f"{file}.data")
+
+
+def _similarity_plan(model: Decoder) -> Plan:
+    inputs = (torch.zeros(POOL, model.config.dim), torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS, dtype=torch.int64))
+    axes = ({0: "M"}, {0: "N"}, {0: "N"})
+    return Plan(SIMILARITY_FILE, Similarity(), inputs, ["pool", "index", "before"], axes, ["similarity"], f"{SIMILARITY_FILE}.data")
 
 
 def _head_plan(file: str, lm_head: nn.Linear) -> Plan:
     outputs = ["logits", "top_id", "top_prob", "margin", "entropy"]
-    return Plan(file, Head(lm_head), (torch.zeros(AT_EXIT, lm_head.in_features),), ["exit_hidden"], ({0: "N"},), outputs, f"{file}.data")
+    return Plan(file, Head(lm_head), (torch.zeros(TOKENS, lm_head.in_features),), ["exit_hidden"], ({0: "N"},), outputs, f"{file}.data")
 
 
 def write_graph(plan: Plan, folder: Path, tensors: dict[bytes, tuple[int, int]]) -> None:
@@ -248,6 +259,7 @@ def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path) -> Man
         max_positions=config.max_positions,
         end_id=checkpoint.tokenizer.token_to_id(END),
         tokenizer=TOKENIZER_FILE,
+        similarity=SIMILARITY_FILE,
         segments=tuple(_segment_info(cut) for cut in cut_layers(model)),
         exits=tuple(
             ExitInfo(layer, exit_file(n), head_file(model, n, layer), gate_file(model, n, layer)) for n, layer in enumerate(config.exits)

@@ -1,14 +1,17 @@
 """The serving form of the model: small modules over the trained weights, one an ONNX graph.
 
-Shapes: B rows, S new tokens a row, T length of the cache buffers, M rows of the hidden pool, N tokens at an exit,
-D width, V vocabulary, G*P width of a token's keys (and of its values) in one layer.
+Shapes: N new tokens in all, B rows (sequences), S new tokens a row at most, T length of the cache buffers, M rows of the
+hidden pool, D width, V vocabulary, G*P width of a token's keys (and of its values) in one layer.
 
-Every segment follows one contract. A row has `write_indices[b]` tokens in the cache; S more are written there, at those
-positions, and attend to all before them. What a padded row wrote past its real length is overwritten later and never
+Every segment follows one contract. Rows may have different numbers of new tokens, and none: everything but attention runs
+over the N real tokens, ragged; for attention `spread` (B, S) says which token stands at each place of a row, and `places`
+(N) where each token stands, as b*S+s. A row has `write_indices[b]` tokens in the cache; its S places are written there, at
+those positions, and attend to all before them. What pads wrote past a row's real length is overwritten later and never
 attended to. Lengths and positions are computed inside the graph: a caller cannot pass a wrong one.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -42,56 +45,75 @@ class ServingBlock(nn.Module):
         super().__init__()
         self.block = block
 
-    def keys_values(self, x: Tensor, where: "Placement") -> tuple[Tensor, Tensor]:
-        """The new tokens' keys (rotated) and values. Shape: (B, S, D) -> two of (B, S, G*P)."""
+    def scatter(self, x: Tensor, past_key: Tensor, past_value: Tensor, where: "Placement") -> tuple[Tensor, Tensor]:
+        """The caches with the new tokens' keys (rotated) and values. Shape: (N, D), (B, T, G*P) -> two of (B, T, G*P)."""
         attention = self.block.attention
         normed = self.block.attention_norm(x)
-        heads = (attention.num_kv_heads, attention.head_dim)
-        k = _per_head(attention.k_norm, attention.k_proj(normed), heads)
-        return where.rotate(k, attention.num_kv_heads), attention.v_proj(normed)
+        k = _per_head(attention.k_norm, attention.k_proj(normed), (attention.num_kv_heads, attention.head_dim))
+        k = where.rotate(where.spread_out(k), where.positions, attention.num_kv_heads)
+        v = where.spread_out(attention.v_proj(normed))
+        return scatter_rows(past_key, k, where.write_indices), scatter_rows(past_value, v, where.write_indices)
 
     def forward(self, x: Tensor, past_key: Tensor, past_value: Tensor, where: "Placement") -> tuple[Tensor, Tensor, Tensor]:
-        """Shape: x (B, S, D), past (B, T, G*P) -> (B, S, D) and two of (B, T, G*P)."""
+        """Shape: x (N, D), past (B, T, G*P) -> (N, D) and two of (B, T, G*P)."""
         attention = self.block.attention
-        k, v = self.keys_values(x, where)
-        key, value = scatter_rows(past_key, k, where.write_indices), scatter_rows(past_value, v, where.write_indices)
+        key, value = self.scatter(x, past_key, past_value, where)
         q = attention.q_proj(self.block.attention_norm(x))
         q = _per_head(attention.q_norm, q, (attention.num_heads, attention.head_dim))
-        mixed = self._attend(where.rotate(q, attention.num_heads), key, value, where)
-        x = x + attention.o_proj(mixed)
+        x = x + attention.o_proj(self._attend(q, key, value, where))
         return x + self.block.mlp(self.block.mlp_norm(x)), key, value
 
     def _attend(self, q: Tensor, key: Tensor, value: Tensor, where: "Placement") -> Tensor:
-        """Attention to the cache, causal from its bottom right. Shape: (B, S, H*P) -> (B, S, H*P).
+        """Attention to the cache, causal from its bottom right. Shape: (N, H*P) -> (N, H*P).
 
-        A copy of the first query row goes in front and is dropped after: ONNX Runtime's kernel takes another path for
-        S = 1 whose last bits differ, and with the extra row every S gives the same bits.
+        A copy of each row's first query goes in front and is dropped after: ONNX Runtime's kernel takes another path for
+        S = 1 whose last bits differ, and with the extra one every S gives the same bits.
         """
         attention = self.block.attention
-        q = torch.cat((q[:, :1], q), dim=1)  # (B, S+1, H*P)
+        q = where.rotate(F.embedding(where.query_spread, q), where.query_positions, attention.num_heads)  # (B, S+1, H*P)
         attributes: dict[str, int | str] = {"is_causal": 1, "q_num_heads": attention.num_heads, "kv_num_heads": attention.num_kv_heads}
         inputs = (q, key, value, None, None, None, where.lengths)
         mixed = ops.symbolic("Attention", inputs, attributes, dtype=q.dtype, shape=q.shape, version=OPSET)  # type: ignore[arg-type]
-        return mixed[:, 1:]
+        return F.embedding(where.query_places, mixed.flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Where the new tokens stand: the inputs that every graph over a cache shares. Shapes: spread (B, S), places (N), write_indices (B)."""
+
+    spread: Tensor
+    places: Tensor
+    write_indices: Tensor
 
 
 class Placement:
-    """Where the S new tokens of each row go: their positions, and the length of the row's cache once they are written.
+    """Where the new tokens of each row go: their positions, and the length of the row's cache once they are written.
 
-    Positions follow from where the tokens are written, unless they are given: a routed layer's cache has gaps.
+    Positions follow from where the tokens are written, unless they are given, as (N): a routed layer's cache has gaps.
     """
 
-    def __init__(self, hidden: Tensor, write_indices: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> None:
-        num_new, limit = hidden.shape[1], cos.shape[0]
-        self.write_indices, self.cos, self.sin = write_indices, cos, sin
-        self.lengths = write_indices + num_new  # (B)
-        if positions is None:
-            positions = write_indices[:, None] + torch.arange(num_new)
-        self.positions = positions.clamp(max=limit - 1)  # (B, S); pads may reach past the limit
+    def __init__(self, ragged: Ragged, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> None:
+        self.spread, self.write_indices, self.cos, self.sin = ragged.spread, ragged.write_indices, cos, sin
+        num_places, limit = ragged.spread.shape[1], cos.shape[0] - 1
+        self.lengths = ragged.write_indices + num_places  # (B)
+        dense = ragged.write_indices[:, None] + torch.arange(num_places) if positions is None else torch.take(positions, ragged.spread)
+        self.positions = dense.clamp(max=limit - 1)  # (B, S); pads may reach past the limit
+        self.query_positions = torch.cat((self.positions[:, :1], self.positions), dim=1)  # (B, S+1), as the queries
+        self.query_spread = torch.cat((ragged.spread[:, :1], ragged.spread), dim=1)
+        self.query_places = ragged.places + ragged.places // num_places + 1
 
-    def rotate(self, x: Tensor, num_heads: int) -> Tensor:
-        """RotaryEmbedding at the tokens' positions. Shape: (B, S, heads*P) -> same."""
-        return ops.rotary_embedding(x, self.cos, self.sin, self.positions, num_heads=num_heads)
+    def spread_out(self, x: Tensor) -> Tensor:
+        """Tokens in their rows. Shape: (N, X) -> (B, S, X)."""
+        return F.embedding(self.spread, x)
+
+    def rotate(self, x: Tensor, positions: Tensor, num_heads: int) -> Tensor:
+        """RotaryEmbedding at some positions. Shape: (B, S, heads*P), (B, S) -> (B, S, heads*P)."""
+        return ops.rotary_embedding(x, self.cos, self.sin, positions, num_heads=num_heads)
+
+
+def _one_more(table: Tensor) -> Tensor:
+    """A rotary table with its last position twice: RotaryEmbedding refuses more places than positions, and queries have S + 1."""
+    return torch.cat((table, table[-1:]))
 
 
 class _OverCache(nn.Module):
@@ -103,52 +125,62 @@ class _OverCache(nn.Module):
     def __init__(self, model: Decoder, first: int, last: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ServingBlock(block) for block in model.layers[first - 1 : last])  # type: ignore[arg-type]
-        self.register_buffer("cos", model.cos)
-        self.register_buffer("sin", model.sin)
+        self.register_buffer("cos", _one_more(model.cos))
+        self.register_buffer("sin", _one_more(model.sin))
 
-    def run(self, hidden: Tensor, active: Tensor, write_indices: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def run(self, hidden: Tensor, active: Tensor, ragged: Ragged, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """All layers; a frozen token (`active` False) passes through. Returns the hidden state and the new caches."""
-        where, present = Placement(hidden, write_indices, self.cos, self.sin), []
+        where, present = Placement(ragged, self.cos, self.sin), []
         for i, block in enumerate(self.blocks):
             after, key, value = block(hidden, past[2 * i], past[2 * i + 1], where)
-            hidden = torch.where(active[..., None], after, hidden)
+            hidden = torch.where(active[:, None], after, hidden)
             present += [key, value]
         return hidden, *present
 
 
 class FirstSegment(_OverCache):
-    """segment_01: input_ids (B, S), active (B, S), write_indices (B), past (B, T, G*P)... -> hidden (B, S, D), present..."""
+    """segment_01: input_ids (N), active (N), spread, places, write_indices, past (B, T, G*P)... -> embedded, hidden (N, D), present...
+
+    `embedded` is what entered the first layer: the state before the first exit, for policies that compare.
+    """
 
     def __init__(self, model: Decoder, first: int, last: int) -> None:
         super().__init__(model, first, last)
         self.embed = model.embed
 
-    def forward(self, input_ids: Tensor, active: Tensor, write_indices: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return self.run(self.embed(input_ids), active, write_indices, past)
+    def forward(
+        self, input_ids: Tensor, active: Tensor, spread: Tensor, places: Tensor, write_indices: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        embedded = self.embed(input_ids)
+        return embedded, *self.run(embedded, active, Ragged(spread, places, write_indices), past)
 
 
 class Segment(_OverCache):
-    """segment_k: pool (M, D), index (B, S), then as the first segment."""
+    """segment_k: pool (M, D), index (N), then as the first segment -> hidden (N, D), present..."""
 
-    def forward(self, pool: Tensor, index: Tensor, active: Tensor, write_indices: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return self.run(F.embedding(index, pool), active, write_indices, past)
+    def forward(
+        self, pool: Tensor, index: Tensor, active: Tensor, spread: Tensor, places: Tensor, write_indices: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        return self.run(F.embedding(index, pool), active, Ragged(spread, places, write_indices), past)
 
 
 class PropagateKV(_OverCache):
     """kv_k: keys and values of tokens that have left, every layer's from the one frozen hidden state. No `active`, no hidden out."""
 
-    def forward(self, pool: Tensor, index: Tensor, write_indices: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(
+        self, pool: Tensor, index: Tensor, spread: Tensor, places: Tensor, write_indices: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         hidden = F.embedding(index, pool)
-        where, present = Placement(hidden, write_indices, self.cos, self.sin), []
+        where = Placement(Ragged(spread, places, write_indices), self.cos, self.sin)
+        present: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             assert isinstance(block, ServingBlock)
-            for cache, new in zip(past[2 * i : 2 * i + 2], block.keys_values(hidden, where), strict=True):
-                present.append(scatter_rows(cache, new, write_indices))
+            present += block.scatter(hidden, past[2 * i], past[2 * i + 1], where)
         return tuple(present)
 
 
 class Routed(nn.Module):
-    """segment_k of the kind `routed`: pool (M, D), index (B, S), positions (B, S), write_indices (B), past -> as a segment.
+    """segment_k of the kind `routed`: pool (M, D), index (N), positions (N), spread, places, write_indices, past -> as a segment.
 
     Runs only the tokens that go in: x + router(x) * (block(x) - x). `write_indices` counts those that went in before.
     """
@@ -161,12 +193,14 @@ class Routed(nn.Module):
         routed = model.layers[layer - 1]
         assert isinstance(routed, RoutedBlock)
         self.block, self.router = ServingBlock(routed.block), routed.router
-        self.register_buffer("cos", model.cos)
-        self.register_buffer("sin", model.sin)
+        self.register_buffer("cos", _one_more(model.cos))
+        self.register_buffer("sin", _one_more(model.sin))
 
-    def forward(self, pool: Tensor, index: Tensor, positions: Tensor, write_indices: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(
+        self, pool: Tensor, index: Tensor, positions: Tensor, spread: Tensor, places: Tensor, write_indices: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         x = F.embedding(index, pool)
-        where = Placement(x, write_indices, self.cos, self.sin, positions)
+        where = Placement(Ragged(spread, places, write_indices), self.cos, self.sin, positions)
         after, key, value = self.block(x, past[0], past[1], where)
         return x + self.router(x)[..., None] * (after - x), key, value
 
@@ -209,6 +243,15 @@ class GateHead(ExitHead):
     def forward(self, pool: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         exit_hidden = self.module(F.embedding(index, pool))
         return exit_hidden, self.gate(exit_hidden)
+
+
+class Similarity(nn.Module):
+    """similarity: pool (M, D), index (N), before (N) -> similarity (N), max(0, cosine) of two hidden states of a token."""
+
+    def forward(self, pool: Tensor, index: Tensor, before: Tensor) -> Tensor:
+        now, then = F.embedding(index, pool), F.embedding(before, pool)
+        norms = now.square().sum(-1).sqrt() * then.square().sum(-1).sqrt()
+        return ((now * then).sum(-1) / norms.clamp(min=1e-12)).clamp(min=0.0, max=1.0)
 
 
 class Head(nn.Module):

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ease_export.errors import ExportError
+from ease_runtime.buffers import RowCache
 from ease_runtime.engine import Engine
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.manifest import SegmentInfo
 from ease_runtime.sequence import Sequence
-from ease_runtime.stack import OrtStack
+from ease_runtime.stack import Cache, OrtStack, Span
 from ease_train.checkpoint import load_checkpoint
 from ease_train.model import Block, Decoder, RoutedBlock
 
@@ -91,24 +92,26 @@ def compare_graphs(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
     """Segments (in two passes over a cache), exits, heads and gates, each on the runtime's own inputs, against the training model."""
     engine, count = Engine(stack), min(NUM_TOKENS, stack.max_positions)
     ids = np.random.default_rng(1).integers(0, stack.vocab_size, count)
-    sequence = engine.open(ids.tolist(), ExitPolicy(), "recompute")
+    sequence = engine.open(ids.tolist())
     hidden = model.embed(torch.from_numpy(ids)[None])
     for number, segment in enumerate(stack.manifest.segments):
         for start, stop in ((0, NUM_PREFILLED), (NUM_PREFILLED, count)):
-            engine.advance(sequence, number, min(start, count - 1), min(stop, count))
+            engine.advance(number, [(sequence, min(start, count - 1), min(stop, count))])
             sequence.done[number] = min(stop, count)
         before, hidden = hidden, model.run_layers(hidden, segment.first_layer, segment.last_layer)
         yield Difference(segment.graph, "hidden", relative_difference(stack.pool.states[sequence.rows[:count]], hidden[0]))
         if segment.route_graph:
-            yield from compare_routed(stack, model, sequence, before, number)
+            yield from compare_routed(stack, model, engine, sequence, before, number)
         else:
-            yield from compare_caches(stack, model, sequence.cache, before, number)
+            yield from compare_caches(stack, model, engine.cache, before, number)
         if (exit_index := stack.layout[number].exit_index) is not None:
             yield from compare_exit(stack, model, exit_index, sequence.rows[:count], hidden)
     engine.release(sequence)
 
 
-def compare_routed(stack: OrtStack, model: Decoder, sequence: Sequence, hidden: Tensor, number: int) -> Iterator[Difference]:
+def compare_routed(
+    stack: OrtStack, model: Decoder, engine: Engine, sequence: Sequence, hidden: Tensor, number: int
+) -> Iterator[Difference]:
     """Who goes into a routed segment (the share that differs), and the K/V of those."""
     segment, routed = stack.manifest.segments[number], model.layers[stack.manifest.segments[number].first_layer - 1]
     assert isinstance(routed, RoutedBlock), "the checkpoint has the bundle's layers"
@@ -118,12 +121,14 @@ def compare_routed(stack: OrtStack, model: Decoder, sequence: Sequence, hidden: 
     keys_values = routed.block.attention.keys_values(
         routed.block.attention_norm(hidden[:, positions]), model.cos[positions], model.sin[positions]
     )
-    written = sequence.cache.buffers[segment.first_layer - 1, :, 0, : len(positions)]  # type: ignore[attr-defined]
+    written = _written(engine.cache, segment, len(positions))[0]
     for place, name in enumerate(("present_key", "present_value")):
         yield Difference(segment.graph, name, relative_difference(written[place], keys_values[place][0].transpose(0, 1).flatten(1)))
 
 
-def compare_caches(stack: OrtStack, model: Decoder, cache: Any, hidden: Tensor, number: int, frozen: bool = False) -> Iterator[Difference]:
+def compare_caches(
+    stack: OrtStack, model: Decoder, cache: Cache, hidden: Tensor, number: int, frozen: bool = False
+) -> Iterator[Difference]:
     """Keys and values that a segment (or its kv graph, of a frozen state) wrote, all layers together."""
     segment, count = stack.manifest.segments[number], hidden.shape[1]
     keys, values = [], []
@@ -135,10 +140,17 @@ def compare_caches(stack: OrtStack, model: Decoder, cache: Any, hidden: Tensor, 
         values.append(v[0].transpose(0, 1).flatten(1))
         if not frozen:
             hidden = model.run_layers(hidden, layer, layer)
-    written = cache.buffers[segment.first_layer - 1 : segment.last_layer, :, 0, :count]
+    written = _written(cache, segment, count)
     graph = (segment.kv_graph or "") if frozen else segment.graph
     yield Difference(graph, "present_key", relative_difference(written[:, 0], torch.stack(keys)))
     yield Difference(graph, "present_value", relative_difference(written[:, 1], torch.stack(values)))
+
+
+def _written(cache: Cache, segment: SegmentInfo, count: int) -> NDArray[np.float32]:
+    """Keys and values of a segment's first `count` entries in the first slot. Shape: (layers, 2, count, kv_dim)."""
+    assert isinstance(cache, RowCache)
+    pairs = cache.buffers[segment.first_layer - 1 : segment.last_layer]
+    return np.array([[buffer[0, :count] for buffer in pair] for pair in pairs])
 
 
 def compare_exit(stack: OrtStack, model: Decoder, number: int, rows: NDArray[np.int64], hidden: Tensor) -> Iterator[Difference]:
@@ -166,14 +178,14 @@ def compare_propagation(stack: OrtStack, model: Decoder) -> Iterator[Difference]
     count = min(NUM_TOKENS, stack.max_positions)
     ids = np.random.default_rng(2).integers(0, stack.vocab_size, count)
     active = np.arange(count) % FROZEN_EVERY != 1
-    cache, rows = stack.open_cache(), ids
+    cache, rows, whole = stack.open_cache(), ids, [Span(0, 0, count)]
     hidden = model.embed(torch.from_numpy(ids)[None])
     for k, segment in enumerate(stack.manifest.segments):
         if segment.kv_graph:
-            stack.run_kv(k, cache, 0, rows)
+            stack.run_kv(k, cache, whole, rows)
             yield from compare_caches(stack, model, cache, hidden, k, frozen=True)
-        out = stack.reserve_rows(count, [rows] if k else [])
-        stack.run_segment(k, cache, 0, rows, out, active if k else None)
+        out = stack.reserve_rows(2 * count, [rows] if k else [])
+        stack.run_segment(k, cache, whole, rows, out, active if k else None)
         rows = np.arange(out, out + count)
         mask = torch.from_numpy(active)[None] if k else None
         hidden = model.run_layers(hidden, segment.first_layer, segment.last_layer, mask)

@@ -1,29 +1,36 @@
-"""The engine: schedule → run → commit, one graph pass a step.
+"""The engine: schedule → choose → run → commit, one graph pass a step, over the rows of a batch.
 
-    engine = Engine(stack)
-    sequence = engine.start([5, 17, 3], max_new_tokens=50, policy=ExitPolicy.create("max-prob", [0.7], num_exits=3))
-    while not sequence.finish_reason:
-        token = engine.step(sequence)        # a Token when one came out, None when the pass only went deeper
+    engine = Engine(stack, num_slots=8)
+    sequence = engine.start([5, 17, 3], max_new_tokens=50, policy=ExitPolicy.create("max-prob", [0.7], stack.exit_layers))
+    while engine.busy:
+        for sequence in engine.step():       # those that got tokens in this pass, or ended
+            ...
 
-Knows nothing about text. `schedule` is pure; only `run` touches the stack; only `commit` asks the policy and the sampler.
+Every row has its own depth: `schedule` says what a sequence needs next and looks at no other, `choose` only picks which of
+these passes run now, together. So a row's tokens are those it would have alone. Knows nothing about text. `schedule` and
+`choose` are pure; only `run` touches the stack; only `commit` asks the policy and the sampler.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_runtime.costs import FIRST_LOOK, Costs, Pace
 from ease_runtime.errors import RequestError, did_you_mean
-from ease_runtime.policy import ExitPolicy, HeadOutput
+from ease_runtime.policy import BudgetKeeper, ExitPolicy, HeadOutput
 from ease_runtime.sampling import Greedy, Sampler
 from ease_runtime.sequence import Leaving, Sequence, Token
-from ease_runtime.stack import Stack
+from ease_runtime.stack import Span, Stack
 
-CATCH_UPS = ("propagate", "recompute")
+CATCH_UPS = ("propagate", "recompute", "verify")
 DEFAULT_CAP = 64  # pending tokens at a boundary before they are settled without a token that needs it
+CHUNK = 256  # tokens of a prompt in one pass
+DRAFT_LENGTH = 8  # tokens drafted before full depth is asked
+MAX_WAIT = 8  # passes of others that a row waits at most, when it could run itself
 
 
 @dataclass(frozen=True)
@@ -36,46 +43,140 @@ class Work:
     stop: int
 
 
+Batch = list[tuple[Sequence, Work]]  # of one kind and segment
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an exit is asked about a sequence: its "head", "gate" or "similarity", for positions from `start` to the pass's end."""
+
+    what: str
+    start: int
+
+
 @dataclass(frozen=True)
 class Seen:
-    """What an exit said of the newest token: its head's output, or (N = 1) its gate's probability."""
+    """What an exit said of a sequence's positions from `start`: its head's output, or its gate's or a similarity's value."""
 
+    start: int
     output: HeadOutput | None = None
-    gate: NDArray[np.float32] | None = None
+    value: NDArray[np.float32] | None = None
 
 
-def schedule(sequence: Sequence, cap: int = DEFAULT_CAP) -> Work:
+def schedule(sequence: Sequence, cap: int = DEFAULT_CAP, chunk: int = CHUNK) -> Work:
     """What a sequence needs next.
 
-    A token that enters a segment takes along all that are pending before it: in the same pass (`recompute`), or as K/V of
-    their frozen states just before (`propagate`, CALM). Between two tokens a queue that has reached `cap` is settled, which
-    moves work and changes no token and no depth. A prompt runs every segment whatever the catch-up.
+    A token that enters a segment takes along all that are pending before it: in the same pass (`recompute`, `verify`), or as
+    K/V of their frozen states just before (`propagate`, CALM). Between two tokens a queue that has reached `cap` is settled,
+    which moves work and changes no token and no depth; drafts are settled when they are judged. A prompt runs every segment
+    whatever the catch-up, `chunk` tokens after the other.
     """
-    done, newest = sequence.done, len(sequence.tokens) - 1
-    kind = "kv" if sequence.catch_up == "propagate" else "segment"
-    level = sequence.level
+    done, newest, level = sequence.done, len(sequence.tokens) - 1, sequence.level
     if sequence.leaving is not None:
         return Work("head", sequence.leaving.segment, newest, newest + 1)
+    if sequence.prefilling:
+        for k in reversed(range(1, len(done))):
+            if done[k] < done[k - 1]:
+                return Work("segment", k, done[k], done[k - 1])
+        return Work("segment", 0, done[0], min(done[0] + chunk, newest + 1))
+    kind = "kv" if sequence.catch_up == "propagate" else "segment"
     if level == 0:
         assert done[0] <= newest, "a cropped sequence needs its next token before it can go on"
-        if not sequence.prefilling:
-            for k in range(1, len(done)):
-                if done[k - 1] - done[k] >= cap:
-                    return Work(kind, k, done[k], done[k - 1])
+        for k in range(1, len(done)):
+            if done[k - 1] - done[k] >= cap and sequence.catch_up != "verify":
+                return Work(kind, k, done[k], done[k - 1])
         return Work("segment", 0, done[0], newest + 1)
-    if kind == "kv" and done[level] < newest and not sequence.prefilling:
+    if kind == "kv" and done[level] < newest:
         return Work("kv", level, done[level], newest)
     return Work("segment", level, done[level], newest + 1)
 
 
-class Engine:
-    """Drives sequences over a stack. `cap` bounds the pending tokens at a boundary. Raises RequestError for a cap below 1."""
+def choose(works: Batch, prefill_turn: bool, chunk: int = CHUNK) -> Batch:
+    """Which of the rows' next passes run now: all of one kind through one segment.
 
-    def __init__(self, stack: Stack, *, cap: int = DEFAULT_CAP) -> None:
-        if cap < 1:
-            raise RequestError(f"cap {cap} is below 1")
-        self.stack, self.cap = stack, cap
-        self.sequences: list[Sequence] = []  # unfinished: their pending states live in the pool
+    Heads go first, they let rows go on. A row that has waited for MAX_WAIT passes of others goes next. Prompts and decoding
+    take turns. Else the segment that most rows need, the deeper of two: rows that need depth wait for each other while more
+    of the others go on.
+    """
+    groups: dict[tuple[bool, str, int], Batch] = {}
+    for sequence, work in works:
+        groups.setdefault((sequence.prefilling, work.kind, work.segment), []).append((sequence, work))
+    if len(groups) == 1:
+        (only,) = groups
+        return _prompts(groups[only], chunk) if only[0] else groups[only]
+    for (_, kind, _), group in groups.items():
+        if kind == "head":
+            return group
+    prompts = [group for (prefilling, _, _), group in groups.items() if prefilling]
+    decoding = {(kind, segment): group for (prefilling, kind, segment), group in groups.items() if not prefilling}
+    if prompts and (prefill_turn or not decoding):
+        return _prompts(max(prompts, key=lambda group: max(s.waited for s, _ in group)), chunk)
+    late = max(decoding, key=lambda key: max(s.waited for s, _ in decoding[key]))
+    if max(s.waited for s, _ in decoding[late]) >= MAX_WAIT:
+        return decoding[late]
+    needed: dict[int, int] = {}
+    for (_, segment), group in decoding.items():
+        needed[segment] = needed.get(segment, 0) + len(group)
+    segment = max(needed, key=lambda k: (needed[k], k))
+    return decoding.get(("kv", segment)) or decoding["segment", segment]
+
+
+def _prompts(group: Batch, chunk: int) -> Batch:
+    """The prompts that share a pass: the one that has waited longest, and others of about its length, `chunk` tokens in all."""
+    first = max(group, key=lambda pair: pair[0].waited)
+    size = first[1].stop - first[1].start
+    chosen, total = [first], size
+    for sequence, work in group:
+        count = work.stop - work.start
+        if sequence is not first[0] and size <= 2 * count and count <= size and total + count <= chunk:
+            chosen.append((sequence, work))
+            total += count
+    return chosen
+
+
+class Engine:
+    """Drives sequences over a stack, `num_slots` at a time; the others wait for a slot, first come, first served.
+
+    `cap` bounds the pending tokens at a boundary, `chunk` the tokens of prompts in one pass, `draft_length` the drafts of
+    `verify`. With `adapt` the costs of passes are measured once, `verify` drafts as many tokens as pays, and a request that
+    leaving early makes slower stays at full depth from then on, and says so in its notes: its tokens then depend on the
+    machine (not under verify). Raises RequestError for a number below 1.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        *,
+        num_slots: int = 1,
+        cap: int = DEFAULT_CAP,
+        chunk: int = CHUNK,
+        draft_length: int = DRAFT_LENGTH,
+        adapt: bool = False,
+    ) -> None:
+        for name, value in {"num_slots": num_slots, "cap": cap, "chunk": chunk, "draft_length": draft_length}.items():
+            if value < 1:
+                raise RequestError(f"{name} {value} is below 1")
+        self.stack, self.cap, self.chunk, self.draft_length = stack, cap, chunk, draft_length
+        self.cache = stack.open_cache(num_slots)
+        self.slots: list[Sequence | None] = [None] * num_slots
+        self.waiting: list[Sequence] = []
+        self.prefill_turn, self.adapt = True, adapt
+        self.costs: Costs | None = None
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that have a slot: their pending states live in the pool."""
+        return [sequence for sequence in self.slots if sequence is not None]
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Those that have a slot and work to do."""
+        return [sequence for sequence in self.slots if sequence is not None and sequence.finish_reason is None]
+
+    @property
+    def busy(self) -> bool:
+        """Whether some sequence has not finished."""
+        return bool(self.waiting or self.running)
 
     def start(
         self,
@@ -86,8 +187,18 @@ class Engine:
         catch_up: str = "recompute",
         sampler: Sampler | None = None,
         stop_ids: frozenset[int] = frozenset(),
+        num_logprobs: int = 0,
+        keep: bool = False,
+        after: Sequence | None = None,
     ) -> Sequence:
-        """A new sequence. Raises RequestError when the prompt is empty, too long, or has ids outside the vocabulary."""
+        """A new sequence, in the queue for a slot.
+
+        With `keep` its slot stays its own when it has finished, until it is released or another sequence comes `after` it,
+        which takes the slot over and runs only what its prompt does not share with it.
+
+        Raises RequestError when the prompt is empty, too long, or has ids outside the vocabulary, or when this bundle cannot
+        run the policy or the catch-up.
+        """
         limit, policy = self.stack.max_positions, policy or ExitPolicy()
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
@@ -98,10 +209,22 @@ class Engine:
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens {max_new_tokens} is below 1")
         self.check(policy, catch_up)
-        sequence = self.open(prompt, policy, catch_up)
+        sequence = self._new(prompt, policy, catch_up)
+        if self.adapt and policy.thresholds is not None:
+            self.measure()
+            sequence.pace = Pace(self.costs, policy, catch_up) if self.costs else None
         sequence.max_length = min(limit, len(prompt) + max_new_tokens)
-        sequence.sampler, sequence.stop_ids = sampler or Greedy(), stop_ids
+        sequence.sampler, sequence.stop_ids, sequence.num_logprobs, sequence.keep = sampler or Greedy(), stop_ids, num_logprobs, keep
+        if after is not None and after.slot is not None:
+            self._take_over(sequence, after)
+        else:
+            self.waiting.append(sequence)
         return sequence
+
+    def measure(self) -> None:
+        """Measure what passes cost, once, when nothing is running: the passes that are timed run over the pool."""
+        if self.costs is None and not self.sequences:
+            self.costs = Costs(self.stack)
 
     def check(self, policy: ExitPolicy, catch_up: str) -> None:
         """Raises RequestError for a catch-up that is unknown, or a setting that this bundle cannot run."""
@@ -109,15 +232,18 @@ class Engine:
             raise RequestError(f"unknown catch-up '{catch_up}'; {did_you_mean(catch_up, CATCH_UPS)}")
         if policy.thresholds is None:
             return
-        if catch_up == "propagate" and any(segment.routed for segment in self.stack.layout):
+        routed = any(segment.routed for segment in self.stack.layout)
+        if routed and catch_up == "propagate":
             raise RequestError("catch-up 'propagate' has no K/V for routed layers; use recompute")
-        if policy.asks_gate and not self.stack.has_gates:
+        if routed and policy.asks == "similarity":
+            raise RequestError("policy 'similarity' compares the states around a segment, which routed layers cut; use another policy")
+        if policy.asks == "gate" and not self.stack.has_gates:
             raise RequestError("policy 'gate' needs a gate at every early exit; train them: ease-train gates CHECKPOINT --out CHECKPOINT2")
 
-    def open(self, tokens: Many[int], policy: ExitPolicy, catch_up: str) -> Sequence:
-        """A sequence whose tokens have not run yet, unchecked. It is released when it ends, or by `release`."""
+    def _new(self, tokens: Many[int], policy: ExitPolicy, catch_up: str) -> Sequence:
         stack = self.stack
-        sequence = Sequence(
+        budget = policy.depth_budget
+        return Sequence(
             tokens=list(tokens),
             num_prompt=len(tokens),
             max_length=stack.max_positions,
@@ -125,109 +251,231 @@ class Engine:
             catch_up=catch_up,
             sampler=Greedy(),
             stop_ids=frozenset(),
-            cache=stack.open_cache(),
+            num_logprobs=0,
             done=[0] * len(stack.layout),
             rows=np.zeros(stack.max_positions, np.int64),
             inside=np.zeros((len(stack.layout), stack.max_positions), np.bool_),
+            budget=None if budget is None else BudgetKeeper(budget, stack.exit_layers[-1]),
+            draft_length=self.draft_length if policy.thresholds is not None else 0,
         )
-        self.sequences.append(sequence)
+
+    def open(self, tokens: Many[int], policy: ExitPolicy | None = None, catch_up: str = "recompute") -> Sequence:
+        """A sequence in a slot whose tokens have not run yet, unchecked: for whoever runs the segments with `advance`."""
+        sequence = self._new(tokens, policy or ExitPolicy(), catch_up)
+        assert None in self.slots, "every slot is taken"
+        self._seat(sequence, self.slots.index(None))
         return sequence
 
+    def _seat(self, sequence: Sequence, slot: int) -> None:
+        self.slots[slot], sequence.slot = sequence, slot
+
+    def _take_over(self, sequence: Sequence, previous: Sequence) -> None:
+        """Give a finished sequence's slot to another, with the K/V that both share."""
+        assert previous.slot is not None, "a sequence without a slot has none to give"
+        assert previous.finish_reason is not None, "only a finished sequence gives its slot away"
+        pairs = zip(previous.tokens, sequence.tokens, strict=False)
+        common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(previous.tokens), len(sequence.tokens)))
+        shared = min(common, previous.done[-1], len(sequence.tokens) - 1)
+        sequence.done = [shared] * len(sequence.done)
+        sequence.inside[:, :shared] = previous.inside[:, :shared]
+        self._seat(sequence, previous.slot)
+        previous.slot = None
+
     def release(self, sequence: Sequence) -> None:
-        """Give up a sequence's pending states."""
-        self.sequences = [other for other in self.sequences if other is not sequence]
+        """Give up a sequence, wherever it is: its slot, or its place in the queue."""
+        self.waiting = [other for other in self.waiting if other is not sequence]
+        if sequence.slot is not None:
+            self.cache.free(sequence.slot)
+            self.slots[sequence.slot], sequence.slot = None, None
 
     def generate(self, sequence: Sequence) -> Iterator[Token]:
-        """Step a sequence to its end, yielding its tokens. Whoever stops reading early ends it."""
+        """Step until a sequence ends, yielding its tokens. Whoever stops reading early ends it."""
+        given = 0
         try:
-            while sequence.finish_reason is None:
-                if (token := self.step(sequence)) is not None:
-                    yield token
+            while True:
+                yield from sequence.produced[given:]
+                given = len(sequence.produced)
+                if sequence.finish_reason is not None:
+                    return
+                while len(sequence.produced) == given and sequence.finish_reason is None:
+                    self.step()
         finally:
-            self.release(sequence)
+            if sequence.finish_reason is None or not sequence.keep:
+                self.release(sequence)
 
-    def step(self, sequence: Sequence) -> Token | None:
-        """One pass; the token that it produced, if it did."""
-        work = schedule(sequence, self.cap)
-        token = self.commit(sequence, work, self.run(sequence, work))
-        if sequence.finish_reason is not None:
-            self.release(sequence)
-        return token
+    def step(self) -> list[Sequence]:
+        """One pass; the sequences that got tokens in it, or ended."""
+        while self.waiting and None in self.slots:
+            self._seat(self.waiting.pop(0), self.slots.index(None))
+        running = self.running
+        if not running:
+            return []
+        batch = choose([(sequence, schedule(sequence, self.cap, self.chunk)) for sequence in running], self.prefill_turn, self.chunk)
+        self.prefill_turn = not batch[0][0].prefilling
+        for sequence in running:
+            sequence.waited += 1
+        for sequence, _ in batch:
+            sequence.waited = 0
+        changed = [s for (s, work), seen in zip(batch, self.run(batch), strict=True) if self.commit(s, work, seen)]
+        for sequence in changed:
+            if sequence.finish_reason is not None and not (sequence.keep and sequence.error is None):
+                self.release(sequence)
+        if any(sequence.error for sequence in changed):
+            self.cache.scrub()
+        return changed
 
-    def run(self, sequence: Sequence, work: Work) -> Seen | None:
-        """Run a pass, and ask the exit behind it when the newest token is in it and still undecided there."""
-        stack, rows, policy = self.stack, sequence.rows, sequence.policy
-        if work.kind == "kv":
-            stack.run_kv(work.segment, sequence.cache, work.start, rows[work.start : work.stop])
-            return None
-        if work.kind == "segment":
-            self.advance(sequence, work.segment, work.start, work.stop)
-        exit_index = stack.layout[work.segment].exit_index
-        if exit_index is None or work.stop < len(sequence.tokens) or sequence.decided:
-            return None
-        newest, early = rows[work.stop - 1 : work.stop], exit_index < len(stack.exit_layers) - 1
-        if early and not policy.tests(exit_index):
-            return None
-        if early and policy.asks_gate and work.kind == "segment":
-            return Seen(gate=stack.run_gate(exit_index, newest))
-        return Seen(output=stack.run_exit(exit_index, newest))
+    def run(self, batch: Batch) -> list[Seen | None]:
+        """Run a pass over some rows, and ask the exit behind it what it must say of each."""
+        kind, segment = batch[0][1].kind, batch[0][1].segment
+        if kind == "kv":
+            rows = np.concatenate([sequence.rows[work.start : work.stop] for sequence, work in batch])
+            self.stack.run_kv(segment, self.cache, [span_of(s, work.start, work.stop) for s, work in batch], rows)
+        elif kind == "segment":
+            self.advance(segment, [(sequence, work.start, work.stop) for sequence, work in batch])
+        exit_index = self.stack.layout[segment].exit_index
+        if kind == "kv" or exit_index is None:
+            return [None] * len(batch)
+        return self.ask(batch, exit_index)
 
-    def advance(self, sequence: Sequence, segment: int, start: int, stop: int, active: NDArray[np.bool_] | None = None) -> None:
-        """Run tokens [start, stop) through a segment, or around it where it is routed. Shape: active (stop - start)."""
-        stack, rows = self.stack, sequence.rows
+    def advance(self, segment: int, parts: Many[tuple[Sequence, int, int]], active: NDArray[np.bool_] | None = None) -> None:
+        """Run tokens [start, stop) of some sequences through a segment, or around it where it is routed. Shape: active (N)."""
+        stack = self.stack
         if stack.layout[segment].routed:
-            inside = stack.run_route(segment, rows[start:stop])
-            sequence.inside[segment, start:stop] = inside
-            moving = start + np.flatnonzero(inside)
+            return self._advance_routed(segment, parts)
+        num_tokens = sum(stop - start for _, start, stop in parts)
+        num_rows = num_tokens if segment else 2 * num_tokens  # the first segment also gives what it was given, embedded
+        out_row = stack.reserve_rows(num_rows, [s.live_rows() for s in self.sequences])
+        if segment:
+            inputs = np.concatenate([sequence.rows[start:stop] for sequence, start, stop in parts])
         else:
-            moving = np.arange(start, stop)
-        if not len(moving):
+            inputs = np.concatenate([np.array(sequence.tokens[start:stop], np.int64) for sequence, start, stop in parts])
+        stack.run_segment(segment, self.cache, [span_of(*part) for part in parts], inputs, out_row, active)
+        first = 0
+        for sequence, start, stop in parts:
+            last = first + stop - start
+            sequence.rows[start:stop] = np.arange(out_row + first, out_row + last)
+            sequence.entered = inputs[first:last] if segment else sequence.rows[start:stop] + num_tokens
+            first = last
+        return None
+
+    def _advance_routed(self, segment: int, parts: Many[tuple[Sequence, int, int]]) -> None:
+        stack = self.stack
+        inside = stack.run_route(segment, np.concatenate([sequence.rows[start:stop] for sequence, start, stop in parts]))
+        moving, spans, first = [], [], 0
+        for sequence, start, stop in parts:
+            sequence.inside[segment, start:stop] = inside[first : first + stop - start]
+            positions = start + np.flatnonzero(sequence.inside[segment, start:stop])
+            first += stop - start
+            if len(positions):
+                written = int(np.count_nonzero(sequence.inside[segment, :start]))
+                spans.append(span_of(sequence, written, written + len(positions)))
+                moving.append((sequence, positions))
+        if not moving:
             return
-        out_row = stack.reserve_rows(len(moving), [s.live_rows() for s in self.sequences])
-        if stack.layout[segment].routed:
-            written = int(np.count_nonzero(sequence.inside[segment, :start]))
-            stack.run_routed(segment, sequence.cache, written, moving, rows[moving], out_row)
-        else:
-            inputs = rows[start:stop] if segment else np.array(sequence.tokens[start:stop], np.int64)
-            stack.run_segment(segment, sequence.cache, start, inputs, out_row, active)
-        rows[moving] = np.arange(out_row, out_row + len(moving))
+        out_row = stack.reserve_rows(sum(len(positions) for _, positions in moving), [s.live_rows() for s in self.sequences])
+        rows = np.concatenate([sequence.rows[positions] for sequence, positions in moving])
+        stack.run_routed(segment, self.cache, spans, np.concatenate([positions for _, positions in moving]), rows, out_row)
+        for sequence, positions in moving:
+            sequence.rows[positions] = np.arange(out_row, out_row + len(positions))
+            out_row += len(positions)
 
-    def commit(self, sequence: Sequence, work: Work, seen: Seen | None) -> Token | None:
-        """Advance the counters; let the policy decide and the sampler choose; emit the token once its passes are done."""
+    def ask(self, batch: Batch, exit_index: int) -> list[Seen | None]:
+        """Ask an exit about every row that it must say something of, in one call for each thing that it can say."""
+        stack = self.stack
+        questions = [self.question(sequence, work, exit_index) for sequence, work in batch]
+        seen: list[Seen | None] = [None] * len(batch)
+        for what in sorted({question.what for question in questions if question}):
+            asking = [i for i, question in enumerate(questions) if question and question.what == what]
+            parts = [(batch[i][0], questions[i].start, batch[i][1].stop) for i in asking]  # type: ignore[union-attr]
+            rows = np.concatenate([sequence.rows[start:stop] for sequence, start, stop in parts])
+            if what == "head":
+                output, first = stack.run_exit(exit_index, rows), 0
+                for i, (_, start, stop) in zip(asking, parts, strict=True):
+                    seen[i] = Seen(start, output.tokens(first, first + stop - start))
+                    first += stop - start
+                continue
+            if what == "gate":
+                values = stack.run_gate(exit_index, rows)
+            else:
+                before = [sequence.entered[-1:] for sequence, _, _ in parts if sequence.entered is not None]
+                values = stack.run_similarity(rows, np.concatenate(before))
+            for place, i in enumerate(asking):
+                seen[i] = Seen(batch[i][1].stop - 1, value=values[place : place + 1])
+        return seen
+
+    def question(self, sequence: Sequence, work: Work, exit_index: int) -> Question | None:
+        """What the exit behind a pass has to say of a sequence, if anything."""
+        newest, early = len(sequence.tokens) - 1, exit_index < len(self.stack.exit_layers) - 1
+        if work.stop <= newest or sequence.decided:
+            return None
+        if not early and sequence.catch_up == "verify":
+            return Question("head", sequence.num_final - 1)
+        if early and not (sequence.policy.tests(exit_index) and sequence.may_draft):
+            return None
+        return Question(sequence.policy.asks if early and work.kind == "segment" else "head", newest)
+
+    def commit(self, sequence: Sequence, work: Work, seen: Seen | None) -> bool:
+        """Advance the counters; let the policy decide and the sampler choose. Whether tokens came out, or the sequence ended."""
         if work.kind != "head":
             sequence.done[work.segment] = work.stop
+        if sequence.pace and work.kind == "segment" and work.stop == len(sequence.tokens) and work.start >= sequence.num_prompt:
+            sequence.pace.entered[work.segment] += 1
         if work.kind == "kv" or work.stop < len(sequence.tokens):
-            return None
+            return False
+        if seen is not None and seen.output is not None and not np.isfinite(seen.output.top_prob).all():
+            return self.fail(sequence, f"the model's logits are no finite numbers at position {work.stop - 1}")
         if seen is not None:
             self.decide(sequence, work.segment, seen)
         if sequence.leaving is not None:
-            return None
-        if sequence.decided is None or (sequence.prefilling and work.segment < len(sequence.done) - 1):
+            return False
+        last = work.segment == len(sequence.done) - 1
+        if sequence.catch_up == "verify" and last:
+            assert seen is not None, "full depth judges the drafts"
+            return self.judge(sequence, seen)
+        if sequence.decided is None or (sequence.prefilling and not last):
             sequence.level = work.segment + 1
-            return None
+            return False
         return self.emit(sequence, sequence.decided)
 
     def decide(self, sequence: Sequence, segment: int, seen: Seen) -> None:
         """Let the newest token leave at the exit behind a segment, or not: sets `decided`, or `leaving` when a gate opens."""
         exit_index, policy = self.stack.layout[segment].exit_index, sequence.policy
         assert exit_index is not None, "only an exit says something"
+        early = exit_index < len(self.stack.exit_layers) - 1
+        offset = sequence.budget.offset if sequence.budget else 0.0
         if seen.output is None:
-            assert seen.gate is not None, "an exit has a head or a gate"
-            if policy.leaves(exit_index, seen.gate)[0]:
-                sequence.leaving = Leaving(segment, float(seen.gate[0]))
+            assert seen.value is not None, "an exit has a head, or something that stands before it"
+            if policy.leaves(exit_index, seen.value, sequence.progress, offset)[0]:
+                sequence.leaving = Leaving(segment, float(seen.value[0]))
             return
+        if not early and sequence.catch_up == "verify":
+            return  # `judge` looks at all positions
         if sequence.leaving is not None:
             confidence, sequence.leaving = sequence.leaving.confidence, None
         else:
-            values = policy.confidence(seen.output)
-            if exit_index < len(self.stack.exit_layers) - 1 and not policy.leaves(exit_index, values)[0]:
+            values = self.confidence(sequence, seen.output, early)
+            if early and not policy.leaves(exit_index, values, sequence.progress, offset)[0]:
                 return
             confidence = float(values[0])
-        position = len(sequence.tokens)
-        token, logits = sequence.sampler.pick(seen.output, position), seen.output.logits[0]
-        logprob = float(logits[token] - logits[seen.output.top_id[0]]) + math.log(seen.output.top_prob[0])
+        sequence.decided = self.token(sequence, segment, seen.output, len(sequence.tokens), confidence)
+
+    def confidence(self, sequence: Sequence, output: HeadOutput, early: bool) -> NDArray[np.float32]:
+        """The confidence of the newest token from its head, in [0, 1]. Shape: (1)."""
+        if sequence.policy.name != "patience" or not early:
+            return sequence.policy.confidence(output)
+        said, agreeing = sequence.agreement
+        now = int(output.top_id[0])
+        sequence.agreement = (now, agreeing + 1 if now == said else 0)
+        return sequence.policy.agreement(np.array([sequence.agreement[1]]))
+
+    def token(self, sequence: Sequence, segment: int, output: HeadOutput, position: int, confidence: float) -> Token:
+        """The token that the sampler takes for `position` from a head's output for one token, after a segment."""
+        logits, top_id = output.logits[0], int(output.top_id[0])
+        chosen = sequence.sampler.pick(logits, top_id, sequence.tokens, position)
+        base = math.log(output.top_prob[0]) - float(logits[top_id])
         depth = int(self.depths(sequence, segment, np.array([position - 1]))[0])
-        sequence.decided = Token(token, depth, confidence, logprob)
+        best = _largest(logits, sequence.num_logprobs)
+        return Token(chosen, depth, confidence, float(logits[chosen]) + base, tuple((i, float(logits[i]) + base) for i in best))
 
     def depths(self, sequence: Sequence, segment: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Layers that positions have used up to the end of a segment: those they went around do not count. Shape: (N) -> (N)."""
@@ -238,13 +486,92 @@ class Engine:
                 depths -= shape.num_layers * ~sequence.inside[number, positions]
         return depths
 
-    def emit(self, sequence: Sequence, token: Token) -> Token:
-        """Append the token; see whether the sequence ends with it."""
+    def emit(self, sequence: Sequence, token: Token) -> bool:
+        """Append a token: as a draft under verify, else for good."""
         sequence.tokens.append(token.id)
+        if sequence.catch_up == "verify":
+            sequence.drafts.append(token)
+            sequence.set_out()
+            return False
+        self.keep_token(sequence, token)
+        return True
+
+    def judge(self, sequence: Sequence, seen: Seen) -> bool:
+        """Let full depth say what follows each position: accept the drafts that say the same, and crop at the first that does not."""
+        start, output = seen.start, seen.output
+        assert output is not None, "full depth has a head"
+        drafts, last = sequence.drafts, len(sequence.done) - 1
+        drafted, accepted = sequence.drafted, sequence.accepted
+        for i in range(len(output.top_id)):
+            position = start + i + 1
+            said = self.token(sequence, last, output.tokens(i, i + 1), position, float(output.top_prob[i]))
+            drafted = i < len(drafts)
+            agrees = drafted and drafts[i].id == said.id
+            sequence.drafted += drafted
+            sequence.accepted += agrees
+            if not agrees:
+                sequence.crop(position)
+                sequence.tokens.append(said.id)
+            else:
+                said = Token(said.id, drafts[i].depth, drafts[i].confidence, said.logprob, said.top_logprobs, drafted=True)
+            self.keep_token(sequence, said, position + 1)
+            if not agrees or sequence.finish_reason is not None:
+                break
+        if sequence.pace and sequence.draft_length and sequence.finish_reason is None:
+            sequence.pace.judged(sequence.drafted - drafted, sequence.accepted - accepted)
+            self.adapt_drafting(sequence, sequence.pace)
+        return True
+
+    def adapt_drafting(self, sequence: Sequence, pace: Pace) -> None:
+        """Draft as many tokens as pays; for good none when that is none."""
+        if pace.entered[0] < FIRST_LOOK:
+            return
+        sequence.draft_length = pace.draft_length(len(self.running))
+        if sequence.draft_length == 0:
+            share = f"{sequence.accepted} of {sequence.drafted} drafts accepted"
+            sequence.notes.append(f"verify turned itself off after {len(sequence.produced)} tokens: it does not pay here ({share})")
+
+    def adapt_leaving(self, sequence: Sequence, pace: Pace) -> None:
+        """Stay at full depth for good once leaving early is seen to be slower."""
+        if pace.entered[0] < FIRST_LOOK or pace.pays(len(self.running)):
+            return
+        sequence.policy, sequence.pace, sequence.budget = ExitPolicy(), None, None
+        sequence.notes.append(
+            f"leaving early does not pay here: full depth after {len(sequence.produced)} tokens (catch-up {sequence.catch_up})"
+        )
+
+    def keep_token(self, sequence: Sequence, token: Token, length: int | None = None) -> None:
+        """A token stands, as the last of `length`: see whether the sequence ends with it."""
+        length = len(sequence.tokens) if length is None else length
         sequence.produced.append(token)
-        sequence.level, sequence.decided = 0, None
+        sequence.set_out()
+        if sequence.budget:
+            sequence.budget.spend(token.depth)
         if token.id in sequence.stop_ids:
             sequence.finish_reason = "stop"
-        elif len(sequence.tokens) >= sequence.max_length:
+        elif length >= sequence.max_length:
             sequence.finish_reason = "length"
-        return token
+        if sequence.finish_reason is not None:
+            del sequence.tokens[length:]
+            sequence.drafts = []
+        elif sequence.pace and sequence.catch_up != "verify" and len(sequence.produced) % FIRST_LOOK == 0:
+            self.adapt_leaving(sequence, sequence.pace)
+
+    def fail(self, sequence: Sequence, message: str) -> bool:
+        """End a sequence with an error; the others go on."""
+        sequence.finish_reason, sequence.error = "error", message
+        return True
+
+
+def span_of(sequence: Sequence, start: int, stop: int) -> Span:
+    """Entries [start, stop) of a sequence's slot."""
+    assert sequence.slot is not None, "a sequence without a slot cannot run"
+    return Span(sequence.slot, start, stop)
+
+
+def _largest(logits: NDArray[np.float32], count: int) -> Iterable[int]:
+    """The ids of the `count` largest logits, the largest first."""
+    if count == 0:
+        return ()
+    best = np.argpartition(logits, -count)[-count:] if count < len(logits) else np.arange(len(logits))
+    return (int(i) for i in best[np.argsort(-logits[best], kind="stable")])

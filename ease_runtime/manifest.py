@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ease_runtime.errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: tokens of several rows in one pass, ragged
 MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
 PRECISIONS = ("fp32",)
@@ -66,7 +66,11 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A bundle's contents. `end_id` is the token that ends a text (and stands before one)."""
+    """A bundle's contents. `end_id` is the token that ends a text (and stands before one).
+
+    `similarity` is the graph that compares two hidden states; `chat_template` a jinja2 file, for models that have one;
+    `generation` what the model's makers sample with, never used unasked.
+    """
 
     format_version: int
     precision: str
@@ -77,9 +81,12 @@ class Manifest:
     max_positions: int
     end_id: int | None
     tokenizer: str
+    similarity: str
     segments: tuple[SegmentInfo, ...]
     exits: tuple[ExitInfo, ...]
     files: dict[str, FileInfo]
+    chat_template: str | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)  # where it came from: checkpoint, metrics, versions
 
     @property
@@ -104,7 +111,7 @@ def load_manifest(bundle: Path) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        raise BundleError(f"{path} is damaged; export the bundle again: ease-export build CHECKPOINT {bundle}") from None
+        raise BundleError(f"{path} is damaged; {_remedy(bundle)}") from None
     manifest = parse_manifest(values, path)
     for name, info in manifest.files.items():
         _check_file(bundle, name, info)
@@ -119,6 +126,8 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         raise BundleError(
             f"{path} has format_version {version}, this runtime reads up to {FORMAT_VERSION}; update: pip install --upgrade ease-lm"
         )
+    if version < FORMAT_VERSION:
+        raise BundleError(f"{path} has format_version {version}, this runtime reads {FORMAT_VERSION}; {_remedy(path.parent)}")
     manifest = Manifest(
         format_version=version,
         precision=table.choice("precision", PRECISIONS),
@@ -129,9 +138,12 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         max_positions=table.integer("max_positions"),
         end_id=table.integer("end_id", at_least=0) if table.has("end_id") else None,
         tokenizer=table.file("tokenizer"),
+        similarity=table.file("similarity"),
         segments=tuple(_segment(t) for t in table.tables("segments")),
         exits=tuple(ExitInfo(t.integer("layer"), t.file("graph"), t.file("head"), t.optional_file("gate")) for t in table.tables("exits")),
         files={name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0)) for name, t in table.named_tables("files")},
+        chat_template=table.optional_file("chat_template"),
+        generation=table.mapping("generation"),
         source=table.mapping("source"),
     )
     _check_shape(manifest, table)
@@ -167,16 +179,20 @@ def _check_shape(manifest: Manifest, table: "_Table") -> None:
         table.fail(f"{len(manifest.segments)} segments and exits at {list(layers)} do not make {manifest.num_layers} layers")
     if list(layers) != sorted(set(layers)) or not set(layers) <= {s.last_layer for s in manifest.segments}:
         table.fail(f"exits at {list(layers)} do not stand at the ends of segments")
-    graphs = [manifest.tokenizer, *(name for s in manifest.segments for name in (s.graph, s.kv_graph, s.route_graph))]
+    graphs = [manifest.tokenizer, manifest.similarity, manifest.chat_template]
+    graphs += [name for s in manifest.segments for name in (s.graph, s.kv_graph, s.route_graph)]
     graphs += [name for e in manifest.exits for name in (e.graph, e.head, e.gate)]
     for name in graphs:
         if name is not None and name not in manifest.files:
             table.fail(f"{name} has no sha256 sum")
 
 
+def _remedy(bundle: Path) -> str:
+    return f"export the bundle again: ease-export build CHECKPOINT {bundle}"
+
+
 def _check_file(bundle: Path, name: str, info: FileInfo) -> None:
-    path = bundle / name
-    remedy = f"export the bundle again: ease-export build CHECKPOINT {bundle}"
+    path, remedy = bundle / name, _remedy(bundle)
     if os.path.dirname(os.path.realpath(path)) != os.path.realpath(bundle):
         raise BundleError(f"{path} points outside the bundle; {remedy}")
     if not path.is_file():
@@ -203,7 +219,7 @@ class _Table:
         self.values = values
 
     def fail(self, reason: str) -> NoReturn:
-        raise BundleError(f"{self.path} is damaged: {reason}; export the bundle again: ease-export build CHECKPOINT {self.path.parent}")
+        raise BundleError(f"{self.path} is damaged: {reason}; {_remedy(self.path.parent)}")
 
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None

@@ -18,11 +18,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_runtime.buffers import Int64s
 from ease_runtime.policy import HeadOutput
-from ease_runtime.stack import Cache, Call, Int64s, SegmentShape
+from ease_runtime.stack import Cache, Call, SegmentShape, Span
 
 LARGEST_LOGIT = 12.0  # a token's logits spread over ±(a share of) this, so that confidences spread over (0, 1)
 SMALLEST = float(np.finfo(np.float32).tiny)  # stands for a scripted confidence of 0, whose logarithm is needed
+
+EMBEDDED = 1000  # stands for the segment of a state that has been through none
+PAD = np.uint64(0xDEAD)
 
 Hashes = NDArray[np.uint64]
 
@@ -43,11 +47,23 @@ def _number(value: int) -> Hashes:
 
 
 class MockCache:
-    """K/V of one sequence: a number a layer and position. `filled[k]` positions of segment k count; later ones are stale."""
+    """K/V of several sequences: a number a slot, layer and position. `filled[slot][k]` positions of segment k count.
 
-    def __init__(self, num_layers: int, num_segments: int, capacity: int) -> None:
-        self.entries = np.zeros((num_layers, capacity), np.uint64)
-        self.filled = [0] * num_segments
+    As in a real cache a pass over neighbouring slots also writes pads, past what each holds: here into whatever is there.
+    """
+
+    def __init__(self, num_layers: int, num_segments: int, num_slots: int, capacity: int) -> None:
+        self.num_slots, self.capacity, self.num_segments = num_slots, capacity, num_segments
+        self.entries = np.zeros((num_slots, num_layers, capacity), np.uint64)
+        self.filled = [[0] * num_segments for _ in range(num_slots)]
+
+    def free(self, slot: int) -> None:
+        self.filled[slot] = [0] * self.num_segments
+        self.entries[slot] = mix(self.entries[slot])  # whoever counts on it gets something else
+
+    def scrub(self) -> None:
+        for slot, filled in enumerate(self.filled):
+            self.entries[slot, :, max(filled) :] = 0
 
 
 class MockPool:
@@ -88,13 +104,13 @@ class MockPool:
         for row in rows.tolist():
             assert self._segment_of(row) >= 0, f"row {row} holds no state"
 
-    def write(self, first: int, states: Hashes, start: int, segment: int) -> None:
-        """Put the states of positions start.. into rows that were reserved last and not written since."""
+    def write(self, first: int, states: Hashes, positions: Int64s, segment: int) -> None:
+        """Put states into rows that were reserved last and not written since."""
         rows = np.arange(first, first + len(states))
         for row in rows.tolist():
             assert self._segment_of(row) == -1, f"row {row} was not reserved for this pass"
         self.states[rows], self.segments[rows] = states, segment
-        self.positions[rows] = np.arange(start, start + len(states))
+        self.positions[rows] = positions
 
     def _segment_of(self, row: int) -> int:
         return int(self.segments[row]) if 0 <= row < len(self.segments) else self.UNKNOWN
@@ -123,45 +139,72 @@ class MockStack:
         self.pool = MockPool()
         self._output: HeadOutput | None = None
 
+    def segment_of(self, layer: int) -> int:
+        """The segment (from 0) of a layer (from 1)."""
+        return next(number for number, last in enumerate(self.exit_layers) if layer <= last)
+
     def layers(self, number: int) -> range:
         """The layers (from 1) of a segment (from 0)."""
         return range(self.exit_layers[number - 1] + 1 if number else 1, self.exit_layers[number] + 1)
 
-    def open_cache(self) -> MockCache:
-        return MockCache(self.exit_layers[-1], len(self.exit_layers), self.max_positions)
+    def open_cache(self, num_slots: int = 1) -> MockCache:
+        return MockCache(self.exit_layers[-1], len(self.exit_layers), num_slots, self.max_positions)
 
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         return self.pool.reserve(num_rows, live)
 
     def run_segment(
-        self, number: int, cache: Cache, start: int, inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None
+        self, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None
     ) -> None:
-        cache, positions = self._place("segment", number, cache, start, inputs)
+        cache, positions = self._place("segment", number, cache, spans, inputs)
         if number == 0:
             assert all(0 <= token < self.vocab_size for token in inputs.tolist()), "a token is outside the vocabulary"
             states = mix(_number(0), inputs.astype(np.uint64))
+            self.pool.write(out_row + len(inputs), states, positions, EMBEDDED)
         else:
             assert (self.pool.segments[inputs] == number - 1).all(), f"a state does not come from segment {number - 1}"
             states = self.pool.states[inputs]
         moving = np.ones(len(inputs), np.bool_) if active is None else active
         for layer in self.layers(number):
-            entries = cache.entries[layer - 1]
-            entries[positions] = self.keys_values(layer, positions, states)
-            attended = np.cumsum(entries[: start + len(inputs)], dtype=np.uint64)[start:]
-            states = np.where(moving, mix(_number(layer), _number(2), states, attended), states)
-        self.pool.write(out_row, states, start, number)
+            self._write(cache, layer, spans, positions, states)
+            attended = [np.cumsum(cache.entries[slot, layer - 1, :stop], dtype=np.uint64)[start:] for slot, start, stop in spans]
+            states = np.where(moving, mix(_number(layer), _number(2), states, np.concatenate(attended)), states)
+        self.pool.write(out_row, states, positions, number)
 
-    def run_kv(self, number: int, cache: Cache, start: int, rows: Int64s) -> None:
+    def run_kv(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s) -> None:
         assert number > 0, "the first segment runs for every token: there is nothing to propagate into it"
-        cache, positions = self._place("kv", number, cache, start, rows)
+        cache, positions = self._place("kv", number, cache, spans, rows)
         for layer in self.layers(number):
-            cache.entries[layer - 1][positions] = self.keys_values(layer, positions, self.pool.states[rows])
+            self._write(cache, layer, spans, positions, self.pool.states[rows])
+
+    def _write(self, cache: MockCache, layer: int, spans: Sequence[Span], positions: Int64s, states: Hashes) -> None:
+        """A layer's K/V of the new tokens, and pads past what the slots in between hold."""
+        entries, num_places = cache.entries[:, layer - 1], max(stop - start for _, start, stop in spans)
+        new, first = self.keys_values(layer, positions, states), 0
+        starts = {slot: cache.filled[slot][self.segment_of(layer)] for slot in range(spans[0].slot, spans[-1].slot + 1)}
+        starts |= {slot: start for slot, start, _ in spans}
+        for slot, start in starts.items():
+            entries[slot, start : start + num_places] = PAD
+        for slot, start, stop in spans:
+            entries[slot, start:stop] = new[first : first + stop - start]
+            first += stop - start
 
     def run_route(self, number: int, rows: Int64s) -> NDArray[np.bool_]:
         raise AssertionError(f"segment {number} is not routed")
 
-    def run_routed(self, number: int, cache: Cache, written: int, positions: Int64s, rows: Int64s, out_row: int) -> None:
+    def run_routed(self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int) -> None:
         raise AssertionError(f"segment {number} is not routed")
+
+    def run_similarity(self, rows: Int64s, before: Int64s) -> NDArray[np.float32]:
+        segments = self.pool.segments[rows]
+        self._look("similarity", int(segments[0]), rows)
+        assert (self.pool.positions[rows] == self.pool.positions[before]).all(), "states of two positions are compared"
+        expected = np.where(segments == 0, EMBEDDED, segments - 1)
+        assert (self.pool.segments[before] == expected).all(), "a state does not come from before the segment"
+        if self.confidence is not None:
+            scripted = zip(segments.tolist(), self.pool.positions[rows].tolist(), strict=True)
+            return np.array([self.confidence(*one) for one in scripted], np.float32)
+        return _unit(mix(self.pool.states[rows], self.pool.states[before])).astype(np.float32)
 
     def run_gate(self, number: int, rows: Int64s) -> NDArray[np.float32]:
         self._look("gate", number, rows)
@@ -180,36 +223,39 @@ class MockStack:
         self.pool.check_written(rows)
         assert (self.pool.segments[rows] == number).all(), f"a state does not come from segment {number}"
         if self.trace is not None:
-            self.trace.append(Call(kind, number, len(rows), 0))
+            self.trace.append(Call(kind, number, len(rows)))
 
     @staticmethod
     def keys_values(layer: int, positions: Int64s, states: Hashes) -> Hashes:
         """What a layer (from 1) stores for states at their positions. Shape: (S), (S) -> (S)."""
         return mix(_number(layer), _number(1), positions.astype(np.uint64), states)
 
-    def _place(self, kind: str, number: int, cache: Cache, start: int, inputs: Int64s) -> tuple[MockCache, Int64s]:
+    def _place(self, kind: str, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s) -> tuple[MockCache, Int64s]:
         """Check a pass against the contract and note it. Returns the cache and the new tokens' positions."""
         assert isinstance(cache, MockCache)
-        stop = start + len(inputs)
-        assert len(inputs) > 0, "a pass over no token"
-        assert 0 <= start <= cache.filled[number], (
-            f"segment {number} holds {cache.filled[number]} positions: writing at {start} leaves a gap"
-        )
-        assert stop <= self.max_positions, f"position {stop - 1} is past the context of {self.max_positions}"
-        positions = np.arange(start, stop)
+        assert [span.slot for span in spans] == sorted({span.slot for span in spans}), "slots are out of order, or named twice"
+        assert len(inputs) == sum(stop - start for _, start, stop in spans), "spans and tokens differ in number"
+        for slot, start, stop in spans:
+            assert stop > start, "a pass over no token"
+            filled = cache.filled[slot][number]
+            assert 0 <= start <= filled, f"segment {number} holds {filled} positions: writing at {start} leaves a gap"
+            assert stop <= self.max_positions, f"position {stop - 1} is past the context of {self.max_positions}"
+        positions = np.concatenate([np.arange(start, stop) for _, start, stop in spans])
         if number:
             self.pool.check_written(inputs)
             assert (self.pool.positions[inputs] == positions).all(), f"rows of positions {self.pool.positions[inputs]} run at {positions}"
             assert (self.pool.segments[inputs] < number).all(), f"a state has been through segment {number} before"
-        cache.filled[number] = stop
+        for slot, _, stop in spans:
+            cache.filled[slot][number] = stop
         if self.trace is not None:
-            self.trace.append(Call(kind, number, len(inputs), stop))
+            num_slots = spans[-1].slot - spans[0].slot + 1
+            self.trace.append(Call(kind, number, len(inputs), max(span.stop for span in spans), num_slots))
         return cache, positions
 
     def _head(self, number: int, rows: Int64s) -> HeadOutput:
         """Logits hashed from the states and the exit, and what follows from them. Shape: (N) -> (N, V), (N)..."""
         hashed = mix(_number(number), _number(3), self.pool.states[rows][:, None], np.arange(self.vocab_size + 1, dtype=np.uint64))
-        uniform = (hashed >> np.uint64(40)).astype(np.float64) * 2.0**-24  # in [0, 1)
+        uniform = _unit(hashed)
         logits = ((2.0 * uniform[:, 1:] - 1.0) * LARGEST_LOGIT * uniform[:, :1]).astype(np.float32)
         weights = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
         probabilities = weights / weights.sum(axis=1, keepdims=True)
@@ -221,6 +267,12 @@ class MockStack:
             top, margin, entropy = np.maximum(scripted, SMALLEST), scripted, (1.0 - scripted) * math.log(self.vocab_size)
         floats = (values.astype(np.float32) for values in (top, margin, entropy))
         return HeadOutput(logits, logits.argmax(axis=1), *floats)
+
+
+def _unit(hashes: Hashes) -> NDArray[np.float64]:
+    """Numbers in [0, 1). Shape: same."""
+    unit: NDArray[np.float64] = (hashes >> np.uint64(40)).astype(np.float64) * 2.0**-24
+    return unit
 
 
 def _spoil(output: HeadOutput) -> None:

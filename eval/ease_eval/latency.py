@@ -1,7 +1,8 @@
 """Wall-clock time of the engine's own loop, settings side by side.
 
 Every setting decodes the same texts: the prompt is a document's beginning and the tokens are the document's own
-(`Given`), so the depths are those of real text and each setting does the same number of tokens. Settings take turns
+(`Given`), so the depths are those of real text and each setting does the same number of tokens. Only `verify` goes on with
+the model's own greedy text: drafts that are given would all be accepted. Settings take turns
 within every text, in an order that rotates, and speed-ups are ratios within a round. Warm-up rounds are not counted.
 
 The ideal is what the same graph calls cost when each is timed by itself: Python, binding and sampling count against the
@@ -13,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ease_runtime.costs import CallProbe
 from ease_runtime.engine import Engine
 from ease_runtime.policy import ExitPolicy
-from ease_runtime.sampling import Given
+from ease_runtime.sampling import Given, Greedy
 from ease_runtime.sequence import Sequence as SequenceState
-from ease_runtime.stack import Cache, Call, Stack
+from ease_runtime.stack import Call
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Timings:
     prefills: list[float] = field(default_factory=list)
     token_seconds: list[float] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)  # of one round's decoded tokens
+    drafted: int = 0  # of one round, under verify
+    accepted: int = 0
     calls: list[Call] = field(default_factory=list)  # of one round's decoding
 
 
@@ -57,7 +60,7 @@ def measure(engine: Engine, settings: Sequence[Setting], texts: Sequence[Text], 
     timings = [Timings() for _ in settings]
     for setting, timing in zip(settings, timings, strict=True):  # the warm-up round also records depths and calls
         for text in texts:
-            timing.depths += _trace(engine, setting, text, timing.calls)
+            _trace(engine, setting, text, timing)
     probes = [CallProbe(engine.stack, call) for call in sorted({call for t in timings for call in t.calls}, key=str)]
     for number in range(num_rounds):
         for timing in timings:
@@ -77,7 +80,7 @@ def _begin(engine: Engine, setting: Setting, text: Text) -> SequenceState:
         max_new_tokens=len(text.tokens) - text.num_prompt,
         policy=setting.policy,
         catch_up=setting.catch_up,
-        sampler=Given(text.tokens),
+        sampler=Greedy() if setting.catch_up == "verify" else Given(text.tokens),
     )
 
 
@@ -92,53 +95,17 @@ def _decode(engine: Engine, setting: Setting, text: Text, timing: Timings) -> No
     timing.rounds[-1] += sum(seconds[1:])
 
 
-def _trace(engine: Engine, setting: Setting, text: Text, calls: list[Call]) -> list[int]:
-    """Decode once for the record: the depths of the tokens after the first, and the calls that made them."""
+def _trace(engine: Engine, setting: Setting, text: Text, timing: Timings) -> None:
+    """Decode once for the record: the depths of the tokens after the first, the calls that made them, and what became of drafts."""
     sequence, depths = _begin(engine, setting, text), []
     for token in engine.generate(sequence):
         depths.append(token.depth)
         if engine.stack.trace is None:  # the prefill is over
-            engine.stack.trace = calls
+            engine.stack.trace = timing.calls
     engine.stack.trace = None
-    return depths[1:]
-
-
-class CallProbe:
-    """Times one graph call by itself, on whatever is in the buffers."""
-
-    RUNS = 3  # a round
-
-    def __init__(self, stack: Stack, call: Call) -> None:
-        self.stack, self.call, self.seconds = stack, call, list[float]()
-
-    def run(self) -> None:
-        """Run the call a few times (once more to warm up) and note the seconds of each."""
-        call, stack = self.call, self.stack
-        rows = np.zeros(call.num_tokens, np.int64)
-        out_row = stack.reserve_rows(call.num_tokens, [])
-        start = max(0, call.cache_length - call.num_tokens)
-        cache = stack.open_cache()
-        for i in range(self.RUNS + 1):
-            began = time.perf_counter()
-            self._once(cache, start, rows, out_row)
-            if i:
-                self.seconds.append(time.perf_counter() - began)
-
-    def _once(self, cache: Cache, start: int, rows: NDArray[np.int64], out_row: int) -> None:
-        stack, number = self.stack, self.call.number
-        match self.call.graph:
-            case "segment" if stack.layout[number].routed:
-                stack.run_routed(number, cache, start, np.arange(start, start + len(rows)), rows, out_row)
-            case "segment":
-                stack.run_segment(number, cache, start, rows, out_row)
-            case "kv":
-                stack.run_kv(number, cache, start, rows)
-            case "route":
-                stack.run_route(number, rows)
-            case "gate":
-                stack.run_gate(number, rows)
-            case _:
-                stack.run_exit(number, rows)
+    timing.depths += depths[1:]
+    timing.drafted += sequence.drafted
+    timing.accepted += sequence.accepted
 
 
 def ideal_seconds(calls: Sequence[Call], seconds: dict[Call, float]) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ease_runtime.engine import Engine
+from ease_runtime.errors import RequestError
 from ease_runtime.policy import ExitPolicy, HeadOutput
 from ease_runtime.sequence import Sequence as SequenceState
 
@@ -68,6 +69,8 @@ def score_documents(engine: Engine, documents: Sequence[Sequence[int]], policies
     """
     for policy in policies:
         engine.check(policy, catch_up)
+        if policy.decay is not None or policy.depth_budget is not None:
+            raise RequestError("thresholds that move with a generation (decay, depth budget) have no perplexity of a text")
     length = engine.stack.max_positions
     parts: list[list[Scores]] = [[] for _ in policies]
     for ids in documents:
@@ -82,6 +85,8 @@ def score_window(
     engine: Engine, inputs: Sequence[int], targets: NDArray[np.int64], policies: Sequence[ExitPolicy], catch_up: str
 ) -> list[Scores]:
     """Score one window under each policy. Shape: inputs and targets (S) -> one Scores of S tokens each."""
+    if catch_up == "verify":
+        policies = [ExitPolicy()] * len(policies)  # what it says is what full depth says
     if catch_up == "propagate":
         return [score for policy in policies for score in _score_pass(engine, inputs, targets, [policy], freeze=True)]
     return _score_pass(engine, inputs, targets, policies, freeze=False)
@@ -92,10 +97,10 @@ def _score_pass(
 ) -> list[Scores]:
     """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes one policy."""
     decisions = [_Decisions(policy, len(inputs)) for policy in policies]
-    sequence, active = engine.open(inputs, ExitPolicy(), "recompute"), np.ones(len(inputs), np.bool_)
+    sequence, active = engine.open(inputs), np.ones(len(inputs), np.bool_)
     try:
         for segment, shape in enumerate(engine.stack.layout):
-            engine.advance(sequence, segment, 0, len(inputs), active if freeze else None)
+            engine.advance(segment, [(sequence, 0, len(inputs))], active if freeze else None)
             sequence.done[segment] = len(inputs)
             if shape.exit_index is not None:
                 _ask_exit(engine, sequence, segment, targets, decisions)
@@ -117,13 +122,18 @@ def _ask_exit(engine: Engine, sequence: SequenceState, segment: int, targets: ND
     if not asking:
         return
     undecided = np.flatnonzero(np.any([d.undecided for d in asking], axis=0))
-    gated = not last and any(d.policy.asks_gate for d in asking)
+    asks = set() if last else {d.policy.asks for d in asking}
     for start in range(0, len(undecided), HEAD_ROWS):
         positions = undecided[start : start + HEAD_ROWS]
-        rows = sequence.rows[np.resize(positions, HEAD_ROWS)]  # always as many, so that one binding serves
-        gate = stack.run_gate(exit_index, rows).copy() if gated else None
+        padded = np.resize(positions, HEAD_ROWS)  # always as many, so that one binding serves
+        rows, values = sequence.rows[padded], dict[str, NDArray[np.float32]]()
+        if "similarity" in asks:
+            assert sequence.entered is not None, "the pass before the exit has just run"
+            values["similarity"] = stack.run_similarity(rows, sequence.entered[padded]).copy()
+        if "gate" in asks:
+            values["gate"] = stack.run_gate(exit_index, rows).copy()
         output = stack.run_exit(exit_index, rows)
-        seen = _Chunk(positions, output, gate, engine.depths(sequence, segment, positions), _logprobs(output, targets[positions]))
+        seen = _Chunk(positions, output, values, engine.depths(sequence, segment, positions), _logprobs(output, targets[positions]))
         for d in asking:
             d.see(seen, exit_index, last)
 
@@ -135,6 +145,8 @@ class _Decisions:
         self.policy = policy
         self.depths = np.zeros(num_tokens, np.int64)  # 0: undecided
         self.logprobs = np.zeros(num_tokens, np.float64)
+        self.said = np.full(num_tokens, -1, np.int64)  # patience: what the last exit said, and how many agreed with the one before
+        self.agreeing = np.zeros(num_tokens, np.int64)
 
     @property
     def undecided(self) -> NDArray[np.bool_]:
@@ -145,9 +157,21 @@ class _Decisions:
         """What an exit says of some positions: those of them that are undecided here and leave are settled."""
         settled = self.undecided[seen.positions]
         if not last:
-            settled &= self.policy.leaves(exit_index, seen.confidence(self.policy))
+            settled &= self.policy.leaves(exit_index, self.confidence(seen))
         positions = seen.positions[settled]
         self.depths[positions], self.logprobs[positions] = seen.depths[settled], seen.logprobs[settled]
+
+    def confidence(self, seen: "_Chunk") -> NDArray[np.float32]:
+        """Confidence at an early exit. Shape: (N)."""
+        count = len(seen.positions)
+        if self.policy.asks != "head":
+            return seen.values[self.policy.asks][:count]
+        if self.policy.name != "patience":
+            return self.policy.confidence(seen.output)[:count]
+        agrees = seen.output.top_id[:count] == self.said[seen.positions]
+        self.said[seen.positions] = seen.output.top_id[:count]
+        self.agreeing[seen.positions] = np.where(agrees, self.agreeing[seen.positions] + 1, 0)
+        return self.policy.agreement(self.agreeing[seen.positions])
 
     def scores(self) -> Scores:
         return Scores(self.logprobs, self.depths)
@@ -155,19 +179,13 @@ class _Decisions:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What an exit says of N positions; the head's and the gate's arrays may be longer (padded)."""
+    """What an exit says of N positions; the head's arrays and the values may be longer (padded)."""
 
     positions: NDArray[np.int64]
     output: HeadOutput
-    gate: NDArray[np.float32] | None
+    values: dict[str, NDArray[np.float32]]  # of a gate, of a similarity
     depths: NDArray[np.int64]  # (N)
     logprobs: Floats  # (N), of the targets
-
-    def confidence(self, policy: ExitPolicy) -> NDArray[np.float32]:
-        """Confidence under a policy. Shape: (N)."""
-        values = self.gate if policy.asks_gate else policy.confidence(self.output)
-        assert values is not None, "a policy that asks gates is refused where there are none"
-        return values[: len(self.positions)]
 
 
 def _logprobs(output: HeadOutput, targets: NDArray[np.int64]) -> Floats:

@@ -21,13 +21,16 @@ from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.manifest import MANIFEST_FILE, sha256_of
 from ease_runtime.policy import ExitPolicy
-from ease_runtime.stack import Call
+from ease_runtime.stack import Call, SegmentShape
 from ease_train.corpora import load_documents
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. Perplexity and depth are over the scored tokens, times over the decoded ones (medians over rounds)."""
+    """One setting. Perplexity and depth are over the scored tokens, times over the decoded ones (medians over rounds).
+
+    What `verify` says is what off says: its perplexity is off's, its depths are those of the decoded tokens.
+    """
 
     policy: str
     threshold: float | list[float | None] | None  # None: off; in a list, one an exit
@@ -46,7 +49,10 @@ class Row:
     speedup_range: tuple[float, float]  # smallest and largest over the rounds
     prefill_ms_p50: float
     decoded_mean_depth: float  # of the tokens that were timed
-    depth_counts: dict[int, int]  # scored tokens by depth
+    layers_run: float  # by a decoded token: those of pending and of rejected ones count too
+    drafted: int  # verify: drafts that full depth judged
+    accepted: int
+    depth_counts: dict[int, int]  # tokens by depth
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ def make_table(
     """Measure a bundle on a corpus. Raises BundleError, DataError, RequestError."""
     amounts = amounts or Amounts()
     llm = LLM(bundle, num_threads=num_threads)
-    settings = make_settings(policy, thresholds, catch_ups, len(llm.stack.exit_layers))
+    settings = make_settings(policy, thresholds, catch_ups, llm.stack.exit_layers)
     for setting in settings:
         llm.engine.check(setting.policy, setting.catch_up)
     encoded = [llm.encode(text) for text in load_documents(source, split)]
@@ -156,7 +162,9 @@ def make_table(
     texts = choose_texts(encoded, amounts, llm.stack.max_positions)
     scores = score_settings(llm, documents, settings)
     timings, call_seconds = measure(llm.engine, settings, texts, amounts.num_rounds)
-    rows = [make_row(s, q, t, scores[0], timings[0], call_seconds) for s, q, t in zip(settings, scores, timings, strict=True)]
+    rows = [
+        make_row(s, q, t, scores[0], timings[0], call_seconds, llm.stack.layout) for s, q, t in zip(settings, scores, timings, strict=True)
+    ]
     return Table(
         bundle=str(bundle),
         manifest_sha256=sha256_of(bundle / MANIFEST_FILE),
@@ -184,12 +192,15 @@ def _onnxruntime() -> dict[str, str]:
 
 
 def make_settings(
-    policy: str, thresholds: Sequence[float | Sequence[float | None]], catch_ups: Sequence[str], num_exits: int
+    policy: str, thresholds: Sequence[float | Sequence[float | None]], catch_ups: Sequence[str], exit_layers: Sequence[int]
 ) -> list[Setting]:
-    """Off, then every threshold with every catch-up. Raises RequestError."""
+    """Off, then every threshold with every catch-up; off alone where there is no early exit. Raises RequestError."""
+    off = Setting(ExitPolicy.create(policy, None, exit_layers), "recompute")
+    if len(exit_layers) == 1:
+        return [off]
     lists = [[t] if isinstance(t, float | int) else list(t) for t in thresholds]
-    policies = [ExitPolicy.create(policy, values, num_exits) for values in lists]
-    return [Setting(ExitPolicy.create(policy, None, num_exits), "recompute"), *(Setting(p, c) for c in catch_ups for p in policies)]
+    policies = [ExitPolicy.create(policy, values, exit_layers) for values in lists]
+    return [off, *(Setting(p, c) for c in catch_ups for p in policies)]
 
 
 def first_tokens(documents: Sequence[Sequence[int]], num_tokens: int) -> Iterator[Sequence[int]]:
@@ -230,7 +241,20 @@ def score_settings(llm: LLM, documents: Sequence[Sequence[int]], settings: Seque
     return [scores[i] for i in range(len(settings))]
 
 
-def make_row(setting: Setting, scores: Scores, timing: Timings, off_scores: Scores, off: Timings, call_seconds: dict[Call, float]) -> Row:
+def layers_run(calls: Sequence[Call], layout: Sequence[SegmentShape]) -> int:
+    """Layers that tokens went through, each token counted in each, pending and rejected ones too."""
+    return sum(call.num_tokens * layout[call.number].num_layers for call in calls if call.graph == "segment")
+
+
+def make_row(
+    setting: Setting,
+    scores: Scores,
+    timing: Timings,
+    off_scores: Scores,
+    off: Timings,
+    call_seconds: dict[Call, float],
+    layout: Sequence[SegmentShape],
+) -> Row:
     """The figures of one setting against off."""
     thresholds = setting.policy.thresholds
     num_layers = int(off_scores.depths.max())
@@ -239,14 +263,16 @@ def make_row(setting: Setting, scores: Scores, timing: Timings, off_scores: Scor
     ideal = ideal_seconds(timing.calls, call_seconds)
     ideal_speedup = ideal_seconds(off.calls, call_seconds) / ideal
     p50, p95 = np.percentile(np.array(timing.token_seconds) * 1000, (50, 95)).tolist()
-    depths, counts = np.unique(scores.depths, return_counts=True)
+    reached = np.array(timing.depths) if setting.catch_up == "verify" else scores.depths
+    mean_depth = float(reached.mean())
+    depths, counts = np.unique(reached, return_counts=True)
     return Row(
         policy=setting.policy.name,
         threshold=None if thresholds is None else thresholds[0] if len(set(thresholds)) == 1 else list(thresholds),
         catch_up=setting.catch_up,
         ppl=scores.perplexity,
-        mean_depth=scores.mean_depth,
-        depth_fraction=scores.mean_depth / num_layers,
+        mean_depth=mean_depth,
+        depth_fraction=mean_depth / num_layers,
         tokens_per_second=len(timing.depths) / seconds,
         latency_ms_p50=p50,
         latency_ms_p95=p95,
@@ -258,5 +284,8 @@ def make_row(setting: Setting, scores: Scores, timing: Timings, off_scores: Scor
         speedup_range=(min(speedups), max(speedups)),
         prefill_ms_p50=float(np.median(timing.prefills)) * 1000,
         decoded_mean_depth=float(np.mean(timing.depths)),
+        layers_run=layers_run(timing.calls, layout) / len(timing.depths),
+        drafted=timing.drafted,
+        accepted=timing.accepted,
         depth_counts=dict(zip(depths.tolist(), counts.tolist(), strict=True)),
     )

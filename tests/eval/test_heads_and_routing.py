@@ -16,7 +16,8 @@ from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, RequestError
 from ease_runtime.manifest import load_manifest, parse_manifest
 from ease_runtime.policy import ExitPolicy
-from ease_runtime.sampling import Given
+from ease_runtime.sampling import Given, GumbelSampler
+from ease_runtime.sequence import Sequence
 from ease_runtime.stack import OrtStack
 from ease_train.checkpoint import load_checkpoint
 from ease_train.model import Decoder, RoutedBlock
@@ -68,7 +69,7 @@ def test_a_gate_decides_as_in_torch_and_the_head_runs_only_for_who_leaves(gated:
     checkpoint, bundle = gated
     model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
     engine, ids, threshold = Engine(stack), text(90, seed=4), 0.5
-    policy = ExitPolicy.create("gate", [threshold], 3)
+    policy = ExitPolicy.create("gate", [threshold], stack.exit_layers)
     sequence = engine.start(ids[:1], max_new_tokens=89, policy=policy, sampler=Given(ids))
     stack.trace = []
     tokens = list(engine.generate(sequence))
@@ -89,14 +90,22 @@ def test_a_gate_decides_as_in_torch_and_the_head_runs_only_for_who_leaves(gated:
 
 
 @pytest.mark.parametrize(
-    ("name", "policy"), [("gated", "gate"), ("gated", "max-prob"), ("routed", "max-prob"), ("routed_with_exits", "max-prob")]
+    ("name", "policy"),
+    [
+        ("gated", "gate"),
+        ("gated", "max-prob"),
+        ("gated", "similarity"),
+        ("gated", "patience"),
+        ("routed", "max-prob"),
+        ("routed_with_exits", "max-prob"),
+    ],
 )
 @pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
 def test_parallel_scores_equal_the_engines(name: str, policy: str, catch_up: str, request: pytest.FixtureRequest) -> None:
     stack = OrtStack(request.getfixturevalue(name)[1])
     engine, ids = Engine(stack), text(120, seed=6)
-    num_exits = len(stack.exit_layers)
-    policies = [ExitPolicy.create(policy, [t], num_exits) for t in (0.0, 0.4, 0.6)] if num_exits > 1 else []
+    layers = stack.exit_layers
+    policies = [ExitPolicy.create(policy, [t], layers) for t in (0.0, 0.4, 0.6)] if len(layers) > 1 else []
     policies.append(ExitPolicy())
     if catch_up == "propagate" and name != "gated":
         policies = [ExitPolicy()]  # nothing leaves early: nothing is propagated
@@ -145,23 +154,51 @@ def test_decoding_routes_as_teacher_forcing_and_skips_for_real(routed: Made) -> 
 
 def test_keys_and_values_are_written_only_for_routed_tokens(routed: Made) -> None:
     stack = OrtStack(routed[1])
-    sequence = Engine(stack).start(text(40, seed=2), max_new_tokens=20)
-    list(Engine(stack).generate(sequence))
-    buffers = sequence.cache.buffers  # type: ignore[attr-defined]
+    engine = Engine(stack)
+    sequence = engine.start(text(40, seed=2), max_new_tokens=20)
+    list(engine.generate(sequence))
+    buffers = engine.cache.buffers  # type: ignore[attr-defined]
     for segment, info in enumerate(stack.manifest.segments):
-        filled = np.abs(buffers[info.first_layer - 1, 0, 0]).sum(axis=1) > 0
+        filled = np.abs(buffers[info.first_layer - 1][0][0]).sum(axis=1) > 0
         expected = np.count_nonzero(sequence.inside[segment]) if info.kind == "routed" else len(sequence.tokens) - 1
         assert np.count_nonzero(filled) == expected
         assert filled[:expected].all()
 
 
+@pytest.mark.parametrize("name", ["routed", "routed_with_exits"])
+def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRequest) -> None:
+    """Rows with routes, lengths and catch-ups of their own, verify too: tokens, depths and figures as alone."""
+    stack = OrtStack(request.getfixturevalue(name)[1])
+    policy = ExitPolicy.create("max-prob", [0.4], stack.exit_layers) if len(stack.exit_layers) > 1 else ExitPolicy()
+
+    def begin(engine: Engine, i: int) -> Sequence:
+        prompt, catch_up = text(10 + 9 * i, seed=i), ("recompute", "verify")[i % 2]
+        return engine.start(prompt, max_new_tokens=50, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, i))
+
+    alone = []
+    for i in range(5):
+        engine = Engine(stack)
+        alone.append(list(engine.generate(begin(engine, i))))
+    engine = Engine(stack, num_slots=4)
+    sequences = [begin(engine, i) for i in range(5)]
+    stack.trace = []
+    while engine.busy:
+        engine.step()
+    routed = {k for k, shape in enumerate(stack.layout) if shape.routed}
+    assert any(call.num_tokens > 1 for call in stack.trace[50:] if call.graph == "segment" and call.number in routed)
+    assert [s.produced for s in sequences] == alone
+
+
 def test_what_a_bundle_cannot_do_is_said(routed_with_exits: Made, tiny_bundle: Path) -> None:
     engine = Engine(OrtStack(routed_with_exits[1]))
+    similarity = ExitPolicy.create("similarity", [0.5], engine.stack.exit_layers)
+    with pytest.raises(RequestError, match="policy 'similarity' compares the states around a segment"):
+        engine.start([1], max_new_tokens=2, policy=similarity)
     with pytest.raises(RequestError, match="'propagate' has no K/V for routed layers; use recompute"):
-        engine.start([1], max_new_tokens=2, policy=ExitPolicy.create("max-prob", [0.5], 2), catch_up="propagate")
+        engine.start([1], max_new_tokens=2, policy=ExitPolicy.create("max-prob", [0.5], engine.stack.exit_layers), catch_up="propagate")
     plain = Engine(OrtStack(tiny_bundle))
     with pytest.raises(RequestError, match="policy 'gate' needs a gate at every early exit; train them: ease-train gates"):
-        plain.start([1], max_new_tokens=2, policy=ExitPolicy.create("gate", [0.5], 3))
+        plain.start([1], max_new_tokens=2, policy=ExitPolicy.create("gate", [0.5], plain.stack.exit_layers))
 
 
 def test_a_routed_segment_without_its_route_graph_is_refused(routed: Made) -> None:

@@ -56,7 +56,7 @@ def test_json_and_markdown_hold_every_row_off_first(tiny_bundle: Path, corpus_fi
 
 
 def settings(*thresholds: float | None) -> list[Setting]:
-    return [Setting(ExitPolicy.create("max-prob", None if t is None else [t], 3), "propagate") for t in thresholds]
+    return [Setting(ExitPolicy.create("max-prob", None if t is None else [t], (2, 4, 6)), "propagate") for t in thresholds]
 
 
 def test_a_slow_deep_segment_shows_in_measured_and_ideal_speed(tiny_bundle: Path) -> None:

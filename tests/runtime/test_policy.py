@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ease_runtime.errors import RequestError
-from ease_runtime.policy import POLICIES, ExitPolicy, HeadOutput
+from ease_runtime.policy import POLICIES, BudgetKeeper, ExitPolicy, HeadOutput
 
 
 def output_of(logits: np.ndarray) -> HeadOutput:
@@ -27,7 +27,9 @@ def formula(name: str, logits: np.ndarray) -> np.ndarray:
     probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     ordered = np.sort(probabilities, axis=1)[:, ::-1]
-    if name in ("max-prob", "gate"):  # of a head, which is asked where there is no gate
+    if name == "fixed":
+        return np.ones(len(logits))
+    if name in ("max-prob", "gate", "similarity", "patience"):  # of a head, which is asked where there is nothing else to ask
         return ordered[:, 0]
     if name == "margin":
         return ordered[:, 0] - ordered[:, 1]
@@ -65,7 +67,7 @@ def test_entropy_that_rounds_past_its_bounds(entropy: float) -> None:
 
 
 def test_leaves_at_its_threshold_and_above() -> None:
-    policy = ExitPolicy.create("max-prob", [0.7, 0.2], 3)
+    policy = ExitPolicy.create("max-prob", [0.7, 0.2], (2, 4, 6))
     below, at, above = np.nextafter(np.float32(0.7), np.float32(0)), np.float32(0.7), np.nextafter(np.float32(0.7), np.float32(1))
     assert policy.leaves(0, np.array([below, at, above])).tolist() == [False, True, True]
     assert policy.leaves(1, np.array([0.1, 0.2, 0.7], np.float32)).tolist() == [False, True, True]
@@ -73,41 +75,88 @@ def test_leaves_at_its_threshold_and_above() -> None:
 
 def test_threshold_0_takes_everyone_and_1_only_the_certain() -> None:
     confidences = np.array([0.0, 0.5, np.nextafter(np.float32(1), np.float32(0)), 1.0], np.float32)
-    assert ExitPolicy.create("margin", [0.0], 2).leaves(0, confidences).tolist() == [True] * 4
-    assert ExitPolicy.create("margin", [1.0], 2).leaves(0, confidences).tolist() == [False, False, False, True]
+    assert ExitPolicy.create("margin", [0.0], (2, 4)).leaves(0, confidences).tolist() == [True] * 4
+    assert ExitPolicy.create("margin", [1.0], (2, 4)).leaves(0, confidences).tolist() == [False, False, False, True]
 
 
 def test_which_exits_ask() -> None:
     """Every exit but the last, and none when the policy is off."""
-    policy = ExitPolicy.create("max-prob", [0.5], 4)
+    policy = ExitPolicy.create("max-prob", [0.5], (1, 2, 3, 4))
     assert policy.thresholds == (0.5, 0.5, 0.5)
     assert [policy.tests(k) for k in range(4)] == [True, True, True, False]
-    off = ExitPolicy.create("max-prob", None, 4)
+    off = ExitPolicy.create("max-prob", None, (1, 2, 3, 4))
     assert off == ExitPolicy("max-prob", None)
     assert not any(off.tests(k) for k in range(4))
-    assert ExitPolicy.create("entropy", [0.1, 0.2, 0.3], 4).thresholds == (0.1, 0.2, 0.3)
+    assert ExitPolicy.create("entropy", [0.1, 0.2, 0.3], (1, 2, 3, 4)).thresholds == (0.1, 0.2, 0.3)
 
 
-def test_a_bundle_with_one_exit_has_nowhere_to_leave_early() -> None:
-    policy = ExitPolicy.create("max-prob", [0.5], 1)
-    assert policy.thresholds == ()
-    assert not policy.tests(0)
+def test_calms_decay() -> None:
+    """0.9 lambda + 0.1 exp(-tau t / N), in [0, 1]: from above the threshold to below it."""
+    policy = ExitPolicy.create("max-prob", [0.8], (2, 4), decay=4.0)
+    for t in range(101):
+        assert policy.threshold(0, t / 100) == np.float32(0.9 * 0.8 + 0.1 * math.exp(-4.0 * t / 100))
+    assert ExitPolicy.create("max-prob", [1.0], (2, 4), decay=0.0).threshold(0, 0.7) == 1.0
+    assert policy.leaves(0, np.array([0.75], np.float32), 1.0)[0]
+    assert not policy.leaves(0, np.array([0.75], np.float32), 0.0)[0]
+
+
+def test_patience_counts_agreeing_exits() -> None:
+    policy = ExitPolicy.create("patience", [1.0], (1, 2, 3, 4), patience=2)
+    assert policy.agreement(np.array([0, 1, 2, 3])).tolist() == [0.0, 0.5, 1.0, 1.0]
+    assert policy.leaves(1, policy.agreement(np.array([1, 2]))).tolist() == [False, True]
+
+
+def test_fixed_and_min_exit_choose_exits() -> None:
+    layers = (2, 4, 6, 8)
+    assert ExitPolicy.create("fixed", None, layers, exit_layer=4).thresholds == (None, 1.0, None)
+    assert ExitPolicy.create("margin", [0.5], layers, min_exit=3).thresholds == (None, 0.5, 0.5)
+    assert ExitPolicy.create("margin", [0.1, 0.2, 0.3], layers, min_exit=6).thresholds == (None, None, 0.3)
+    assert ExitPolicy.create("margin", None, layers, depth_budget=5.0).thresholds == (0.5, 0.5, 0.5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 999), budget=st.floats(2.0, 8.0), threshold=st.floats(0.0, 1.0))
+def test_a_budget_is_held(seed: int, budget: float, threshold: float) -> None:
+    """Confidences spread over [0, 1] at exits of 2, 4, 6 and 8 layers: the mean depth ends within the controller's bound."""
+    dice, keeper = np.random.default_rng(seed), BudgetKeeper(budget, 8)
+    policy, depths = ExitPolicy.create("max-prob", [threshold], (2, 4, 6, 8), depth_budget=budget), []
+    for _ in range(400):
+        leaves = [policy.leaves(k, dice.random(1).astype(np.float32), offset=keeper.offset)[0] for k in range(3)]
+        depths.append(2 * (leaves.index(True) + 1) if True in leaves else 8)
+        keeper.spend(depths[-1])
+    assert np.mean(depths) == pytest.approx(budget, abs=8 / (0.25 * 400) + 0.05)
 
 
 @pytest.mark.parametrize(
-    ("name", "thresholds", "message"),
+    ("name", "thresholds", "options", "message"),
     [
-        ("max_prob", None, "unknown policy 'max_prob'; did you mean 'max-prob'?"),
-        ("entrpy", [0.5], "unknown policy 'entrpy'; did you mean 'entropy'?"),
-        ("zzz", [0.5], f"unknown policy 'zzz'; known: {', '.join(sorted(POLICIES))}"),
-        ("max-prob", [1.01], "threshold 1.01 is outside [0, 1]"),
-        ("max-prob", [-0.1], "threshold -0.1 is outside [0, 1]"),
-        ("max-prob", [0.5, math.nan], "threshold nan is outside [0, 1]"),
-        ("max-prob", [0.1, 0.2, 0.3], "3 thresholds given; this bundle has 2 early exits: give one, or one for each"),
-        ("max-prob", [], "0 thresholds given; this bundle has 2 early exits: give one, or one for each"),
+        ("max_prob", None, {}, "unknown policy 'max_prob'; did you mean 'max-prob'?"),
+        ("entrpy", [0.5], {}, "unknown policy 'entrpy'; did you mean 'entropy'?"),
+        ("zzz", [0.5], {}, f"unknown policy 'zzz'; known: {', '.join(sorted(POLICIES))}"),
+        ("max-prob", [1.01], {}, "threshold 1.01 is outside [0, 1]"),
+        ("max-prob", [-0.1], {}, "threshold -0.1 is outside [0, 1]"),
+        ("max-prob", [0.5, math.nan], {}, "threshold nan is outside [0, 1]"),
+        ("max-prob", [0.1, 0.2, 0.3], {}, "3 thresholds given; this bundle has 2 early exits: give one, or one for each"),
+        ("max-prob", [], {}, "0 thresholds given; this bundle has 2 early exits: give one, or one for each"),
+        ("patience", [0.5], {"patience": 0}, "patience 0 is below 1 agreeing exit"),
+        ("margin", [0.5], {"decay": -1.0}, "decay -1.0 is not a finite number of at least 0"),
+        ("margin", [0.5], {"min_exit": 9}, "min_exit 9 is no layer of 1..6"),
+        ("margin", [0.5], {"depth_budget": 1.0}, "depth budget 1.0 is outside 2..6, the layers of the exits"),
+        ("margin", [0.5], {"exit_layer": 2}, "policy 'fixed' and an exit layer go together: --policy fixed --exit LAYER"),
+        ("fixed", None, {}, "policy 'fixed' and an exit layer go together: --policy fixed --exit LAYER"),
+        ("fixed", None, {"exit_layer": 3}, "exit layer 3 is no early exit of this bundle, which has 2, 4"),
+        ("fixed", [0.5], {"exit_layer": 2}, "policy 'fixed' takes an exit layer, and no threshold, decay or depth budget"),
     ],
 )
-def test_what_is_refused(name: str, thresholds: list[float] | None, message: str) -> None:
+def test_what_is_refused(name: str, thresholds: list[float] | None, options: dict[str, float], message: str) -> None:
     with pytest.raises(RequestError) as caught:
-        ExitPolicy.create(name, thresholds, 3)
+        ExitPolicy.create(name, thresholds, (2, 4, 6), **options)
     assert str(caught.value) == message
+
+
+def test_a_bundle_with_one_exit_takes_no_threshold() -> None:
+    assert ExitPolicy.create("max-prob", None, (6,)).thresholds is None
+    with pytest.raises(RequestError, match="this bundle has no early exit"):
+        ExitPolicy.create("max-prob", [0.5], (6,))
+    with pytest.raises(RequestError, match="a depth budget needs early exits"):
+        ExitPolicy.create("max-prob", None, (6,), depth_budget=6.0)
