@@ -32,7 +32,9 @@ check: $(READY)
 docs: $(READY)  ## rewrite docs/cli.md from --help
 	$(BIN)/python docs/make_cli.py
 
-bench: $(READY)  ## engine overhead a segment call, on the demo bundle
+bench: $(READY)  ## training beside transformers' Trainer, its memory; engine overhead a segment call, on the demo bundle
+	$(BIN)/pip install --quiet -e '.[bench]'
+	$(BIN)/python bench/training.py --json runs/bench/training.json
 	$(BIN)/python bench/overhead.py runs/demo/bundle
 
 clean:
