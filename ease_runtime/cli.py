@@ -2,22 +2,23 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ease_runtime.commands import ErrorGroup, ThresholdList
-from ease_runtime.engine import CATCH_UPS
+from ease_runtime.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
+from ease_runtime.commands import ErrorGroup
+from ease_runtime.conversation import Conversation
 from ease_runtime.errors import RequestError
-from ease_runtime.llm import DEVICES, LLM, Options, Timing, TokenEvent
-from ease_runtime.policy import POLICIES
-
-DEPTH_COLOURS = ("green", "yellow", "magenta", "cyan", "red", "blue")  # shallow exits first; the last layer has none
+from ease_runtime.flags import option_flags, read_flags
+from ease_runtime.llm import DEVICES, LLM, Timing
+from ease_runtime.options import Options
+from ease_runtime.show import as_object, by_choice, print_coloured, print_legend, print_plain, print_summary
 
 
 @click.group(cls=ErrorGroup)
@@ -27,65 +28,58 @@ def main(debug: bool) -> None:
     """Run models whose tokens leave early."""
 
 
+def model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a bundle runs."""
+    command = click.option("--threads", default=0, help="CPU threads; 0 takes all.")(command)
+    return click.option("--device", default="auto", show_default=True, help=f"One of: {', '.join(DEVICES)}.")(command)
+
+
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="The text to continue; - reads it from standard input.")
-@click.option("--max-tokens", default=Options.max_tokens, show_default=True, help="Longest answer, in tokens.")
-@click.option("--policy", default=Options.policy, show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
-@click.option(
-    "--threshold",
-    type=ThresholdList(),
-    help="A token leaves at this confidence; one for every early exit, or one each (off: not asked). Without it none leaves.",
-)
-@click.option(
-    "--catch-up", default=Options.catch_up, show_default=True, help=f"How tokens that left pay their K/V: {' or '.join(CATCH_UPS)}."
-)
-@click.option("--temperature", default=Options.temperature, show_default=True, help="0 is greedy.")
-@click.option("--top-k", default=Options.top_k, show_default=True, help="Keep the k most probable tokens; 0 keeps all.")
-@click.option("--top-p", default=Options.top_p, show_default=True, help="Keep the most probable tokens up to this mass.")
-@click.option("--seed", default=Options.seed, show_default=True, help="Seed of the sampling.")
+@option_flags
 @click.option("--show-exits", is_flag=True, help="Colour each token by its depth, with a legend and figures.")
 @click.option("--compare", is_flag=True, help="Also time the same prompt at full depth.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
-@click.option("--device", default="auto", show_default=True, help=f"One of: {', '.join(DEVICES)}.")
-@click.option("--threads", default=0, help="CPU threads; 0 takes all.")
-def generate(
-    bundle: Path,
-    prompt: str,
-    max_tokens: int,
-    policy: str,
-    threshold: tuple[float | None, ...] | None,
-    catch_up: str,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    show_exits: bool,
-    compare: bool,
-    as_json: bool,
-    device: str,
-    threads: int,
-) -> None:
+@model_flags
+def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json: bool, device: str, threads: int, **given: Any) -> None:
     """Continue a prompt."""
-    options = Options(max_tokens, policy, threshold, catch_up, temperature, top_k, top_p, seed)
-    text = read_prompt(prompt)
-    llm, timing = LLM(bundle, device=device, num_threads=threads), Timing()
+    options, text = read_flags(given), read_prompt(prompt)
+    llm, timing = LLM(bundle, device=device, num_threads=threads, num_slots=options.n), Timing()
     if compare:  # warm both paths up, so that neither pays for first-time allocations
-        for warm_up in (options, replace(options, threshold=None)):
+        for warm_up in (options, replace(options, **AT_FULL_DEPTH)):
             list(llm.generate(text, warm_up))
-    events = llm.generate(text, options, timing)
-    console = Console(highlight=False, soft_wrap=True)
+    events, console = llm.generate(text, options, timing), Console(highlight=False, soft_wrap=True)
+    if show_exits and not as_json:
+        print_legend(llm.stack.exit_layers, console)
     if as_json:
         shown = list(events)
-    elif show_exits:
-        shown = print_coloured(events, llm.stack.exit_layers, console)
     else:
-        shown = print_plain(events)
+        shown = []
+        for choice in by_choice(events) if options.n > 1 else [events]:
+            shown += print_coloured(choice, llm.stack.exit_layers, console) if show_exits else print_plain(choice)
     full_depth = time_full_depth(llm, text, options) if compare else None
     if as_json:
-        click.echo(json.dumps(as_object(shown, timing, full_depth), ensure_ascii=False))
+        click.echo(json.dumps(as_object(shown, timing, full_depth, llm.token_text), ensure_ascii=False))
     elif show_exits or compare:
         print_summary(shown, timing, llm.stack.exit_layers, full_depth, console)
+
+
+AT_FULL_DEPTH: dict[str, Any] = {
+    "policy": Options.policy,
+    "threshold": None,
+    "min_exit": None,
+    "decay": None,
+    "exit_layer": None,
+    "depth_budget": None,
+}
+
+
+def time_full_depth(llm: LLM, prompt: str, options: Options) -> Timing:
+    """The same prompt with no early exit, timed."""
+    timing = Timing()
+    list(llm.generate(prompt, replace(options, **AT_FULL_DEPTH), timing))
+    return timing
 
 
 def read_prompt(prompt: str) -> str:
@@ -98,88 +92,90 @@ def read_prompt(prompt: str) -> str:
         raise RequestError(f"the prompt on standard input is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-@contextmanager
-def quiet_interrupt() -> Iterator[None]:
-    """Ctrl-C ends a text that is being printed; what is there stays."""
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--system", help="What the model is told first.")
+@option_flags
+@click.option("--show-exits", is_flag=True, help="Colour each token by its depth, with a legend and figures.")
+@model_flags
+def chat(bundle: Path, system: str | None, show_exits: bool, device: str, threads: int, **given: Any) -> None:
+    """Talk to a model; what was said stays in its cache. /reset forgets it, /quit or Ctrl-D ends."""
+    options, llm = read_flags(given), LLM(bundle, device=device, num_threads=threads)
+    conversation, console = Conversation(llm, options, system), Console(highlight=False, soft_wrap=True)
+    if llm.template is None:
+        click.echo("this bundle has no chat template (a base model): your lines are continued as plain text", err=True)
+    if show_exits:
+        print_legend(llm.stack.exit_layers, console)
+    while (line := read_line()) not in (None, "/quit"):
+        if line == "/reset":
+            conversation.reset()
+        elif line:
+            answer(conversation, line, llm.stack.exit_layers if show_exits else None, console)
+
+
+def read_line() -> str | None:
+    """What the user says; None at the end of the input."""
     try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(" [interrupted]", err=True)
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        click.echo(err=True)
+        return None
 
 
-def print_plain(events: Iterator[TokenEvent]) -> list[TokenEvent]:
-    """Stream the text."""
-    shown: list[TokenEvent] = []
-    with quiet_interrupt():
-        for event in events:
-            click.echo(event.text, nl=False)
-            sys.stdout.flush()
-            shown.append(event)
-    click.echo()
-    return shown
-
-
-def depth_style(depth: int, exit_layers: tuple[int, ...]) -> str:
-    """The colour of an exit; tokens that used every layer are plain."""
-    place = exit_layers.index(depth)
-    return "" if place == len(exit_layers) - 1 else DEPTH_COLOURS[place % len(DEPTH_COLOURS)]
-
-
-def print_coloured(events: Iterator[TokenEvent], exit_layers: tuple[int, ...], console: Console) -> list[TokenEvent]:
-    """Stream the text, each token in the colour of its exit, after a legend."""
-    legend = Text("depth: ")
-    for layer in exit_layers:
-        legend.append(f" {layer} ", style=f"reverse {depth_style(layer, exit_layers)}".strip()).append(" ")
-    console.print(legend)
-    shown: list[TokenEvent] = []
-    with quiet_interrupt():
-        for event in events:
-            console.print(Text(event.text, style=depth_style(event.depth, exit_layers)), end="")
-            shown.append(event)
-    console.print()
-    return shown
-
-
-def time_full_depth(llm: LLM, prompt: str, options: Options) -> Timing:
-    """The same prompt with no early exit, timed."""
+def answer(conversation: Conversation, line: str, exit_layers: tuple[int, ...] | None, console: Console) -> None:
+    """One turn. An error ends the turn, not the chat."""
     timing = Timing()
-    list(llm.generate(prompt, replace(options, threshold=None), timing))
-    return timing
-
-
-def mean_depth(events: list[TokenEvent]) -> float:
-    return sum(event.depth for event in events) / len(events)
-
-
-def print_summary(
-    events: list[TokenEvent], timing: Timing, exit_layers: tuple[int, ...], full_depth: Timing | None, console: Console
-) -> None:
-    """Depth and speed in a line, and against full depth in another."""
-    if not events:
+    events = conversation.say(line, timing)
+    try:
+        shown = print_plain(events) if exit_layers is None else print_coloured(events, exit_layers, console)
+    except RequestError as error:
+        click.echo(f"error: {error}; /reset forgets the conversation", err=True)
         return
-    shares = ", ".join(f"{sum(e.depth == layer for e in events) / len(events):.0%} at {layer}" for layer in exit_layers)
-    console.print(f"{len(events)} tokens, mean depth {mean_depth(events):.2f} of {exit_layers[-1]} layers ({shares})", style="dim")
-    console.print(f"prefill {timing.prefill_seconds * 1000:.1f} ms, then {timing.tokens_per_second:.0f} tokens/s", style="dim")
-    if full_depth and full_depth.tokens_per_second:
-        ratio = timing.tokens_per_second / full_depth.tokens_per_second
-        console.print(f"full depth: {full_depth.tokens_per_second:.0f} tokens/s, so {ratio:.2f}x as fast", style="dim")
+    finally:
+        events.close()
+    if exit_layers is not None:
+        print_summary(shown, timing, exit_layers, None, console)
 
 
-def as_object(events: list[TokenEvent], timing: Timing, full_depth: Timing | None) -> dict[str, object]:
-    """What `--json` prints."""
-    tokens = [{"id": e.id, "text": e.text, "depth": e.depth, "confidence": e.confidence, "logprob": e.logprob} for e in events]
-    return {
-        "text": "".join(e.text for e in events),
-        "tokens": tokens,
-        "finish_reason": events[-1].finish_reason,
-        "usage": {"prompt_tokens": timing.num_prompt_tokens, "completion_tokens": len(events), "mean_depth": mean_depth(events)},
-        "timing": {
-            "prefill_seconds": timing.prefill_seconds,
-            "decode_seconds": timing.decode_seconds,
-            "tokens_per_second": timing.tokens_per_second,
-            "full_depth_tokens_per_second": full_depth.tokens_per_second if full_depth else None,
-        },
-    }
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompts", metavar="IN.jsonl", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("out", metavar="OUT.jsonl", type=click.Path(path_type=Path, dir_okay=False))
+@option_flags
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Requests that run together.")
+@click.option("--ray", metavar="ADDRESS", help="Spread the lines over a Ray cluster; 'local' starts one here.")
+@click.option("--ray-workers", type=click.IntRange(1), default=2, show_default=True, help="Copies of the model on the cluster.")
+@model_flags
+def batch(
+    bundle: Path, prompts: Path, out: Path, batch_size: int, ray: str | None, ray_workers: int, device: str, threads: int, **given: Any
+) -> None:
+    """Answer every line of IN.jsonl, in order.
+
+    A line is an object with a "prompt" or "messages", and options of its own where they differ from the flags. A line that
+    cannot be answered gets an "error" in its place. Run again after an interruption, it goes on where it stopped.
+    """
+    options, num_done, total = read_flags(given), count_answers(out), count_lines(prompts)
+    if num_done > total:
+        raise RequestError(f"{out} has {num_done} answers, but {prompts} only {total} lines; give another file")
+    lines = numbered_lines(prompts, num_done + 1)
+    if num_done == total:
+        answers: Iterable[str] = ()
+    elif ray is None:
+        answers = answer_lines(LLM(bundle, device=device, num_threads=threads, num_slots=batch_size), lines, options, batch_size)
+    else:
+        from ease_runtime.cluster import Cluster
+
+        answers = Cluster(ray, ray_workers).answer_lines(bundle, lines, options, batch_size, {"device": device, "num_threads": threads})
+    with progress_bar() as bar:
+        task = bar.add_task("answered", total=total, completed=num_done)
+        for number in write_answers(out, answers):
+            bar.update(task, completed=num_done + number)
+
+
+def progress_bar() -> Progress:
+    """On standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -1,55 +1,46 @@
 """Text in, text out, over the engine.
 
-llm = LLM("runs/demo/bundle")
-for event in llm.generate("In the beginning", Options(threshold=(0.7,), catch_up="propagate")):
-    print(event.text, end="", flush=True)
+    llm = LLM("runs/demo/bundle")
+    for event in llm.generate("In the beginning", Options(threshold=(0.7,), catch_up="propagate")):
+        print(event.text, end="", flush=True)
+
+Several requests at once, as a server has them:
+
+    llm = LLM("runs/demo/bundle", num_slots=8)
+    generations = [llm.submit(prompt, Options()) for prompt in prompts]
+    while llm.busy:
+        for choice, events in llm.step():
+            ...
 """
 
 import time
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from ease_runtime.engine import Engine
+from ease_runtime.chat import ChatTemplate, Message
+from ease_runtime.engine import DEFAULT_CAP, Engine
 from ease_runtime.errors import BundleError, DeviceError, RequestError
+from ease_runtime.manifest import Manifest
+from ease_runtime.options import Options
 from ease_runtime.policy import ExitPolicy
-from ease_runtime.sampling import Greedy, GumbelSampler, Sampler
-from ease_runtime.stack import OrtStack
+from ease_runtime.sequence import Sequence
+from ease_runtime.stack import OrtStack, Stack
+from ease_runtime.text import Piece, StopPattern, TextWriter
 
 DEVICES = ("auto", "cpu")
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to continue a prompt.
-
-    `threshold` None: no token leaves early; one value holds for every early exit; None among several is an exit that is not
-    asked. temperature 0 is greedy.
-    """
-
-    max_tokens: int = 128
-    policy: str = "max-prob"
-    threshold: tuple[float | None, ...] | None = None
-    catch_up: str = "recompute"
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def sampler(self) -> Sampler:
-        """Greedy at temperature 0, else Gumbel-max. Raises RequestError for values outside their range."""
-        sampler = GumbelSampler(self.temperature or 1.0, self.top_k, self.top_p, self.seed)
-        return sampler if self.temperature else Greedy()
-
-
-@dataclass(frozen=True)
 class TokenEvent:
-    """One token. `text` is what became printable with it: '' while a character is incomplete.
+    """One token. `text` is what became printable with it: '' while a character is incomplete, or past a stop string.
 
-    `depth` counts layers; `finish_reason` is set on the last event: 'stop' (the end token, whose text is '') or 'length'.
+    `depth` counts layers; `drafted`: an early exit said it and full depth agreed. `finish_reason` is set on the last event of
+    a choice: 'stop' (the end token, whose text is '', or a stop string), 'length' or 'error'.
     """
 
     id: int
@@ -58,6 +49,9 @@ class TokenEvent:
     confidence: float
     logprob: float
     finish_reason: str | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    drafted: bool = False
+    choice: int = 0  # which of the `n` completions
 
 
 @dataclass
@@ -68,62 +62,253 @@ class Timing:
     decode_seconds: float = 0.0
     num_prompt_tokens: int = 0
     num_tokens: int = 0
-    token_seconds: list[float] = field(default_factory=list)  # of every token after the first
+    token_seconds: list[float] = field(default_factory=list)  # of every token after the first; 0 for those that came with another
 
     @property
     def tokens_per_second(self) -> float:
         """Decoding speed: tokens after the first, over their time."""
         return len(self.token_seconds) / self.decode_seconds if self.decode_seconds else 0.0
 
+    def add(self, seconds: float, num_tokens: int) -> None:
+        """Note how long the next tokens took, one or more that came together."""
+        if self.num_tokens == 0:
+            self.prefill_seconds = seconds
+            self.token_seconds += [0.0] * (num_tokens - 1)
+        else:
+            self.decode_seconds += seconds
+            self.token_seconds += [seconds, *[0.0] * (num_tokens - 1)]
+        self.num_tokens += num_tokens
 
-class LLM:
-    """A bundle ready to generate. Raises BundleError or DeviceError when it cannot run."""
 
-    def __init__(self, bundle: str | Path, *, device: str = "auto", num_threads: int = 0, cap: int | None = None) -> None:
-        if device not in DEVICES:
-            raise DeviceError(f"device '{device}' is not supported by this version; use one of: {', '.join(DEVICES)}")
-        self.stack = OrtStack(Path(bundle), num_threads=num_threads)
-        self.engine = Engine(self.stack) if cap is None else Engine(self.stack, cap=cap)
-        self.manifest = self.stack.manifest
+@dataclass(eq=False)
+class Choice:
+    """One completion of a request, as it grows."""
+
+    index: int
+    sequence: Sequence
+    writer: TextWriter
+    num_read: int = 0  # tokens of the sequence that the writer has
+    finish_reason: str | None = None
+    error: str | None = None
+
+    def read(self) -> list[TokenEvent]:
+        """The events of the tokens whose text is certain by now. Sets `finish_reason` when there will be no more."""
+        sequence, pieces = self.sequence, []
+        new = sequence.produced[self.num_read :]
+        for place, token in enumerate(new):
+            self.num_read += 1
+            pieces += self.writer.add(token, last=sequence.finish_reason is not None and place == len(new) - 1)
+            if self.writer.stopped:
+                self.finish_reason = "stop"
+                break
+        else:
+            self.finish_reason, self.error = sequence.finish_reason, sequence.error
+            if self.finish_reason is not None:
+                pieces += self.writer.rest()
+        return [self._event(piece, self.finish_reason if place == len(pieces) - 1 else None) for place, piece in enumerate(pieces)]
+
+    def _event(self, piece: Piece, finish_reason: str | None) -> TokenEvent:
+        token = piece.token
+        return TokenEvent(
+            id=token.id,
+            text=piece.text,
+            depth=token.depth,
+            confidence=token.confidence,
+            logprob=token.logprob,
+            finish_reason=finish_reason,
+            top_logprobs=token.top_logprobs,
+            drafted=token.drafted,
+            choice=self.index,
+        )
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request: its prompt's ids, and its completions."""
+
+    prompt: list[int]
+    choices: list[Choice]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended."""
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+
+class TextEngine:
+    """An engine that reads and writes text. `stop_ids` end an answer; `start_id`, where there is one, stands before every raw text."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        tokenizer: Tokenizer,
+        *,
+        start_id: int | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+        template: ChatTemplate | None = None,
+        num_slots: int = 1,
+        cap: int = DEFAULT_CAP,
+    ) -> None:
+        self.stack, self.tokenizer = stack, tokenizer
+        self.start_id, self.stop_ids, self.template = start_id, stop_ids, template
+        self.engine = Engine(stack, num_slots=num_slots, cap=cap)
+        self.choices: dict[Sequence, Choice] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether some request has not finished."""
+        return self.engine.busy
+
+    def encode(self, text: str, *, raw: bool = True) -> list[int]:
+        """A text's ids; before a raw one comes the token that stands before every text in training. Raises RequestError."""
         try:
-            self.tokenizer = Tokenizer.from_file(str(Path(bundle) / self.manifest.tokenizer))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError(f"{Path(bundle) / self.manifest.tokenizer} cannot be read: {error}") from None
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is no valid Unicode: half of a surrogate pair at character {error.start}") from None
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [self.start_id, *ids] if raw and self.start_id is not None else ids
 
-    def encode(self, text: str) -> list[int]:
-        """A prompt's ids; the end token, which stands before every text in training, comes first."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids if self.manifest.end_id is None else [self.manifest.end_id, *ids]
+    def encode_chat(self, messages: Many[Message]) -> list[int]:
+        """The ids of a conversation, up to where the answer begins. Raises RequestError, also where the bundle has no template."""
+        if self.template is None:
+            raise RequestError("this bundle has no chat template (a base model); give a prompt to continue instead of messages")
+        return self.encode(self.template.render(messages), raw=False)
+
+    def token_text(self, token: int) -> str:
+        """A token by itself, special tokens too."""
+        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        return text
 
     def policy(self, options: Options) -> ExitPolicy:
         """The checked policy for this bundle's exits."""
-        return ExitPolicy.create(options.policy, options.threshold, len(self.stack.exit_layers))
+        return options.exit_policy(self.stack.exit_layers)
 
-    def generate(self, prompt: str, options: Options | None = None, timing: Timing | None = None) -> Iterator[TokenEvent]:
-        """Continue a prompt, token by token; fills `timing` when given. Raises RequestError before the first token."""
-        options, timing = options or Options(), timing or Timing()
+    def submit(
+        self, prompt: str | Many[int], options: Options | None = None, *, after: Generation | None = None, keep: bool = False
+    ) -> Generation:
+        """Queue a request for a text or for ids. Raises RequestError when it cannot run.
+
+        With `keep` what it has computed stays, for a request `after` it whose prompt begins alike.
+        """
+        options = options or Options()
         if not prompt:
             raise RequestError("the prompt is empty; give at least one character")
-        ids = self.encode(prompt)
-        stop_ids = frozenset() if self.manifest.end_id is None else frozenset({self.manifest.end_id})
-        sequence = self.engine.start(
-            ids,
-            max_new_tokens=options.max_tokens,
-            policy=self.policy(options),
-            catch_up=options.catch_up,
-            sampler=options.sampler(),
-            stop_ids=stop_ids,
+        for token in options.logit_bias:
+            if token >= self.stack.vocab_size:
+                raise RequestError(f"logit_bias has the token id {token}, outside the vocabulary of {self.stack.vocab_size}")
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        patterns, policy = [StopPattern(stop) for stop in options.stop], self.policy(options)
+        choices = []
+        for index in range(options.n):
+            sequence = self.engine.start(
+                ids,
+                max_new_tokens=options.max_tokens,
+                policy=policy,
+                catch_up=options.catch_up,
+                sampler=options.sampler(len(ids), index),
+                stop_ids=self.stop_ids,
+                num_logprobs=options.logprobs,
+                keep=keep,
+                after=after.choices[0].sequence if after else None,
+            )
+            choices.append(Choice(index, sequence, TextWriter(self.tokenizer, ids, patterns)))
+            self.choices[sequence] = choices[-1]
+        return Generation(ids, choices)
+
+    def step(self) -> list[tuple[Choice, list[TokenEvent]]]:
+        """One pass: the completions that went on or ended in it, with their new events."""
+        read = []
+        for sequence in self.engine.step():
+            choice = self.choices.get(sequence)
+            if choice is None:
+                continue
+            read.append((choice, choice.read()))
+            if choice.finish_reason is not None:
+                del self.choices[sequence]
+                if sequence.finish_reason is None:  # at a stop string, of which the engine knows nothing
+                    sequence.finish_reason = "stop"
+                    if not sequence.keep:
+                        self.engine.release(sequence)
+        return read
+
+    def cancel(self, generation: Generation) -> None:
+        """Give a request up, or what a finished one has kept."""
+        for choice in generation.choices:
+            self.choices.pop(choice.sequence, None)
+            self.engine.release(choice.sequence)
+
+    def generate(self, prompt: str | Many[int], options: Options | None = None, timing: Timing | None = None) -> Iterator[TokenEvent]:
+        """Continue a prompt, token by token; fills `timing` when given. Raises RequestError before the first token.
+
+        Meant for one request at a time: what others get meanwhile is lost. Raises RequestError when the model breaks down.
+        """
+        generation = self.submit(prompt, options)
+        timing = timing or Timing()
+        timing.num_prompt_tokens = len(generation.prompt)
+        try:
+            yield from self.follow(generation, timing)
+        finally:
+            self.cancel(generation)
+
+    def follow(self, generation: Generation, timing: Timing) -> Iterator[TokenEvent]:
+        """The events of a request, until it has finished."""
+        before, seconds = 0, 0.0
+        while not generation.finished:
+            start = time.perf_counter()
+            read = self.step()
+            seconds += time.perf_counter() - start
+            after = sum(choice.num_read for choice in generation.choices)
+            if after > before:
+                timing.add(seconds, after - before)
+                before, seconds = after, 0.0
+            for choice, events in read:
+                if choice.error:
+                    raise RequestError(choice.error)
+                yield from (event for event in events if choice in generation.choices)
+
+
+class LLM(TextEngine):
+    """A bundle ready to generate. Raises BundleError or DeviceError when it cannot run."""
+
+    def __init__(
+        self, bundle: str | Path, *, device: str = "auto", num_threads: int = 0, cap: int = DEFAULT_CAP, num_slots: int = 1
+    ) -> None:
+        if device not in DEVICES:
+            raise DeviceError(f"device '{device}' is not supported by this version; use one of: {', '.join(DEVICES)}")
+        self.bundle, stack = Path(bundle), OrtStack(Path(bundle), num_threads=num_threads)
+        self.manifest = stack.manifest
+        tokenizer = load_tokenizer(self.bundle / self.manifest.tokenizer)
+        super().__init__(
+            stack,
+            tokenizer,
+            start_id=self.manifest.end_id,
+            stop_ids=end_ids(self.manifest),
+            template=load_template(self.bundle, self.manifest, tokenizer),
+            num_slots=num_slots,
+            cap=cap,
         )
-        timing.num_prompt_tokens = len(ids)
-        stream, last = DecodeStream(ids=ids, skip_special_tokens=True), time.perf_counter()
-        for token in self.engine.generate(sequence):
-            now = time.perf_counter()
-            if timing.num_tokens == 0:
-                timing.prefill_seconds = now - last
-            else:
-                timing.token_seconds.append(now - last)
-                timing.decode_seconds += now - last
-            timing.num_tokens += 1
-            text = stream.step(self.tokenizer, token.id) or ""
-            yield TokenEvent(token.id, text, token.depth, token.confidence, token.logprob, sequence.finish_reason)
-            last = time.perf_counter()
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Raises BundleError when the file is none."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise BundleError(f"{path} cannot be read: {error}") from None
+
+
+def end_ids(manifest: Manifest) -> frozenset[int]:
+    """The tokens that end an answer: the one that ends a text, and those that the model's makers name (chat models have several)."""
+    named: Any = manifest.generation.get("eos_token_id")
+    ids = [manifest.end_id, *(named if isinstance(named, list) else [named])]
+    return frozenset(token for token in ids if type(token) is int)
+
+
+def load_template(bundle: Path, manifest: Manifest, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The bundle's chat template, if it has one. Raises BundleError."""
+    if manifest.chat_template is None:
+        return None
+    begin = manifest.generation.get("bos_token_id")
+    names = [tokenizer.id_to_token(token) or "" if type(token) is int else "" for token in (begin, manifest.end_id)]
+    source = (bundle / manifest.chat_template).read_text(encoding="utf-8")
+    return ChatTemplate(source, bos_token=names[0], eos_token=names[1])

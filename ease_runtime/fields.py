@@ -1,0 +1,76 @@
+"""What the fields of Options are made of: a default with its help, and JSON values of the right kind."""
+
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import Any, NoReturn
+
+from ease_runtime.errors import RequestError
+
+Thresholds = tuple[float | None, ...]
+
+
+def setting(default: Any, help_text: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help_text})
+
+
+def read_value(name: str, kind: Any, value: Any) -> Any:
+    """A JSON value as a field of this type. Raises RequestError."""
+    choices = typing.get_args(kind)
+    if type(None) in choices:  # only "X | None" is used
+        return None if value is None else read_value(name, choices[0], value)
+    if kind in READERS:
+        return READERS[kind](name, value)
+    if type(value) is not kind:
+        _refuse(name, value, {int: "a whole number", str: "a text"}[kind])
+    return value
+
+
+def _refuse(name: str, value: Any, expected: str) -> NoReturn:
+    shown = repr(value)
+    raise RequestError(f"{name} {shown if len(shown) <= 80 else shown[:77] + '...'} is not {expected}")
+
+
+def _float(name: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        _refuse(name, value, "a number")
+    try:
+        return float(value)
+    except OverflowError:
+        _refuse(name, value, "a number that fits a float")
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        _refuse(name, value, "a text or a list of texts")
+    return tuple(texts)
+
+
+def _thresholds(name: str, value: Any) -> Thresholds:
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or not all(item is None or (type(item) in (int, float) and math.isfinite(item)) for item in values):
+        _refuse(name, value, "a number, or a list of numbers and nulls, one for each early exit")
+    return tuple(None if item is None else float(item) for item in values)
+
+
+def _bias(name: str, value: Any) -> dict[int, float]:
+    expected = 'an object of token ids and numbers, like {"42": -100}'
+    if not isinstance(value, Mapping):
+        _refuse(name, value, expected)
+    bias = {}
+    for token, number in value.items():
+        if type(number) not in (int, float) or not str(token).isdecimal():
+            _refuse(name, value, expected)
+        bias[int(token)] = _float(name, number)
+    return bias
+
+
+READERS: dict[Any, Callable[[str, Any], Any]] = {
+    float: _float,
+    tuple[str, ...]: _texts,
+    Thresholds: _thresholds,
+    Mapping[int, float]: _bias,
+}

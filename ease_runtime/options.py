@@ -1,0 +1,94 @@
+"""How to continue a prompt: one frozen dataclass, from which flags, JSON keys, defaults and help texts all come.
+
+Options(max_tokens=50, threshold=(0.7,), catch_up="propagate", temperature=0.8, seed=1)
+Options.from_json({"max_tokens": 50, "threshold": 0.7, "stop": "\\n"})
+"""
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ease_runtime.errors import RequestError, did_you_mean
+from ease_runtime.fields import read_value, setting
+from ease_runtime.policy import POLICIES, ExitPolicy
+from ease_runtime.sampling import AdjustedGreedy, Adjustments, Greedy, GumbelSampler, Sampler, seed_of
+
+MAX_CHOICES = 64  # completions of one request
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 2**16  # characters of all stop strings together
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to continue a prompt. Raises RequestError for a value outside its range.
+
+    `threshold` None: no token leaves early; one value holds for every early exit; None among several is an exit that is not
+    asked. temperature 0 is greedy. Completion i of `n` draws from a stream of its own, made from the seed and i.
+    """
+
+    max_tokens: int = setting(128, "Longest answer, in tokens.")
+    policy: str = setting("max-prob", f"What confidence is: {', '.join(POLICIES)}.")
+    threshold: tuple[float | None, ...] | None = setting(
+        None, "A token leaves at this confidence; one for every early exit, or one each (off: not asked). Without it none leaves."
+    )
+    catch_up: str = setting("recompute", "How tokens that left pay their K/V: propagate, recompute or verify.")
+    temperature: float = setting(0.0, "0 is greedy.")
+    top_k: int = setting(0, "Keep the k most probable tokens; 0 keeps all.")
+    top_p: float = setting(1.0, "Keep the most probable tokens up to this mass.")
+    seed: int = setting(0, "Seed of the sampling.")
+    min_p: float = setting(0.0, "Keep tokens with at least this share of the largest probability.")
+    repetition_penalty: float = setting(1.0, "Divide the logits of tokens that were there, the prompt included; 1 changes nothing.")
+    presence_penalty: float = setting(0.0, "Taken off the logits of tokens that were generated.")
+    frequency_penalty: float = setting(0.0, "Taken off the logits of tokens once for each time they were generated.")
+    logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"help": "Added to the logit of a token id; may be repeated."})
+    stop: tuple[str, ...] = setting((), "End before this text; may be repeated.")
+    n: int = setting(1, "Completions of the prompt.")
+    logprobs: int = setting(0, f"Also the log-probabilities of this many most probable tokens, up to {MAX_LOGPROBS}.")
+    min_exit: int | None = setting(None, "First layer after which a token may leave.")
+    patience: int | None = setting(None, "Agreeing exits that policy 'patience' waits for.")
+    decay: float | None = setting(None, "Lower the thresholds along the answer, this fast (CALM's tau).")
+    exit_layer: int | None = setting(None, "The layer after which policy 'fixed' lets every token leave.")
+    depth_budget: float | None = setting(None, "Layers a token may use in the mean; moves the thresholds to hold it.")
+
+    def __post_init__(self) -> None:
+        self.sampler(0)
+        if self.max_tokens < 1:
+            raise RequestError(f"max_tokens {self.max_tokens} is below 1")
+        if not 1 <= self.n <= MAX_CHOICES:
+            raise RequestError(f"n {self.n} is outside 1..{MAX_CHOICES}")
+        if not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise RequestError(f"logprobs {self.logprobs} is outside 0..{MAX_LOGPROBS}")
+        if "" in self.stop:
+            raise RequestError("a stop string is empty; give at least one character")
+        if len(self.stop) > MAX_STOPS or sum(map(len, self.stop)) > MAX_STOP_LENGTH:
+            raise RequestError(f"more than {MAX_STOPS} stop strings, or more than {MAX_STOP_LENGTH} characters of them; give fewer")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], base: "Options | None" = None) -> "Options":
+        """Options from JSON values, over those of `base`. Raises RequestError for an unknown name or a value of another kind."""
+        hints = typing.get_type_hints(cls)
+        merged = {} if base is None else {f.name: getattr(base, f.name) for f in fields(cls)}
+        for name, value in values.items():
+            if name not in hints:
+                raise RequestError(f"unknown option '{name}'; {did_you_mean(name, hints)}")
+            merged[name] = read_value(name, hints[name], value)
+        return cls(**merged)
+
+    def sampler(self, num_prompt: int, choice: int = 0) -> Sampler:
+        """What picks the tokens of a completion, from 0, of a prompt of `num_prompt` tokens."""
+        bias = tuple(self.logit_bias.items())
+        adjustments = Adjustments(self.repetition_penalty, self.presence_penalty, self.frequency_penalty, bias, num_prompt)
+        seed = seed_of(self.seed, choice) if 0 <= self.seed < 2**64 else self.seed
+        sampler = GumbelSampler(self.temperature or 1.0, self.top_k, self.top_p, seed, self.min_p, adjustments)
+        if self.temperature:
+            return sampler
+        return Greedy() if adjustments.change_nothing else AdjustedGreedy(adjustments)
+
+    def exit_policy(self, exit_layers: Sequence[int]) -> ExitPolicy:
+        """The policy, checked against a bundle's exits. Raises RequestError."""
+        given = {"decay": self.decay, "min_exit": self.min_exit, "exit_layer": self.exit_layer, "depth_budget": self.depth_budget}
+        if self.patience is not None:
+            given["patience"] = self.patience
+        return ExitPolicy.create(self.policy, self.threshold, exit_layers, **given)  # type: ignore[arg-type]

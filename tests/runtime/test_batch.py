@@ -1,0 +1,116 @@
+"""Batches: an answer a line, in order, whatever happens in between."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import toy_text
+from ease_runtime.batch import answer_lines, count_answers, numbered_lines, write_answers
+from ease_runtime.errors import RequestError
+from ease_runtime.llm import TextEngine
+from ease_runtime.mock import MockStack
+from ease_runtime.options import Options
+
+LETTERS = "abcdefghijklmnopqrstuv"
+OPTIONS = Options(max_tokens=6)
+LINES: list[Any] = [
+    {"prompt": "abc"},
+    {"prompt": "hello", "max_tokens": 30, "id": "second"},
+    {"prompt": 7},
+    {"prompt": "a", "temperature": 1.0, "seed": 3, "n": 2, "id": 3},
+    {"prompt": "tuv", "stop": ["a", "b", "c"], "max_tokens": 1},
+    {"prompt": "abc", "max_token": 3},
+]
+
+
+def text_engine(num_slots: int) -> TextEngine:
+    return TextEngine(MockStack(vocab_size=23), toy_text.letter_tokenizer(LETTERS), start_id=0, num_slots=num_slots)
+
+
+def numbered(lines: list[Any]) -> list[tuple[int, bytes]]:
+    return [(n, line if isinstance(line, bytes) else json.dumps(line).encode()) for n, line in enumerate(lines, 1)]
+
+
+def answers(lines: list[Any], batch_size: int = 3) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in answer_lines(text_engine(batch_size), numbered(lines), OPTIONS, batch_size)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_answers_come_in_order_and_are_those_of_each_alone(batch_size: int) -> None:
+    together = answers(LINES * 4, batch_size)
+    assert [answer["line"] for answer in together] == list(range(1, 25))
+    for number, answer in enumerate(together):
+        (alone,) = answers([LINES[number % 6]], 1)
+        assert {**answer, "line": 1} == alone
+    assert [answer.get("id") for answer in together[:6]] == [None, "second", None, 3, None, None]
+    assert len(together[3]["choices"]) == 2
+    assert together[1]["usage"]["completion_tokens"] == 30
+    assert "did you mean 'max_tokens'" in together[5]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"", "no JSON object"),
+        (b"{", "no JSON object"),
+        (b"[1]", "no JSON object"),
+        (b"[" * 100_000, "no JSON object"),
+        (b'{"prompt": "\xff"}', "not UTF-8: invalid start byte at byte 12"),
+        (b'{"prompt": "a\\ud800"}', "no valid Unicode"),
+        (b'{"prompt": ""}', "at least one character"),
+        (b"{}", 'either a "prompt" or "messages"'),
+        (b'{"prompt": "a", "messages": []}', 'either a "prompt" or "messages"'),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "no chat template"),
+        (b'{"prompt": "a", "temperature": NaN}', "temperature nan"),
+        (b'{"prompt": "a", "id": [1]}', "id is of the type list"),
+        (json.dumps({"prompt": "a" * 5000}).encode(), "context of 64"),
+    ],
+)
+def test_a_bad_line_gets_an_error_in_its_place(line: bytes, message: str) -> None:
+    good, bad, after = answers([{"prompt": "abc"}, line, {"prompt": "abc"}])
+    assert message in bad["error"]["message"]
+    assert "choices" not in bad
+    assert bad["line"] == 2
+    assert good["choices"] == after["choices"]
+
+
+def test_what_is_written_stays_and_what_was_cut_off_is_written_anew(tmp_path: Path) -> None:
+    """Killed at any byte, a run goes on to the same file."""
+    source, whole = tmp_path / "in.jsonl", tmp_path / "whole.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
+    list(write_answers(whole, answer_lines(text_engine(2), numbered_lines(source, 1), OPTIONS, 2)))
+    expected = whole.read_bytes()
+    for cut in [0, 1, expected.index(b"\n"), expected.index(b"\n") + 1, len(expected) // 2, len(expected) - 1, len(expected)]:
+        out = tmp_path / f"{cut}.jsonl"
+        out.write_bytes(expected[:cut])
+        done = count_answers(out)
+        assert done == expected[:cut].count(b"\n")
+        assert out.read_bytes() == b"".join(expected.splitlines(keepends=True)[:done])
+        list(write_answers(out, answer_lines(text_engine(2), numbered_lines(source, done + 1), OPTIONS, 2)))
+        assert out.read_bytes() == expected
+
+
+def test_another_file_is_not_touched(tmp_path: Path) -> None:
+    for text in ("a poem\n", '{"line": 2}\n', '{"line": 1}\n{"line": 3}\n', "[1]\n"):
+        other = tmp_path / "other.jsonl"
+        other.write_text(text, encoding="utf-8")
+        with pytest.raises(RequestError, match="give another file"):
+            count_answers(other)
+        assert other.read_text(encoding="utf-8") == text
+
+
+def test_a_late_line_does_not_hold_up_the_others_and_is_not_run_away_from() -> None:
+    """Requests that finish early wait for an earlier one, but not without end."""
+    read: list[int] = []
+
+    def lines() -> Any:
+        for number in range(1, 200):
+            read.append(number)
+            yield number, json.dumps({"prompt": "abc", "max_tokens": 50 if number == 1 else 1}).encode()
+
+    source = answer_lines(text_engine(2), lines(), OPTIONS, 2)
+    first = json.loads(next(source))
+    assert first["line"] == 1
+    assert 2 < len(read) <= 17
