@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ease_runtime import stack as stack_module
 from ease_runtime.engine import Engine
+from ease_runtime.graphs import Binding
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.sampling import Given
 from ease_runtime.stack import OrtStack
@@ -30,15 +30,15 @@ class Inside:
 
     def __init__(self) -> None:
         self.seconds, self.calls = 0.0, 0
-        plain_run = stack_module._Binding.run
+        plain_run = Binding.run
 
-        def run(binding: stack_module._Binding) -> None:
+        def run(binding: Binding) -> None:
             began = time.perf_counter()
             plain_run(binding)
             self.seconds += time.perf_counter() - began
             self.calls += 1
 
-        stack_module._Binding.run = run  # type: ignore[method-assign]
+        Binding.run = run  # type: ignore[method-assign]
 
 
 def measure(bundle: Path, num_threads: int) -> list[dict[str, object]]:

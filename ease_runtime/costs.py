@@ -112,6 +112,11 @@ class Costs:
         return float(np.interp(num_tokens, SIZES, table)) + past + rows
 
 
+    def over_slots(self, number: int, num_slots: int, length: int) -> float:
+        """The time a pass takes longer for slots that it only steps over, with `length` tokens in the cache: all of it attention."""
+        return num_slots * self.per_slot[number] * length / CACHE_LENGTH
+
+
 @dataclass
 class Pace:
     """How a request's tokens leave, and what that costs against full depth, a token and row.

@@ -131,7 +131,20 @@ def _prompts(group: Batch, chunk: int) -> Batch:
         if sequence is not first[0] and size <= 2 * count and count <= size and total + count <= chunk:
             chosen.append((sequence, work))
             total += count
-    return chosen
+    return [pair for pair in group if pair in chosen]  # in the order of their slots
+
+
+def near(batch: Batch, costs: Costs | None) -> Batch:
+    """The first rows of a batch without a gap that costs more to step over, slot by slot, than a pass of their own."""
+    kind, segment = batch[0][1].kind, batch[0][1].segment
+    if costs is None or kind != "segment":
+        return batch
+    length = max(len(sequence.tokens) for sequence, _ in batch)
+    slots = [sequence.slot or 0 for sequence, _ in batch]
+    for place, gap in enumerate(np.diff(slots).tolist(), 1):
+        if costs.over_slots(segment, gap - 1, length) > costs.seconds("segment", segment, 1):
+            return batch[:place]
+    return batch
 
 
 class Engine:
@@ -310,7 +323,8 @@ class Engine:
         running = self.running
         if not running:
             return []
-        batch = choose([(sequence, schedule(sequence, self.cap, self.chunk)) for sequence in running], self.prefill_turn, self.chunk)
+        works = [(sequence, schedule(sequence, self.cap, self.chunk)) for sequence in running]
+        batch = near(choose(works, self.prefill_turn, self.chunk), self.costs)
         self.prefill_turn = not batch[0][0].prefilling
         for sequence in running:
             sequence.waited += 1

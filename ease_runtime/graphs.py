@@ -11,7 +11,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ease_runtime.errors import BundleError, DeviceError
+from ease_runtime.signatures import Signature
 
+INDICES = ("input_ids", "index", "before", "positions", "spread", "places", "write_indices", "top_id")
+TYPES = {**dict.fromkeys(INDICES, "tensor(int64)"), **dict.fromkeys(("active", "goes_in"), "tensor(bool)")}  # others: float
 BINDINGS_KEPT = 128  # a graph, of different shapes; building one costs about 100 µs
 
 
@@ -33,9 +36,25 @@ def load_session(path: Path, log_level: int) -> ort.InferenceSession:
     options.use_per_session_threads = False
     options.log_severity_level = log_level
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         raise BundleError(f"{path} cannot be loaded by onnxruntime {ort.__version__}: {str(error).splitlines()[0]}") from None
+
+
+def check_signature(session: ort.InferenceSession, path: Path, signature: Signature) -> None:
+    """Whether a graph takes and gives what the manifest says, or buffers bound to it would not fit. Raises BundleError."""
+    for found, expected, what in zip((session.get_inputs(), session.get_outputs()), signature, ("inputs", "outputs"), strict=True):
+        names = {value.name for value in found}
+        if names != set(expected):
+            odd = ", ".join(sorted(names ^ set(expected)))
+            raise BundleError(f"{path} is not the graph that the manifest describes: its {what} differ in {odd}; export the bundle again")
+        for value in found:
+            shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+            if value.type != TYPES.get(value.name, "tensor(float)") or shape != expected[value.name]:
+                raise BundleError(
+                    f"{path} is not the graph that the manifest describes: {value.name} is {value.type} {list(value.shape)}, "
+                    f"expected {list(expected[value.name])}; export the bundle again"
+                )
 
 
 class Binding:

@@ -115,6 +115,8 @@ def load_manifest(bundle: Path) -> Manifest:
     manifest = parse_manifest(values, path)
     for name, info in manifest.files.items():
         _check_file(bundle, name, info)
+    for extra in sorted({path.name for path in bundle.iterdir()} - {MANIFEST_FILE, *manifest.files}):
+        raise BundleError(f"{bundle / extra} has no sha256 sum in the manifest, and a graph could read it; remove it, or {_remedy(bundle)}")
     return manifest
 
 

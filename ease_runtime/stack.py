@@ -7,8 +7,7 @@ Shapes: N new tokens in all, B neighbouring slots of the cache, S new tokens of 
 buffer, M rows of the pool, D width, V vocabulary.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,10 +17,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ease_runtime.buffers import HiddenPool, Int64s, RowCache
-from ease_runtime.errors import DeviceError
-from ease_runtime.graphs import Binding, Graph, load_session, start_thread_pool
+from ease_runtime.errors import BundleError, DeviceError
+from ease_runtime.graphs import Binding, Graph, check_signature, load_session, start_thread_pool
 from ease_runtime.manifest import Manifest, load_manifest
 from ease_runtime.policy import HeadOutput
+from ease_runtime.signatures import Signature, of_exit, of_gate, of_head, of_kv, of_route, of_segment, of_similarity
 
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
 
@@ -128,19 +128,30 @@ class OrtStack:
         self.has_gates = all(leave.gate for leave in manifest.exits[:-1])
         self.trace: list[Call] | None = None
         start_thread_pool(num_threads)
-        load = functools.cache(lambda name: load_session(bundle / name, log_level))
-        heads = {e.head: Graph(load(e.head), self._bind_head) for e in manifest.exits}  # first: loading peaks at twice a graph's size
+        self.bundle, self.log_level = bundle, log_level
+        heads = {  # first: loading peaks at twice a graph's size
+            head: self._load(head, of_head(manifest), self._bind_head) for head in dict.fromkeys(e.head for e in manifest.exits)
+        }
         self.heads = [heads[e.head] for e in manifest.exits]
-        self.exits = [Graph(load(e.graph), self._bind_index) for e in manifest.exits]
-        self.gates = [Graph(load(e.gate), self._bind_gate) if e.gate else None for e in manifest.exits]
-        self.similarity = Graph(load(manifest.similarity), self._bind_similarity)
-        self.segments = [Graph(load(s.graph), self._bind_segment) for s in manifest.segments]
-        self.kvs = [Graph(load(s.kv_graph), self._bind_segment) if s.kv_graph else None for s in manifest.segments]
-        self.routes = [Graph(load(s.route_graph), self._bind_route) if s.route_graph else None for s in manifest.segments]
+        self.exits = [self._load(e.graph, of_exit(manifest), self._bind_index) for e in manifest.exits]
+        self.gates = [self._load(e.gate, of_gate(manifest), self._bind_gate) if e.gate else None for e in manifest.exits]
+        self.similarity = self._load(manifest.similarity, of_similarity(manifest), self._bind_similarity)
+        parts = manifest.segments
+        self.segments = [self._load(s.graph, of_segment(manifest, s), self._bind_segment) for s in parts]
+        self.kvs = [self._load(s.kv_graph, of_kv(manifest, s), self._bind_segment) if s.kv_graph else None for s in parts]
+        self.routes = [self._load(s.route_graph, of_route(manifest), self._bind_route) if s.route_graph else None for s in parts]
         self.pool = HiddenPool(manifest.dim)
         self.logits = np.zeros((0, self.vocab_size), np.float32)
         self.at_head: tuple[int, ...] | None = None  # exit and rows whose states stand before the head, after a gate
-        self._self_test()
+        try:
+            self._self_test()
+        except RuntimeError as error:  # ONNX Runtime's
+            raise BundleError(f"{bundle} does not run: {str(error).splitlines()[0]}; export the bundle again") from None
+
+    def _load(self, name: str, signature: Signature, bind: Callable[..., None]) -> Graph:
+        session = load_session(self.bundle / name, self.log_level)
+        check_signature(session, self.bundle / name, signature)
+        return Graph(session, bind)
 
     def open_cache(self, num_slots: int = 1) -> RowCache:
         return RowCache([s.num_layers for s in self.manifest.segments], num_slots, self.manifest.kv_dim, self.max_positions)
