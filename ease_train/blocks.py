@@ -3,6 +3,8 @@
 Shapes: B batch, S sequence, D width, H query heads, G key/value heads, P width of a head.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
@@ -16,9 +18,25 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     Shape: two of (max_positions, P/2).
     """
     half = config.head_dim // 2
-    inverse = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    inverse = stretched(config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half), config.rope_scaling)
     angles = torch.arange(config.max_positions, dtype=torch.float64)[:, None] * inverse
     return angles.cos().float(), angles.sin().float()
+
+
+def stretched(frequencies: Tensor, scaling: tuple[float, ...]) -> Tensor:
+    """Rotary frequencies (radians a position) for longer texts than the model was first trained on.
+
+    With FACTOR alone all are divided by it (Chen et al. 2023, arXiv 2306.15595). Llama 3 (arXiv 2407.21783) divides those that turn
+    less than LOW times in POSITIONS, leaves those that turn more than HIGH times, and goes linearly between. Shape: (P/2) -> (P/2).
+    """
+    if not scaling:
+        return frequencies
+    factor, *bounds = scaling
+    if not bounds:
+        return frequencies / factor
+    low, high, positions = bounds
+    kept = ((positions * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / factor + kept * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -44,10 +62,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.dim, bias=config.attention_bias)
+        self.q_proj = nn.Linear(config.dim, config.query_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.dim, config.kv_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.dim, config.kv_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.o_proj = nn.Linear(config.query_dim, config.dim, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 

@@ -29,6 +29,7 @@ OPTION_KINDS: dict[Any, dict[str, Any]] = {
     str: {"type": str},
     bool: {"type": bool},
     tuple[int, ...]: {"type": int, "multiple": True},
+    tuple[float, ...]: {"type": float, "multiple": True},
     dict[int, float]: {"type": (int, float), "multiple": True},
 }
 

@@ -31,9 +31,11 @@ class ModelConfig(Section):
     num_layers: int = setting(12, "transformer blocks")
     num_heads: int = setting(4, "query heads")
     num_kv_heads: int = setting(2, "key/value heads (grouped-query attention)")
+    head_dim: int = setting(0, "width of an attention head; 0 takes dim / num_heads")
     ffn_dim: int = setting(0, "width of the gated linear unit; 0 takes 8/3 of dim, rounded up to a multiple of 64")
     max_positions: int = setting(1024, "longest sequence the model may see, in tokens")
     rope_theta: float = setting(10000.0, "base of the rotary position embedding")
+    rope_scaling: tuple[float, ...] = setting((), "stretch of that embedding: FACTOR, or Llama 3's FACTOR LOW HIGH POSITIONS; empty: none")
     norm_eps: float = setting(1e-5, "epsilon of every RMSNorm")
     tie_embeddings: bool = setting(True, "one matrix for the embedding and the LM head")
     final_norm: bool = setting(True, "RMSNorm before the LM head (the original EASE has none)")
@@ -53,8 +55,12 @@ class ModelConfig(Section):
         for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "max_positions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model: {name} = {getattr(self, name)}, expected at least 1")
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ConfigError(f"model: dim = {self.dim} does not give {self.num_heads} heads of an even width")
+        if self.head_dim == 0 and self.dim % self.num_heads == 0:
+            object.__setattr__(self, "head_dim", self.dim // self.num_heads)
+        if self.head_dim < 1 or self.head_dim % 2:
+            raise ConfigError(f"model: dim = {self.dim} does not give {self.num_heads} heads of an even width (head_dim = {self.head_dim})")
+        if len(self.rope_scaling) not in (0, 1, 4) or not all(number > 0 for number in self.rope_scaling):
+            raise ConfigError(f"model: rope_scaling = {list(self.rope_scaling)}, expected FACTOR or FACTOR LOW HIGH POSITIONS, above 0")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
         one_of("model: exit_norm", self.exit_norm, ("shared", "own"))
@@ -82,9 +88,9 @@ class ModelConfig(Section):
         return self.adapter_dim or max(1, self.dim // 4)
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.num_heads
+    def query_dim(self) -> int:
+        """Width of one token's queries in one layer, all heads together."""
+        return self.num_heads * self.head_dim
 
     @property
     def kv_dim(self) -> int:
@@ -220,6 +226,8 @@ class Recipe:
             values[owners[0]][name] = value
             if name == "dim" and "ffn_dim" not in options:
                 values["model"]["ffn_dim"] = 0  # follows the width unless it was asked for
+            if name in ("dim", "num_heads") and "head_dim" not in options:
+                values["model"]["head_dim"] = 0
         return type(self).from_dict(values, self.name)
 
 
