@@ -1,8 +1,9 @@
 """The checkpoint directory: all that is needed to rebuild the model, and to go on training it.
 
-    config.json         format_version, the recipe with every field, the step, the data, versions
+    config.json         format_version, the recipe with every field, the step, the data, the conventions, versions
     model.safetensors   the weights
     tokenizer.json
+    chat_template.jinja for models that have one
     metrics.jsonl       one line a log step or evaluation
     metrics.csv         the same numbers as a table
     train_state/        optimizer, and the run's own weights where the model is the best so far; only for resuming
@@ -20,22 +21,29 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_model
+from safetensors.torch import save_model
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from ease_train.config import Recipe
+from ease_train.blocks import rotary_tables
+from ease_train.config import ModelConfig, Recipe
+from ease_train.conventions import Conventions
 from ease_train.errors import CheckpointError
 from ease_train.files import restore_interrupted, written_aside
 from ease_train.logs import metrics_csv
 from ease_train.model import Decoder
 
 FORMAT_VERSION = 1
+TEMPLATE_FILE = "chat_template.jinja"
 STATE_FILE = Path("train_state") / "state.pt"
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint directory holds. `train_state` is None when the checkpoint was loaded only to be used."""
+    """What a checkpoint directory holds. `train_state` is None when the checkpoint was loaded only to be used.
+
+    `conventions` are by default those of a tokenizer trained here.
+    """
 
     recipe: Recipe
     model: Decoder
@@ -44,6 +52,11 @@ class Checkpoint:
     data: str
     metrics: list[dict[str, Any]] = field(default_factory=list)
     train_state: dict[str, Any] | None = None
+    conventions: Conventions = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.conventions is None:
+            self.conventions = Conventions.of(self.tokenizer)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
@@ -57,12 +70,15 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
                 "format_version": FORMAT_VERSION,
                 "step": checkpoint.step,
                 "data": checkpoint.data,
+                "conventions": checkpoint.conventions.to_dict(),
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
                 "recipe": checkpoint.recipe.to_dict(),
             }
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_model(checkpoint.model, str(folder / "model.safetensors"))
             checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
+            if checkpoint.conventions.chat_template is not None:
+                (folder / TEMPLATE_FILE).write_text(checkpoint.conventions.chat_template, encoding="utf-8")
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in checkpoint.metrics), encoding="utf-8")
             (folder / "metrics.csv").write_text(metrics_csv(checkpoint.metrics), encoding="utf-8")
             if checkpoint.train_state is not None:
@@ -88,14 +104,14 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
     config = _read_config(path)
     try:
         recipe = Recipe.from_dict(config["recipe"], str(path / "config.json"))
-        model = Decoder(recipe.model)
-        _load_weights(model, path / "model.safetensors")
+        model = load_weights(recipe.model, path / "model.safetensors")
         tokenizer = _load_tokenizer(path / "tokenizer.json")
         state = _load_state(path / STATE_FILE) if resume else None
+        conventions = _read_conventions(config, path) or Conventions.of(tokenizer)
         metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
-    return Checkpoint(recipe, model, tokenizer, config["step"], config["data"], metrics, state)
+    return Checkpoint(recipe, model, tokenizer, config["step"], config["data"], metrics, state, conventions)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -123,9 +139,35 @@ def _load_state(path: Path) -> dict[str, Any]:
     return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def _load_weights(model: Decoder, path: Path) -> None:
-    weights = load_file(path)
-    tied = {"lm_head.weight", "embed.weight"} if model.config.tie_embeddings else set()
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or set(missing) - tied or (tied and not tied & weights.keys()):
-        raise CheckpointError(f"weights do not fit the model: missing {sorted(set(missing) - tied)}, unexpected {unexpected}")
+def _read_conventions(config: dict[str, Any], path: Path) -> Conventions | None:
+    template = path / TEMPLATE_FILE
+    source = template.read_text(encoding="utf-8") if template.is_file() else None
+    return Conventions.from_dict(config["conventions"], source) if "conventions" in config else None
+
+
+def load_weights(config: ModelConfig, path: Path) -> Decoder:
+    """A decoder with the weights of a file, which are in memory once. Raises CheckpointError when they do not fit."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+    return filled(config, weights, path.name)
+
+
+def filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Decoder:
+    """A decoder over these tensors, without the time and memory of weights of its own. Raises CheckpointError when they do not fit."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    tied = {"lm_head.weight", "embed.weight"} if config.tie_embeddings else set()
+    if tied & weights.keys():
+        weights |= dict.fromkeys(tied, weights[min(tied & weights.keys())])
+    expected = model.state_dict()
+    if strange := expected.keys() ^ weights.keys():
+        missing, unexpected = sorted(strange & expected.keys()), sorted(strange & weights.keys())
+        raise CheckpointError(f"{where}: weights do not fit the model: missing {missing}, unexpected {unexpected}")
+    for name, value in weights.items():
+        if value.shape != expected[name].shape:
+            raise CheckpointError(f"{where}: {name} has the shape {[*value.shape]}, expected {[*expected[name].shape]}")
+    model.load_state_dict(weights, assign=True)
+    if tied:
+        model.lm_head.weight = model.embed.weight
+    model.cos, model.sin = rotary_tables(config)
+    return model

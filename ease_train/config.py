@@ -50,6 +50,7 @@ class ModelConfig(Section):
     gate_width: int = setting(0, "hidden width of a gate; 0 makes it linear")
     routed_layers: tuple[int, ...] = setting((), "Mixture-of-Depths layers, which most tokens go around")
     capacity: float = setting(0.125, "share of a sequence that a Mixture-of-Depths layer takes in training")
+    routing_rule: str = setting("predictor", "who goes into such a layer at inference: 'predictor' or 'threshold' (of the router's scores)")
 
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "max_positions"):
@@ -79,6 +80,7 @@ class ModelConfig(Section):
             raise ConfigError(f"model: gates = {strange}, expected early exits: {list(self.exits[:-1])}")
         if strange := sorted({*self.routed_layers} - {*range(1, self.num_layers + 1)}):
             raise ConfigError(f"model: routed_layers = {strange}, expected layers from 1 to {self.num_layers}")
+        one_of("model: routing_rule", self.routing_rule, ("predictor", "threshold"))
         if not 0 < self.capacity <= 1:
             raise ConfigError(f"model: capacity = {self.capacity}, expected a share above 0 and up to 1")
 

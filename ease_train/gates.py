@@ -191,7 +191,7 @@ class GateTrainer:
         }
 
     def _blocks(self, source: str, split: str, length: int, at_least: int) -> NDArray[np.int32]:
-        stream = encode_stream(self.checkpoint.tokenizer, load_documents(source, split))
+        stream = encode_stream(self.checkpoint.tokenizer, load_documents(source, split), self.checkpoint.conventions.separator)
         return pack(stream, length, at_least, f"{source} ({split})")
 
     def _ids(self, batch: NDArray[np.int32]) -> Tensor:

@@ -87,7 +87,7 @@ class Workers:
             fully_shard(learner, mesh=mesh)  # in place
             return learner
         if self.count > 1:
-            return DistributedDataParallel(learner, find_unused_parameters=may_rest)
+            return DistributedDataParallel(learner, broadcast_buffers=False, find_unused_parameters=may_rest)
         return learner
 
     @staticmethod

@@ -30,7 +30,7 @@ from ease_train.losses import Objective, exit_loss, exit_losses
 from ease_train.model import Decoder
 from ease_train.parallel import Workers, load_optimizer, whole
 from ease_train.schedules import drop_rates, exit_weights
-from ease_train.tokens import END, cached_stream, pack, train_tokenizer
+from ease_train.tokens import cached_stream, pack, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class Trainer:
     @torch.no_grad()
     def sample(self, num_tokens: int) -> str:
         """A greedy continuation of the token that begins a document, at full depth; each token runs the whole text so far."""
-        ids = torch.tensor([[self.checkpoint.tokenizer.token_to_id(END)]], device=self.device)
+        ids = torch.tensor([[self.checkpoint.conventions.separator]], device=self.device)
         self.model.eval()
         for _ in range(min(num_tokens, self.recipe.model.max_positions - 1)):
             ids = torch.cat((ids, self.learner(lambda model, so_far=ids: model(so_far))[:, -1:].argmax(dim=-1)), dim=1)
@@ -315,4 +315,5 @@ class Trainer:
         return event
 
     def _stream(self, split: str) -> NDArray[np.int32]:
-        return cached_stream(self.checkpoint.tokenizer, load_documents(self.checkpoint.data, split), self.cache)
+        found = self.checkpoint
+        return cached_stream(found.tokenizer, load_documents(found.data, split), self.cache, found.conventions.separator)

@@ -67,4 +67,5 @@ def begin_tuning(
     chosen = tuned_recipe(trained.recipe, recipe, options)
     torch.manual_seed(chosen.train.seed)
     model = with_exits(trained.model, chosen)
-    return Trainer(Checkpoint(chosen, model, trained.tokenizer, 0, source or trained.data), workers, cache)
+    tuned = Checkpoint(chosen, model, trained.tokenizer, 0, source or trained.data, conventions=trained.conventions)
+    return Trainer(tuned, workers, cache)

@@ -42,6 +42,7 @@ def test_a_recipe_survives_json(recipe: Recipe) -> None:
         ("model", {"dim": 18, "num_heads": 4}, "dim = 18 does not give 4 heads of an even width"),
         ("model", {"num_heads": 4, "num_kv_heads": 3}, "num_heads = 4 is no multiple of num_kv_heads = 3"),
         ("model", {"num_layers": 0}, "num_layers = 0, expected at least 1"),
+        ("model", {"routing_rule": "treshold"}, "routing_rule = 'treshold'; did you mean 'threshold'?"),
         ("model", {"exit_norm": "owned"}, "exit_norm = 'owned'; did you mean 'own'?"),
         ("tokenizer", {"kind": "bqe"}, "kind = 'bqe'; did you mean 'bpe'?"),
         ("train", {"steps": 0}, "steps = 0, expected at least 1"),

@@ -1,5 +1,7 @@
 """Mixture-of-Depths: the choice in training, the causal rule at inference, and what each gradient reaches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - its usual name
@@ -72,12 +74,14 @@ def test_inference_takes_those_that_the_predictor_names(block: RoutedBlock, conf
             torch.testing.assert_close(found[row, position], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_inference_is_causal_and_training_is_not(config: ModelConfig) -> None:
-    model = Decoder(config)
+@pytest.mark.parametrize("rule", ["predictor", "threshold"])
+def test_inference_is_causal_and_training_is_not(config: ModelConfig, rule: str) -> None:
+    model = Decoder(replace(config, routing_rule=rule))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.5)
     ids = torch.randint(13, (1, 12))
+    model.train()(torch.randint(13, (8, 12)))  # a threshold comes from training
     changed = [torch.cat((ids[:, :8], torch.randint(13, (1, 4))), dim=1) for _ in range(8)]
     with torch.no_grad():
         model.eval()
@@ -85,6 +89,12 @@ def test_inference_is_causal_and_training_is_not(config: ModelConfig) -> None:
             torch.testing.assert_close(model(ids)[:, :8], model(other)[:, :8], rtol=1e-5, atol=1e-5)
         for length in range(1, 13):  # token by token, as far as it goes
             torch.testing.assert_close(model(ids[:, :length])[:, -1], model(ids)[:, length - 1], rtol=1e-4, atol=1e-4)
+        hidden = model.run_layers(model.embed(ids), 1, 3)
+        routed = model.layers[3].goes_in(hidden)
+        assert 0 < routed.sum() < routed.numel()
+        for length in range(1, 13):
+            so_far = model.run_layers(model.embed(ids[:, :length]), 1, 3)
+            assert torch.equal(model.layers[3].goes_in(so_far)[:, -1], routed[:, length - 1])
         model.train()
         assert any(not torch.allclose(model(ids)[:, :8], model(other)[:, :8], atol=1e-3) for other in changed)
 
@@ -124,3 +134,23 @@ def test_the_predictor_can_be_learned(block: RoutedBlock, config: ModelConfig) -
     x = torch.randn(16, 32, 16)
     chosen = torch.zeros(16, 32).scatter(1, block.chosen(x)[0], 1.0).bool()
     assert (block.goes_in(x) == chosen).float().mean() > 0.85  # a half would be chance
+
+
+def test_the_threshold_is_a_running_mean_of_what_the_top_share_reaches(config: ModelConfig) -> None:
+    block = RoutedBlock(replace(config, routing_rule="threshold", capacity=0.25)).train()
+    batches = [torch.randn(4, 8, 16) for _ in range(130)]
+    reached = []
+    for x in batches:
+        block(x, *tables(config, 8))
+        ordered = sorted(block.router(x).flatten().tolist())  # 32 scores: the quantile 0.75 lies between the 24th and the 25th
+        reached.append(ordered[23] + 0.25 * (ordered[24] - ordered[23]))
+    expected = sum(reached[:100]) / 100
+    for value in reached[100:]:
+        expected = 0.99 * expected + 0.01 * value
+    assert block.threshold.item() == pytest.approx(expected, rel=1e-4)
+    assert block.predictor_loss is None
+    x = torch.randn(64, 8, 16)
+    assert torch.equal(block.eval().goes_in(x), block.router(x) >= block.threshold)
+    assert block.goes_in(x).float().mean() == pytest.approx(0.25, abs=0.05)
+    assert {name for name, _ in block.named_buffers()} == {"threshold", "num_batches"}
+    assert not any(name.startswith("predictor") for name, _ in block.named_parameters())
