@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ease_train.config import SECTIONS, Recipe, load_recipe, recipe_names
-from ease_train.errors import TrainError
+from ease_train.errors import SettingWarning, TrainError
 from ease_train.method import GateConfig
 from ease_train.sections import Section
 
@@ -35,11 +36,17 @@ OPTION_KINDS: dict[Any, dict[str, Any]] = {
 
 
 class ErrorGroup(click.Group):
-    """A group whose commands end an EASE error with one line on stderr and exit code 1 (a traceback with --debug)."""
+    """A group whose commands end an EASE error with one line on stderr and exit code 1 (a traceback with --debug).
+
+    What it warns of is one line too, said once.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("once", SettingWarning)
+                warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+                return super().invoke(ctx)
         except TrainError as error:
             if ctx.params.get("debug"):
                 raise

@@ -9,13 +9,14 @@ of a setting cannot drift apart. An unknown key is an error that names the neare
 
 import dataclasses
 import tomllib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
-from ease_train.errors import ConfigError, did_you_mean
+from ease_train.errors import ConfigError, SettingWarning, did_you_mean
 from ease_train.method import MethodConfig
 from ease_train.sections import Section, one_of, setting
 
@@ -182,6 +183,9 @@ class Recipe:
                 raise ConfigError(f"train: layer_weights names layer {layer}, which is no exit; exits = {exits}")
         if idle := self.method.for_early_exits if len(exits) == 1 else ():
             raise ConfigError(f"method: {idle[0]} = {getattr(self.method, idle[0])!r} needs an early exit; exits = {exits}")
+        if self.method.weight_rule == "layerskip" and exits[0] == 1:
+            message = "method: weight_rule = 'layerskip' gives the exit after layer 1 the weight 0; it is not trained"
+            warnings.warn(message, SettingWarning, stacklevel=2)
         if strange := sorted({*self.method.layer_lr_scales} - {*range(1, self.model.num_layers + 1)}):
             raise ConfigError(f"method: layer_lr_scales names {strange}, expected layers from 1 to {self.model.num_layers}")
         if self.train.sequence_length > self.model.max_positions:

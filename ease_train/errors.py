@@ -4,6 +4,7 @@ TrainError
 ├── ConfigError       a recipe, a field or a value that cannot be used
 ├── DataError         a corpus that cannot be read or is too small
 ├── CheckpointError   a checkpoint that is missing, incomplete or newer than this version
+├── ForeignError      a model of another project's making that cannot be read, or is of no form known here
 └── DivergenceError   the loss stopped being a number
 """
 
@@ -27,8 +28,16 @@ class CheckpointError(TrainError):
     """A checkpoint that is missing, incomplete or newer than this version of EASE."""
 
 
+class ForeignError(TrainError):
+    """A model of another project's making that cannot be read, or that this decoder cannot compute."""
+
+
 class DivergenceError(TrainError):
     """The loss stopped being a number; the last checkpoint on disk is still good."""
+
+
+class SettingWarning(UserWarning):
+    """A setting that has no effect."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -3,9 +3,10 @@
 The formulas are in schedules.py, losses.py and gates.py.
 """
 
+import warnings
 from dataclasses import dataclass, field
 
-from ease_train.errors import ConfigError
+from ease_train.errors import ConfigError, SettingWarning
 from ease_train.sections import Section, one_of, setting
 
 WEIGHT_RULES = ("given", "uniform", "depth", "layerskip")
@@ -13,6 +14,19 @@ ALPHAS = ("none", "constant", "linear", "cosine", "step")
 WARMUPS = ("none", "linear", "cosine")
 CURRICULA = ("none", "rotational", "gradual")
 GRADIENTS = ("joint", "equilibrium", "detached")
+
+NEEDS = {  # a setting -> the one without which it has no effect
+    "exit_scale": "weight_rule",
+    "alpha_start": "alpha_schedule",
+    "alpha_end": "alpha_schedule",
+    "alpha_steps": "alpha_schedule",
+    "exit_warmup_steps": "exit_warmup",
+    "exit_warmup_from": "exit_warmup",
+    "rotate_every": "curriculum",
+    "layer_dropout_time": "layer_dropout",
+    "distill_temperature": "distill_weight",
+    "routing_warmup_steps": "routing_threshold",
+}
 
 
 @dataclass(frozen=True)
@@ -70,11 +84,18 @@ class MethodConfig(Section):
         if slow := {layer: scale for layer, scale in self.layer_lr_scales.items() if scale < 0}:
             raise ConfigError(f"method: layer_lr_scales = {slow}, expected at least 0")
         self._check_contradictions()
+        for name, needed in NEEDS.items():
+            if self._set(name) and not self._set(needed):
+                warnings.warn(f"method: {name} = {getattr(self, name)!r} has no effect without {needed}", SettingWarning, stacklevel=2)
+
+    def _set(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).__dataclass_fields__[name].default)
 
     @property
     def for_early_exits(self) -> tuple[str, ...]:
         """The settings that differ from their defaults and mean nothing without an early exit."""
         names = (
+            "weight_rule",
             "alpha_schedule",
             "exit_warmup",
             "curriculum",
@@ -83,13 +104,15 @@ class MethodConfig(Section):
             "distill_hidden_weight",
             "routing_threshold",
         )
-        return tuple(name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default)
+        return tuple(name for name in names if self._set(name))
 
     def _check_contradictions(self) -> None:
         if self.alpha_schedule != "none" and self.weight_rule != "given":
             raise ConfigError(f"method: alpha_schedule and weight_rule = '{self.weight_rule}' both set the exit weights; leave one out")
         if self.alpha_schedule != "none" and self.exit_warmup != "none":
             raise ConfigError("method: alpha_schedule and exit_warmup both move the early exits' weights; leave one out")
+        if self.alpha_schedule == "step" and not self.alpha_steps:
+            raise ConfigError("method: alpha_schedule = 'step' without alpha_steps; name the steps at which alpha moves")
         if self.exit_warmup != "none" and self.exit_warmup_steps < 1:
             raise ConfigError(
                 f"method: exit_warmup_steps = {self.exit_warmup_steps}, expected at least 1 with exit_warmup = '{self.exit_warmup}'"

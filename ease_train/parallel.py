@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from ease_train.errors import ConfigError
+from ease_train.errors import ConfigError, SettingWarning
 from ease_train.model import Decoder
 
 CPU = torch.device("cpu")
@@ -176,4 +176,6 @@ def _check_launch() -> None:
         if _flag(f"ACCELERATE_USE_{engine}"):
             raise ConfigError(f"accelerate's {engine} is not supported; choose plain data parallelism or FSDP (accelerate config)")
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
-        warnings.warn(f"accelerate's mixed precision '{precision}' has no effect; the recipe sets it: --precision", stacklevel=3)
+        warnings.warn(
+            f"accelerate's mixed precision '{precision}' has no effect; the recipe sets it: --precision", SettingWarning, stacklevel=3
+        )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ease_train.checkpoint import Checkpoint, filled, load_checkpoint, save_checkpoint
 from ease_train.config import ModelConfig, Recipe, TrainConfig
 from ease_train.corpora import load_documents
 from ease_train.errors import ConfigError, DivergenceError
@@ -138,11 +138,9 @@ class Kept:
 
     @classmethod
     def of(cls, step: int, config: ModelConfig, weights: Mapping[str, Tensor]) -> Self:
-        """A copy of the weights; the random state stays as it is."""
-        with torch.random.fork_rng(devices=[]):
-            model = Decoder(config)
-        model.load_state_dict(weights)
-        return cls(step, model)
+        """A copy of the weights."""
+        copies = {name: torch.empty_like(value, device="cpu").copy_(value) for name, value in weights.items()}
+        return cls(step, filled(config, copies, f"step {step}"))
 
 
 class Trainer:

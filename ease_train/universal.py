@@ -33,11 +33,11 @@ Batch = tuple[Tensor, Tensor]
 class UniversalConfig:
     """Which layers are trained with what weight, and where a token may leave.
 
-    layer_weights      layer -> weight of its loss; 0 leaves the layer out; all 0 trains the last layer alone
+    layer_weights      layer -> weight of its loss; 0 leaves the layer out; all 0 trains the model's last layer alone
     exit_layer         the shallow exit
     routing_threshold  in [0, 1]; 0: no routing
     normalize_weights  divide by their sum
-    alpha_schedule     replaces the first layer's weight by alpha and the last one's by 1 - alpha, by epoch
+    alpha_schedule     replaces layer 1's weight by alpha and the last one's by 1 - alpha, by epoch
     layer_lr_scales    layer -> learning rate as a share of the base (discriminative fine-tuning)
 
     Raises ConfigError for what cannot be; warns for what means nothing.
@@ -76,17 +76,19 @@ class UniversalConfig:
             found.append("routing_threshold = 1 lets a token leave only when a probability rounds to 1; 0 turns routing off")
         if self.normalize_weights and self.alpha_schedule is None and math.isclose(sum(self.layer_weights.values()), 1.0):
             found.append("normalize_weights has no effect: the layer_weights sum to 1")
-        if self.alpha_schedule is not None and len(self.layer_weights) < 2:
-            found.append("alpha_schedule needs a first and a last layer among the layer_weights")
         return found
 
-    def weights_at(self, epoch: int, max_epochs: int) -> dict[int, float]:
-        """The layer weights of an epoch: the schedule, then the last layer alone if all are 0, then the normalisation."""
+    def weights_at(self, epoch: int, max_epochs: int, num_layers: int | None = None) -> dict[int, float]:
+        """The layer weights of an epoch: the schedule, then the last layer alone if all are 0, then the normalisation.
+
+        The last layer is that of the model, `num_layers`; by default the last of `layer_weights`.
+        """
+        last = num_layers or max(self.layer_weights)
         weights = {layer: float(weight) for layer, weight in self.layer_weights.items()}
-        if self.alpha_schedule is not None and len(weights) > 1:
-            weights = with_alpha(weights, self.alpha_schedule.get_alpha(epoch, max_epochs))
+        if self.alpha_schedule is not None:
+            weights = with_alpha({1: 0.0, **weights, last: 0.0}, self.alpha_schedule.get_alpha(epoch, max_epochs))
         if not any(weights.values()):
-            weights[max(weights)] = 1.0
+            weights[last] = 1.0
         return normalized(weights) if self.normalize_weights else weights
 
 
@@ -131,8 +133,9 @@ class UniversalTrainer:
 
     def compute_loss(self, model: LayeredDecoder, x: Tensor, y: Tensor, weights: Mapping[int, float] | None = None) -> Tensor:
         """sum of weight_i CE(head(h_i), y) over the layers with a weight above 0. Shape: (B, S) int64 twice -> scalar."""
-        weights = self.config.weights_at(0, 1) if weights is None else dict(weights)
-        self._check_layers(model, weights, "layer_weights")
+        self._check_layers(model, self.config.layer_weights, "layer_weights")
+        weights = self.config.weights_at(0, 1, model.config.num_layers) if weights is None else dict(weights)
+        self._check_layers(model, weights, "weights")
         if not any(weight > 0 for weight in weights.values()):
             weights = {model.config.num_layers: 1.0}
         return exit_loss(model, x.to(self.device), y.to(self.device), Objective(weights))[0]
@@ -147,7 +150,8 @@ class UniversalTrainer:
         max_epochs: int = 1,
     ) -> tuple[float, dict[int, float]]:
         """One pass over the batches: the mean loss, and the layer weights that were used. Raises DataError without batches."""
-        weights = self.config.weights_at(epoch, max_epochs)
+        self._check_layers(model, self.config.layer_weights, "layer_weights")
+        weights = self.config.weights_at(epoch, max_epochs, model.config.num_layers)
         model.to(self.device).train()
         losses = []
         for x, y in batches:
@@ -167,6 +171,8 @@ class UniversalTrainer:
         most likely next token is right. shallow_ratio: share of tokens that leave. compute_cost: layers used, as a share of
         all: (shallow * exit_layer + deep * num_layers) / (tokens * num_layers).
         """
+        if self.config.routing_threshold > 0:
+            self._check_layers(model, [self.config.exit_layer], "exit_layer")
         model.to(self.device).eval()
         losses, right, shallow, tokens = [], 0, 0, 0
         for x, y in batches:
@@ -182,7 +188,7 @@ class UniversalTrainer:
 
     def _routed(self, model: LayeredDecoder, x: Tensor) -> tuple[Tensor, Tensor]:
         """The logits a token gets, and who leaves. Shape: (B, S) int64 -> (B, S, V), (B, S) bool."""
-        if self.config.routing_threshold == 0 or self.config.exit_layer >= model.config.num_layers:
+        if self.config.routing_threshold == 0 or self.config.exit_layer == model.config.num_layers:
             return model(x), torch.zeros_like(x, dtype=torch.bool)
         shallow, deep, confidence = model.forward_train(x, self.config.exit_layer)
         leaves = confidence >= self.config.routing_threshold

@@ -62,6 +62,12 @@ def test_a_bad_value_is_one_line_and_leaves_nothing(small_corpus: str, tmp_path:
     assert not (tmp_path / "c").exists()
 
 
+def test_a_warning_is_one_line_said_once(small_corpus: str, tmp_path: Path) -> None:
+    found = fit(tmp_path / "c", small_corpus, "--rotate-every", "3")
+    assert found.exit_code == 0
+    assert found.stderr == "warning: method: rotate_every = 3 has no effect without curriculum\n"
+
+
 def test_wrong_names(small_corpus: str, tmp_path: Path) -> None:
     assert "unknown recipe 'demi'; did you mean 'demo'?" in one_line(fit(tmp_path / "c", small_corpus, recipe="demi"))
     assert "no data file at ./no.txt" in one_line(fit(tmp_path / "c", "./no.txt"))

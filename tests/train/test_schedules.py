@@ -1,12 +1,13 @@
 """Every schedule against its formula, worked out by hand or written another way."""
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
 
 from ease_train.config import Recipe
-from ease_train.errors import ConfigError
+from ease_train.errors import ConfigError, SettingWarning
 from ease_train.schedules import AlphaSchedule, drop_rates, exit_weights
 from ease_train.trainer import objective_at
 
@@ -78,7 +79,8 @@ def test_uniform_weights(make_recipe: Maker) -> None:
 
 
 def test_layerskip_weights_are_sums_of_layer_numbers(make_recipe: Maker) -> None:
-    recipe = make_recipe(**ALL, method={"weight_rule": "layerskip", "exit_scale": 0.2, "normalize_weights": True})
+    with pytest.warns(SettingWarning, match="the exit after layer 1 the weight 0; it is not trained"):
+        recipe = make_recipe(**ALL, method={"weight_rule": "layerskip", "exit_scale": 0.2, "normalize_weights": True})
     layers = 8
     raw = {l + 1: 0.2 * sum(range(l + 1)) for l in range(layers - 1)}  # noqa: E741 - the paper's letter
     raw[layers] = (layers - 1) + 0.2 * sum(range(layers - 1))
@@ -154,6 +156,7 @@ def test_tokens_are_routed_after_the_warm_up(make_recipe: Maker) -> None:
         ({"layer_lr_scales": {7: 1.0}}, "layer_lr_scales names [7], expected layers from 1 to 4"),
         ({"alpha_schedule": "linear", "weight_rule": "depth"}, "both set the exit weights; leave one out"),
         ({"alpha_schedule": "linear", "exit_warmup": "linear"}, "both move the early exits' weights; leave one out"),
+        ({"alpha_schedule": "step"}, "alpha_schedule = 'step' without alpha_steps"),
         ({"exit_warmup": "linear"}, "exit_warmup_steps = 0, expected at least 1"),
         ({"routing_threshold": 0.5, "curriculum": "gradual"}, "both choose the exits to train; leave one out"),
         ({"routing_threshold": 0.5, "distill_weight": 1.0}, "nothing to distil from; leave one out"),
@@ -163,6 +166,20 @@ def test_wrong_and_contradictory_methods(make_recipe: Maker, method: dict[str, o
     with pytest.raises(ConfigError) as error:
         make_recipe(method=method)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"rotate_every": 3}, "method: rotate_every = 3 has no effect without curriculum"),
+        ({"distill_temperature": 3.0}, "distill_temperature = 3.0 has no effect without distill_weight"),
+        ({"alpha_end": 0.2}, "alpha_end = 0.2 has no effect without alpha_schedule"),
+        ({"routing_warmup_steps": 3}, "routing_warmup_steps = 3 has no effect without routing_threshold"),
+    ],
+)
+def test_a_setting_without_effect_warns(make_recipe: Maker, method: dict[str, object], message: str) -> None:
+    with pytest.warns(SettingWarning, match=re.escape(message)):
+        make_recipe(method=method)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,11 @@ def test_all_zero_means_the_last_layer(batches: Batches) -> None:
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
     torch.testing.assert_close(trainer.compute_loss(model, x, y), expected)
     torch.testing.assert_close(trainer.compute_loss(model, x, y, {1: 0.0}), expected)
+    with pytest.warns(UserWarning, match="all layer_weights are 0"):
+        shorter = UniversalConfig({1: 0, 2: 0}, routing_threshold=0)
+    trainer = UniversalTrainer(shorter, vocab_size=20)
+    torch.testing.assert_close(trainer.compute_loss(model, x, y), expected)
+    assert trainer.train_epoch(model, batches, trainer.create_optimizer(model, 1e-3))[1] == {1: 0.0, 2: 0.0, 3: 1.0}
 
 
 def test_a_layer_without_weight_gets_nothing(batches: Batches) -> None:
@@ -125,6 +130,7 @@ def test_alpha_replaces_the_first_and_last_weights(batches: Batches) -> None:
     schedule = AlphaSchedule("linear", start=0.9, end=0.1)
     config = UniversalConfig({1: 0.5, 2: 0.25, 3: 0.5}, alpha_schedule=schedule)
     assert config.weights_at(1, 5) == pytest.approx({1: 0.7, 2: 0.25, 3: 0.3})
+    assert UniversalConfig({2: 0.5}, alpha_schedule=schedule).weights_at(1, 5, 4) == pytest.approx({1: 0.7, 2: 0.5, 4: 0.3})
     model = DEEDTransformer(20, 16, 3)
     trainer = UniversalTrainer(config, vocab_size=20)
     _, weights = trainer.train_epoch(model, batches, trainer.create_optimizer(model, 1e-3), epoch=4, max_epochs=5)
@@ -256,6 +262,8 @@ def test_layers_and_vocabularies_that_do_not_fit_the_model(batches: Batches) -> 
         trainer.create_optimizer(model, 1e-3)
     with pytest.raises(ConfigError, match="vocab_size = 21, expected the model's: 20"):
         UniversalTrainer(UniversalConfig({1: 0.5, 2: 0.5}), vocab_size=21).compute_loss(model, *batches[0])
+    with pytest.raises(ConfigError, match=r"exit_layer names layers \[3\], expected layers from 1 to 2"):
+        UniversalTrainer(UniversalConfig({1: 0.5, 3: 0.1, 4: 0.5}, exit_layer=3), vocab_size=20).evaluate(model, batches)
     with pytest.raises(DataError, match="no batches"):
         UniversalTrainer(UniversalConfig({1: 0.5, 2: 0.5}), vocab_size=20).evaluate(model, [])
 
