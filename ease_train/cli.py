@@ -82,6 +82,14 @@ def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return device(click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")(command))
 
 
+def layer_list(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """The layers of an option like 10,20."""
+    try:
+        return tuple(int(part) for part in value.split(",")) if value else ()
+    except ValueError:
+        raise click.BadParameter(f"'{value}' is no list of layers like 10,20") from None
+
+
 def given_options(fields: dict[str, Any]) -> dict[str, Any]:
     """The recipe fields that the command line sets; pairs become a dictionary."""
     given = {name: value for name, value in fields.items() if value not in (None, ())}
@@ -193,6 +201,37 @@ def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: i
     trainer = GateTrainer(load_checkpoint(checkpoint), settings, data, device)
     show_gates(trainer)
     save_checkpoint(trainer.checkpoint, out)
+
+
+@main.command("import")
+@click.argument("source")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint goes.")
+@click.option("--exits", "layers", callback=layer_list, help="Layers after which a token may leave, like 10,20; the last is always one.")
+@click.option("--max-positions", type=click.IntRange(2), help="Cut the model's context to so many tokens.")
+def import_(source: str, out: Path, layers: tuple[int, ...], max_positions: int | None) -> None:
+    """Turn a pretrained model into a checkpoint: a Hugging Face directory or hub id, or a .gguf file (Llama, Mistral, Qwen)."""
+    from ease_train.checkpoint import save_checkpoint
+    from ease_train.huggingface import import_model
+
+    if out.exists():
+        raise TrainError(f"{out} is there already; choose another --out")
+    checkpoint = import_model(source, layers, max_positions)
+    save_checkpoint(checkpoint, out)
+    config, parameters = checkpoint.recipe.model, sum(p.numel() for p in checkpoint.model.parameters())
+    shape = f"{config.num_layers} layers of width {config.dim}, vocabulary {config.vocab_size}, context {config.max_positions}"
+    click.echo(f"{out}: {parameters / 1e6:.1f} M parameters, {shape}, exits at {list(config.exits)}")
+
+
+@main.command("export-hf")
+@click.argument("checkpoint", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+def export_hf(checkpoint: Path, out: Path) -> None:
+    """Write CHECKPOINT as a Hugging Face directory that transformers loads, its exits in files beside (`import` reads them back)."""
+    from ease_train.checkpoint import load_checkpoint
+    from ease_train.huggingface import export_model
+
+    export_model(load_checkpoint(checkpoint), out)
+    click.echo(f"{out}: written")
 
 
 def show_gates(trainer: "GateTrainer") -> None:

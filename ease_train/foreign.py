@@ -1,0 +1,151 @@
+"""A model as Hugging Face writes it, and as it is here: one table of names, read in both directions.
+
+Llama 2 and 3, SmolLM2, Mistral (without its sliding window), Qwen2 and 2.5, Qwen3. Knows nothing about files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ease_train.config import ModelConfig
+from ease_train.conventions import Conventions
+from ease_train.errors import ForeignError
+
+OUTER = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+IN_LAYER = {
+    "attention_norm": "input_layernorm",
+    "attention.q_proj": "self_attn.q_proj",
+    "attention.k_proj": "self_attn.k_proj",
+    "attention.v_proj": "self_attn.v_proj",
+    "attention.o_proj": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate_proj": "mlp.gate_proj",
+    "mlp.up_proj": "mlp.up_proj",
+    "mlp.down_proj": "mlp.down_proj",
+}
+CONFIG = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_dim": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ROTARY_BUFFER = ".rotary_emb.inv_freq"  # which old files hold beside the weights
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A Hugging Face model: the values of its config.json, its weights by their names there, and what comes along."""
+
+    config: dict[str, Any]
+    weights: Mapping[str, Tensor]
+    tokenizer: Tokenizer
+    conventions: Conventions
+
+
+def foreign_name(name: str) -> str | None:
+    """The Hugging Face name of a weight; None for what belongs to the exits, and to this project alone."""
+    module, _, kind = name.rpartition(".")
+    if module in OUTER:
+        return f"{OUTER[module]}.{kind}"
+    head, _, rest = module.partition(".")
+    number, _, inner = rest.partition(".")
+    return f"model.layers.{number}.{IN_LAYER[inner]}.{kind}" if head == "layers" and inner in IN_LAYER else None
+
+
+def model_config(values: Mapping[str, Any], exits: tuple[int, ...], max_positions: int | None, tied: bool) -> ModelConfig:
+    """A config.json as ours; `tied` says whether the weights lack an LM head. Raises ForeignError for what would compute otherwise."""
+    kind = values.get("model_type")
+    _refuse_features(values, kind)
+    if missing := [name for name in NEEDED if name not in values]:
+        raise ForeignError(f"config.json lacks {', '.join(missing)}: it describes no decoder of the Llama family")
+    given = {ours: values[theirs] for ours, theirs in CONFIG.items() if values.get(theirs) is not None}
+    positions = _positions(values, kind)
+    return ModelConfig.from_dict(
+        {
+            "num_kv_heads": given["num_heads"],
+            "norm_eps": 1e-6,
+            "tie_embeddings": tied,
+            **given,
+            **rotary_settings(values),
+            "max_positions": min(max_positions or positions, positions),
+            "attention_bias": kind == "qwen2",
+            "qk_norm": kind == "qwen3",
+            "exits": exits,
+        },
+        "config.json",
+    )
+
+
+def _refuse_features(values: Mapping[str, Any], kind: Any) -> None:
+    """Raise ForeignError, in one line, for an architecture or a feature that this decoder has not."""
+    if kind not in ARCHITECTURES:
+        raise ForeignError(f"models of the type '{kind}' cannot be imported; expected one of: {', '.join(ARCHITECTURES)}")
+    unsupported = {
+        "hidden_act": values.get("hidden_act", "silu") != "silu",
+        "attention_bias": bool(values.get("attention_bias")),  # Llama's and Qwen3's, on the output projection too
+        "mlp_bias": bool(values.get("mlp_bias")),
+        "quantization_config": values.get("quantization_config") is not None,
+    }
+    for name, found in unsupported.items():
+        if found:
+            raise ForeignError(f"config.json has {name} = {values[name]!r}, which this decoder does not compute")
+
+
+def _positions(values: Mapping[str, Any], kind: Any) -> int:
+    """The longest text that this model attends to as a whole: past its sliding window, where it has one, it would not."""
+    longest = int(values.get("max_position_embeddings", 2048))
+    slides = kind == "mistral" or values.get("use_sliding_window")
+    window = values.get("sliding_window") if slides else None
+    return min(longest, window) if window else longest
+
+
+def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, in the form of transformers 5 (rope_parameters) or of those before. Raises ForeignError."""
+    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    theta = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    share = values.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    if kind not in ("default", "linear", "llama3") or share != 1.0:
+        raise ForeignError(f"rotary embeddings of the kind '{kind}' (share {share}) cannot be imported; expected: default, linear, llama3")
+    names = {"default": (), "linear": LLAMA3_SCALING[:1], "llama3": LLAMA3_SCALING}[kind]
+    return {"rope_theta": theta, "rope_scaling": tuple(float(rope[name]) for name in names)}
+
+
+def foreign_config(config: ModelConfig) -> dict[str, Any]:
+    """Our configuration as a config.json. Raises ForeignError for what transformers' models have not."""
+    if not config.final_norm or config.routed_layers or (config.qk_norm and config.attention_bias):
+        raise ForeignError(
+            "only models with a final norm, without routed layers, and not with both bias and q/k norm have a transformers form"
+        )
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
+    values = {theirs: getattr(config, ours) for ours, theirs in CONFIG.items()}
+    scaling = dict(zip(LLAMA3_SCALING, config.rope_scaling, strict=False))
+    rope: dict[str, Any] = {"rope_type": ("default", "linear", "", "", "llama3")[len(scaling)], **scaling}
+    if "original_max_position_embeddings" in rope:
+        rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
+    return {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        **values,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope if scaling else None,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
