@@ -17,7 +17,7 @@ from ease_train.errors import ConfigError
 from ease_train.parallel import Workers
 from ease_train.trainer import StepEvent, Trainer
 
-ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]
 ACCELERATE += ["--mixed_precision", "no", "--main_process_port", "0"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
@@ -72,8 +72,12 @@ def assert_same_model(one: Path, two: Path) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(["--multi_gpu"], id="DDP"), pytest.param(["--use_fsdp", "--fsdp_version", "2"], id="FSDP", marks=pytest.mark.slow)],
+)
 def test_accelerate_launch_follows_the_curve_of_twice_the_batch(
-    make_recipe: Callable[..., Recipe], small_corpus: str, tmp_path: Path
+    make_recipe: Callable[..., Recipe], small_corpus: str, tmp_path: Path, kind: list[str]
 ) -> None:
     """The command of the README; what the run says is read from its checkpoint."""
     expected = one_process(make_recipe(train={"batch_size": 4}), small_corpus, tmp_path / "one")
@@ -82,7 +86,7 @@ def test_accelerate_launch_follows_the_curve_of_twice_the_batch(
     options += ["--learning-rate", "2e-3", "--log-every", "1", "--eval-every", "6", "--eval-tokens", "64"]
     for layer, weight in ((2, 0.3), (3, 0.2), (4, 1.0)):
         options += ["--exits", str(layer), "--layer-weights", str(layer), str(weight)]
-    launch([*ACCELERATE, "-m"], "ease_train.cli", "fit", "demo", "--data", small_corpus, "--out", str(tmp_path / "two"), *options)
+    launch([*ACCELERATE, *kind, "-m"], "ease_train.cli", "fit", "demo", "--data", small_corpus, "--out", str(tmp_path / "two"), *options)
     metrics = [line for line in load_checkpoint(tmp_path / "two").metrics if "loss" in line]
     found = [[line["step"], line["loss"], line["grad_norm"], *line["exit_losses"].values()] for line in metrics]
     assert len(found) == 12
@@ -95,7 +99,7 @@ def test_accelerate_launch_follows_the_curve_of_twice_the_batch(
     ("sharded", "tables"),
     [
         pytest.param(True, {"train": {"recompute_activations": True}}, id="FSDP"),
-        pytest.param(False, {"train": {"accumulate": 2}, "method": {"curriculum": "rotational"}}, id="DDP"),
+        pytest.param(False, {"train": {"accumulate": 2}, "method": {"curriculum": "rotational"}}, id="DDP", marks=pytest.mark.slow),
     ],
 )
 def test_torchrun_follows_the_curve_of_twice_the_batch_and_resumes(
