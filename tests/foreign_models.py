@@ -1,0 +1,75 @@
+"""Tiny random models of the families that can be imported, as transformers writes them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import tiny_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+}
+ROPE3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("Llama", {"num_key_value_heads": 6}),
+    "llama3": ("Llama", {"rope_parameters": {**ROPE3, "original_max_position_embeddings": 32}}),
+    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 12}),
+    "qwen2": ("Qwen2", {"rms_norm_eps": 1e-5}),
+    "qwen2.5": ("Qwen2", {"tie_word_embeddings": True, "sliding_window": 16, "use_sliding_window": False}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+}
+TEMPLATE = "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def make_tokenizer(start: bool) -> Tokenizer:
+    """Byte-level BPE of 320 words; `start`: it puts <s> before a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|eot|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [tiny_model.corpus()], trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    if start:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def make_model(family: str, **changes: Any) -> Any:
+    """A random model whose every weight matters: norms and biases are not what they start as."""
+    kind, fields = FAMILIES[family]
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **fields, **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(0.5, 1.5) if parameter.ndim == 1 else parameter.mul_(8.0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.sub_(1.0)
+    return model
+
+
+def write_model(model: Any, folder: Path, start: bool = True, shard_size: str = "1GB") -> Path:
+    """The directory that transformers would write, with a tokenizer, a template and generation defaults."""
+    model.generation_config.update(temperature=0.6, top_p=0.9, do_sample=True, eos_token_id=[1, 2])
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=make_tokenizer(start), bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    return folder

@@ -1,0 +1,210 @@
+"""Pretrained models: what is imported computes what transformers computes, and goes back as it came."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import foreign_models
+from ease_train.checkpoint import load_checkpoint, save_checkpoint
+from ease_train.cli import main
+from ease_train.errors import ForeignError
+from ease_train.huggingface import export_model, import_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+TOLERANCE = 1e-4  # of the largest logit
+IDS = torch.arange(2, 50).reshape(2, 24) * 5 % 320
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(IDS)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+def greedy(model: Any, num_tokens: int = 24) -> list[int]:
+    """The whole text anew for each token."""
+    ids = IDS[:1, :8]
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            out = model(ids)
+            logits = out if isinstance(out, torch.Tensor) else out.logits
+            ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
+    return ids[0, 8:].tolist()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return foreign_models.write_model(foreign_models.make_model("llama2"), tmp_path_factory.mktemp("llama") / "hf")
+
+
+@pytest.mark.parametrize("family", foreign_models.FAMILIES)
+def test_an_imported_model_is_transformers_and_goes_back_as_it_came(family: str, tmp_path: Path) -> None:
+    reference = foreign_models.make_model(family)
+    folder = foreign_models.write_model(reference, tmp_path / "hf", shard_size="60KB" if family == "llama3" else "1GB")
+    assert (folder / "model.safetensors.index.json").exists() == (family == "llama3")
+    save_checkpoint(import_model(str(folder), (2,)), tmp_path / "checkpoint")
+    checkpoint = load_checkpoint(tmp_path / "checkpoint")
+    expected = logits_of(reference)
+    assert ((logits_of(checkpoint.model) - expected).abs().max() / expected.abs().max()).item() <= TOLERANCE
+    assert greedy(checkpoint.model) == greedy(reference) == generated(reference)
+    export_model(checkpoint, tmp_path / "back")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
+    assert torch.equal(logits_of(back), expected)
+    again = import_model(str(tmp_path / "back"))
+    assert again.recipe.model == checkpoint.recipe.model
+    assert again.conventions == checkpoint.conventions
+    weights = checkpoint.model.state_dict()
+    assert again.model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
+
+
+def generated(reference: Any) -> list[int]:
+    """transformers' own greedy generation, over its cache."""
+    mask = torch.ones(1, 8, dtype=torch.int64)
+    out = reference.generate(IDS[:1, :8], attention_mask=mask, do_sample=False, max_new_tokens=24, eos_token_id=-1, pad_token_id=0)
+    return out[0, 8:].tolist()
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+def test_half_precision_files_are_read_as_fp32(family: str, tmp_path: Path) -> None:
+    model = foreign_models.make_model(family).to(torch.bfloat16)
+    foreign_models.write_model(model, tmp_path / "hf")
+    weights = import_model(str(tmp_path / "hf"), (1, 3)).model.state_dict()
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert torch.equal(weights["layers.1.mlp.up_proj.weight"], model.model.layers[1].mlp.up_proj.weight.float())
+    assert torch.equal(weights["exit_norms.3.weight"], weights["norm.weight"])
+
+
+def test_conventions_come_along(llama: Path, tmp_path: Path) -> None:
+    found = import_model(str(llama)).conventions
+    assert (found.start_id, found.stop_ids, found.chat_template) == (0, (1, 2), foreign_models.TEMPLATE)
+    assert {name: found.generation[name] for name in ("temperature", "top_p", "bos_token_id", "eos_token_id")} == {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "bos_token_id": 0,
+        "eos_token_id": [1, 2],
+    }
+    foreign_models.write_model(foreign_models.make_model("llama2"), tmp_path / "plain", start=False)
+    assert import_model(str(tmp_path / "plain")).conventions.start_id is None
+
+
+def test_the_tokenizer_goes_back(llama: Path, tmp_path: Path) -> None:
+    export_model(import_model(str(llama), (2,)), tmp_path / "back")
+    before, after = (transformers.AutoTokenizer.from_pretrained(path) for path in (llama, tmp_path / "back"))
+    assert after("And the king spoke").input_ids == before("And the king spoke").input_ids
+    messages = [{"role": "user", "content": "Hello"}]
+    assert after.apply_chat_template(messages, tokenize=False) == before.apply_chat_template(messages, tokenize=False)
+    assert (after.bos_token, after.eos_token) == ("<s>", "</s>")
+
+
+def test_a_sliding_window_cuts_the_context(tmp_path: Path) -> None:
+    model = foreign_models.make_model("mistral")
+    model.config.sliding_window = 32
+    foreign_models.write_model(model, tmp_path / "hf")
+    assert import_model(str(tmp_path / "hf")).recipe.model.max_positions == 32
+    assert import_model(str(tmp_path / "hf"), (), 16).recipe.model.max_positions == 16
+
+
+def test_a_model_with_trained_exits_and_untrained_tokens_round_trips(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    export_model(checkpoint, tmp_path / "hf")
+    again = import_model(str(tmp_path / "hf"))
+    assert (again.recipe.model, again.conventions.separator) == (checkpoint.recipe.model, checkpoint.conventions.separator)
+    weights = checkpoint.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
+
+
+def edited(source: Path, folder: Path, **changes: Any) -> Path:
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma2"}, "models of the type 'gemma2' cannot be imported; expected one of: llama, mistral, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu', which this decoder does not compute"),
+        ({"attention_bias": True}, "attention_bias = True, which this decoder does not compute"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}, which"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary embeddings of the kind 'yarn'"),
+        ({"num_hidden_layers": 5}, "lack 9 weights, the first is model.layers.4.input_layernorm.weight"),
+        ({"num_hidden_layers": 3}, "hold 9 weights that this decoder has no place for, the first is model.layers.3"),
+        ({"intermediate_size": 64}, "has the shape [96, 48], expected [64, 48]"),
+    ],
+)
+def test_what_cannot_be_imported_is_one_clear_line(llama: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folder = edited(llama, tmp_path / "hf", **changes)
+    result = CliRunner().invoke(main, ["import", str(folder), "--out", str(tmp_path / "out"), "--exits", "2"])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert len(result.output.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_shards_and_damaged_files(llama: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    folder = foreign_models.write_model(foreign_models.make_model("qwen2"), tmp_path / "sharded", shard_size="60KB")
+    next(iter(sorted(folder.glob("model-*.safetensors")))).unlink()
+    with pytest.raises(ForeignError, match=r"lacks model-00001-of-\d+\.safetensors \(1 of \d+ shards\)"):
+        import_model(str(folder))
+    damaged = edited(llama, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ForeignError, match="is no safetensors file"):
+        import_model(str(damaged))
+    (damaged / "model.safetensors").unlink()
+    with pytest.raises(ForeignError, match=r"lacks model\.safetensors; weights in another form"):
+        import_model(str(damaged))
+    (damaged / "config.json").write_text("{")
+    with pytest.raises(ForeignError, match="is no JSON"):
+        import_model(str(damaged))
+    with pytest.raises(ForeignError, match="is a checkpoint of this project already"):
+        import_model(str(tiny_checkpoint))
+
+
+def test_quantised_weights_are_refused(llama: Path, tmp_path: Path) -> None:
+    folder = edited(llama, tmp_path / "hf")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int8)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ForeignError, match=r"model\.norm\.weight is stored as torch\.int8"):
+        import_model(str(folder))
+
+
+def test_a_hub_id_without_network_and_no_id_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ForeignError, match="did not come from the Hugging Face hub"):
+        import_model("some-owner/some-gated-model")
+    for source in ("nowhere", str(tmp_path / "not" / "there")):
+        with pytest.raises(ForeignError, match=f"no model at {source}: expected a Hugging Face directory"):
+            import_model(source)
+
+
+def test_without_transformers_only_some_files_are_out_of_reach(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert import_model(str(llama), (2,)).recipe.model.exits == (2, 4)
+    (edited(llama, tmp_path / "hf") / "tokenizer.json").unlink()
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for source in (tmp_path / "hf", tmp_path / "model.gguf"):
+        with pytest.raises(ForeignError, match=r"pip install 'ease-lm\[hf\]'"):
+            import_model(str(source))
+
+
+def test_the_commands(llama: Path, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    checkpoint, back = str(tmp_path / "checkpoint"), str(tmp_path / "back")
+    result = run(main, ["import", str(llama), "--out", checkpoint, "--exits", "1,3"])
+    assert (result.exit_code, "exits at [1, 3, 4]" in result.output) == (0, True), result.output
+    assert run(main, ["export-hf", checkpoint, back]).exit_code == 0
+    assert run(main, ["import", str(llama), "--out", checkpoint, "--exits", "1,x"]).exit_code == 2
+    assert run(main, ["import", str(llama), "--out", checkpoint]).exit_code == 1
+    (tmp_path / "mine").mkdir()
+    result = run(main, ["export-hf", checkpoint, str(tmp_path / "mine")])
+    assert (result.exit_code, "was not written by export-hf" in result.output) == (1, True)
