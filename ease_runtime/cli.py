@@ -18,6 +18,8 @@ from ease_runtime.errors import RequestError
 from ease_runtime.flags import option_flags, read_flags
 from ease_runtime.llm import DEVICES, LLM, Timing
 from ease_runtime.options import Options
+from ease_runtime.server.app import Settings
+from ease_runtime.server.run import serve as run_server
 from ease_runtime.show import as_object, by_choice, print_coloured, print_legend, print_plain, print_summary
 
 
@@ -28,16 +30,26 @@ def main(debug: bool) -> None:
     """Run models whose tokens leave early."""
 
 
+PLACE = ("device", "num_threads", "adapt")
+
+
 def model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where a bundle runs."""
-    command = click.option("--threads", default=0, help="CPU threads; 0 takes all.")(command)
+    """Where and how a bundle runs: LLM's arguments by the names of PLACE."""
+    text = "Measure what passes cost, and leave early only where it pays (but for verify, tokens then depend on the machine)."
+    command = click.option("--adapt", is_flag=True, help=text)(command)
+    command = click.option("--threads", "num_threads", default=0, help="CPU threads; 0 takes all.")(command)
     return click.option("--device", default="auto", show_default=True, help=f"One of: {', '.join(DEVICES)}.")(command)
+
+
+def take_place(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the flags of PLACE out of what click passes on."""
+    return {name: given.pop(name) for name in PLACE}
 
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="The text to continue; - reads it from standard input.")
-@option_flags
+@option_flags()
 @click.option("--show-exits", is_flag=True, help="Colour each token by its depth, with a legend and figures.")
 @click.option("--compare", is_flag=True, help="Also time the same prompt at full depth.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
@@ -95,12 +107,13 @@ def read_prompt(prompt: str) -> str:
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--system", help="What the model is told first.")
-@option_flags
+@option_flags()
 @click.option("--show-exits", is_flag=True, help="Colour each token by its depth, with a legend and figures.")
 @model_flags
-def chat(bundle: Path, system: str | None, show_exits: bool, device: str, threads: int, **given: Any) -> None:
+def chat(bundle: Path, system: str | None, show_exits: bool, **given: Any) -> None:
     """Talk to a model; what was said stays in its cache. /reset forgets it, /quit or Ctrl-D ends."""
-    options, llm = read_flags(given), LLM(bundle, device=device, num_threads=threads)
+    place, options = take_place(given), read_flags(given)
+    llm = LLM(bundle, **place)
     conversation, console = Conversation(llm, options, system), Console(highlight=False, soft_wrap=True)
     if llm.template is None:
         click.echo("this bundle has no chat template (a base model): your lines are continued as plain text", err=True)
@@ -139,33 +152,57 @@ def answer(conversation: Conversation, line: str, exit_layers: tuple[int, ...] |
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
+@click.option("--port", default=8000, show_default=True, help="Port to listen on.")
+@click.option("--model-name", help="What clients call the model; the bundle's directory by default.")
+@click.option("--api-key", envvar="EASE_API_KEY", show_envvar=True, help="Answer only requests with this key.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Completions that run together.")
+@click.option("--max-queued", type=click.IntRange(0), default=64, show_default=True, help="Completions that wait; more get 429.")
+@click.option("--max-body", type=click.IntRange(1), default=Settings.max_body_bytes, show_default=True, help="Largest body, in bytes.")
+@click.option("--max-prompt", type=click.IntRange(1), help="Longest prompt, in tokens; what the model takes by default.")
+@click.option("--grace", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds for what runs when told to stop.")
+@option_flags(without=("seed", "n", "stop", "logprobs", "logit_bias"))
+@model_flags
+def serve(
+    bundle: Path, host: str, port: int, model_name: str | None, api_key: str | None, batch_size: int, grace: float, **given: Any
+) -> None:
+    """Serve a bundle as OpenAI's API, with metrics and a page to try it. Flags of generation hold where a request says nothing."""
+    limits = {"max_body_bytes": given.pop("max_body"), "max_prompt_tokens": given.pop("max_prompt"), "max_queued": given.pop("max_queued")}
+    place, options = take_place(given), read_flags(given)
+    name = model_name or bundle.resolve().name
+    llm = LLM(bundle, num_slots=batch_size, **place)
+    llm.check(options)
+    run_server(llm, Settings(name, options, api_key, **limits), host=host, port=port, grace_seconds=grace)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompts", metavar="IN.jsonl", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("out", metavar="OUT.jsonl", type=click.Path(path_type=Path, dir_okay=False))
-@option_flags
+@option_flags()
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Requests that run together.")
 @click.option("--ray", metavar="ADDRESS", help="Spread the lines over a Ray cluster; 'local' starts one here.")
 @click.option("--ray-workers", type=click.IntRange(1), default=2, show_default=True, help="Copies of the model on the cluster.")
 @model_flags
-def batch(
-    bundle: Path, prompts: Path, out: Path, batch_size: int, ray: str | None, ray_workers: int, device: str, threads: int, **given: Any
-) -> None:
+def batch(bundle: Path, prompts: Path, out: Path, batch_size: int, ray: str | None, ray_workers: int, **given: Any) -> None:
     """Answer every line of IN.jsonl, in order.
 
     A line is an object with a "prompt" or "messages", and options of its own where they differ from the flags. A line that
     cannot be answered gets an "error" in its place. Run again after an interruption, it goes on where it stopped.
     """
-    options, num_done, total = read_flags(given), count_answers(out), count_lines(prompts)
+    place, options = take_place(given), read_flags(given)
+    num_done, total = count_answers(out), count_lines(prompts)
     if num_done > total:
         raise RequestError(f"{out} has {num_done} answers, but {prompts} only {total} lines; give another file")
     lines = numbered_lines(prompts, num_done + 1)
     if num_done == total:
         answers: Iterable[str] = ()
     elif ray is None:
-        answers = answer_lines(LLM(bundle, device=device, num_threads=threads, num_slots=batch_size), lines, options, batch_size)
+        answers = answer_lines(LLM(bundle, num_slots=batch_size, **place), lines, options, batch_size)
     else:
         from ease_runtime.cluster import Cluster
 
-        answers = Cluster(ray, ray_workers).answer_lines(bundle, lines, options, batch_size, {"device": device, "num_threads": threads})
+        answers = Cluster(ray, ray_workers).answer_lines(bundle, lines, options, batch_size, place)
     with progress_bar() as bar:
         task = bar.add_task("answered", total=total, completed=num_done)
         for number in write_answers(out, answers):

@@ -39,12 +39,13 @@ class Cluster:
             import ray.data
         except ImportError as error:
             raise RequestError(f"--ray needs Ray Data ({error}); install it: pip install 'ease-lm[ray]'") from None
-        self.ray, self.num_workers = ray, num_workers
+        self.ray: Any = ray
+        self.num_workers = num_workers
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray raises whatever its parts raise
             raise RequestError(f"no Ray cluster at '{address}': {error}; start one with ray start --head, or say --ray local") from None
-        num_cpus = int(ray.cluster_resources().get("CPU", 0))
+        num_cpus = int(self.ray.cluster_resources().get("CPU", 0))
         if num_cpus < num_workers:
             raise RequestError(f"--ray-workers {num_workers} need a CPU each, and the cluster at '{address}' has {num_cpus}; ask for fewer")
 

@@ -1,7 +1,7 @@
 """The fields of Options as flags of a command, with their own defaults and help texts."""
 
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -40,12 +40,17 @@ KINDS: dict[Any, dict[str, Any]] = {
 }
 
 
-def option_flags(command: Command) -> Command:
-    """Give a command one flag a field of Options; `read_flags` makes the options of what click passes on."""
+def option_flags(*, without: Container[str] = ()) -> Callable[[Command], Command]:
+    """Give a command one flag a field of Options, but for those `without`; `read_flags` makes the options of what click passes on."""
     hints = typing.get_type_hints(Options)
-    for field in reversed(fields(Options)):
-        command = _flag(field, hints[field.name])(command)
-    return command
+
+    def decorate(command: Command) -> Command:
+        for field in reversed(fields(Options)):
+            if field.name not in without:
+                command = _flag(field, hints[field.name])(command)
+        return command
+
+    return decorate
 
 
 def _flag(field: "Field[Any]", hint: Any) -> Callable[[Command], Command]:
@@ -58,4 +63,4 @@ def _flag(field: "Field[Any]", hint: Any) -> Callable[[Command], Command]:
 
 def read_flags(given: Mapping[str, Any]) -> Options:
     """The options that the flags say. Raises RequestError for a value outside its range."""
-    return Options(**{**given, "logit_bias": dict(given["logit_bias"])})
+    return Options(**{**given, "logit_bias": dict(given.get("logit_bias", ()))})

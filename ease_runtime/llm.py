@@ -148,10 +148,11 @@ class TextEngine:
         template: ChatTemplate | None = None,
         num_slots: int = 1,
         cap: int = DEFAULT_CAP,
+        adapt: bool = False,
     ) -> None:
         self.stack, self.tokenizer = stack, tokenizer
         self.start_id, self.stop_ids, self.template = start_id, stop_ids, template
-        self.engine = Engine(stack, num_slots=num_slots, cap=cap)
+        self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt)
         self.choices: dict[Sequence, Choice] = {}
 
     @property
@@ -183,6 +184,13 @@ class TextEngine:
         """The checked policy for this bundle's exits."""
         return options.exit_policy(self.stack.exit_layers)
 
+    def check(self, options: Options) -> None:
+        """Raises RequestError for options that this bundle cannot run."""
+        self.engine.check(self.policy(options), options.catch_up)
+        for token in options.logit_bias:
+            if token >= self.stack.vocab_size:
+                raise RequestError(f"logit_bias has the token id {token}, outside the vocabulary of {self.stack.vocab_size}")
+
     def submit(
         self, prompt: str | Many[int], options: Options | None = None, *, after: Generation | None = None, keep: bool = False
     ) -> Generation:
@@ -193,9 +201,7 @@ class TextEngine:
         options = options or Options()
         if not prompt:
             raise RequestError("the prompt is empty; give at least one character")
-        for token in options.logit_bias:
-            if token >= self.stack.vocab_size:
-                raise RequestError(f"logit_bias has the token id {token}, outside the vocabulary of {self.stack.vocab_size}")
+        self.check(options)
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         patterns, policy = [StopPattern(stop) for stop in options.stop], self.policy(options)
         choices = []
@@ -268,24 +274,35 @@ class TextEngine:
 
 
 class LLM(TextEngine):
-    """A bundle ready to generate. Raises BundleError or DeviceError when it cannot run."""
+    """A bundle ready to generate. Raises BundleError or DeviceError when it cannot run.
+
+    `num_slots`: requests that run together; `adapt`: measure what passes cost, and leave early only where it pays.
+    """
 
     def __init__(
-        self, bundle: str | Path, *, device: str = "auto", num_threads: int = 0, cap: int = DEFAULT_CAP, num_slots: int = 1
+        self,
+        bundle: str | Path,
+        *,
+        device: str = "auto",
+        num_threads: int = 0,
+        cap: int = DEFAULT_CAP,
+        num_slots: int = 1,
+        adapt: bool = False,
     ) -> None:
         if device not in DEVICES:
             raise DeviceError(f"device '{device}' is not supported by this version; use one of: {', '.join(DEVICES)}")
-        self.bundle, stack = Path(bundle), OrtStack(Path(bundle), num_threads=num_threads)
+        bundle, stack = Path(bundle), OrtStack(Path(bundle), num_threads=num_threads)
         self.manifest = stack.manifest
-        tokenizer = load_tokenizer(self.bundle / self.manifest.tokenizer)
+        tokenizer = load_tokenizer(bundle / self.manifest.tokenizer)
         super().__init__(
             stack,
             tokenizer,
             start_id=self.manifest.end_id,
             stop_ids=end_ids(self.manifest),
-            template=load_template(self.bundle, self.manifest, tokenizer),
+            template=load_template(bundle, self.manifest, tokenizer),
             num_slots=num_slots,
             cap=cap,
+            adapt=adapt,
         )
 
 

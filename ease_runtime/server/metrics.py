@@ -1,0 +1,47 @@
+"""What a server counts, for Prometheus."""
+
+from collections.abc import Iterable
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """One server's figures, in a registry of their own."""
+
+    def __init__(self, exit_layers: tuple[int, ...], num_slots: int) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter("ease_requests", "Requests by how they ended.", ["endpoint", "outcome"], registry=registry)
+        self.prompt_tokens = Counter("ease_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.generated_tokens = Counter("ease_generated_tokens", "Tokens generated.", registry=registry)
+        self.drafted = Counter("ease_drafted_tokens", "Drafts that full depth has judged (verify).", registry=registry)
+        self.accepted = Counter("ease_accepted_tokens", "Drafts that full depth agreed with (verify).", registry=registry)
+        self.queue = Gauge("ease_queue_length", "Completions that wait for a slot.", registry=registry)
+        self.running = Gauge("ease_running", "Completions that have a slot.", registry=registry)
+        Gauge("ease_slots", "Completions that can run together.", registry=registry).set(num_slots)
+        self.passes = Counter("ease_passes", "Graph passes.", registry=registry)
+        self.rows = Counter("ease_pass_rows", "Completions in all passes; over ease_passes_total it is the mean batch.", registry=registry)
+        self.mean_batch = Gauge("ease_mean_batch", "Completions in a pass, in the mean since the start.", registry=registry)
+        self.depth = Histogram("ease_token_depth_layers", "Layers that tokens used.", buckets=exit_layers, registry=registry)
+        self.first_token = Histogram("ease_first_token_seconds", "From the request to its first token.", buckets=SECONDS, registry=registry)
+        self.duration = Histogram("ease_request_seconds", "From the request to its end.", buckets=SECONDS, registry=registry)
+        self.num_passes, self.num_rows = 0, 0
+
+    def note_pass(self, num_rows: int, num_running: int, num_waiting: int, depths: Iterable[int]) -> None:
+        """One pass of the engine, and the tokens that came out of it."""
+        self.num_passes, self.num_rows = self.num_passes + 1, self.num_rows + num_rows
+        self.passes.inc()
+        self.rows.inc(num_rows)
+        self.mean_batch.set(self.num_rows / self.num_passes)
+        self.running.set(num_running)
+        self.queue.set(num_waiting)
+        for depth in depths:
+            self.generated_tokens.inc()
+            self.depth.observe(depth)
+
+    def text(self) -> bytes:
+        """Prometheus' text format."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry)

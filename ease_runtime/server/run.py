@@ -1,0 +1,33 @@
+"""Serve until told to stop: SIGTERM or Ctrl-C lets what runs finish, for a while, and cuts the rest with a notice."""
+
+import contextlib
+from types import FrameType
+from typing import Any
+
+from ease_runtime.errors import RequestError
+from ease_runtime.llm import TextEngine
+from ease_runtime.server.app import Settings, create_app
+from ease_runtime.server.errors import extra_missing
+
+MARGIN_SECONDS = 5  # for connections to close after the last answer was cut
+
+
+def serve(llm: TextEngine, settings: Settings, *, host: str, port: int, grace_seconds: float, log_level: str = "info") -> None:
+    """Serve in this thread. Raises RequestError where the extra is not installed or the port is taken."""
+    app = create_app(llm, settings)
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise extra_missing(error) from None
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.service.worker.drain(grace_seconds)
+            super().handle_exit(sig, frame)
+
+    more: dict[str, Any] = {"timeout_graceful_shutdown": int(grace_seconds) + MARGIN_SECONDS, "log_level": log_level}
+    server = Server(uvicorn.Config(app, host=host, port=port, **more))
+    with contextlib.suppress(SystemExit):  # uvicorn has said why
+        server.run()
+    if not server.started:
+        raise RequestError(f"cannot listen on {host}:{port}; is the port taken? choose another: --port")

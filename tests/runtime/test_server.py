@@ -1,0 +1,420 @@
+"""The server over the stand-in stack, as its clients see it."""
+
+import asyncio
+import gc
+import json
+import math
+import random
+import socket
+import time
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ease_runtime.llm import TextEngine
+from ease_runtime.options import Options
+from served import Served, served, text_engine, wait_until
+
+for extra in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(extra, reason="no server: pip install 'ease-lm[serve]'")
+httpx = pytest.importorskip("httpx")
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[Served]:
+    with served(text_engine(), max_prompt_tokens=40) as running:
+        yield running
+
+
+def post(server: Served, path: str, body: Any, **more: Any) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(server.url + path, content=content, timeout=30, **more)
+
+
+def said(prompt: str | list[int], **options: Any) -> str:
+    """What an engine says to a prompt by itself."""
+    return "".join(event.text for event in text_engine(1).generate(prompt, Options(**options)))
+
+
+def stream(server: Served, path: str, body: dict[str, Any]) -> list[Any]:
+    """The events of a stream."""
+    response = post(server, path, {**body, "stream": True})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def is_idle(server: Served) -> bool:
+    """Whether nothing is left of any request."""
+    worker, engine = server.service.worker, server.service.llm.engine
+    return worker.num_taken == 0 and not worker.tickets and not engine.busy and not server.service.llm.choices
+
+
+# What the openai client makes of it.
+
+
+@pytest.fixture
+def client(toy: Served) -> Iterator[Any]:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{toy.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def test_openai_completions(client: Any) -> None:
+    answer = client.completions.create(model="toy", prompt="abc", max_tokens=9, logprobs=2)
+    assert answer.choices[0].text == said("abc", max_tokens=9)
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (4, 9, 13)
+    logprobs = answer.choices[0].logprobs
+    assert "".join(logprobs.tokens) == answer.choices[0].text
+    assert logprobs.text_offset == list(range(9))
+    assert all(tokens[token] == logprob for tokens, token, logprob in zip(logprobs.top_logprobs, logprobs.tokens, logprobs.token_logprobs))  # noqa: B905
+    assert all(len(tokens) == 2 for tokens in logprobs.top_logprobs)
+
+
+def test_openai_completions_streamed(client: Any) -> None:
+    options = {"max_tokens": 12, "temperature": 0.9, "seed": 7, "stop": ["zz"], "n": 2}
+    texts, usage = ["", ""], None
+    for part in client.completions.create(model="toy", prompt="abc", stream=True, stream_options={"include_usage": True}, **options):
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+        usage = part.usage or usage
+    assert texts[0] == said("abc", max_tokens=12, temperature=0.9, seed=7)
+    assert texts[1] != texts[0]
+    assert usage.completion_tokens == 24
+
+
+def test_openai_chat(client: Any) -> None:
+    messages = [
+        {"role": "system", "content": "de"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "a"}]},
+    ]
+    whole = client.chat.completions.create(model="toy", messages=messages, max_completion_tokens=8, logprobs=True, top_logprobs=3)
+    ids = text_engine().encode("debaabc", raw=False)
+    assert whole.choices[0].message.content == said(ids, max_tokens=8)
+    content = whole.choices[0].logprobs.content
+    assert "".join(bytes(token.bytes).decode() for token in content) == whole.choices[0].message.content
+    assert [len(token.top_logprobs) for token in content] == [3] * 8
+    parts = list(client.chat.completions.create(model="toy", messages=messages, max_tokens=8, stream=True))
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+    assert [part.choices[0].finish_reason for part in parts if part.choices[0].finish_reason] == ["length"]
+
+
+def test_openai_models_and_errors(client: Any) -> None:
+    import openai
+
+    assert [model.id for model in client.models.list()] == ["toy"]
+    assert client.models.retrieve("toy").ease["exit_layers"] == [2, 4, 6]
+    with pytest.raises(openai.NotFoundError, match="this server has 'toy'"):
+        client.completions.create(model="gpt", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="temperature -1"):
+        client.completions.create(model="toy", prompt="a", temperature=-1)
+
+
+def test_openai_sends_ease_and_reads_depths(client: Any) -> None:
+    ease = {"policy": "entropy", "threshold": [0.2, 0.4], "catch_up": "propagate"}
+    answer = client.completions.create(model="toy", prompt="abc", max_tokens=20, extra_body={"ease": ease})
+    options = Options(20, "entropy", (0.2, 0.4), "propagate")
+    events = list(text_engine(1).generate("abc", options))
+    assert answer.choices[0].ease["tokens"] == [
+        {"id": e.id, "text": e.text, "depth": e.depth, "confidence": e.confidence, "drafted": False} for e in events
+    ]
+    assert len({event.depth for event in events}) > 1
+    assert answer.usage.ease["mean_depth"] == sum(event.depth for event in events) / 20
+
+
+# Requests of every kind.
+
+
+def test_prompts_in_every_form(toy: Served) -> None:
+    one = post(toy, COMPLETIONS, {"prompt": [0, 1, 2, 3], "max_tokens": 5}).json()
+    assert [choice["text"] for choice in one["choices"]] == [said("abc", max_tokens=5)]
+    both = post(toy, COMPLETIONS, {"prompt": ["abc", "f"], "max_tokens": 5, "n": 2, "ease": {}}).json()
+    assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
+    assert [choice["text"] for choice in both["choices"]] == [said("abc", max_tokens=5)] * 2 + [said("f", max_tokens=5)] * 2
+    assert post(toy, COMPLETIONS, {"prompt": [[0, 1], [2]], "max_tokens": 1}).json()["usage"]["prompt_tokens"] == 3
+
+
+def test_a_stream_says_what_the_whole_says(toy: Served) -> None:
+    body = {"prompt": "abc", "max_tokens": 15, "logprobs": 2, "ease": {"threshold": 0.3, "catch_up": "verify"}, "stop": "ee"}
+    whole = post(toy, COMPLETIONS, body).json()["choices"][0]
+    events = stream(toy, COMPLETIONS, {**body, "stream_options": {"include_usage": True}})
+    parts = [event["choices"][0] for event in events[:-1]]
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    assert [token for part in parts for token in part["ease"]["tokens"]] == whole["ease"]["tokens"]
+    for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+        assert [value for part in parts for value in part["logprobs"][name]] == whole["logprobs"][name]
+    assert parts[-1]["finish_reason"] == whole["finish_reason"]
+    assert events[-1]["choices"] == []
+    usage = events[-1]["usage"]["ease"]
+    assert usage["drafted"] > 0
+    assert usage["accepted"] == sum(token["drafted"] for token in whole["ease"]["tokens"])
+    assert len({event["id"] for event in events}) == 1
+
+
+def test_without_ease_nothing_is_told(toy: Served) -> None:
+    answer = post(toy, COMPLETIONS, {"prompt": "abc", "max_tokens": 2}).json()
+    assert "ease" not in answer["choices"][0]
+    assert "ease" not in answer["usage"]
+
+
+def test_a_request_without_a_seed_draws_one(toy: Served) -> None:
+    body = {"prompt": "abc", "max_tokens": 30, "temperature": 1.5}
+    texts = {post(toy, COMPLETIONS, body).json()["choices"][0]["text"] for _ in range(4)}
+    assert len(texts) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        (COMPLETIONS, b"", 400, "the body is no JSON"),
+        (COMPLETIONS, b"{", 400, "the body is no JSON"),
+        (COMPLETIONS, b"[" * 100_000, 400, "the body is no JSON"),
+        (COMPLETIONS, b'{"prompt": "\xff"}', 400, "not UTF-8: invalid start byte at byte 12"),
+        (COMPLETIONS, b'{"prompt": "a\\ud800"}', 400, "no valid Unicode"),
+        (COMPLETIONS, [1], 400, "must be a JSON object"),
+        (COMPLETIONS, {}, 400, "prompt must be a text"),
+        (COMPLETIONS, {"prompt": ""}, 400, "at least one character"),
+        (COMPLETIONS, {"prompt": []}, 400, "prompt must be a text"),
+        (COMPLETIONS, {"prompt": [["a"]]}, 400, "or a list of token ids"),
+        (COMPLETIONS, {"prompt": [99]}, 400, "outside the vocabulary of 23"),
+        (COMPLETIONS, {"prompt": [-1]}, 400, "outside the vocabulary of 23"),
+        (COMPLETIONS, {"prompt": [2**80]}, 400, "outside the vocabulary of 23"),
+        (COMPLETIONS, {"prompt": "a" * 41}, 400, "the prompt has 42 tokens; this server takes up to 40"),
+        (COMPLETIONS, {"prompt": "a", "modle": "toy"}, 400, "unknown or unsupported field 'modle'; did you mean 'model'?"),
+        (COMPLETIONS, {"prompt": "a", "model": "other"}, 404, "this server has 'toy'"),
+        (COMPLETIONS, {"prompt": "a", "echo": True}, 400, "echo is not supported"),
+        (COMPLETIONS, {"prompt": "a", "stream": "yes"}, 400, "stream must be true or false"),
+        (COMPLETIONS, {"prompt": "a", "stream_options": 1}, 400, "stream_options must be an object"),
+        (COMPLETIONS, {"prompt": "a", "n": 10**9}, 400, "n 1000000000 is outside"),
+        (COMPLETIONS, {"prompt": ["a"] * 60, "n": 2}, 400, "120 completions in a request"),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens 1.5 is not a whole number"),
+        (COMPLETIONS, {"prompt": "a", "stop": ["x" * 2**16, "y"]}, 400, "stop strings"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"99": 1}}, 400, "token id 99, outside the vocabulary"),
+        (COMPLETIONS, {"prompt": "a", "ease": 1}, 400, "ease must be an object"),
+        (COMPLETIONS, {"prompt": "a", "ease": {"treshold": 1}}, 400, "unknown field 'ease.treshold'; did you mean 'threshold'?"),
+        (COMPLETIONS, {"prompt": "a", "ease": {"threshold": 7}}, 400, "threshold 7.0 is outside"),
+        (COMPLETIONS, {"prompt": "a", "ease": {"policy": "gate", "threshold": 0.5}}, 400, "policy 'gate' needs a gate"),
+        (COMPLETIONS, {"prompt": "a", "ease": {"depth_budget": 90}}, 400, "depth budget 90.0"),
+        (CHAT, {"messages": "hi"}, 400, "messages must be a list"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "a part that is no text"),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400, "unknown or unsupported field 'tools'"),
+    ],
+)
+def test_a_bad_request_is_told_what_is_wrong(toy: Served, path: str, body: Any, status: int, message: str) -> None:
+    response = post(toy, path, body)
+    assert (response.status_code, set(response.json())) == (status, {"error"})
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert (error["type"], set(error)) == ("invalid_request_error", {"message", "type", "param", "code"})
+    assert len(error["message"]) < 400
+    assert is_idle(toy)
+
+
+def test_large_bodies_and_long_prompts_are_refused(toy: Served) -> None:
+    assert post(toy, COMPLETIONS, {"prompt": "a" * (2**20)}).status_code == 413
+    start = time.perf_counter()
+    response = post(toy, COMPLETIONS, {"prompt": "a" * (2**20 - 100)})
+    assert (response.status_code, "tokens; this server takes up to 40" in response.json()["error"]["message"]) == (400, True)
+    assert time.perf_counter() - start < 10
+
+
+def test_stop_strings_of_10_kb_cost_nothing_silly(toy: Served) -> None:
+    start = time.perf_counter()
+    text = post(toy, COMPLETIONS, {"prompt": "abc", "max_tokens": 40, "stop": ["a" * 10_000, "ab" * 5000]}).json()["choices"][0]["text"]
+    assert text == said("abc", max_tokens=40)
+    assert time.perf_counter() - start < 5
+
+
+def test_other_routes(toy: Served) -> None:
+    assert httpx.get(f"{toy.url}/health").json() == {"status": "ok", "model": "toy", "taken": 0}
+    for path, method, status in [("/v1/nothing", "GET", 404), (COMPLETIONS, "GET", 405), ("/v1/models/gpt", "GET", 404)]:
+        response = httpx.request(method, toy.url + path)
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    page = httpx.get(toy.url)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http://" not in page.text.replace("http://www.w3.org", "")
+    assert "https://" not in page.text
+
+
+# Limits, faults, and many at once.
+
+
+def test_an_api_key_is_asked_for() -> None:
+    with served(text_engine(), api_key="sésame") as server:
+        right = {"Authorization": "Bearer sésame".encode()}
+        assert post(server, COMPLETIONS, {"prompt": "a", "max_tokens": 1}, headers=right).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer sesame"}, {"Authorization": "sésame".encode()}, {"Authorization": b"Bearer \xff"}):
+            response = post(server, COMPLETIONS, {"prompt": "a"}, headers=headers)
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 401
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(server.url).status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    with served(text_engine(2, seconds=0.005), max_queued=1) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+        busy = {"prompt": "abc", "max_tokens": 50, "n": 3, "stream": True}
+        with client.stream("POST", COMPLETIONS, json=busy) as response:
+            assert response.status_code == 200
+            refused = post(server, COMPLETIONS, {"prompt": "abc"})
+            assert refused.status_code == 429
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+            assert (refused.json()["error"]["type"], refused.json()["error"]["code"]) == ("rate_limit_error", "queue_full")
+            response.read()
+        assert post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 2}).status_code == 200
+        assert 'outcome="refused"} 1.0' in httpx.get(f"{server.url}/metrics").text
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_hang_ups_free_their_place(streamed: bool) -> None:
+    """Whether the answer has begun or the request still waits for a slot."""
+    with served(text_engine(1, seconds=0.01)) as server:
+        body = json.dumps({"prompt": "abc", "max_tokens": 59, "stream": streamed}).encode()
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: toy\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
+        for client in clients:
+            client.sendall(head + body)
+        wait_until(lambda: server.service.worker.num_taken == 3)
+        start = time.perf_counter()
+        for client in clients:
+            client.close()
+        wait_until(lambda: is_idle(server))
+        assert time.perf_counter() - start < 1.5  # one answer alone takes longer
+        assert post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 3}).json()["choices"][0]["text"] == said("abc", max_tokens=3)
+        assert 'outcome="ok"} 1.0' in httpx.get(f"{server.url}/metrics").text
+
+
+def break_logits(llm: TextEngine, letter: int) -> None:
+    """Whoever's prompt begins with this letter gets no numbers from the third token on."""
+    plain = llm.stack.run_exit
+
+    def run_exit(number: int, rows: Any) -> Any:
+        output = plain(number, rows)
+        for place, row in enumerate(rows.tolist()):
+            for sequence in llm.engine.sequences:
+                here = sequence.rows[sequence.done[0] - 1] == row and len(sequence.produced) == 3
+                if here and sequence.tokens[1] == letter:
+                    output.logits[place], output.top_prob[place] = math.nan, math.nan
+        return output
+
+    llm.stack.run_exit = run_exit  # type: ignore[method-assign]
+
+
+def test_a_row_without_numbers_fails_alone() -> None:
+    llm = text_engine(4)
+    break_logits(llm, 5)
+    with served(llm) as server:
+
+        async def ask() -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+                bodies = [{"prompt": prompt, "max_tokens": 12} for prompt in ("abc", "ea", "fgh", "ijk")]
+                bodies.append({"prompt": "ee", "max_tokens": 12, "stream": True})
+                return await asyncio.gather(*(client.post(COMPLETIONS, json=body) for body in bodies))
+
+        first, broken, second, third, streamed = asyncio.run(ask())
+        assert broken.status_code == 500
+        assert "no finite numbers" in broken.json()["error"]["message"]
+        for response, prompt in ((first, "abc"), (second, "fgh"), (third, "ijk")):
+            assert response.json()["choices"][0]["text"] == said(prompt, max_tokens=12)
+        last = json.loads(streamed.text.split("\n\n")[-2].removeprefix("data: "))
+        assert "no finite numbers" in last["error"]["message"]
+        assert is_idle(server)
+
+
+def test_an_engine_that_fails_serves_the_next(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    llm = text_engine(2)
+    with served(llm) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.stack, "run_segment", lambda *arguments: 1 / 0)
+            response = post(server, COMPLETIONS, {"prompt": "abc"})
+            assert response.status_code == 500
+            assert "the engine failed: division by zero" in response.json()["error"]["message"]
+        assert "the engine failed" in caplog.text
+        assert post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 4}).json()["choices"][0]["text"] == said("abc", max_tokens=4)
+
+
+def some_request(rng: random.Random) -> dict[str, Any]:
+    """A request whose answer depends on everything in it."""
+    body: dict[str, Any] = {"prompt": "".join(rng.choices("abcdefghijklmnopqrstuv", k=rng.randint(1, 20)))}
+    body |= {"max_tokens": rng.randint(1, 25), "seed": rng.randint(0, 99), "temperature": rng.choice([0, 0.7, 1.3])}
+    if rng.random() < 0.5:
+        body["stop"] = rng.choices("abcdefgh", k=2)
+    if rng.random() < 0.7:
+        body["ease"] = {"threshold": rng.choice([0.1, 0.3, 0.6]), "catch_up": rng.choice(["recompute", "propagate", "verify"])}
+    return body
+
+
+def alone(body: dict[str, Any]) -> str:
+    ease = body.get("ease", {})
+    names = {name: value for name, value in body.items() if name not in ("prompt", "ease")}
+    events = text_engine(1).generate(body["prompt"], Options.from_json({**names, **ease}))
+    return "".join(event.text for event in events)
+
+
+def test_64_clients_get_what_each_would_get_alone() -> None:
+    """Streams, whole answers and hang-ups mixed: nothing lost, nothing of another's, and no memory kept."""
+    rounds, num_clients = 2, 64
+    rng = random.Random(0)
+    bodies = [[some_request(rng) for _ in range(rounds)] for _ in range(num_clients)]
+    with served(text_engine(8), max_queued=80) as server:
+
+        async def ask(client: httpx.AsyncClient, number: int, body: dict[str, Any]) -> str | None:
+            if number % 8 == 7:  # leaves after the first event
+                async with client.stream("POST", COMPLETIONS, json={**body, "stream": True}) as response:
+                    async for _ in response.aiter_lines():
+                        return None
+            if number % 2:
+                response = await client.post(COMPLETIONS, json={**body, "stream": True})
+                events = [json.loads(line[6:]) for line in response.text.split("\n\n") if line and line != "data: [DONE]"]
+                return "".join(choice["text"] for event in events for choice in event["choices"])
+            response = await client.post(COMPLETIONS, json=body)
+            text: str = response.json()["choices"][0]["text"]
+            return text
+
+        async def client_of(number: int, rounds: int) -> list[str | None]:
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                return [await ask(client, number, body) for body in bodies[number][:rounds]]
+
+        async def everybody(rounds: int) -> list[list[str | None]]:
+            return await asyncio.gather(*(client_of(number, rounds) for number in range(num_clients)))
+
+        asyncio.run(everybody(1))  # whatever is made once is there now
+        wait_until(lambda: is_idle(server))
+        gc.collect()
+        tracemalloc.start()
+        answers = asyncio.run(everybody(rounds))
+        wait_until(lambda: is_idle(server))
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        metrics = httpx.get(f"{server.url}/metrics").text
+    for number in range(num_clients):
+        if number % 8 != 7:
+            assert answers[number] == [alone(body) for body in bodies[number]]
+    assert kept < 1_000_000
+    figures = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
+    assert float(figures["ease_mean_batch"]) > 1.5
+    assert float(figures["ease_queue_length"]) == 0
+    assert float(figures['ease_requests_total{endpoint="completions",outcome="ok"}']) >= (1 + rounds) * num_clients * 7 / 8
+
+
+def test_a_server_that_ends_cuts_what_does_not_end_in_time() -> None:
+    with served(text_engine(1, seconds=0.02)) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+        with client.stream("POST", COMPLETIONS, json={"prompt": "abc", "max_tokens": 59, "stream": True}) as response:
+            lines = response.iter_lines()
+            assert "choices" in next(lines)
+            server.service.worker.drain(0.1)
+            refused = post(server, COMPLETIONS, {"prompt": "abc"})
+            assert (refused.status_code, httpx.get(f"{server.url}/health").status_code) == (503, 503)
+            last = [line for line in lines if line][-1]
+        assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
