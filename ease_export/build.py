@@ -25,10 +25,9 @@ from torch.export import Dim
 from ease_export.errors import ExportError
 from ease_export.graphs import OPSET, ExitHead, FirstSegment, GateHead, Head, PropagateKV, Route, Routed, Segment, Similarity
 from ease_runtime.manifest import FORMAT_VERSION, MANIFEST_FILE, ExitInfo, FileInfo, Manifest, SegmentInfo, sha256_of
-from ease_train.checkpoint import Checkpoint, load_checkpoint
+from ease_train.checkpoint import TEMPLATE_FILE, Checkpoint, load_checkpoint
 from ease_train.files import written_aside
 from ease_train.model import Decoder, RoutedBlock
-from ease_train.tokens import END
 
 EXTERNAL_BYTES = 1024  # smaller initializers stay inside the graph
 ALIGNMENT = 4096  # of a tensor in its file: a page, so that it can be mapped
@@ -62,6 +61,8 @@ def export_bundle(checkpoint_path: Path, bundle: Path) -> Manifest:
             for plan in plan_graphs(model):
                 write_graph(plan, folder, tensors.setdefault(plan.weights, {}))
             checkpoint.tokenizer.save(str(folder / TOKENIZER_FILE))
+            if (template := checkpoint.conventions.chat_template) is not None:
+                (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
             manifest = describe(checkpoint, checkpoint_path, folder)
             (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
@@ -257,13 +258,16 @@ def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path) -> Man
         kv_dim=config.kv_dim,
         num_layers=config.num_layers,
         max_positions=config.max_positions,
-        end_id=checkpoint.tokenizer.token_to_id(END),
+        start_id=checkpoint.conventions.start_id,
+        stop_ids=checkpoint.conventions.stop_ids,
         tokenizer=TOKENIZER_FILE,
         similarity=SIMILARITY_FILE,
         segments=tuple(_segment_info(cut) for cut in cut_layers(model)),
         exits=tuple(
             ExitInfo(layer, exit_file(n), head_file(model, n, layer), gate_file(model, n, layer)) for n, layer in enumerate(config.exits)
         ),
+        chat_template=TEMPLATE_FILE if checkpoint.conventions.chat_template is not None else None,
+        generation=checkpoint.conventions.generation,
         files={path.name: FileInfo(sha256_of(path), path.stat().st_size) for path in sorted(folder.iterdir())},
         source=_source(checkpoint, checkpoint_path),
     )

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -56,13 +55,16 @@ class TokenEvent:
 
 @dataclass
 class Timing:
-    """Wall-clock seconds of one generation, prefill and decoding apart. The first token belongs to the prefill."""
+    """Wall-clock seconds of one generation, prefill and decoding apart, and its counts. The first token belongs to the prefill."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     num_prompt_tokens: int = 0
     num_tokens: int = 0
     token_seconds: list[float] = field(default_factory=list)  # of every token after the first; 0 for those that came with another
+    num_drafted: int = 0  # drafts that full depth has judged (verify)
+    num_accepted: int = 0
+    notes: list[str] = field(default_factory=list)  # what the engine decided by itself
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,6 +80,12 @@ class Timing:
             self.decode_seconds += seconds
             self.token_seconds += [seconds, *[0.0] * (num_tokens - 1)]
         self.num_tokens += num_tokens
+
+    def note_end(self, sequence: Sequence) -> None:
+        """Take over what a sequence that has ended tells of itself."""
+        self.num_drafted += sequence.drafted
+        self.num_accepted += sequence.accepted
+        self.notes += sequence.notes
 
 
 @dataclass(eq=False)
@@ -270,6 +278,8 @@ class TextEngine:
             for choice, events in read:
                 if choice.error:
                     raise RequestError(choice.error)
+                if choice.finish_reason is not None:
+                    timing.note_end(choice.sequence)
                 yield from (event for event in events if choice in generation.choices)
 
 
@@ -297,8 +307,8 @@ class LLM(TextEngine):
         super().__init__(
             stack,
             tokenizer,
-            start_id=self.manifest.end_id,
-            stop_ids=end_ids(self.manifest),
+            start_id=self.manifest.start_id,
+            stop_ids=frozenset(self.manifest.stop_ids),
             template=load_template(bundle, self.manifest, tokenizer),
             num_slots=num_slots,
             cap=cap,
@@ -314,18 +324,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise BundleError(f"{path} cannot be read: {error}") from None
 
 
-def end_ids(manifest: Manifest) -> frozenset[int]:
-    """The tokens that end an answer: the one that ends a text, and those that the model's makers name (chat models have several)."""
-    named: Any = manifest.generation.get("eos_token_id")
-    ids = [manifest.end_id, *(named if isinstance(named, list) else [named])]
-    return frozenset(token for token in ids if type(token) is int)
-
-
 def load_template(bundle: Path, manifest: Manifest, tokenizer: Tokenizer) -> ChatTemplate | None:
     """The bundle's chat template, if it has one. Raises BundleError."""
     if manifest.chat_template is None:
         return None
-    begin = manifest.generation.get("bos_token_id")
-    names = [tokenizer.id_to_token(token) or "" if type(token) is int else "" for token in (begin, manifest.end_id)]
+    begin, end = manifest.generation.get("bos_token_id", manifest.start_id), manifest.stop_ids[0] if manifest.stop_ids else None
+    names = [tokenizer.id_to_token(token) or "" if type(token) is int else "" for token in (begin, end)]
     source = (bundle / manifest.chat_template).read_text(encoding="utf-8")
     return ChatTemplate(source, bos_token=names[0], eos_token=names[1])

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ease_runtime.errors import BundleError
 
-FORMAT_VERSION = 2  # 2: tokens of several rows in one pass, ragged
+FORMAT_VERSION = 3  # 2: tokens of several rows in one pass, ragged; 3: start and stop tokens
 MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
 PRECISIONS = ("fp32",)
@@ -66,7 +66,8 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A bundle's contents. `end_id` is the token that ends a text (and stands before one).
+    """A bundle's contents. `start_id` is the token that stands before a text, if there is one; each of `stop_ids` ends one, the
+    first in training.
 
     `similarity` is the graph that compares two hidden states; `chat_template` a jinja2 file, for models that have one;
     `generation` what the model's makers sample with, never used unasked.
@@ -79,7 +80,8 @@ class Manifest:
     kv_dim: int  # width of one token's keys (and of its values) in one layer
     num_layers: int
     max_positions: int
-    end_id: int | None
+    start_id: int | None
+    stop_ids: tuple[int, ...]
     tokenizer: str
     similarity: str
     segments: tuple[SegmentInfo, ...]
@@ -138,7 +140,8 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         kv_dim=table.integer("kv_dim"),
         num_layers=table.integer("num_layers"),
         max_positions=table.integer("max_positions"),
-        end_id=table.integer("end_id", at_least=0) if table.has("end_id") else None,
+        start_id=table.integer("start_id", at_least=0) if table.has("start_id") else None,
+        stop_ids=table.integers("stop_ids", at_least=0),
         tokenizer=table.file("tokenizer"),
         similarity=table.file("similarity"),
         segments=tuple(_segment(t) for t in table.tables("segments")),
@@ -231,6 +234,12 @@ class _Table:
         if type(value) is not int or value < at_least:
             self.fail(f"{key} = {value!r}, expected a whole number of at least {at_least}")
         return value
+
+    def integers(self, key: str, at_least: int = 1) -> tuple[int, ...]:
+        values = self.values.get(key)
+        if not isinstance(values, list) or not all(type(value) is int and value >= at_least for value in values):
+            self.fail(f"{key} = {values!r}, expected a list of whole numbers of at least {at_least}")
+        return tuple(values)
 
     def text(self, key: str) -> str:
         value = self.values.get(key)

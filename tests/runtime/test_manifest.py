@@ -205,7 +205,9 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "version zero": (lambda v: v.update(format_version=0), "format_version = 0, expected a whole number of at least 1"),
     "no version": (lambda v: v.pop("format_version"), "format_version = None, expected a whole number of at least 1"),
     "a version in words": (lambda v: v.update(format_version="one"), "format_version = 'one', expected a whole number of at least 1"),
-    "a negative end": (lambda v: v.update(end_id=-1), "end_id = -1, expected a whole number of at least 0"),
+    "a negative start": (lambda v: v.update(start_id=-1), "start_id = -1, expected a whole number of at least 0"),
+    "a stop that is no list": (lambda v: v.update(stop_ids=2), "stop_ids = 2, expected a list of whole numbers of at least 0"),
+    "a negative stop": (lambda v: v.update(stop_ids=[2, -1]), "stop_ids = [2, -1], expected a list of whole numbers of at least 0"),
     "a number for a text": (lambda v: v.update(tokenizer=7), "tokenizer = 7, expected a text"),
     "an empty name": (lambda v: v["exits"][0].update(graph=""), "graph = '', expected a text"),
     "an unknown precision": (lambda v: v.update(precision="fp7"), "precision = 'fp7', expected one of: fp32"),
@@ -262,8 +264,8 @@ def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
 
 def test_no_end_token(bundle: Path) -> None:
     """A bundle may have none."""
-    edit(bundle, lambda values: values.update(end_id=None))
-    assert load_manifest(bundle).end_id is None
+    edit(bundle, lambda values: values.update(start_id=None, stop_ids=[]))
+    assert (load_manifest(bundle).start_id, load_manifest(bundle).stop_ids) == (None, ())
 
 
 def test_a_graph_with_the_right_sum_that_is_no_graph(bundle: Path) -> None:
