@@ -20,7 +20,7 @@ from ease_runtime.llm import DEVICES, LLM, Timing
 from ease_runtime.options import Options
 from ease_runtime.server.app import Settings
 from ease_runtime.server.run import serve as run_server
-from ease_runtime.show import as_object, by_choice, print_coloured, print_legend, print_plain, print_summary
+from ease_runtime.show import as_object, by_choice, print_coloured, print_legend, print_notes, print_plain, print_summary
 
 
 @click.group(cls=ErrorGroup)
@@ -54,10 +54,10 @@ def take_place(given: dict[str, Any]) -> dict[str, Any]:
 @click.option("--compare", is_flag=True, help="Also time the same prompt at full depth.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @model_flags
-def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json: bool, device: str, threads: int, **given: Any) -> None:
+def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json: bool, **given: Any) -> None:
     """Continue a prompt."""
-    options, text = read_flags(given), read_prompt(prompt)
-    llm, timing = LLM(bundle, device=device, num_threads=threads, num_slots=options.n), Timing()
+    place, options, text = take_place(given), read_flags(given), read_prompt(prompt)
+    llm, timing = LLM(bundle, num_slots=options.n, **place), Timing()
     if compare:  # warm both paths up, so that neither pays for first-time allocations
         for warm_up in (options, replace(options, **AT_FULL_DEPTH)):
             list(llm.generate(text, warm_up))
@@ -73,7 +73,9 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
     full_depth = time_full_depth(llm, text, options) if compare else None
     if as_json:
         click.echo(json.dumps(as_object(shown, timing, full_depth, llm.token_text), ensure_ascii=False))
-    elif show_exits or compare:
+        return
+    print_notes(timing)
+    if show_exits or compare:
         print_summary(shown, timing, llm.stack.exit_layers, full_depth, console)
 
 
@@ -146,6 +148,7 @@ def answer(conversation: Conversation, line: str, exit_layers: tuple[int, ...] |
         return
     finally:
         events.close()
+    print_notes(timing)
     if exit_layers is not None:
         print_summary(shown, timing, exit_layers, None, console)
 

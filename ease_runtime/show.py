@@ -72,6 +72,12 @@ def mean_depth(events: list[TokenEvent]) -> float:
     return sum(event.depth for event in events) / len(events)
 
 
+def print_notes(timing: Timing) -> None:
+    """What the engine decided by itself, on standard error."""
+    for note in timing.notes:
+        click.echo(f"note: {note}", err=True)
+
+
 def print_summary(
     events: list[TokenEvent], timing: Timing, exit_layers: tuple[int, ...], full_depth: Timing | None, console: Console
 ) -> None:
@@ -80,6 +86,8 @@ def print_summary(
         return
     shares = ", ".join(f"{sum(e.depth == layer for e in events) / len(events):.0%} at {layer}" for layer in exit_layers)
     console.print(f"{len(events)} tokens, mean depth {mean_depth(events):.2f} of {exit_layers[-1]} layers ({shares})", style="dim")
+    if timing.num_drafted:
+        console.print(f"{timing.num_accepted} of {timing.num_drafted} drafts accepted", style="dim")
     console.print(f"prefill {timing.prefill_seconds * 1000:.1f} ms, then {timing.tokens_per_second:.0f} tokens/s", style="dim")
     if full_depth and full_depth.tokens_per_second:
         ratio = timing.tokens_per_second / full_depth.tokens_per_second
@@ -99,7 +107,14 @@ def as_object(events: list[TokenEvent], timing: Timing, full_depth: Timing | Non
     return {
         **choices[0],
         **({"choices": choices} if len(choices) > 1 else {}),
-        "usage": {"prompt_tokens": timing.num_prompt_tokens, "completion_tokens": len(events), "mean_depth": mean_depth(events)},
+        "usage": {
+            "prompt_tokens": timing.num_prompt_tokens,
+            "completion_tokens": len(events),
+            "mean_depth": mean_depth(events),
+            "drafted": timing.num_drafted,
+            "accepted": timing.num_accepted,
+        },
+        "notes": timing.notes,
         "timing": {
             "prefill_seconds": timing.prefill_seconds,
             "decode_seconds": timing.decode_seconds,
