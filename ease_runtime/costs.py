@@ -111,7 +111,6 @@ class Costs:
         rows = (num_slots - 1.0) * self.per_slot.get(number, 0.0) if graph == "segment" else 0.0
         return float(np.interp(num_tokens, SIZES, table)) + past + rows
 
-
     def over_slots(self, number: int, num_slots: int, length: int) -> float:
         """The time a pass takes longer for slots that it only steps over, with `length` tokens in the cache: all of it attention."""
         return num_slots * self.per_slot[number] * length / CACHE_LENGTH
@@ -171,12 +170,12 @@ class Pace:
         for limit in range(1, LONGEST_DRAFT + 1):
             chances = [(1.0 - leaves) * leaves**j for j in range(limit)] + [leaves**limit]
             tokens = sum(chance * (1.0 - accepted ** (j + 1)) / (1.0 - accepted) for j, chance in enumerate(chances))
-            seconds = sum(chance * self._cycle(j, num_rows) for j, chance in enumerate(chances))
+            seconds = sum(chance * self.cycle(j, num_rows) for j, chance in enumerate(chances))
             if tokens / seconds > best:
                 best, length = tokens / seconds, limit
         return length
 
-    def _cycle(self, num_drafts: int, num_rows: int) -> float:
+    def cycle(self, num_drafts: int, num_rows: int) -> float:
         """Seconds, a row, of drafting and then judging some tokens."""
         last, judged = len(self.entered) - 1, (num_drafts + 1) * num_rows
         deep = self.costs.seconds("segment", last, judged, num_rows)

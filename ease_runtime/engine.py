@@ -223,6 +223,8 @@ class Engine:
             raise RequestError(f"max_new_tokens {max_new_tokens} is below 1")
         self.check(policy, catch_up)
         sequence = self._new(prompt, policy, catch_up)
+        if catch_up == "verify" and not self.stack.exact:
+            sequence.notes.append("verify holds up to rounding here: passes of several tokens differ from single ones in their last bits")
         if self.adapt and policy.thresholds is not None:
             self.measure()
             sequence.pace = Pace(self.costs, policy, catch_up) if self.costs else None
@@ -432,7 +434,8 @@ class Engine:
         """Advance the counters; let the policy decide and the sampler choose. Whether tokens came out, or the sequence ended."""
         if work.kind != "head":
             sequence.done[work.segment] = work.stop
-        if sequence.pace and work.kind == "segment" and work.stop == len(sequence.tokens) and work.start >= sequence.num_prompt:
+        newest = work.stop == len(sequence.tokens) and work.start >= sequence.num_prompt
+        if sequence.pace and work.kind == "segment" and newest and sequence.may_draft:
             sequence.pace.entered[work.segment] += 1
         if work.kind == "kv" or work.stop < len(sequence.tokens):
             return False
@@ -515,7 +518,7 @@ class Engine:
         start, output = seen.start, seen.output
         assert output is not None, "full depth has a head"
         drafts, last = sequence.drafts, len(sequence.done) - 1
-        drafted, accepted = sequence.drafted, sequence.accepted
+        before = sequence.drafted, sequence.accepted
         for i in range(len(output.top_id)):
             position = start + i + 1
             said = self.token(sequence, last, output.tokens(i, i + 1), position, float(output.top_prob[i]))
@@ -532,7 +535,7 @@ class Engine:
             if not agrees or sequence.finish_reason is not None:
                 break
         if sequence.pace and sequence.draft_length and sequence.finish_reason is None:
-            sequence.pace.judged(sequence.drafted - drafted, sequence.accepted - accepted)
+            sequence.pace.judged(sequence.drafted - before[0], sequence.accepted - before[1])
             self.adapt_drafting(sequence, sequence.pace)
         return True
 
@@ -547,7 +550,7 @@ class Engine:
 
     def adapt_leaving(self, sequence: Sequence, pace: Pace) -> None:
         """Stay at full depth for good once leaving early is seen to be slower."""
-        if pace.entered[0] < FIRST_LOOK or pace.pays(len(self.running)):
+        if pace.pays(len(self.running)):
             return
         sequence.policy, sequence.pace, sequence.budget = ExitPolicy(), None, None
         sequence.notes.append(

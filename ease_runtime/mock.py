@@ -134,6 +134,7 @@ class MockStack:
         self.exit_layers, self.vocab_size, self.max_positions = exit_layers, vocab_size, max_positions
         self.layout = tuple(SegmentShape(len(self.layers(number)), number) for number in range(len(exit_layers)))
         self.has_gates = confidence is not None
+        self.exact = True
         self.trace: list[Call] | None = None
         self.confidence = confidence
         self.pool = MockPool()

@@ -1,0 +1,293 @@
+"""The engine against what its own graph calls cost: forced depth, verify, batches, memory.
+
+    python bench/engine.py BUNDLE [--only depth,verify,batch,scaling,memory] [--json FILE]
+
+Exits are scripted, so random weights will do. Settings take turns within a round; figures are medians over rounds, speed-ups
+are ratios within a round. "ideal" is the sum of the calls, each timed by itself.
+"""
+
+import json
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from ease_eval.latency import Setting, Text, ideal_seconds, measure
+from ease_runtime.costs import Costs, Pace
+from ease_runtime.engine import Engine
+from ease_runtime.policy import ExitPolicy
+from ease_runtime.sequence import Sequence
+from ease_runtime.stack import OrtStack
+
+PROMPT, NEW, ROUNDS = 32, 96, 3
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Coin(ExitPolicy):
+    """Leaves at each exit that is asked with a probability, whatever the exit says."""
+
+    probability: float = 0.5
+    dice: random.Random = field(default_factory=random.Random)
+
+    def leaves(self, exit_index: int, confidence: Any, progress: float = 0.0, offset: float = 0.0) -> Any:
+        return confidence >= (0.0 if self.dice.random() < self.probability else 2.0)
+
+
+class Agreeing:
+    """A sampler whose second choice for a position, full depth's, is its first one with a probability."""
+
+    def __init__(self, acceptance: float, vocab_size: int, seed: int) -> None:
+        self.acceptance, self.vocab_size, self.dice = acceptance, vocab_size, random.Random(seed)
+        self.drafts: dict[int, int] = {}
+
+    def pick(self, logits: Any, top_id: int, tokens: Any, position: int) -> int:
+        if position not in self.drafts:
+            self.drafts[position] = self.dice.randrange(self.vocab_size)
+            return self.drafts[position]
+        if self.dice.random() < self.acceptance:
+            return self.drafts[position]
+        self.drafts = {place: token for place, token in self.drafts.items() if place < position}
+        return (tokens[position] + 1) % self.vocab_size
+
+
+def prompt_ids(stack: OrtStack, seed: int, length: int = PROMPT) -> list[int]:
+    dice = random.Random(seed)
+    return [dice.randrange(stack.vocab_size) for _ in range(length)]
+
+
+def half_exit(stack: OrtStack) -> int:
+    """The early exit (from 0) nearest to half the layers."""
+    return min(range(len(stack.exit_layers) - 1), key=lambda k: abs(stack.exit_layers[k] - stack.exit_layers[-1] / 2))
+
+
+def only(stack: OrtStack, exit_index: int) -> tuple[float | None, ...]:
+    """Thresholds that ask one exit."""
+    return tuple(0.5 if k == exit_index else None for k in range(len(stack.exit_layers) - 1))
+
+
+def depth(stack: OrtStack) -> list[Row]:
+    """Every token leaves at one exit: measured against ideal, which counts heads and catch-up."""
+    layers = stack.exit_layers
+    settings = [Setting(ExitPolicy(), "recompute")]
+    settings += [
+        Setting(ExitPolicy.create("fixed", None, layers, exit_layer=layer), catch_up)
+        for layer in layers[:-1]
+        for catch_up in ("recompute", "propagate")
+    ]
+    texts = [Text(tuple(prompt_ids(stack, seed, PROMPT + NEW)), PROMPT) for seed in range(2)]
+    timings, seconds = measure(Engine(stack), settings, texts, ROUNDS)
+    off, rows = timings[0], []
+    for setting, timing in zip(settings, timings, strict=True):
+        speedup = statistics.median(a / b for a, b in zip(off.rounds, timing.rounds, strict=True))
+        ideal = ideal_seconds(off.calls, seconds) / ideal_seconds(timing.calls, seconds)
+        rows.append(
+            {
+                "depth": statistics.mean(timing.depths),
+                "catch_up": setting.catch_up if setting.policy.thresholds else "off",
+                "tokens_per_second": len(timing.depths) / statistics.median(timing.rounds),
+                "speedup": speedup,
+                "ideal_speedup": ideal,
+                "measured_over_ideal": speedup / ideal,
+                "ideal_seconds_over_measured": ideal_seconds(timing.calls, seconds) / statistics.median(timing.rounds),
+            }
+        )
+    return rows
+
+
+def run_to_end(engine: Engine, sequences: list[Sequence]) -> float:
+    """Seconds from the first pass after every prompt has run; the tokens before are not counted."""
+    while any(s.prefilling or s.slot is None for s in sequences[: len(engine.slots)]):
+        engine.step()
+    began = time.perf_counter()
+    while engine.busy:
+        engine.step()
+    return time.perf_counter() - began
+
+
+def verify(stack: OrtStack) -> list[Row]:
+    """Every token drafted at half depth, and accepted with a probability: measured against the cost model."""
+    costs, exit_index, rows = Costs(stack), half_exit(stack), []
+    policy = Coin(thresholds=only(stack, exit_index), probability=1.0)
+    for acceptance in (0.6, 0.8, 0.9):
+        pace = Pace(costs, policy, "verify")
+        pace.entered = [1.0 if k <= exit_segment(stack, exit_index) else 0.0 for k in range(len(stack.layout))]
+        pace.drafted, pace.accepted = 1.0, acceptance
+        length = max(1, pace.draft_length(1))
+        tokens = (1.0 - acceptance ** (length + 1)) / (1.0 - acceptance)
+        predicted = tokens / pace.cycle(length, 1) * pace.full_depth(1)
+        rounds = []
+        for seed in range(ROUNDS):
+            off, drafted = Engine(stack), Engine(stack, draft_length=length)
+            plain = off.start(prompt_ids(stack, seed), max_new_tokens=NEW)
+            seconds = run_to_end(off, [plain]) / (len(plain.produced) - 1)
+            sampler = Agreeing(acceptance, stack.vocab_size, seed)
+            sequence = drafted.start(prompt_ids(stack, seed), max_new_tokens=NEW, policy=policy, catch_up="verify", sampler=sampler)
+            rounds.append(seconds / (run_to_end(drafted, [sequence]) / (len(sequence.produced) - 1)))
+        speedup = statistics.median(rounds)
+        rows.append(
+            {
+                "acceptance": acceptance,
+                "accepted": sequence.accepted / sequence.drafted,
+                "draft_length": length,
+                "speedup": speedup,
+                "model_speedup": predicted,
+                "measured_over_model": speedup / predicted,
+                "break_even_acceptance": break_even(pace),
+            }
+        )
+    return rows
+
+
+def exit_segment(stack: OrtStack, exit_index: int) -> int:
+    return next(k for k, shape in enumerate(stack.layout) if shape.exit_index == exit_index)
+
+
+def break_even(pace: Pace) -> float | None:
+    """The smallest acceptance at which some draft length is as fast as full depth, to 0.01; None when none is."""
+    pace.drafted = 1.0
+    for percent in range(1, 100):
+        pace.accepted = percent / 100
+        if pace.draft_length(1):
+            return percent / 100
+    return None
+
+
+def batch(stack: OrtStack) -> list[Row]:
+    """Eight rows that leave at half depth with probability 0.5: against eight at full depth, and against the best schedule."""
+    costs, thresholds, rows = Costs(stack), only(stack, half_exit(stack)), []
+    for name, num_requests in (("8 rows", 8), ("32 requests over 8 slots", 32)):
+        ratios: dict[str, list[float]] = {"propagate": [], "recompute": []}
+        for seed in range(ROUNDS):
+            full, _ = tokens_a_second(stack, num_requests, seed, None, "recompute")
+            for catch_up in ratios:
+                early, _ = tokens_a_second(stack, num_requests, seed, thresholds, catch_up)
+                ratios[catch_up].append(early / full)
+        for catch_up, found in ratios.items():
+            best = best_schedule(stack, costs, catch_up)
+            measured = statistics.median(found)
+            rows.append({"requests": name, "catch_up": catch_up, "speedup": measured, "best_schedule": best, "of_best": measured / best})
+    return rows
+
+
+def tokens_a_second(
+    stack: OrtStack, num_requests: int, seed: int, thresholds: tuple[float | None, ...] | None, catch_up: str, num_slots: int = 8
+) -> tuple[float, Engine]:
+    """Decoding speed of a batch. More requests than slots have different lengths."""
+    engine, dice = Engine(stack, num_slots=num_slots), random.Random(seed)
+    sequences = []
+    for i in range(num_requests):
+        policy = ExitPolicy() if thresholds is None else Coin(thresholds=thresholds, dice=random.Random(1000 * seed + i))
+        new = NEW if num_requests <= num_slots else dice.randint(NEW // 2, NEW)
+        sequences.append(engine.start(prompt_ids(stack, i), max_new_tokens=new, policy=policy, catch_up=catch_up))
+    seconds = run_to_end(engine, sequences)
+    return (sum(len(s.produced) for s in sequences) - num_slots) / seconds, engine
+
+
+def best_schedule(stack: OrtStack, costs: Costs, catch_up: str, num_rows: int = 8, num_passes: int = 20000) -> float:
+    """Speed-up over full depth of the best rule "go deep when m rows wait", simulated at the measured costs, for a closed set of rows."""
+    return max(simulate(stack, costs, catch_up, num_rows, waiting, num_passes) for waiting in range(1, num_rows + 1))
+
+
+def simulate(stack: OrtStack, costs: Costs, catch_up: str, num_rows: int, waiting: int, num_passes: int) -> float:
+    exit_index = half_exit(stack)
+    cut, last, dice = exit_segment(stack, exit_index) + 1, len(stack.exit_layers) - 1, random.Random(0)
+    need, pending, seconds, tokens = [False] * num_rows, [0] * num_rows, 0.0, 0
+    for _ in range(num_passes):
+        deep = [i for i in range(num_rows) if need[i]]
+        shallow = [i for i in range(num_rows) if not need[i]]
+        going = deep if len(deep) >= waiting or not shallow else shallow
+        span = going[-1] - going[0] + 1
+        if going is shallow:
+            seconds += sum(costs.seconds("segment", k, len(going), span) for k in range(cut))
+            seconds += costs.seconds("exit", exit_index, len(going))
+            for i in going:
+                need[i] = dice.random() >= 0.5
+                pending[i] += not need[i]
+                tokens += not need[i]
+            continue
+        owed = sum(pending[i] for i in going)
+        for k in range(cut, len(stack.layout)):
+            entering = len(going) + (owed if catch_up == "recompute" else 0)
+            seconds += costs.seconds("segment", k, entering, span)
+            if catch_up == "propagate" and owed:
+                seconds += costs.seconds("kv", k, owed)
+        seconds += costs.seconds("exit", last, len(going))
+        tokens += len(going)
+        for i in going:
+            need[i], pending[i] = False, 0
+    full = sum(costs.seconds("segment", k, num_rows, num_rows) for k in range(len(stack.layout))) + costs.seconds("exit", last, num_rows)
+    return full / num_rows / (seconds / tokens)
+
+
+def scaling(stack: OrtStack) -> list[Row]:
+    """Full depth, more and more rows together."""
+    found: dict[int, list[float]] = {1: [], 4: [], 8: [], 16: []}
+    for seed in range(ROUNDS):
+        for num_rows, speeds in found.items():
+            speeds.append(tokens_a_second(stack, num_rows, seed, None, "recompute", num_rows)[0])
+    medians = {num_rows: statistics.median(speeds) for num_rows, speeds in found.items()}
+    return [{"rows": n, "tokens_per_second": speed, "over_one_row": speed / medians[1]} for n, speed in medians.items()]
+
+
+def memory(stack: OrtStack) -> list[Row]:
+    """Bytes of the process before and after eight rows have filled caches, and what growing them copied."""
+    process, before = psutil.Process(), psutil.Process().memory_info().rss
+    engine = Engine(stack, num_slots=8)
+    room = min(stack.max_positions, 512)
+    sequences = [engine.start(prompt_ids(stack, i, room // 2), max_new_tokens=room // 2) for i in range(8)]
+    while engine.busy:
+        engine.step()
+    length = max(len(s.tokens) for s in sequences)
+    layers = stack.manifest.num_layers
+    caches = layers * 2 * 8 * length * stack.manifest.kv_dim * 4
+    weights = sum(info.num_bytes for name, info in stack.manifest.files.items() if name.endswith(".data"))
+    after = process.memory_info().rss
+    return [
+        {
+            "tokens_a_row": length,
+            "weights_mb": weights / 1e6,
+            "loaded_mb": before / 1e6,
+            "caches_mb": caches / 1e6,
+            "after_mb": after / 1e6,
+            "after_over_weights_and_caches": after / (weights + caches),
+            "copied_over_caches": engine.cache.copied_bytes / caches,  # type: ignore[attr-defined]
+        }
+    ]
+
+
+SECTIONS = {"depth": depth, "verify": verify, "batch": batch, "scaling": scaling, "memory": memory}
+
+
+def show(name: str, rows: list[Row], console: Console) -> None:
+    table = Table(*rows[0], title=name)
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--only", "names", default=",".join(SECTIONS), help=f"Some of: {', '.join(SECTIONS)}.")
+@click.option("--threads", default=0, help="CPU threads; 0 takes all.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure here.")
+def main(bundle: Path, names: str, threads: int, json_file: Path | None) -> None:
+    """Measure the engine on a bundle with scripted exits."""
+    stack, results = OrtStack(bundle, num_threads=threads), {}
+    for name in names.split(","):
+        results[name] = SECTIONS[name](stack)
+        show(name, results[name], Console())
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps({"bundle": str(bundle), "threads": threads, **results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

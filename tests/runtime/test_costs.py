@@ -1,0 +1,155 @@
+"""Whether leaving early pays: the arithmetic against hand-made prices, and what the engine does with it."""
+
+import numpy as np
+import pytest
+
+from ease_runtime.costs import SIZES, Costs, Pace
+from ease_runtime.engine import Engine, near, schedule
+from ease_runtime.mock import MockStack
+from ease_runtime.policy import ExitPolicy
+from ease_runtime.stack import OrtStack
+
+LAYERS = (2, 4)
+
+
+def prices(stack: MockStack, segments: tuple[float, float], per_token: float = 0.0, head: float = 0.0, slot: float = 0.0) -> Costs:
+    """Costs of a two-segment stack: so many seconds a pass, and more for each token and slot."""
+    costs = Costs.__new__(Costs)
+    sizes = np.array(SIZES, np.float64)
+    costs.stack, costs.per_slot = stack, {0: slot, 1: slot}
+    costs.tables = {("segment", k): seconds + per_token * sizes for k, seconds in enumerate(segments)}
+    costs.tables |= {("exit", k): head + 0.0 * sizes for k in range(2)}
+    costs.tables |= {("kv", 1): 0.01 + 0.0 * sizes, ("gate", 0): 0.02 + 0.0 * sizes, ("similarity", 0): 0.03 + 0.0 * sizes}
+    return costs
+
+
+def pace(costs: Costs, entered: tuple[float, float], catch_up: str = "recompute", policy: str = "max-prob") -> Pace:
+    made = Pace(costs, ExitPolicy.create(policy, [0.5], LAYERS), catch_up)
+    made.entered = list(entered)
+    return made
+
+
+def test_seconds_between_and_past_the_sizes_timed() -> None:
+    costs = prices(MockStack(LAYERS), (1.0, 2.0), per_token=0.1, slot=0.5)
+    assert costs.seconds("segment", 0, 1) == pytest.approx(1.1)
+    assert costs.seconds("segment", 0, 3) == pytest.approx(1.3)
+    assert costs.seconds("segment", 1, 40) == pytest.approx(6.0)
+    assert costs.seconds("segment", 1, 8, 8) == pytest.approx(2.8 + 3.5)
+    assert costs.over_slots(0, 3, 512) == pytest.approx(3 * 0.5 * 2)
+
+
+def test_recompute_by_hand() -> None:
+    """One token in four goes deep itself: a pass of four tokens there for every four tokens."""
+    costs = prices(MockStack(LAYERS), (1.0, 1.0), per_token=0.1, head=0.2)
+    assert pace(costs, (4, 1)).early(1) == pytest.approx(1.1 + 0.2 + (1.4 + 0.2) / 4)
+    assert pace(costs, (4, 1)).full_depth(1) == pytest.approx(1.1 + 1.1 + 0.2)
+    assert pace(costs, (4, 1), "propagate").early(1) == pytest.approx(1.1 + 0.2 + (1.1 + 0.01 + 0.2) / 4)
+    assert pace(costs, (4, 1), policy="gate").early(1) == pytest.approx(1.1 + 0.02 + 0.75 * 0.2 + (1.4 + 0.2) / 4)
+
+
+def test_recompute_does_not_pay_once_a_pass_is_bound_by_arithmetic() -> None:
+    """Costs proportional to tokens: recompute only adds the heads; propagate saves the deep tokens for good."""
+    costs = prices(MockStack(LAYERS), (0.0, 0.0), per_token=1.0, head=0.1)
+    assert not pace(costs, (4, 1)).pays(8)
+    assert pace(costs, (4, 1), "propagate").pays(8)
+    weights = prices(MockStack(LAYERS), (1.0, 1.0), head=0.1)
+    assert pace(weights, (4, 1)).pays(1)
+    assert not pace(weights, (4, 4)).pays(1)  # nobody leaves, and the head is asked twice
+
+
+@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9, 0.97])
+def test_draft_length_is_the_best_of_a_simulation(acceptance: float) -> None:
+    """Every token drafted, accepted by a coin: the length chosen gives the most tokens a second among all lengths."""
+    costs = prices(MockStack(LAYERS), (1.0, 1.0), per_token=0.02, head=0.1)
+    made = pace(costs, (100, 0), "verify")
+    made.drafted, made.accepted = 1.0, acceptance
+    dice = np.random.default_rng(0)
+    speeds = {0: 1.0 / (1.02 + 1.02 + 0.1)}
+    for length in range(1, 17):
+        runs = np.cumprod(dice.random((20000, length)) < acceptance, axis=1).sum(axis=1) + 1
+        seconds = (length + 1) * (1.02 + 0.1) + 1.0 + 0.02 * (length + 1) + 0.1
+        speeds[length] = runs.mean() / seconds
+    chosen = made.draft_length(1)
+    assert speeds[chosen] >= 0.97 * max(speeds.values())
+    assert (chosen == 0) == (max(speeds, key=speeds.get) == 0)
+
+
+def adaptive(stack: MockStack, costs: Costs, num_slots: int = 1) -> Engine:
+    engine = Engine(stack, num_slots=num_slots, adapt=True)
+    engine.costs = costs
+    return engine
+
+
+def test_leaving_that_does_not_pay_stops_and_says_so() -> None:
+    stack = MockStack(LAYERS, max_positions=200, confidence=lambda exit_index, position: float(position % 2))
+    for head, stays in ((5.0, True), (0.01, False)):  # a head dearer than the layers it may save
+        engine = adaptive(stack, prices(stack, (1.0, 1.0), head=head))
+        sequence = engine.start([1], max_new_tokens=100, policy=ExitPolicy.create("max-prob", [0.5], LAYERS))
+        depths = [token.depth for token in engine.generate(sequence)]
+        assert bool(sequence.notes) == stays
+        assert set(depths[20:]) == ({4} if stays else {2, 4})
+        assert set(depths[:10]) == {2, 4}
+        if stays:
+            assert sequence.notes == ["leaving early does not pay here: full depth after 12 tokens (catch-up recompute)"]
+
+
+def test_verify_that_does_not_pay_turns_itself_off_and_says_so() -> None:
+    """Drafts that are right one time in 23 cannot pay; drafts that always are must stay on."""
+    stack = MockStack(LAYERS, max_positions=300, confidence=lambda exit_index, position: 1.0)
+    engine = adaptive(stack, prices(stack, (1.0, 1.0), head=0.1))
+    policy = ExitPolicy.create("max-prob", [0.5], LAYERS)
+    off = list(engine.generate(engine.start([1], max_new_tokens=100)))
+    sequence = engine.start([1], max_new_tokens=100, policy=policy, catch_up="verify")
+    assert [token.id for token in engine.generate(sequence)] == [token.id for token in off]
+    assert len(sequence.notes) == 1
+    assert "verify turned itself off" in sequence.notes[0]
+    assert sequence.drafted < 40
+
+
+class AlwaysOne:
+    def pick(self, logits: np.ndarray, top_id: int, tokens: list[int], position: int) -> int:
+        return 1
+
+
+def test_verify_that_pays_stays_on_with_longer_drafts() -> None:
+    stack = MockStack(LAYERS, max_positions=300, confidence=lambda exit_index, position: 1.0)
+    engine = adaptive(stack, prices(stack, (1.0, 3.0), head=0.1))
+    policy = ExitPolicy.create("max-prob", [0.5], LAYERS)
+    sequence = engine.start([1], max_new_tokens=200, policy=policy, catch_up="verify", sampler=AlwaysOne())
+    list(engine.generate(sequence))
+    assert sequence.notes == []
+    assert sequence.accepted == sequence.drafted > 150
+    assert sequence.draft_length == 16
+
+
+def test_rows_far_apart_run_apart() -> None:
+    """Stepping over six slots costs more than a pass: two passes; stepping over one does not."""
+    stack = MockStack(LAYERS, max_positions=100)
+    engine = Engine(stack, num_slots=8)
+    sequences = [engine.start([i], max_new_tokens=5) for i in range(8)]
+    engine.step()
+    costs = prices(stack, (1.0, 1.0), slot=0.5 * 256)  # half a pass for a slot with one token in it
+    batch = [(s, work) for s in (sequences[0], sequences[2], sequences[7]) for work in [schedule(s)]]
+    assert [s for s, _ in near(batch, costs)] == [sequences[0], sequences[2]]
+    assert near(batch, None) == batch
+
+
+def test_measured_costs_are_sane(tiny_stack: OrtStack) -> None:
+    """On the real stack: every table rises, and an engine measures once, when nothing runs."""
+    engine = Engine(tiny_stack, adapt=True)
+    policy = ExitPolicy.create("max-prob", [0.4], tiny_stack.exit_layers)
+    assert engine.costs is None
+    first = engine.start([1, 2, 3], max_new_tokens=30, policy=policy, catch_up="verify")
+    costs = engine.costs
+    assert costs is not None
+    assert all((np.diff(table) >= 0).all() and table[0] > 0 for table in costs.tables.values())
+    list(engine.generate(first))
+    engine.start([1, 2, 3], max_new_tokens=3, policy=policy)
+    assert engine.costs is costs
+
+
+def test_verify_says_where_it_holds_only_up_to_rounding() -> None:
+    stack = MockStack(LAYERS)
+    stack.exact = False
+    sequence = Engine(stack).start([1], max_new_tokens=3, catch_up="verify")
+    assert sequence.notes == ["verify holds up to rounding here: passes of several tokens differ from single ones in their last bits"]
