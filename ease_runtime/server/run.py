@@ -1,6 +1,7 @@
 """Serve until told to stop: SIGTERM or Ctrl-C lets what runs finish, for a while, and cuts the rest with a notice."""
 
 import contextlib
+import signal
 from types import FrameType
 from typing import Any
 
@@ -23,7 +24,8 @@ def serve(llm: TextEngine, settings: Settings, *, host: str, port: int, grace_se
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             app.state.service.worker.drain(grace_seconds)
-            super().handle_exit(sig, frame)
+            self.force_exit = self.should_exit and sig == signal.SIGINT  # a second Ctrl-C waits for nothing
+            self.should_exit = True
 
     more: dict[str, Any] = {"timeout_graceful_shutdown": int(grace_seconds) + MARGIN_SECONDS, "log_level": log_level}
     server = Server(uvicorn.Config(app, host=host, port=port, **more))

@@ -5,16 +5,23 @@ import gc
 import json
 import math
 import random
+import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ease_runtime.errors import RequestError
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
+from ease_runtime.server.app import Settings, create_app
 from served import Served, served, text_engine, wait_until
 
 for extra in ("fastapi", "uvicorn", "prometheus_client"):
@@ -246,6 +253,14 @@ def test_other_routes(toy: Served) -> None:
     assert "https://" not in page.text
 
 
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fastapi", "prometheus_client"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            with pytest.raises(RequestError, match=r"pip install 'ease-lm\[serve\]'"):
+                create_app(text_engine(), Settings("toy"))
+
+
 # Limits, faults, and many at once.
 
 
@@ -418,3 +433,30 @@ def test_a_server_that_ends_cuts_what_does_not_end_in_time() -> None:
             assert (refused.status_code, httpx.get(f"{server.url}/health").status_code) == (503, 503)
             last = [line for line in lines if line][-1]
         assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
+
+
+def test_the_command_serves_until_it_is_told_to_end(tiny_bundle: Path) -> None:
+    """On SIGTERM what runs is finished, and the exit code is 0."""
+    command = [sys.executable, "-m", "ease_runtime.cli", "serve", str(tiny_bundle), "--port", "0", "--threads", "1", "--max-tokens", "250"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        address = next(found[0] for line in process.stderr if (found := re.search(r"http://[0-9.:]+", line)))
+        with httpx.Client(base_url=address, timeout=30) as client:
+            assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [tiny_bundle.name]
+            with client.stream("POST", COMPLETIONS, json={"prompt": "And the king", "stream": True, "logit_bias": {"0": -100}}) as response:
+                lines = response.iter_lines()
+                assert "choices" in next(lines)
+                process.send_signal(signal.SIGTERM)
+                rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert len(rest) > 200
+        process.stderr.read()
+    assert process.returncode == 0
+
+
+def test_a_port_that_is_taken_is_said(tiny_bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-m", "ease_runtime.cli", "serve", str(tiny_bundle), "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "is the port taken? choose another: --port" in done.stderr.splitlines()[-1]
