@@ -78,6 +78,7 @@ class Service:
     async def read(self, request: "Request", reader: Reader) -> Asked:
         """What a request asks for. Raises RequestError."""
         self.check_key(request)
+        self.worker.check_room(1)  # before anything is done for it
         body = await self.read_body(request)
         if isinstance(body, dict) and body.get("model") not in (None, self.settings.model):
             raise ApiError(
@@ -98,7 +99,7 @@ class Service:
             ticket = await self.worker.submit(asked.prompts, asked.options)
         except RequestError as error:
             status = error.status if isinstance(error, ApiError) else 400
-            self.metrics.requests.labels(endpoint, "refused" if status == 429 else "invalid").inc()
+            self.metrics.requests.labels(endpoint, "refused" if status in (429, 503) else "invalid").inc()
             raise
         self.watch(request, ticket)
         answer = Answer(asked, self.settings.model, endpoint == "chat", self.llm.token_text)
@@ -213,6 +214,7 @@ def create_app(llm: TextEngine, settings: Settings) -> "FastAPI":
         from fastapi import FastAPI, Request, Response
         from fastapi.responses import HTMLResponse, JSONResponse
         from starlette.exceptions import HTTPException
+        from starlette.requests import ClientDisconnect
 
         service = Service(llm, settings)
     except ImportError as error:
@@ -236,6 +238,14 @@ def create_app(llm: TextEngine, settings: Settings) -> "FastAPI":
     async def refuse_route(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(error_object(error.status_code, message), error.status_code, error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def hang_up(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=HANG_UP)
+
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> Response:
+        return JSONResponse(error_object(500, "the server has failed; its log says more"), 500)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

@@ -95,17 +95,7 @@ class Worker:
     async def submit(self, prompts: list[list[int]], options: Options) -> Ticket:
         """Queue a request. Raises ApiError when there is no room or the engine cannot run it."""
         ticket = Ticket(prompts, options)
-        if self.draining or not self.thread.is_alive():
-            raise ApiError(503, "the server is shutting down", retry_after=LONGEST_RETRY)
-        if ticket.size > self.capacity:
-            raise ApiError(400, f"{ticket.size} completions in a request; this server takes up to {self.capacity}")
-        if self.num_taken + ticket.size > self.capacity:
-            raise ApiError(
-                429,
-                f"{self.num_taken} completions are under way or wait; try again later",
-                code="queue_full",
-                retry_after=self.retry_after(),
-            )
+        self.check_room(ticket.size)
         self.num_taken += ticket.size
         self.commands.put(lambda: self._begin(ticket))
         try:
@@ -114,6 +104,16 @@ class Worker:
             self.close(ticket)
             raise
         return ticket
+
+    def check_room(self, size: int) -> None:
+        """Raises ApiError unless so many completions more may be queued now."""
+        if self.draining or not self.thread.is_alive():
+            raise ApiError(503, "the server is shutting down", retry_after=LONGEST_RETRY)
+        if size > self.capacity:
+            raise ApiError(400, f"{size} completions in a request; this server takes up to {self.capacity}")
+        if self.num_taken + size > self.capacity:
+            message = f"{self.num_taken} completions run or wait, of at most {self.capacity}; try again later"
+            raise ApiError(429, message, code="queue_full", retry_after=self.retry_after())
 
     def retry_after(self) -> int:
         """Seconds until there is room again, as far as one can tell."""

@@ -9,6 +9,7 @@ import pytest
 
 import toy_text
 from ease_runtime.chat import ChatTemplate
+from ease_runtime.conversation import Conversation
 from ease_runtime.errors import BundleError, RequestError
 from ease_runtime.llm import TextEngine, Timing, TokenEvent
 from ease_runtime.mock import MockStack
@@ -185,6 +186,36 @@ def test_a_conversation_goes_on_from_its_cache() -> None:
     ran = sum(call.num_tokens for call in engine.stack.trace if (call.graph, call.number) == ("segment", 0))
     assert ran < len(prompt)
     assert [token.id for token in second.choices[0].sequence.produced] == [e.id for e in fresh.generate(prompt, Options(max_tokens=5))]
+
+
+@pytest.mark.parametrize("stop", [(), ("u", "t", "s")])
+def test_a_chat_keeps_its_history_in_the_cache(stop: tuple[str, ...]) -> None:
+    """Each turn runs about what is new in it, says what it would say afresh, and can be cut short, refused or forgotten."""
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}b{% endfor %}")
+    engine, options = text_engine(template=template, stop_ids=frozenset()), Options(max_tokens=6, stop=stop)
+    conversation = Conversation(engine, options, system="de")
+    history = [{"role": "system", "content": "de"}]
+    for _ in range(3):
+        engine.stack.trace = []
+        history.append({"role": "user", "content": "abc"})
+        text = text_of(list(conversation.say("abc")))
+        assert text == text_of(list(text_engine(stop_ids=frozenset()).generate(engine.encode_chat(history), options)))
+        history.append({"role": "assistant", "content": text})
+        assert conversation.messages == history
+        ran = sum(call.num_tokens for call in engine.stack.trace if (call.graph, call.number) == ("segment", 0))
+        assert ran <= 14  # the history alone has 29 tokens in the end, and 6 come out
+    events = conversation.say("abc")
+    first = next(events)
+    events.close()
+    assert conversation.messages[-1] == {"role": "assistant", "content": first.text}
+    with pytest.raises(RequestError, match="context of 64"):
+        list(conversation.say("a" * 64))
+    assert len(conversation.messages) == 9
+    conversation.reset()
+    assert conversation.messages == history[:1]
+    assert engine.engine.slots == [None]
+    with pytest.raises(RequestError, match="a chat has one answer"):
+        Conversation(engine, Options(n=2))
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,16 @@ def test_hang_ups_free_their_place(streamed: bool) -> None:
         assert 'outcome="ok"} 1.0' in httpx.get(f"{server.url}/metrics").text
 
 
+def test_a_body_that_never_ends_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with served(text_engine()) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(f'POST {COMPLETIONS} HTTP/1.1\r\nHost: toy\r\nContent-Length: 100\r\n\r\n{{"prompt":'.encode())
+            time.sleep(0.1)
+        assert post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 1}).status_code == 200
+        assert is_idle(server)
+    assert "Traceback" not in caplog.text
+
+
 def break_logits(llm: TextEngine, letter: int) -> None:
     """Whoever's prompt begins with this letter gets no numbers from the third token on."""
     plain = llm.stack.run_exit
