@@ -97,17 +97,21 @@ def compare_graphs(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
     sequence = engine.open(ids.tolist())
     hidden = model.embed(torch.from_numpy(ids)[None])
     for number, segment in enumerate(stack.manifest.segments):
-        for start, stop in ((0, NUM_PREFILLED), (NUM_PREFILLED, count)):
-            engine.advance(number, [(sequence, min(start, count - 1), min(stop, count))])
-            sequence.done[number] = min(stop, count)
+        states = np.zeros((count, stack.manifest.dim), np.float32)  # kept here: behind the last segment the pool may reuse their rows
+        for start, stop in ((0, min(NUM_PREFILLED, count)), (min(NUM_PREFILLED, count - 1), count)):
+            engine.advance(number, [(sequence, start, stop)])
+            sequence.done[number] = stop
+            states[start:stop] = stack.pool.states[sequence.rows[start:stop]]
         before, hidden = hidden, model.run_layers(hidden, segment.first_layer, segment.last_layer)
-        yield Difference(segment.graph, "hidden", relative_difference(stack.pool.states[sequence.rows[:count]], hidden[0]))
+        yield Difference(segment.graph, "hidden", relative_difference(states, hidden[0]))
         if segment.route_graph:
             yield from compare_routed(stack, model, engine, sequence, before, number)
         else:
             yield from compare_caches(stack, model, engine.cache, before, number)
         if (exit_index := stack.layout[number].exit_index) is not None:
-            yield from compare_exit(stack, model, exit_index, sequence.rows[:count], hidden)
+            first = stack.reserve_rows(count, [sequence.live_rows()])
+            stack.pool.states[first : first + count] = states
+            yield from compare_exit(stack, model, exit_index, np.arange(first, first + count), hidden)
     engine.release(sequence)
 
 

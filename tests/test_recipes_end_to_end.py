@@ -46,13 +46,13 @@ def test_a_recipe_trains_exports_runs_and_is_scored(name: str, corpus_file: Path
     llm = LLM(tmp_path / "bundle")
     early = len(llm.stack.exit_layers) - 1
     events = list(llm.generate("And the king", Options(max_tokens=20, threshold=(0.0,) if early else None)))
-    assert len(events) == 20
+    assert len(events) == 20 or events[-1].finish_reason == "stop"
     if early:
         assert {e.depth for e in events} == {llm.stack.exit_layers[0]}
     off, chosen = score_documents(
         llm.engine,
         [llm.encode("And the river was with the sea.")],
-        [ExitPolicy(), llm.policy(Options(threshold=(0.05,) * max(1, early)))],
+        [ExitPolicy(), llm.policy(Options(threshold=(0.05,) * early or None))],
         "recompute",
     )
     assert 1 < off.perplexity < 100
