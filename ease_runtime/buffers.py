@@ -5,9 +5,12 @@ Shapes: T length of a cache buffer, M rows of the pool, D width.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ease_runtime.device import Device, DeviceArray
 
 CACHE_STEP = 128  # Attention costs with the buffer's length, so it grows with the text, in these steps
 GROWTH = 8  # and by at least this fraction of its length: growing several rows copies them
@@ -24,18 +27,21 @@ class RowCache:
     view. Several slots share T as a stride: growing copies what is written, layer by layer, and is counted in `copied_bytes`.
     """
 
-    _serials = itertools.count()
+    serials = itertools.count()
 
-    def __init__(self, layers_per_segment: Sequence[int], num_slots: int, kv_dim: int, max_positions: int) -> None:
+    def __init__(
+        self, layers_per_segment: Sequence[int], num_slots: int, kv_dim: int, max_positions: int, dtype: type[np.generic] = np.float32
+    ) -> None:
+        self.dtype = dtype
         self.segment_of = [number for number, count in enumerate(layers_per_segment) for _ in range(count)]
         self.num_slots, self.kv_dim = num_slots, kv_dim
         self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
         self.length = max_positions if num_slots == 1 else min(CACHE_STEP, max_positions)
-        self.serial, self.copied_bytes = next(self._serials), 0
+        self.serial, self.copied_bytes = next(self.serials), 0
         self.buffers = [[self._empty(), self._empty()] for _ in self.segment_of]
 
-    def _empty(self) -> NDArray[np.float32]:
-        return np.zeros((self.num_slots, self.length, self.kv_dim), np.float32)
+    def _empty(self) -> NDArray[Any]:
+        return np.zeros((self.num_slots, self.length, self.kv_dim), self.dtype)
 
     def length_for(self, num_slots: int, needed: int) -> int:
         """The T to bind for a pass over `num_slots` neighbours that writes up to `needed` positions of a row; grows when it must."""
@@ -58,7 +64,7 @@ class RowCache:
                     buffer[slot, self.written[number, slot] :] = 0.0
 
     def _resize(self, length: int) -> None:
-        self.length, self.serial = length, next(self._serials)
+        self.length, self.serial = length, next(self.serials)
         for number, pair in zip(self.segment_of, self.buffers, strict=True):
             for which, old in enumerate(pair):
                 pair[which] = self._empty()
@@ -72,33 +78,119 @@ class RowCache:
         return key.ctypes.data + slot * key.strides[0], value.ctypes.data + slot * value.strides[0]
 
 
+class DeviceCache:
+    """As RowCache, in a device's memory: the whole length at once, since the host never copies it."""
+
+    def __init__(
+        self,
+        layers_per_segment: Sequence[int],
+        num_slots: int,
+        kv_dim: int,
+        max_positions: int,
+        dtype: type[np.generic],
+        device: Device,
+    ) -> None:
+        self.num_slots, self.kv_dim, self.copied_bytes = num_slots, kv_dim, 0
+        self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
+        self.length = max_positions if num_slots == 1 else max_positions + CACHE_STEP  # with several rows, pads past the end
+        self.serial, shape = next(RowCache.serials), (num_slots, self.length, kv_dim)
+        self.buffers = [(DeviceArray(shape, dtype, device), DeviceArray(shape, dtype, device)) for _ in range(sum(layers_per_segment))]
+
+    def length_for(self, num_slots: int, needed: int) -> int:
+        """The T to bind, as `RowCache.length_for`."""
+        assert needed <= self.length, "a pass has more pads than the cache has room for"
+        return min(self.length, -(-needed // CACHE_STEP) * CACHE_STEP) if num_slots == 1 else self.length
+
+    def free(self, slot: int) -> None:
+        """Forget a slot."""
+        self.written[:, slot] = 0
+
+    def scrub(self) -> None:
+        """Zero what is no number, wherever a broken row has left it."""
+        for pair in self.buffers:
+            for buffer in pair:
+                with buffer.on_host() as values:
+                    values[~np.isfinite(values)] = 0.0
+
+    def pointers(self, layer: int, slot: int) -> tuple[int, int]:
+        """Where a layer's (from 0) keys and values of a slot begin."""
+        key, value = self.buffers[layer]
+        offset = slot * self.length * self.kv_dim * key.dtype.itemsize
+        return key.pointer + offset, value.pointer + offset
+
+
 class HiddenPool:
     """Hidden states by row, of every sequence. More rows are another buffer, so `serial` counts the buffers."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, dtype: type[np.generic] = np.float32) -> None:
         self.serial, self.top = 0, 0
-        self.states = np.zeros((POOL_ROWS, dim), np.float32)
+        self.states = np.zeros((POOL_ROWS, dim), dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(M, D)"""
+        num_rows, dim = self.states.shape
+        return num_rows, dim
 
     def reserve(self, num_rows: int, live: Sequence[Int64s]) -> int:
         """See `Stack.reserve_rows`. Starts over when nothing lives; packs the living rows when the end is reached."""
         if self.top and not any(len(rows) for rows in live):
             self.top = 0
-        if self.top + num_rows > len(self.states):
+        if self.top + num_rows > self.shape[0]:
             self._pack(num_rows, live)
         first, self.top = self.top, self.top + num_rows
         return first
 
     def _pack(self, num_rows: int, live: Sequence[Int64s]) -> None:
-        kept = np.concatenate([self.states[rows] for rows in live]) if live else self.states[:0]
-        if len(kept) + num_rows > len(self.states) // 2:
-            self.states = np.zeros((2 * (len(kept) + num_rows) + POOL_ROWS, self.states.shape[1]), np.float32)
+        """Move the living rows to the front, of a larger buffer when they and the new ones would fill half of this."""
+        kept = np.concatenate([self.read(rows) for rows in live]) if live else self.read(np.zeros(0, np.int64))
+        if len(kept) + num_rows > self.shape[0] // 2:
+            self._replace(2 * (len(kept) + num_rows) + POOL_ROWS)
             self.serial += 1
-        self.states[: len(kept)] = kept
+        self._write(kept)
         self.top = 0
         for rows in live:
             rows[:] = np.arange(self.top, self.top + len(rows))
             self.top += len(rows)
 
+    def read(self, rows: Int64s) -> NDArray[Any]:
+        """A copy of some rows, for the host."""
+        return self.states[rows]
+
+    def _write(self, first: NDArray[Any]) -> None:
+        self.states[: len(first)] = first
+
+    def _replace(self, num_rows: int) -> None:
+        self.states = np.zeros((num_rows, self.states.shape[1]), self.states.dtype)
+
     def row_pointer(self, row: int) -> int:
         """Where a row begins in memory."""
         return self.states.ctypes.data + row * self.states.strides[0]
+
+
+class DevicePool(HiddenPool):
+    """A pool in a device's memory. The host copies it only when the end is reached."""
+
+    def __init__(self, dim: int, dtype: type[np.generic], device: Device) -> None:
+        self.serial, self.top, self.device = 0, 0, device
+        self.array = DeviceArray((POOL_ROWS, dim), dtype, device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(M, D)"""
+        return self.array.shape
+
+    def read(self, rows: Int64s) -> NDArray[Any]:
+        """A copy of some rows, for the host."""
+        return self.array.read()[rows]
+
+    def _write(self, first: NDArray[Any]) -> None:
+        with self.array.on_host() as states:
+            states[: len(first)] = first
+
+    def _replace(self, num_rows: int) -> None:
+        self.array = DeviceArray((num_rows, self.array.shape[1]), self.array.dtype.type, self.device)
+
+    def row_pointer(self, row: int) -> int:
+        """Where a row begins in the device's memory."""
+        return self.array.pointer + row * self.array.shape[1] * self.array.dtype.itemsize

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ease_runtime.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
 from ease_runtime.commands import ErrorGroup
 from ease_runtime.conversation import Conversation
+from ease_runtime.device import DEVICES
 from ease_runtime.errors import RequestError
 from ease_runtime.flags import option_flags, read_flags
-from ease_runtime.llm import DEVICES, LLM, Timing
+from ease_runtime.llm import LLM, Timing
 from ease_runtime.options import Options
 from ease_runtime.server.app import Settings
 from ease_runtime.server.run import serve as run_server

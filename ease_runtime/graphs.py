@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ease_runtime.device import CPU, Device
 from ease_runtime.errors import BundleError, DeviceError
 from ease_runtime.signatures import Signature
 
@@ -30,18 +31,20 @@ def start_thread_pool(num_threads: int) -> None:
         raise DeviceError("onnxruntime's thread pool is there already, with another number of threads: a process has one") from None
 
 
-def load_session(path: Path, log_level: int) -> ort.InferenceSession:
+def load_session(path: Path, log_level: int, device: Device = CPU) -> ort.InferenceSession:
     """Open a graph. Raises BundleError when ONNX Runtime cannot."""
     options = ort.SessionOptions()
+    if device.provider != CPU.provider:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # a node left on the CPU would be a silent copy
     options.use_per_session_threads = False
     options.log_severity_level = log_level
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        return ort.InferenceSession(str(path), options, providers=[device.provider], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         raise BundleError(f"{path} cannot be loaded by onnxruntime {ort.__version__}: {str(error).splitlines()[0]}") from None
 
 
-def check_signature(session: ort.InferenceSession, path: Path, signature: Signature) -> None:
+def check_signature(session: ort.InferenceSession, path: Path, signature: Signature, floats: str = "tensor(float)") -> None:
     """Whether a graph takes and gives what the manifest says, or buffers bound to it would not fit. Raises BundleError."""
     for found, expected, what in zip((session.get_inputs(), session.get_outputs()), signature, ("inputs", "outputs"), strict=True):
         names = {value.name for value in found}
@@ -50,7 +53,7 @@ def check_signature(session: ort.InferenceSession, path: Path, signature: Signat
             raise BundleError(f"{path} is not the graph that the manifest describes: its {what} differ in {odd}; export the bundle again")
         for value in found:
             shape = tuple(size if isinstance(size, int) else None for size in value.shape)
-            if value.type != TYPES.get(value.name, "tensor(float)") or shape != expected[value.name]:
+            if value.type != TYPES.get(value.name, floats) or shape != expected[value.name]:
                 raise BundleError(
                     f"{path} is not the graph that the manifest describes: {value.name} is {value.type} {list(value.shape)}, "
                     f"expected {list(expected[value.name])}; export the bundle again"
@@ -58,45 +61,53 @@ def check_signature(session: ort.InferenceSession, path: Path, signature: Signat
 
 
 class Binding:
-    """An IOBinding over numpy buffers. Small inputs are buffers of its own, written in place before each run."""
+    """An IOBinding. Small inputs and outputs are numpy arrays of its own; the rest is bound by address in the device's memory."""
 
-    def __init__(self, session: ort.InferenceSession, input_names: frozenset[str]) -> None:
-        self.session, self.io, self.input_names = session, session.io_binding(), input_names
+    def __init__(self, session: ort.InferenceSession, input_names: frozenset[str], device: Device) -> None:
+        self.session, self.io, self.input_names, self.device = session, session.io_binding(), input_names, device
         self.bound: dict[str, Any] = {}  # what the changing names are bound to, so that only changes are bound again
         self.own: dict[str, NDArray[Any]] = {}
+        self.sent: dict[str, NDArray[Any]] = {}  # on a device with its own memory: small inputs, which binding copies there
 
     def input(self, name: str, array: NDArray[Any]) -> None:
-        """Read an input from an array, now and in later runs."""
+        """Read an input from a small array, as it is at each run."""
         self.own[name] = array
-        self.input_at(name, array.dtype.type, array.shape, array.ctypes.data)
+        if self.device.own_memory:
+            self.sent[name] = array
+        else:
+            self.io.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def output(self, name: str, array: NDArray[Any]) -> None:
         """Write an output into an array, now and in later runs."""
         self.own[name] = array
-        self.output_at(name, array.dtype.type, array.shape, array.ctypes.data)
+        self.io.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def input_at(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], pointer: int) -> None:
-        self.io.bind_input(name, "cpu", 0, dtype, shape, pointer)
+        """Read an input from the device's memory."""
+        self.io.bind_input(name, self.device.name, 0, dtype, shape, pointer)
 
     def output_at(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], pointer: int) -> None:
-        self.io.bind_output(name, "cpu", 0, dtype, shape, pointer)
+        """Write an output into the device's memory."""
+        self.io.bind_output(name, self.device.name, 0, dtype, shape, pointer)
 
     def run(self) -> None:
+        for name, array in self.sent.items():
+            self.io.bind_cpu_input(name, array)
         self.session.run_with_iobinding(self.io)
 
 
 class Graph:
     """A session with one binding for each shape of its inputs, the least used forgotten. `bind` fills a new one."""
 
-    def __init__(self, session: ort.InferenceSession, bind: Callable[..., None]) -> None:
-        self.session, self.bind = session, bind
+    def __init__(self, session: ort.InferenceSession, bind: Callable[..., None], device: Device = CPU) -> None:
+        self.session, self.bind, self.device = session, bind, device
         self.input_names = frozenset(i.name for i in session.get_inputs())
         self.bindings: OrderedDict[Hashable, Binding] = OrderedDict()
 
     def binding(self, *shape: int) -> Binding:
         """The binding for a shape, which is passed to `bind` when it is new."""
         if (binding := self.bindings.get(shape)) is None:
-            binding = self.bindings[shape] = Binding(self.session, self.input_names)
+            binding = self.bindings[shape] = Binding(self.session, self.input_names, self.device)
             self.bind(binding, *shape)
             if len(self.bindings) > BINDINGS_KEPT:
                 self.bindings.popitem(last=False)

@@ -22,16 +22,15 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ease_runtime.chat import ChatTemplate, Message
+from ease_runtime.device import choose_device
 from ease_runtime.engine import DEFAULT_CAP, Engine
-from ease_runtime.errors import BundleError, DeviceError, RequestError
+from ease_runtime.errors import BundleError, RequestError
 from ease_runtime.manifest import Manifest
 from ease_runtime.options import Options
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.sequence import Sequence
 from ease_runtime.stack import OrtStack, Stack
 from ease_runtime.text import Piece, StopPattern, TextWriter
-
-DEVICES = ("auto", "cpu")
 
 
 @dataclass(frozen=True)
@@ -299,9 +298,7 @@ class LLM(TextEngine):
         num_slots: int = 1,
         adapt: bool = False,
     ) -> None:
-        if device not in DEVICES:
-            raise DeviceError(f"device '{device}' is not supported by this version; use one of: {', '.join(DEVICES)}")
-        bundle, stack = Path(bundle), OrtStack(Path(bundle), num_threads=num_threads)
+        bundle, stack = Path(bundle), OrtStack(Path(bundle), num_threads=num_threads, device=choose_device(device))
         self.manifest = stack.manifest
         tokenizer = load_tokenizer(bundle / self.manifest.tokenizer)
         super().__init__(

@@ -16,7 +16,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ease_runtime.buffers import HiddenPool, Int64s, RowCache
+from ease_runtime.buffers import DeviceCache, DevicePool, HiddenPool, Int64s, RowCache
+from ease_runtime.device import CPU, Device, DeviceArray
 from ease_runtime.errors import BundleError, DeviceError
 from ease_runtime.graphs import Binding, Graph, check_signature, load_session, start_thread_pool
 from ease_runtime.manifest import Manifest, load_manifest
@@ -24,6 +25,7 @@ from ease_runtime.policy import HeadOutput
 from ease_runtime.signatures import Signature, of_exit, of_gate, of_head, of_kv, of_route, of_segment, of_similarity
 
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
+HALF_PRECISION = 20  # times that in fp16
 
 
 class Span(NamedTuple):
@@ -122,8 +124,9 @@ class OrtStack:
     Raises BundleError when the bundle cannot be trusted or loaded, DeviceError when its graphs compute something wrong here.
     """
 
-    def __init__(self, bundle: Path, *, num_threads: int = 0, log_level: int = 3) -> None:
+    def __init__(self, bundle: Path, *, num_threads: int = 0, log_level: int = 3, device: Device = CPU) -> None:
         manifest = self.manifest = load_manifest(bundle)
+        self.device, self.dtype = device, np.float16 if manifest.precision == "fp16" else np.float32
         self.exit_layers, self.vocab_size, self.max_positions = manifest.exit_layers, manifest.vocab_size, manifest.max_positions
         self.layout = _layout(manifest)
         self.has_gates = all(leave.gate for leave in manifest.exits[:-1])
@@ -141,8 +144,8 @@ class OrtStack:
         self.segments = [self._load(s.graph, of_segment(manifest, s), self._bind_segment) for s in parts]
         self.kvs = [self._load(s.kv_graph, of_kv(manifest, s), self._bind_segment) if s.kv_graph else None for s in parts]
         self.routes = [self._load(s.route_graph, of_route(manifest), self._bind_route) if s.route_graph else None for s in parts]
-        self.pool = HiddenPool(manifest.dim)
-        self.logits = np.zeros((0, self.vocab_size), np.float32)
+        self.pool = DevicePool(manifest.dim, self.dtype, device) if device.own_memory else HiddenPool(manifest.dim, self.dtype)
+        self.logits = np.zeros((0, self.vocab_size), self.dtype)
         self.at_head: tuple[int, ...] | None = None  # exit and rows whose states stand before the head, after a gate
         try:
             self._self_test()
@@ -150,12 +153,13 @@ class OrtStack:
             raise BundleError(f"{bundle} does not run: {str(error).splitlines()[0]}; export the bundle again") from None
 
     def _load(self, name: str, signature: Signature, bind: Callable[..., None]) -> Graph:
-        session = load_session(self.bundle / name, self.log_level)
-        check_signature(session, self.bundle / name, signature)
-        return Graph(session, bind)
+        session = load_session(self.bundle / name, self.log_level, self.device)
+        check_signature(session, self.bundle / name, signature, "tensor(float16)" if self.dtype is np.float16 else "tensor(float)")
+        return Graph(session, bind, self.device)
 
-    def open_cache(self, num_slots: int = 1) -> RowCache:
-        return RowCache([s.num_layers for s in self.manifest.segments], num_slots, self.manifest.kv_dim, self.max_positions)
+    def open_cache(self, num_slots: int = 1) -> RowCache | DeviceCache:
+        shape = ([s.num_layers for s in self.manifest.segments], num_slots, self.manifest.kv_dim, self.max_positions)
+        return DeviceCache(*shape, self.dtype, self.device) if self.device.own_memory else RowCache(*shape, self.dtype)
 
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         self.at_head = None
@@ -217,7 +221,7 @@ class OrtStack:
         """Run an exit's own graph or its gate, which write where the exit's head reads."""
         binding, head = self._look(graph, rows), self.heads[number].binding(len(rows))
         if binding.bound.get("head") is not head:
-            binding.output("exit_hidden", head.own["exit_hidden"])
+            binding.output_at("exit_hidden", self.dtype, (len(rows), self.manifest.dim), self._exit_hidden(head, len(rows)))
             binding.bound["head"] = head
         binding.run()
         return binding
@@ -239,7 +243,7 @@ class OrtStack:
         The pass covers the slots from the first to the last span. Those without new tokens, and rows with fewer than the
         longest, write pads past what they hold: room is made for them.
         """
-        assert isinstance(cache, RowCache)
+        assert isinstance(cache, RowCache | DeviceCache)
         first, num_slots = spans[0].slot, spans[-1].slot - spans[0].slot + 1
         num_places = max(stop - start for _, start, stop in spans)
         binding = graph.binding(first, num_slots, num_places, len(inputs))
@@ -261,27 +265,27 @@ class OrtStack:
         self._note(kind, number, len(inputs), length, num_slots)
         return binding
 
-    def _bind_cache(self, binding: Binding, number: int, cache: RowCache, first: int, num_slots: int, length: int) -> None:
+    def _bind_cache(self, binding: Binding, number: int, cache: RowCache | DeviceCache, first: int, num_slots: int, length: int) -> None:
         """Past and present are one buffer, so the cache is written in place; a row alone takes a view of any length."""
         segment, shape = self.manifest.segments[number], (num_slots, length, cache.kv_dim)
         for i in range(segment.num_layers):
             for name, pointer in zip(("key", "value"), cache.pointers(segment.first_layer - 1 + i, first), strict=True):
-                binding.input_at(f"past_{name}.{i}", np.float32, shape, pointer)
-                binding.output_at(f"present_{name}.{i}", np.float32, shape, pointer)
+                binding.input_at(f"past_{name}.{i}", self.dtype, shape, pointer)
+                binding.output_at(f"present_{name}.{i}", self.dtype, shape, pointer)
         binding.bound["cache"] = (cache.serial, length)
 
     def _bind_pool(self, binding: Binding) -> None:
         if binding.bound.get("pool") != self.pool.serial:
-            binding.input("pool", self.pool.states)
+            binding.input_at("pool", self.dtype, self.pool.shape, self.pool.row_pointer(0))
             binding.bound["pool"] = self.pool.serial
 
     def _bind_hidden(self, binding: Binding, number: int, num_tokens: int, out_row: int) -> None:
         if binding.bound.get("hidden") == (self.pool.serial, out_row):
             return
         shape = (num_tokens, self.manifest.dim)
-        binding.output_at("hidden", np.float32, shape, self.pool.row_pointer(out_row))
+        binding.output_at("hidden", self.dtype, shape, self.pool.row_pointer(out_row))
         if number == 0:
-            binding.output_at("embedded", np.float32, shape, self.pool.row_pointer(out_row + num_tokens))
+            binding.output_at("embedded", self.dtype, shape, self.pool.row_pointer(out_row + num_tokens))
         binding.bound["hidden"] = (self.pool.serial, out_row)
 
     def _bind_segment(self, binding: Binding, first: int, num_slots: int, num_places: int, num_tokens: int) -> None:
@@ -302,21 +306,30 @@ class OrtStack:
 
     def _bind_gate(self, binding: Binding, num_tokens: int) -> None:
         self._bind_index(binding, num_tokens)
-        binding.output("probability", np.zeros(num_tokens, np.float32))
+        binding.output("probability", np.zeros(num_tokens, self.dtype))
 
     def _bind_similarity(self, binding: Binding, num_tokens: int) -> None:
         self._bind_index(binding, num_tokens)
         binding.input("before", np.zeros(num_tokens, np.int64))
-        binding.output("similarity", np.zeros(num_tokens, np.float32))
+        binding.output("similarity", np.zeros(num_tokens, self.dtype))
+
+    def _exit_hidden(self, head: Binding, num_tokens: int) -> int:
+        """Where a head reads its states: a buffer of its binding, which exits and gates write."""
+        states = head.bound.get("exit_hidden")
+        if states is None:
+            shape = (num_tokens, self.manifest.dim)
+            states = DeviceArray(shape, self.dtype, self.device) if self.device.own_memory else np.zeros(shape, self.dtype)
+            head.bound["exit_hidden"] = states
+        return states.pointer if isinstance(states, DeviceArray) else int(states.ctypes.data)
 
     def _bind_head(self, binding: Binding, num_tokens: int) -> None:
-        binding.input("exit_hidden", np.zeros((num_tokens, self.manifest.dim), np.float32))
+        binding.input_at("exit_hidden", self.dtype, (num_tokens, self.manifest.dim), self._exit_hidden(binding, num_tokens))
         if len(self.logits) < num_tokens:  # one buffer for all, since each call overwrites the last one's
-            self.logits = np.zeros((2 * num_tokens, self.vocab_size), np.float32)
+            self.logits = np.zeros((2 * num_tokens, self.vocab_size), self.dtype)
         binding.output("logits", self.logits[:num_tokens])
         binding.output("top_id", np.zeros(num_tokens, np.int64))
         for name in ("top_prob", "margin", "entropy"):
-            binding.output(name, np.zeros(num_tokens, np.float32))
+            binding.output(name, np.zeros(num_tokens, self.dtype))
 
     def _self_test(self) -> None:
         """Three tokens in one pass on a filled cache must give what three passes give.
@@ -332,10 +345,11 @@ class OrtStack:
         self.run_segment(0, whole, [Span(0, half, length)], ids[half:], first + half)
         for i in range(length):
             self.run_segment(0, single, [Span(0, i, i + 1)], ids[i : i + 1], first + length + i)
-        together, apart = self.pool.states[first : first + length], self.pool.states[first + length : first + 2 * length]
+        states = self.pool.read(np.arange(first, first + 2 * length)).astype(np.float32)
+        together, apart = states[:length], states[length:]
         scale = float(np.abs(apart).max())
         difference, self.exact = float(np.abs(together - apart).max()), bool((together == apart).all())
-        if not difference <= SELF_TEST_TOLERANCE * scale:
+        if not difference <= SELF_TEST_TOLERANCE * scale * (HALF_PRECISION if self.dtype is np.float16 else 1):
             raise DeviceError(
                 f"self-test failed: several tokens in one pass differ by {difference:.2g} (of {scale:.2g}) from one at a time; "
                 f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install 'onnxruntime>=1.31'"

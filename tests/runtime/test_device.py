@@ -1,0 +1,100 @@
+"""Devices: which one is chosen, and that with memory of its own nothing large crosses to the host.
+
+Without a GPU the same code runs with ONNX Runtime's memory on the CPU; tests marked `cuda` run where there is one.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ease_runtime import device as device_module
+from ease_runtime.costs import CallProbe
+from ease_runtime.device import CPU, CUDA, Device, DeviceArray, choose_device, why_no_cuda
+from ease_runtime.engine import CATCH_UPS, Engine
+from ease_runtime.errors import DeviceError
+from ease_runtime.policy import ExitPolicy
+from ease_runtime.sampling import GumbelSampler
+from ease_runtime.sequence import Token
+from ease_runtime.stack import Call, OrtStack
+
+ELSEWHERE = Device("cpu", "CPUExecutionProvider", own_memory=True)  # bound by address, never a numpy array
+
+
+def decode(stack: OrtStack) -> list[list[Token]]:
+    """Every catch-up and kind of policy, three rows at a time."""
+    layers, requests = stack.exit_layers, []
+    engine = Engine(stack, num_slots=3)
+    for i, catch_up in enumerate(CATCH_UPS):
+        for policy in (ExitPolicy(), ExitPolicy.create("max-prob", [0.4], layers), ExitPolicy.create("similarity", [0.6], layers)):
+            prompt, sampler = [1 + i, 5, 9] * (4 + 9 * i), GumbelSampler(0.8, 0, 1.0, i)
+            requests.append(engine.start(prompt, max_new_tokens=25, policy=policy, catch_up=catch_up, sampler=sampler))
+    while engine.busy:
+        engine.step()
+    return [request.produced for request in requests]
+
+
+def test_memory_of_its_own_gives_the_same_bits(tiny_bundle: Path, tiny_stack: OrtStack) -> None:
+    """And the pool is copied over the host when it is full, without losing a state."""
+    stack = OrtStack(tiny_bundle, device=ELSEWHERE)
+    assert decode(stack) == decode(tiny_stack)
+    assert stack.pool.serial >= 1
+
+
+def test_nothing_large_crosses_to_the_host(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither caches nor states while tokens are decoded, in a pool that is large enough."""
+    monkeypatch.setattr("ease_runtime.buffers.POOL_ROWS", 5000)
+    stack = OrtStack(tiny_bundle, device=ELSEWHERE)
+
+    def crossing(self: DeviceArray) -> np.ndarray:
+        raise AssertionError("a buffer was copied to the host")
+
+    monkeypatch.setattr(DeviceArray, "read", crossing)
+    produced = decode(stack)
+    assert all(len(tokens) == 25 for tokens in produced)
+    with pytest.raises(AssertionError, match="copied to the host"):
+        stack.pool.read(np.arange(2))
+
+
+def test_a_broken_row_is_scrubbed_there_too(tiny_bundle: Path) -> None:
+    stack = OrtStack(tiny_bundle, device=ELSEWHERE)
+    engine = Engine(stack, num_slots=2)
+    with engine.cache.buffers[0][0].on_host() as keys:  # type: ignore[attr-defined]
+        keys[1, 3] = np.nan
+    engine.cache.scrub()
+    assert np.isfinite(engine.cache.buffers[0][0].read()).all()  # type: ignore[attr-defined]
+
+
+def test_the_choice_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "why_no_cuda", lambda: "no usable GPU")
+    assert choose_device("cpu") is CPU
+    assert choose_device("auto") is CPU
+    with pytest.raises(DeviceError, match="device 'cuda' does not work here: no usable GPU; use --device cpu, or install") as caught:
+        choose_device("cuda")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DeviceError, match="unknown device 'cudda'; did you mean 'cuda'"):
+        choose_device("cudda")
+    monkeypatch.setattr(device_module, "why_no_cuda", lambda: None)
+    assert choose_device("auto") is CUDA
+    assert choose_device("cuda") is CUDA
+
+
+def test_an_onnxruntime_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "has no CUDA" in (why_no_cuda() or "")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(why_no_cuda() is not None, reason=f"CUDA: {why_no_cuda()}")
+def test_cuda_says_what_the_cpu_says(tiny_bundle: Path, tiny_stack: OrtStack) -> None:
+    """Greedy tokens at full depth; and verify equals full depth, to the bit or said to be up to rounding."""
+    stack = OrtStack(tiny_bundle, device=CUDA)
+    prompt = [1, 5, 9] * 5
+    expected = [t.id for t in _greedy(tiny_stack, prompt)]
+    assert [t.id for t in _greedy(stack, prompt)] == expected
+    CallProbe(stack, Call("segment", 1, 4, 128, 2)).run()
+
+
+def _greedy(stack: OrtStack, prompt: list[int]) -> list[Token]:
+    engine = Engine(stack)
+    return list(engine.generate(engine.start(prompt, max_new_tokens=40)))
