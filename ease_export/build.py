@@ -280,7 +280,7 @@ def _segment_info(cut: Cut) -> SegmentInfo:
 
 
 def _source(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
-    evaluations = [line for line in checkpoint.metrics if "perplexity" in line]
+    evaluations = [line for line in checkpoint.metrics if "perplexity" in line and line["step"] <= checkpoint.step]
     return {
         "checkpoint": path.name,
         "checkpoint_config_sha256": sha256_of(path / "config.json"),

@@ -9,7 +9,7 @@ from ease_train.config import ModelConfig, Recipe
 from ease_train.gradients import split_gradient
 from ease_train.losses import Objective, exit_loss
 from ease_train.model import Decoder
-from ease_train.trainer import create_optimizer
+from ease_train.optimizer import create_optimizer
 
 VOCABULARY = 11
 WEIGHTS = {2: 0.3, 3: 0.25, 4: 1.5}

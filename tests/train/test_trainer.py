@@ -17,7 +17,8 @@ from ease_train.checkpoint import load_checkpoint
 from ease_train.config import Recipe, TrainConfig
 from ease_train.errors import DataError, DivergenceError
 from ease_train.losses import exit_losses
-from ease_train.trainer import EvalEvent, SaveEvent, StepEvent, Trainer, create_optimizer, learning_rate
+from ease_train.optimizer import create_optimizer, learning_rate
+from ease_train.trainer import EvalEvent, SaveEvent, StepEvent, Trainer
 
 Maker = Callable[..., Recipe]
 

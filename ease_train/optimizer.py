@@ -1,0 +1,50 @@
+"""AdamW over a model's weights, which of them learn, and how fast at which step."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ease_train.config import TrainConfig
+from ease_train.errors import ConfigError
+from ease_train.model import Decoder
+
+
+def learning_rate(step: int, settings: TrainConfig) -> float:
+    """Linear warm-up, then a cosine down to `min_lr_ratio` of the peak (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    low = settings.min_lr_ratio
+    return settings.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def create_optimizer(model: Decoder, settings: TrainConfig, layer_lr_scales: Mapping[int, float] | None = None) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on matrices only.
+
+    `layer_lr_scales` (layer from 1 -> share) is discriminative fine-tuning (Howard & Ruder 2018, arXiv 1801.06146): a group a
+    share; embedding, norms outside the layers, exits and head have the full rate.
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = int(name.split(".")[1]) + 1 if name.startswith("layers.") else 0
+        decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault(((layer_lr_scales or {}).get(layer, 1.0), decay), []).append(parameter)
+    options = [
+        {"params": parameters, "weight_decay": decay, "lr": settings.learning_rate * scale, "lr_scale": scale}
+        for (scale, decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(options, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def train_exits_only(model: Decoder) -> None:
+    """Freeze all but the early exits' norms, adapters and heads. Raises ConfigError when they have none of their own."""
+    model.requires_grad_(False)
+    own = (model.exit_norms, model.adapters, model.exit_heads)
+    for modules in own:
+        modules.requires_grad_(True)
+    if not any(len(modules) for modules in own):
+        raise ConfigError("method: trains = 'exits', but the exits have no norm, adapter or head of their own; set exit_adapter = 'mlp'")
