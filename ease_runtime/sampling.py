@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from ease_runtime.errors import RequestError
 
+SORTED_AT_FIRST = 256  # tokens that top-p looks at, before it looks at more
+
 
 class Sampler(Protocol):
     """What the engine asks for a token."""
@@ -134,13 +136,27 @@ class GumbelSampler:
         if 0 < self.top_k < len(ids):
             ids = np.argpartition(scaled, -self.top_k)[-self.top_k :]
         if self.top_p < 1.0:
-            ids = ids[np.argsort(-scaled[ids], kind="stable")]
-            weights = np.exp(scaled[ids] - scaled[ids[0]])
-            before = np.cumsum(weights) - weights  # mass of the tokens ahead of each
-            ids = ids[before < self.top_p * weights.sum()]
+            ids = ids[_nucleus(scaled[ids], self.top_p)]
         if self.min_p > 0.0:
             ids = ids[scaled[ids] >= scaled[ids].max() + math.log(self.min_p)]
         return ids
+
+
+def _nucleus(scaled: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Where the fewest of the largest are whose mass reaches top_p of the whole; of equals the first. Shape: (n) -> (kept).
+
+    Sorts only as many of the largest as it takes: sorting a vocabulary of 49152 costs 5 ms, a quarter of a 135M model's step.
+    """
+    weights = np.exp(scaled - scaled.max())
+    enough, size = top_p * weights.sum(), SORTED_AT_FIRST
+    while True:
+        some = np.argpartition(weights, -size)[-size:] if size < len(weights) else np.arange(len(weights))
+        some = some[np.lexsort((some, -weights[some]))]
+        before = np.cumsum(weights[some]) - weights[some]  # mass of the tokens ahead of each
+        kept: NDArray[np.int64] = some[before < enough]
+        if size >= len(weights) or weights[kept[-1]] > weights[some[-1]]:  # else an equal of the last may be among the others
+            return kept
+        size *= 8
 
 
 def seed_of(seed: int, number: int) -> int:

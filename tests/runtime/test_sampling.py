@@ -14,7 +14,7 @@ from ease_runtime import sampling
 from ease_runtime.errors import RequestError
 from ease_runtime.sampling import AdjustedGreedy, Adjustments, Given, Greedy, GumbelSampler, Sampler, gumbel_noise, seed_of
 
-DRAWS = 10_000
+DRAWS = 6_000
 
 
 def pick(sampler: Sampler, logits: np.ndarray, position: int, tokens: Sequence[int] = ()) -> int:
@@ -190,6 +190,19 @@ def test_a_filter_keeps_the_draw_if_it_keeps_the_token(seed: int, position: int,
     if free in narrow.kept(logits.astype(np.float64)):
         assert pick(narrow, logits, position) == free
     assert pick(narrow, logits, position) in narrow.kept(logits.astype(np.float64))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.001, 0.3, 3.0])
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999, 0.9999999])
+def test_top_p_of_a_large_vocabulary(spread: float, top_p: float) -> None:
+    """However flat, with equals among the logits: the same as with everything sorted."""
+    scaled = np.round(np.random.default_rng(5).normal(0.0, 1.0, 5000) * spread, 2)
+    kept = GumbelSampler(1.0, 0, top_p, 0).kept(scaled)
+    order = np.argsort(-scaled, kind="stable")
+    weights = np.exp(scaled[order] - scaled.max())
+    count = int(np.count_nonzero(np.cumsum(weights) - weights < top_p * weights.sum()))
+    assert abs(len(kept) - count) <= 1  # sums in another order may differ in their last bits
+    assert kept.tolist() == order[: len(kept)].tolist()
 
 
 def test_a_seed_gives_the_same_draws() -> None:
