@@ -90,6 +90,19 @@ def layer_list(_: click.Context, __: click.Parameter, value: str | None) -> tupl
         raise click.BadParameter(f"'{value}' is no list of layers like 10,20") from None
 
 
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of how a run is spread and what it keeps, which `run_place` takes out of its fields."""
+    text = "Several processes: shards of weights and optimizer in each (FSDP), not all of them."
+    command = click.option("--sharded", is_flag=True, help=text)(command)
+    folder = click.Path(path_type=Path, file_okay=False)
+    return place_options(click.option("--cache", type=folder, help="Keep the tokens of the data in this folder.")(command))
+
+
+def run_place(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take a run's place out of a command's fields; the recipe's are left."""
+    return {name: fields.pop(name) for name in ("device", "cache", "sharded")}
+
+
 def given_options(fields: dict[str, Any]) -> dict[str, Any]:
     """The recipe fields that the command line sets; pairs become a dictionary."""
     given = {name: value for name, value in fields.items() if value not in (None, ())}
@@ -118,9 +131,7 @@ def recipes() -> None:
 @click.option("--data", default="kjv", show_default=True, help="kjv, wikitext-2, a .txt/.jsonl/.parquet file, or a hub data set.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint goes.")
 @click.option("--resume", is_flag=True, help="Go on with the checkpoint at --out; its own settings hold.")
-@place_options
-@click.option("--sharded", is_flag=True, help="Several processes: shards of weights and optimizer in each (FSDP), not all of them.")
-@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Keep the tokens of the data in this folder.")
+@run_options
 @click.option("--seeds", type=click.IntRange(0), multiple=True, help="Train once for each of these seeds, into OUT/seed-N.")
 @recipe_options
 def fit(recipe: str, data: str, out: Path, resume: bool, threads: int | None, seeds: tuple[int, ...], **fields: Any) -> None:
@@ -129,8 +140,7 @@ def fit(recipe: str, data: str, out: Path, resume: bool, threads: int | None, se
 
     if threads:
         torch.set_num_threads(threads)
-    place = {name: fields.pop(name) for name in ("device", "cache", "sharded")}
-    options = given_options(fields)
+    place, options = run_place(fields), given_options(fields)
     if seeds and "seed" in options:
         raise TrainError("--seed and --seeds both choose the seed; leave one out")
     if not seeds:
@@ -163,9 +173,9 @@ def fit_once(recipe: str, options: dict[str, Any], data: str, out: Path, resume:
 @click.option("--recipe", default="ee-tuning", show_default=True, help="The recipe whose exits, method and training to use.")
 @click.option("--data", help="As for fit; what the checkpoint was trained on by default.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the tuned checkpoint goes.")
-@place_options
+@run_options
 @recipe_options
-def tune(checkpoint: Path, recipe: str, data: str | None, out: Path, device: str, threads: int | None, **fields: Any) -> None:
+def tune(checkpoint: Path, recipe: str, data: str | None, out: Path, threads: int | None, **fields: Any) -> None:
     """Give CHECKPOINT new exits, or train its own on. Resume with `ease-train fit RECIPE --out OUT --resume`."""
     import torch
 
@@ -176,7 +186,8 @@ def tune(checkpoint: Path, recipe: str, data: str | None, out: Path, device: str
         torch.set_num_threads(threads)
     if out.exists():
         raise TrainError(f"{out} is there already; choose another --out")
-    trainer = begin_tuning(load_checkpoint(checkpoint), load_recipe(recipe), given_options(fields), data, device)
+    place = run_place(fields)
+    trainer = begin_tuning(load_checkpoint(checkpoint), load_recipe(recipe), given_options(fields), data, **place)
     run_with_progress(trainer, trainer.recipe, out)
 
 

@@ -11,6 +11,7 @@ over them (FSDP2's `fully_shard`; asked for by `--sharded` or by `accelerate lau
 accelerate leaves it out on CPUs, where it is tested over gloo. A checkpoint is whole whichever it was.
 """
 
+import atexit
 import os
 import warnings
 from collections.abc import Callable
@@ -70,6 +71,7 @@ class Workers:
 
         chosen = usable_device(device)
         state = PartialState(cpu=chosen.type == "cpu")
+        atexit.register(state.destroy_process_group)
         return cls(state.process_index, state.num_processes, chosen, sharded)
 
     @property

@@ -44,7 +44,6 @@ for event in trainer.fit(out):
 for event in Trainer.resume(out, sharded=sharded).fit(out):
     note(event)
 Path(sys.argv[5], f"{trainer.workers.rank}.json").write_text(json.dumps([trainer.workers.count, curve]))
-torch.distributed.destroy_process_group()
 """
 
 
