@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ease_runtime.errors import BundleError, RequestError
 
+LONGEST_REASON = 300  # characters
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 
@@ -51,7 +52,8 @@ class ChatTemplate:
         try:
             return self.template.render(messages=list(messages), add_generation_prompt=True, **self.tokens)
         except Exception as error:  # a template is a program: it may fail in any way
-            raise RequestError(f"the chat template cannot take these messages: {error}") from None
+            reason = " ".join(str(error).split())[:LONGEST_REASON]
+            raise RequestError(f"the chat template cannot take these messages: {reason}") from None
 
 
 class PlainTemplate:
@@ -71,4 +73,4 @@ def check_messages(messages: Any) -> None:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise RequestError(f"messages[{place}] has no text as its content")
         if message.get("role") not in ROLES:
-            raise RequestError(f"messages[{place}] has the role {message.get('role')!r}; use one of: {', '.join(ROLES)}")
+            raise RequestError(f"messages[{place}] has the role {repr(message.get('role'))[:80]}; use one of: {', '.join(ROLES)}")

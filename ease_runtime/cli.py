@@ -15,7 +15,7 @@ from ease_runtime.batch import answer_lines, count_answers, count_lines, numbere
 from ease_runtime.commands import ErrorGroup
 from ease_runtime.conversation import Conversation
 from ease_runtime.device import DEVICES
-from ease_runtime.errors import RequestError
+from ease_runtime.errors import EaseError, RequestError
 from ease_runtime.flags import option_flags, read_flags
 from ease_runtime.llm import LLM, Timing
 from ease_runtime.options import Options
@@ -144,7 +144,7 @@ def answer(conversation: Conversation, line: str, exit_layers: tuple[int, ...] |
     events = conversation.say(line, timing)
     try:
         shown = print_plain(events) if exit_layers is None else print_coloured(events, exit_layers, console)
-    except RequestError as error:
+    except EaseError as error:
         click.echo(f"error: {error}; /reset forgets the conversation", err=True)
         return
     finally:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from ease_runtime.errors import RequestError
 
+LONGEST_NAME = 80  # characters
 Thresholds = tuple[float | None, ...]
 
 
@@ -25,6 +26,8 @@ def read_value(name: str, kind: Any, value: Any) -> Any:
         return READERS[kind](name, value)
     if type(value) is not kind:
         _refuse(name, value, {int: "a whole number", str: "a text"}[kind])
+    if kind is str and (len(value) > LONGEST_NAME or not value.isprintable()):
+        _refuse(name, value, "a name")
     return value
 
 

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from ease_runtime.chat import ChatTemplate, Message
 from ease_runtime.device import choose_device
 from ease_runtime.engine import DEFAULT_CAP, Engine
-from ease_runtime.errors import BundleError, RequestError
+from ease_runtime.errors import BundleError, DeviceError, RequestError
 from ease_runtime.manifest import Manifest
 from ease_runtime.options import Options
 from ease_runtime.policy import ExitPolicy
@@ -253,7 +253,7 @@ class TextEngine:
     def generate(self, prompt: str | Many[int], options: Options | None = None, timing: Timing | None = None) -> Iterator[TokenEvent]:
         """Continue a prompt, token by token; fills `timing` when given. Raises RequestError before the first token.
 
-        Meant for one request at a time: what others get meanwhile is lost. Raises RequestError when the model breaks down.
+        Meant for one request at a time: what others get meanwhile is lost. Raises DeviceError when the model's logits are no numbers.
         """
         generation = self.submit(prompt, options)
         timing = timing or Timing()
@@ -264,7 +264,7 @@ class TextEngine:
             self.cancel(generation)
 
     def follow(self, generation: Generation, timing: Timing) -> Iterator[TokenEvent]:
-        """The events of a request, until it has finished."""
+        """The events of a request, until it has finished. Raises DeviceError when the model's logits are no numbers."""
         before, seconds = 0, 0.0
         while not generation.finished:
             start = time.perf_counter()
@@ -276,7 +276,7 @@ class TextEngine:
                 before, seconds = after, 0.0
             for choice, events in read:
                 if choice.error:
-                    raise RequestError(choice.error)
+                    raise DeviceError(choice.error)
                 if choice.finish_reason is not None:
                     timing.note_end(choice.sequence)
                 yield from (event for event in events if choice in generation.choices)

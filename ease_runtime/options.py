@@ -72,7 +72,7 @@ class Options:
         merged = {} if base is None else {f.name: getattr(base, f.name) for f in fields(cls)}
         for name, value in values.items():
             if name not in hints:
-                raise RequestError(f"unknown option '{name}'; {did_you_mean(name, hints)}")
+                raise RequestError(f"unknown option {name[:80]!r}; {did_you_mean(name[:80], hints)}")
             merged[name] = read_value(name, hints[name], value)
         return cls(**merged)
 

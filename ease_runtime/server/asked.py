@@ -68,7 +68,7 @@ def check_names(body: Any, known: tuple[str, ...]) -> None:
         raise RequestError("the body must be a JSON object")
     for name, value in body.items():
         if name not in known and name not in IGNORED and value is not None:
-            raise RequestError(f"unknown or unsupported field '{name[:80]}'; {did_you_mean(name[:80], known)}")
+            raise RequestError(f"unknown or unsupported field {name[:80]!r}; {did_you_mean(name[:80], known)}")
 
 
 def read_switch(values: Body, name: str) -> bool:
@@ -87,7 +87,7 @@ def read_options(body: Body, base: Options, more: Body) -> Options:
         raise RequestError('ease must be an object like {"threshold": 0.7}')
     for name in ease:
         if name not in EASE:
-            raise RequestError(f"unknown field 'ease.{name[:80]}'; {did_you_mean(name[:80], EASE)}")
+            raise RequestError(f"unknown field {f'ease.{name[:80]}'!r}; {did_you_mean(name[:80], EASE)}")
     return Options.from_json({"seed": secrets.randbits(63), **given, **ease, **more}, base)
 
 

@@ -81,7 +81,7 @@ def test_several_completions_and_exits_are_shown(tiny_bundle: Path) -> None:
         ("--policy fixed", "go together: --policy fixed --exit LAYER"),
         ("--depth-budget 99", "error: depth budget 99.0"),
         ("--catch-up later", "error: unknown catch-up 'later'"),
-        ("--device gpu", "error: device 'gpu'"),
+        ("--device gpu", "error: unknown device 'gpu'"),
     ],
 )
 def test_a_bad_value_is_one_line_and_exit_code_1(tiny_bundle: Path, flags: str, message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import toy_text
 from ease_runtime.chat import ChatTemplate
 from ease_runtime.conversation import Conversation
-from ease_runtime.errors import BundleError, RequestError
+from ease_runtime.errors import BundleError, DeviceError, RequestError
 from ease_runtime.llm import TextEngine, Timing, TokenEvent
 from ease_runtime.mock import MockStack
 from ease_runtime.options import Options
@@ -146,6 +146,21 @@ def test_a_given_up_request_leaves_nothing() -> None:
     assert kept.finished
     assert engine.engine.slots == [None, None]
     assert not engine.choices
+
+
+def test_a_text_without_numbers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = text_engine()
+    plain = engine.stack.run_exit
+
+    def run_exit(number: int, rows: Any) -> Any:
+        output = plain(number, rows)
+        output.top_prob[:] = math.nan
+        return output
+
+    monkeypatch.setattr(engine.stack, "run_exit", run_exit)
+    with pytest.raises(DeviceError, match="no finite numbers"):
+        list(engine.generate("abc"))
+    assert engine.engine.slots == [None]
 
 
 def test_a_row_without_numbers_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
