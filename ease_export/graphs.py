@@ -111,9 +111,14 @@ class Placement:
         return ops.rotary_embedding(x, self.cos, self.sin, positions, num_heads=num_heads)
 
 
-def _one_more(table: Tensor) -> Tensor:
-    """A rotary table with its last position twice: RotaryEmbedding refuses more places than positions, and queries have S + 1."""
-    return torch.cat((table, table[-1:]))
+class RotaryTables:
+    """The rotary tables that all graphs share, in the type of the weights.
+
+    Each has its last position twice: RotaryEmbedding refuses more places than positions, and queries have S + 1.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        self.cos, self.sin = (torch.cat((table, table[-1:])).to(model.embed.weight.dtype) for table in (model.cos, model.sin))
 
 
 class _OverCache(nn.Module):
@@ -122,11 +127,11 @@ class _OverCache(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, model: Decoder, first: int, last: int) -> None:
+    def __init__(self, model: Decoder, rotary: RotaryTables, first: int, last: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ServingBlock(block) for block in model.layers[first - 1 : last])  # type: ignore[arg-type]
-        self.register_buffer("cos", _one_more(model.cos))
-        self.register_buffer("sin", _one_more(model.sin))
+        self.register_buffer("cos", rotary.cos)
+        self.register_buffer("sin", rotary.sin)
 
     def run(self, hidden: Tensor, active: Tensor, ragged: Ragged, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """All layers; a frozen token (`active` False) passes through. Returns the hidden state and the new caches."""
@@ -144,8 +149,8 @@ class FirstSegment(_OverCache):
     `embedded` is what entered the first layer: the state before the first exit, for policies that compare.
     """
 
-    def __init__(self, model: Decoder, first: int, last: int) -> None:
-        super().__init__(model, first, last)
+    def __init__(self, model: Decoder, rotary: RotaryTables, first: int, last: int) -> None:
+        super().__init__(model, rotary, first, last)
         self.embed = model.embed
 
     def forward(
@@ -188,13 +193,13 @@ class Routed(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, model: Decoder, layer: int) -> None:
+    def __init__(self, model: Decoder, rotary: RotaryTables, layer: int) -> None:
         super().__init__()
         routed = model.layers[layer - 1]
         assert isinstance(routed, RoutedBlock)
         self.block, self.router = ServingBlock(routed.block), routed.router
-        self.register_buffer("cos", _one_more(model.cos))
-        self.register_buffer("sin", _one_more(model.sin))
+        self.register_buffer("cos", rotary.cos)
+        self.register_buffer("sin", rotary.sin)
 
     def forward(
         self, pool: Tensor, index: Tensor, positions: Tensor, spread: Tensor, places: Tensor, write_indices: Tensor, past: Sequence[Tensor]

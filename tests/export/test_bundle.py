@@ -106,7 +106,7 @@ def test_a_failed_export_leaves_no_half_bundle(
         calls.append(args)
         if len(calls) == 3:
             raise error
-        (args[1] / f"file{len(calls)}").write_text("half")  # type: ignore[operator]
+        (args[2].folder / f"file{len(calls)}").write_text("half")  # type: ignore[attr-defined]
 
     monkeypatch.setattr(build, "write_graph", fail_third)
     expected = ExportError if isinstance(error, OSError) else KeyboardInterrupt

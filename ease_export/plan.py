@@ -1,0 +1,178 @@
+"""Which graphs a bundle has: where a model is cut, and for each graph its module, inputs and outputs. Traces and writes nothing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ease_export.errors import ExportError
+from ease_export.graphs import (
+    ExitHead,
+    FirstSegment,
+    GateHead,
+    Head,
+    PropagateKV,
+    RotaryTables,
+    Route,
+    Routed,
+    Segment,
+    Similarity,
+)
+from ease_train.model import Decoder, RoutedBlock
+
+HEAD_FILE = "head.onnx"
+SIMILARITY_FILE = "similarity.onnx"
+TRACED_LAYERS = 2  # all the others are the second again, with weights of their own
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One graph to export: its module, and how it is traced.
+
+    `traced` is `module` with no more than two of its `num_layers` layers (0: it has none); inputs and names are those of `traced`.
+    """
+
+    file: str
+    module: nn.Module
+    traced: nn.Module
+    inputs: tuple[Any, ...]
+    input_names: list[str]
+    axes: tuple[Any, ...]
+    output_names: list[str]
+    weights: str  # the external file of its large weights, unless another graph has written them
+    num_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One segment of the model: layers first..last (from 1), its number (from 0) and whether it is a routed layer."""
+
+    number: int
+    first: int
+    last: int
+    routed: bool
+
+    def file(self, kind: str) -> str:
+        """The name of one of its graphs."""
+        return f"{kind}_{self.number + 1:02d}.onnx"
+
+
+def cut_layers(model: Decoder) -> list[Cut]:
+    """The segments: cut after every exit, and around every routed layer. Raises ExportError when the first layer is routed."""
+    config = model.config
+    routed = {number for number, layer in enumerate(model.layers, 1) if isinstance(layer, RoutedBlock)}
+    if 1 in routed:
+        raise ExportError("layer 1 is routed: a bundle's first segment must run for every token; train with routed_layers from 2 on")
+    ends = sorted({*config.exits, *routed, *(layer - 1 for layer in routed)} - {0})
+    starts = [1, *(end + 1 for end in ends[:-1])]
+    return [Cut(number, first, last, first in routed) for number, (first, last) in enumerate(zip(starts, ends, strict=True))]
+
+
+def exit_file(number: int) -> str:
+    return f"exit_{number + 1:02d}.onnx"
+
+
+def gate_file(model: Decoder, number: int, layer: int) -> str | None:
+    return f"gate_{number + 1:02d}.onnx" if str(layer) in model.gates else None
+
+
+def head_file(model: Decoder, number: int, layer: int) -> str:
+    return HEAD_FILE if model.head(layer) is model.lm_head else f"head_{number + 1:02d}.onnx"
+
+
+def plan_graphs(model: Decoder) -> Iterator[Plan]:
+    """Every graph of the bundle, one after the other."""
+    rotary = RotaryTables(model)
+    yield _head_plan(HEAD_FILE, model.lm_head)
+    for cut in cut_layers(model):
+        if cut.routed:
+            yield _routed_plan(model, rotary, cut)
+            yield _from_pool(cut.file("route"), Route(model, cut.first), model, ["goes_in"])
+            continue
+        yield _segment_plan(model, rotary, cut)
+        if cut.number:
+            yield _kv_plan(model, rotary, cut)
+    yield _similarity_plan(model)
+    for number, layer in enumerate(model.config.exits):
+        yield _from_pool(exit_file(number), ExitHead(model, layer), model, ["exit_hidden"])
+        if (file := head_file(model, number, layer)) != HEAD_FILE:
+            yield _head_plan(file, model.head(layer))
+        if gate := gate_file(model, number, layer):
+            yield _from_pool(gate, GateHead(model, layer), model, ["exit_hidden", "probability"])
+
+
+# Example sizes, all different and none 1, so that no axis is taken for another or for a constant.
+ROWS, PLACES, TOKENS, LENGTH, POOL = 2, 3, 5, 16, 32
+
+
+Inputs = list[tuple[str, Tensor, dict[int, str]]]  # name, example, axes
+
+
+def _tokens(name: str, dtype: torch.dtype = torch.int64) -> tuple[str, Tensor, dict[int, str]]:
+    return name, torch.ones(TOKENS, dtype=dtype), {0: "N"}
+
+
+def _states(model: Decoder) -> Tensor:
+    return torch.zeros(POOL, model.config.dim, dtype=model.embed.weight.dtype)
+
+
+def _pool(model: Decoder) -> Inputs:
+    return [("pool", _states(model), {0: "M"}), _tokens("index")]
+
+
+def _over_cache(cut: Cut, kind: str, module: nn.Module, traced: nn.Module, model: Decoder, inputs: Inputs, outputs: list[str]) -> Plan:
+    """A graph that reads and writes the caches of a segment's layers, after its own inputs and where its tokens stand."""
+    num_layers = cut.last - cut.first + 1
+    names = [f"{name}.{i}" for i in range(min(num_layers, TRACED_LAYERS)) for name in ("key", "value")]
+    past = [torch.zeros(ROWS, LENGTH, model.config.kv_dim, dtype=model.embed.weight.dtype) for _ in names]
+    spread = ("spread", torch.arange(ROWS * PLACES).clamp(max=TOKENS - 1).reshape(ROWS, PLACES), {0: "B", 1: "S"})
+    places = ("places", torch.arange(TOKENS), {0: "N"})
+    inputs = [*inputs, spread, places, ("write_indices", torch.zeros(ROWS, dtype=torch.int64), {0: "B"})]
+    return Plan(
+        file=cut.file(kind),
+        module=module,
+        traced=traced,
+        inputs=(*(example for _, example, _ in inputs), past),
+        input_names=[*(name for name, _, _ in inputs), *(f"past_{name}" for name in names)],
+        axes=(*(axes for _, _, axes in inputs), [{0: "B", 1: "T"} for _ in names]),
+        output_names=[*outputs, *(f"present_{name}" for name in names)],
+        weights=f"{cut.file('segment')}.data",
+        num_layers=num_layers,
+    )
+
+
+def _segment_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
+    kind = Segment if cut.number else FirstSegment
+    module, traced = (kind(model, rotary, cut.first, last) for last in (cut.last, min(cut.last, cut.first + TRACED_LAYERS - 1)))
+    inputs = [*(_pool(model) if cut.number else [_tokens("input_ids")]), _tokens("active", torch.bool)]
+    return _over_cache(cut, "segment", module, traced, model, inputs, ["hidden"] if cut.number else ["embedded", "hidden"])
+
+
+def _kv_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
+    module, traced = (PropagateKV(model, rotary, cut.first, last) for last in (cut.last, min(cut.last, cut.first + TRACED_LAYERS - 1)))
+    return _over_cache(cut, "kv", module, traced, model, _pool(model), [])
+
+
+def _routed_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
+    module = Routed(model, rotary, cut.first)
+    return _over_cache(cut, "segment", module, module, model, [*_pool(model), _tokens("positions")], ["hidden"])
+
+
+def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str]) -> Plan:
+    """A graph over some rows of the pool, without caches."""
+    inputs = (_states(model), torch.zeros(TOKENS, dtype=torch.int64))
+    return Plan(file, module, module, inputs, ["pool", "index"], ({0: "M"}, {0: "N"}), outputs, f"{file}.data")
+
+
+def _similarity_plan(model: Decoder) -> Plan:
+    module, inputs = Similarity(), (_states(model), torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS, dtype=torch.int64))
+    axes, names = ({0: "M"}, {0: "N"}, {0: "N"}), ["pool", "index", "before"]
+    return Plan(SIMILARITY_FILE, module, module, inputs, names, axes, ["similarity"], f"{SIMILARITY_FILE}.data")
+
+
+def _head_plan(file: str, lm_head: nn.Linear) -> Plan:
+    module, inputs = Head(lm_head), (torch.zeros(TOKENS, lm_head.in_features, dtype=lm_head.weight.dtype),)
+    outputs = ["logits", "top_id", "top_prob", "margin", "entropy"]
+    return Plan(file, module, module, inputs, ["exit_hidden"], ({0: "N"},), outputs, f"{file}.data")

@@ -1,0 +1,154 @@
+"""A module becomes an ONNX graph: torch.onnx traces it, weights are left out, and its second layer is repeated to the depth asked for.
+
+    graph = Tracer().graph(plan)      # its nodes name the module's weights, which are written and added later
+
+A trace takes seconds, so modules of one form are traced once, whatever their depth and weights.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.export import Dim
+
+from ease_export.errors import ExportError
+from ease_export.graphs import OPSET
+from ease_export.plan import TRACED_LAYERS, Plan
+
+COMPARED_SIZE = 1024  # numbers: torch.onnx looks for equal weights up to this size
+LARGEST_CONSTANT = 1024  # bytes; what is larger came of a weight, and would be the same in every graph of that form
+OF_A_LAYER = ("blocks", "past_key", "past_value", "present_key", "present_value")
+
+
+class Tracer:
+    """Traces plans, each form once."""
+
+    def __init__(self) -> None:
+        self.traced: dict[tuple[str, ...], onnx.ModelProto] = {}
+
+    def graph(self, plan: Plan) -> onnx.ModelProto:
+        """The graph of a plan, all its layers, without weights."""
+        form = (repr(plan.traced), *plan.input_names, *plan.output_names)
+        if form not in self.traced:
+            self.traced[form] = trace(plan)
+        model = onnx.ModelProto()
+        model.CopyFrom(self.traced[form])
+        if plan.num_layers > TRACED_LAYERS:
+            repeat_layer(model.graph, plan.num_layers)
+        return model
+
+
+def trace(plan: Plan) -> onnx.ModelProto:
+    """The graph of a plan's `traced` module, whose weights are named and not there. Raises ExportError when one was folded away."""
+    axes, module = torch.utils._pytree.tree_map_only(str, lambda _: Dim.DYNAMIC, plan.axes), with_distinct_weights(plan.traced)
+    with torch.no_grad(), _quiet_export():
+        program = torch.onnx.export(
+            module.eval(),
+            plan.inputs,
+            input_names=plan.input_names,
+            output_names=plan.output_names,
+            dynamic_shapes=axes,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    weights = plan.traced.state_dict().keys()
+    for name, value in program.model.graph.initializers.items():
+        if name in weights:
+            value.const_value = ir.tensor(np.zeros(0, np.float32))  # nothing large is serialised
+    model = program.model_proto
+    constants = [tensor for tensor in model.graph.initializer if tensor.name not in weights]
+    if folded := [tensor.name for tensor in constants if len(tensor.raw_data) > LARGEST_CONSTANT]:
+        raise ExportError(f"{plan.file}: torch.onnx {torch.__version__} folded weights into constants: {', '.join(folded)}")
+    del model.graph.initializer[:], model.graph.value_info[:], model.metadata_props[:], model.graph.metadata_props[:]
+    model.graph.initializer.extend(constants)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    return model
+
+
+def with_distinct_weights(module: nn.Module) -> nn.Module:
+    """The module with numbers of their own in all small weights, of which torch.onnx would make one where two are equal."""
+    weights = [*module.parameters(), *module.buffers()]
+    copy = deepcopy(module, {id(weight): weight for weight in weights if weight.numel() > COMPARED_SIZE})
+    with torch.no_grad():
+        for weight in (*copy.parameters(), *copy.buffers()):
+            if weight.numel() <= COMPARED_SIZE:
+                weight.uniform_()
+    return copy
+
+
+def repeat_layer(graph: onnx.GraphProto, num_layers: int) -> None:
+    """Give a graph of two layers `num_layers`, each one a copy of the second that reads and is read by its neighbours.
+
+    The second layer is what its weights and caches reach. What it takes of the first, if anything, is the hidden state.
+    """
+    second, first = reached_by(graph, 1), reached_by(graph, 0)
+    made = {name for index in second for name in graph.node[index].output}
+    taken = {name for index in second for name in graph.node[index].input}
+    carried = taken & {name for index in first for name in graph.node[index].output} - made
+    given = made & {value.name for value in graph.output if "." not in value.name}
+    assert len(carried) == len(given) <= 1, "a layer hands on one hidden state, or none"
+
+    def renamed(name: str, layer: int) -> str:
+        if name in carried:
+            return name if layer == 1 else f"{next(iter(given))}/{layer - 1}"
+        if name in given:
+            return name if layer == num_layers - 1 else f"{name}/{layer}"
+        kind, _, inner = name.partition(".")
+        if kind in OF_A_LAYER and inner.split(".")[0] == "1":
+            return f"{kind}.{layer}{inner[1:]}"
+        return f"{name}/{layer}" if name in made else name
+
+    repeated = onnx.GraphProto()
+    repeated.node.extend(node for index, node in enumerate(graph.node) if index not in second)
+    for layer in range(1, num_layers):
+        for index in second:
+            node = repeated.node.add()
+            node.CopyFrom(graph.node[index])
+            node.name = f"{node.name}/{layer}"
+            node.input[:] = [renamed(name, layer) for name in node.input]
+            node.output[:] = [renamed(name, layer) for name in node.output]
+    del graph.node[:]
+    graph.node.extend(repeated.node)
+    for values in (graph.input, graph.output):
+        ends = [value for value in values if value.name.endswith(".1")]
+        for layer in range(2, num_layers):
+            for value in ends:
+                values.add().CopyFrom(value)
+                values[-1].name = f"{value.name[:-2]}.{layer}"
+
+
+def reached_by(graph: onnx.GraphProto, layer: int) -> list[int]:
+    """The nodes that depend on a layer's weights or caches: their indices, in order."""
+    starts = tuple(f"{kind}.{layer}." for kind in OF_A_LAYER)
+    reached, indices = set[str](), []
+    for index, node in enumerate(graph.node):
+        if any(name in reached or f"{name}.".startswith(starts) for name in node.input):
+            reached.update(node.output)
+            indices.append(index)
+    return indices
+
+
+@contextmanager
+def _quiet_export() -> Iterator[None]:
+    """torch.onnx's exporter warns of its own internals; its errors still come through."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
