@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
     place, options, text = take_place(given), read_flags(given), read_prompt(prompt)
     llm, timing = LLM(bundle, num_slots=options.n, **place), Timing()
     if compare:  # warm both paths up, so that neither pays for first-time allocations
-        for warm_up in (options, replace(options, **AT_FULL_DEPTH)):
+        for warm_up in (options, options.at_full_depth()):
             list(llm.generate(text, warm_up))
     events, console = llm.generate(text, options, timing), Console(highlight=False, soft_wrap=True)
     if show_exits and not as_json:
@@ -80,20 +79,10 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
         print_summary(shown, timing, llm.stack.exit_layers, full_depth, console)
 
 
-AT_FULL_DEPTH: dict[str, Any] = {
-    "policy": Options.policy,
-    "threshold": None,
-    "min_exit": None,
-    "decay": None,
-    "exit_layer": None,
-    "depth_budget": None,
-}
-
-
 def time_full_depth(llm: LLM, prompt: str, options: Options) -> Timing:
     """The same prompt with no early exit, timed."""
     timing = Timing()
-    list(llm.generate(prompt, replace(options, **AT_FULL_DEPTH), timing))
+    list(llm.generate(prompt, options.at_full_depth(), timing))
     return timing
 
 

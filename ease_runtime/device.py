@@ -1,7 +1,10 @@
 """Where graphs run and where their buffers live: numpy arrays on the CPU, ONNX Runtime's own memory on a GPU."""
 
+import ctypes
+import io
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +49,18 @@ def why_no_cuda() -> str | None:
     """What keeps CUDA from working, in a line; None when it works."""
     if CUDA.provider not in ort.get_available_providers():
         return f"this onnxruntime ({ort.__version__}) has no CUDA"
+    driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        ctypes.CDLL(driver)
+    except OSError:
+        return f"no NVIDIA driver ({driver}) is installed"
     ort.set_default_logger_severity(SILENT)
     try:
-        ort.preload_dlls()
+        with redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls()
         ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), CUDA.name, 0)
     except Exception:  # a RuntimeError, or whatever a driver raises
-        return "no usable GPU, driver or CUDA library was found"
+        return "no usable GPU or CUDA library was found"
     finally:
         ort.set_default_logger_severity(2)
     return None

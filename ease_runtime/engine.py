@@ -151,9 +151,9 @@ class Engine:
     """Drives sequences over a stack, `num_slots` at a time; the others wait for a slot, first come, first served.
 
     `cap` bounds the pending tokens at a boundary, `chunk` the tokens of prompts in one pass, `draft_length` the drafts of
-    `verify`. With `adapt` the costs of passes are measured once, `verify` drafts as many tokens as pays, and a request that
-    leaving early makes slower stays at full depth from then on, and says so in its notes: its tokens then depend on the
-    machine (not under verify). Raises RequestError for a number below 1.
+    `verify`. Once costs are known (`measure`), `verify` drafts as many tokens as pays, and none where that is slower; with
+    `adapt` any request that leaving early makes slower stays at full depth from then on: its tokens then depend on the
+    machine. Both say so in the request's notes. Raises RequestError for a number below 1.
     """
 
     def __init__(
@@ -225,9 +225,8 @@ class Engine:
         sequence = self._new(prompt, policy, catch_up)
         if catch_up == "verify" and not self.stack.exact:
             sequence.notes.append("verify holds up to rounding here: passes of several tokens differ from single ones in their last bits")
-        if self.adapt and policy.thresholds is not None:
-            self.measure()
-            sequence.pace = Pace(self.costs, policy, catch_up) if self.costs else None
+        if self.costs and policy.thresholds is not None and (self.adapt or catch_up == "verify"):
+            sequence.pace = Pace(self.costs, policy, catch_up)
         sequence.max_length = min(limit, len(prompt) + max_new_tokens)
         sequence.sampler, sequence.stop_ids, sequence.num_logprobs, sequence.keep = sampler or Greedy(), stop_ids, num_logprobs, keep
         if after is not None and after.slot is not None:

@@ -16,7 +16,7 @@ Several requests at once, as a server has them:
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -191,6 +191,14 @@ class TextEngine:
         """The checked policy for this bundle's exits."""
         return options.exit_policy(self.stack.exit_layers)
 
+    def notes(self, options: Options) -> list[str]:
+        """What a request should be told that it did not ask for."""
+        return []
+
+    def prepare(self, options: Options) -> Options:
+        """What a request's options become before it starts."""
+        return options
+
     def check(self, options: Options) -> None:
         """Raises RequestError for options that this bundle cannot run."""
         self.engine.check(self.policy(options), options.catch_up)
@@ -208,6 +216,7 @@ class TextEngine:
         options = options or Options()
         if not prompt:
             raise RequestError("the prompt is empty; give at least one character")
+        options = self.prepare(options)
         self.check(options)
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         patterns, policy = [StopPattern(stop) for stop in options.stop], self.policy(options)
@@ -226,6 +235,7 @@ class TextEngine:
             )
             choices.append(Choice(index, sequence, TextWriter(self.tokenizer, ids, patterns)))
             self.choices[sequence] = choices[-1]
+            sequence.notes += self.notes(options)
         return Generation(ids, choices)
 
     def step(self) -> list[tuple[Choice, list[TokenEvent]]]:
@@ -311,6 +321,23 @@ class LLM(TextEngine):
             cap=cap,
             adapt=adapt,
         )
+
+    def prepare(self, options: Options) -> Options:
+        """Calibrated thresholds where the bundle has some and none are given; costs measured where they are needed."""
+        found = self.manifest.calibration
+        if found and options.leaves_unsaid:
+            catch_up = "verify" if options.catch_up == "verify" else found["catch_up"]
+            options = replace(options, policy=found["policy"], threshold=tuple(found["thresholds"]), catch_up=catch_up)
+        if self.policy(options).thresholds is not None and (self.engine.adapt or options.catch_up == "verify"):
+            self.engine.measure()
+        return options
+
+    def notes(self, options: Options) -> list[str]:
+        found = self.manifest.calibration
+        if not found or (options.policy, options.threshold) != (found["policy"], tuple(found["thresholds"])):
+            return []
+        promise = f"{found['risk']} at most {found['delta']:g} with probability {1 - found['epsilon']:g}, on {found['data']}"
+        return [f"thresholds from the bundle's calibration: {promise} (--threshold off for full depth)"]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -89,6 +89,7 @@ class Manifest:
     files: dict[str, FileInfo]
     chat_template: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)  # thresholds that hold a tolerance, and their certificate
     source: dict[str, Any] = field(default_factory=dict)  # where it came from: checkpoint, metrics, versions
 
     @property
@@ -149,6 +150,7 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         files={name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0)) for name, t in table.named_tables("files")},
         chat_template=table.optional_file("chat_template"),
         generation=table.mapping("generation"),
+        calibration=table.mapping("calibration"),
         source=table.mapping("source"),
     )
     _check_shape(manifest, table)
@@ -174,6 +176,7 @@ def _segment(table: "_Table") -> SegmentInfo:
 
 def _check_shape(manifest: Manifest, table: "_Table") -> None:
     """Segments must cover the layers without a gap, exits must stand at their ends, and every file named must have a sum."""
+    _check_calibration(manifest, table)
     expected = 1
     for segment in manifest.segments:
         if segment.first_layer != expected or segment.last_layer < expected:
@@ -194,6 +197,20 @@ def _check_shape(manifest: Manifest, table: "_Table") -> None:
 
 def _remedy(bundle: Path) -> str:
     return f"export the bundle again: ease-export build CHECKPOINT {bundle}"
+
+
+def _check_calibration(manifest: Manifest, table: "_Table") -> None:
+    """What a request without thresholds takes over must be something that it could have asked for."""
+    if not manifest.calibration:
+        return
+    found = manifest.calibration
+    names = [found.get(name) for name in ("policy", "catch_up", "risk", "data")]
+    numbers = [found.get("delta"), found.get("epsilon")]
+    thresholds = found.get("thresholds")
+    sound = isinstance(thresholds, list) and len(thresholds) == len(manifest.exits) - 1
+    sound = sound and all(t is None or (type(t) in (int, float) and 0 <= t <= 1) for t in thresholds or [])
+    if not (sound and all(isinstance(n, str) for n in names) and all(type(n) in (int, float) for n in numbers)):
+        table.fail("its calibration is not what ease-eval calibrate writes")
 
 
 def _check_file(bundle: Path, name: str, info: FileInfo) -> None:

@@ -6,7 +6,7 @@ Options.from_json({"max_tokens": 50, "threshold": 0.7, "stop": "\\n"})
 
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ease_runtime.errors import RequestError, did_you_mean
@@ -64,6 +64,16 @@ class Options:
             raise RequestError("a stop string is empty; give at least one character")
         if len(self.stop) > MAX_STOPS or sum(map(len, self.stop)) > MAX_STOP_LENGTH:
             raise RequestError(f"more than {MAX_STOPS} stop strings, or more than {MAX_STOP_LENGTH} characters of them; give fewer")
+
+    def at_full_depth(self) -> "Options":
+        """The same request with no early exit, calibrated or not."""
+        names = ("policy", "min_exit", "patience", "decay", "exit_layer", "depth_budget", "catch_up")
+        return replace(self, threshold=(None,), **{name: getattr(Options, name) for name in names})
+
+    @property
+    def leaves_unsaid(self) -> bool:
+        """Whether nothing is said of when tokens leave."""
+        return self.threshold is None and self.exit_layer is None and self.depth_budget is None and self.policy == Options.policy
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], base: "Options | None" = None) -> "Options":

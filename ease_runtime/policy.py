@@ -82,6 +82,8 @@ class ExitPolicy:
         that contradict each other.
         """
         early = tuple(exit_layers[:-1])
+        if thresholds and all(value is None for value in thresholds):
+            thresholds = None
         _check_options(name, thresholds, early, patience, decay, exit_layer, depth_budget)
         if depth_budget is not None:
             _check_budget(depth_budget, exit_layers)

@@ -26,10 +26,20 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """What a policy made of some target tokens. Shapes: all (tokens); logprobs in nats, depths in layers."""
+    """What a policy made of some target tokens. Shapes: all (tokens); logprobs in nats, depths in layers, says: most probable ids."""
 
     logprobs: Floats
     depths: NDArray[np.int64]
+    says: NDArray[np.int64]
+
+    @classmethod
+    def join(cls, parts: Sequence["Scores"]) -> "Scores":
+        """Several texts' scores, one after the other."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("logprobs", "depths", "says")))
+
+    def after(self, first: int) -> "Scores":
+        """Those of the tokens from `first` on."""
+        return Scores(self.logprobs[first:], self.depths[first:], self.says[first:])
 
     @property
     def perplexity(self) -> float:
@@ -77,8 +87,24 @@ def score_documents(engine: Engine, documents: Sequence[Sequence[int]], policies
         for window in windows(len(ids), length, max(1, length // 2)):
             inputs, targets = ids[window.start : window.stop], np.array(ids[window.start + 1 : window.stop + 1], np.int64)
             for part, scores in zip(parts, score_window(engine, inputs, targets, policies, catch_up), strict=True):
-                part.append(Scores(scores.logprobs[window.scored_from :], scores.depths[window.scored_from :]))
-    return [Scores(np.concatenate([s.logprobs for s in part]), np.concatenate([s.depths for s in part])) for part in parts]
+                part.append(scores.after(window.scored_from))
+    return [Scores.join(part) for part in parts]
+
+
+def record_exits(engine: Engine, documents: Sequence[Sequence[int]], policy: ExitPolicy) -> tuple[Floats, list[Scores], Scores]:
+    """What every exit would say of every token of some texts (their first window), had all come that far.
+
+    Returns the policy's confidence at each early exit (early exits, tokens), the scores of each early exit, and full depth's.
+    """
+    found: list[list[_Record]] = []
+    for ids in documents:
+        stop = min(len(ids) - 1, engine.stack.max_positions)
+        records = [_Record(policy, stop, number) for number in range(len(engine.stack.exit_layers))]
+        _run_segments(engine, ids[:stop], np.array(ids[1 : stop + 1], np.int64), records, freeze=False)
+        found.append(records)
+    joined = [Scores.join([records[number].scores() for records in found]) for number in range(len(found[0]))]
+    confidences = [np.concatenate([records[number].confidences for records in found]) for number in range(len(found[0]) - 1)]
+    return np.array(confidences, np.float64), joined[:-1], joined[-1]
 
 
 def score_window(
@@ -97,6 +123,13 @@ def _score_pass(
 ) -> list[Scores]:
     """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes one policy."""
     decisions = [_Decisions(policy, len(inputs)) for policy in policies]
+    _run_segments(engine, inputs, targets, decisions, freeze)
+    return [d.scores() for d in decisions]
+
+
+def _run_segments(
+    engine: Engine, inputs: Sequence[int], targets: NDArray[np.int64], decisions: Sequence["_Decisions"], freeze: bool
+) -> None:
     sequence, active = engine.open(inputs), np.ones(len(inputs), np.bool_)
     try:
         for segment, shape in enumerate(engine.stack.layout):
@@ -109,7 +142,6 @@ def _score_pass(
                 active[0] = True  # prefill
     finally:
         engine.release(sequence)
-    return [d.scores() for d in decisions]
 
 
 def _ask_exit(engine: Engine, sequence: SequenceState, segment: int, targets: NDArray[np.int64], decisions: Sequence["_Decisions"]) -> None:
@@ -145,6 +177,7 @@ class _Decisions:
         self.policy = policy
         self.depths = np.zeros(num_tokens, np.int64)  # 0: undecided
         self.logprobs = np.zeros(num_tokens, np.float64)
+        self.says = np.zeros(num_tokens, np.int64)
         self.said = np.full(num_tokens, -1, np.int64)  # patience: what the last exit said, and how many agreed with the one before
         self.agreeing = np.zeros(num_tokens, np.int64)
 
@@ -160,6 +193,7 @@ class _Decisions:
             settled &= self.policy.leaves(exit_index, self.confidence(seen))
         positions = seen.positions[settled]
         self.depths[positions], self.logprobs[positions] = seen.depths[settled], seen.logprobs[settled]
+        self.says[positions] = seen.output.top_id[: len(seen.positions)][settled]
 
     def confidence(self, seen: "_Chunk") -> NDArray[np.float32]:
         """Confidence at an early exit. Shape: (N)."""
@@ -174,7 +208,28 @@ class _Decisions:
         return self.policy.agreement(self.agreeing[seen.positions])
 
     def scores(self) -> Scores:
-        return Scores(self.logprobs, self.depths)
+        return Scores(self.logprobs, self.depths, self.says)
+
+
+class _Record(_Decisions):
+    """What one exit says of every position, whether or not it would leave there, and with what confidence."""
+
+    def __init__(self, policy: ExitPolicy, num_tokens: int, exit_index: int) -> None:
+        super().__init__(policy, num_tokens)
+        self.exit_index, self.confidences = exit_index, np.zeros(num_tokens, np.float64)
+
+    @property
+    def undecided(self) -> NDArray[np.bool_]:
+        return np.ones(len(self.depths), np.bool_)
+
+    def see(self, seen: "_Chunk", exit_index: int, last: bool) -> None:
+        confidence = None if last else self.confidence(seen)  # at every exit: patience counts them
+        if exit_index != self.exit_index:
+            return
+        self.depths[seen.positions], self.logprobs[seen.positions] = seen.depths, seen.logprobs
+        self.says[seen.positions] = seen.output.top_id[: len(seen.positions)]
+        if confidence is not None:
+            self.confidences[seen.positions] = confidence
 
 
 @dataclass(frozen=True)

@@ -136,16 +136,22 @@ def test_rows_far_apart_run_apart() -> None:
 
 def test_measured_costs_are_sane(tiny_stack: OrtStack) -> None:
     """On the real stack: every table rises, and an engine measures once, when nothing runs."""
-    engine = Engine(tiny_stack, adapt=True)
+    engine = Engine(tiny_stack)
     policy = ExitPolicy.create("max-prob", [0.4], tiny_stack.exit_layers)
-    assert engine.costs is None
     first = engine.start([1, 2, 3], max_new_tokens=30, policy=policy, catch_up="verify")
+    engine.step()
+    engine.measure()
+    assert engine.costs is None
+    assert first.pace is None
+    list(engine.generate(first))
+    engine.measure()
     costs = engine.costs
     assert costs is not None
     assert all((np.diff(table) >= 0).all() and table[0] > 0 for table in costs.tables.values())
-    list(engine.generate(first))
-    engine.start([1, 2, 3], max_new_tokens=3, policy=policy)
+    engine.measure()
     assert engine.costs is costs
+    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy).pace is None  # it would change tokens
+    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy, catch_up="verify").pace is not None
 
 
 def test_verify_says_where_it_holds_only_up_to_rounding() -> None:
