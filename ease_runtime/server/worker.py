@@ -134,11 +134,17 @@ class Worker:
     # What the engine's thread does.
 
     def _run(self) -> None:
-        while self._obey():
-            if self.llm.busy and time.monotonic() >= self.deadline:
-                self._cut(CUT)
-            elif self.llm.busy:
-                self._step()
+        going = True
+        while going:
+            try:
+                going = self._obey()
+                if self.llm.busy and time.monotonic() >= self.deadline:
+                    self._cut(CUT)
+                elif self.llm.busy:
+                    self._step()
+            except Exception as error:
+                log.exception("the engine failed")
+                self._cut(f"the engine failed: {error}")
         self._cut(CUT)
 
     def _obey(self) -> bool:
@@ -183,12 +189,7 @@ class Worker:
         ticket.generations = []
 
     def _step(self) -> None:
-        try:
-            read = self.llm.step()
-        except Exception as error:
-            log.exception("the engine failed")
-            self._cut(f"the engine failed: {error}")
-            return
+        read = self.llm.step()
         self._note_pass(read)
         updates: dict[Ticket, list[Update]] = {}
         for choice, events in read:
@@ -229,6 +230,7 @@ class Worker:
             self._withdraw(ticket)
         for sequence in [*self.llm.engine.waiting, *self.llm.engine.sequences]:
             self.llm.engine.release(sequence)
+        self.llm.engine.cache.scrub()  # a pass that broke off may have left anything
         if updates:
             self._call(self._deliver, [(ticket, news, True) for ticket, news in updates.items()])
 

@@ -1,6 +1,9 @@
 """ease-run on a bundle: exit codes and what is printed."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,12 +130,37 @@ def test_batch_answers_and_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "give another file" in ease_run(*arguments).stderr
 
 
+def test_batch_goes_on_after_a_kill(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A process killed in the middle, and another that ends what it began: the file is as from one run."""
+    source, out, whole = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    lines = [{"prompt": f"And the king {n}", "max_tokens": 5 + n % 60, "temperature": 1.0, "seed": n} for n in range(120)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    arguments = ["batch", str(tiny_bundle), str(source), str(out), "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, "-m", "ease_runtime.cli", *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not out.exists() or out.read_bytes().count(b"\n") < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert out.read_bytes().count(b"\n") < len(lines)
+    for path in (out, whole):
+        assert ease_run(*arguments[:3], path, *arguments[4:]).exit_code == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert out.read_bytes().count(b"\n") == len(lines)
+
+
+def test_ray_that_is_missing_is_named(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "A"}\n', encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = ease_run("batch", tiny_bundle, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--ray", "local")
+    assert result.exit_code == 1
+    assert "pip install 'ease-lm[ray]'" in result.stderr
+
+
 @pytest.mark.slow
 def test_batch_on_a_ray_cluster_of_two_workers(tiny_bundle: Path, tmp_path: Path) -> None:
     """The same answers in the same order, in a process of its own: Ray warns and leaves things behind."""
-    import subprocess
-    import sys
-
     pytest.importorskip("ray.data", reason="no Ray: pip install 'ease-lm[ray]'")
     source, here, there = tmp_path / "in.jsonl", tmp_path / "here.jsonl", tmp_path / "there.jsonl"
     lines = [{"prompt": f"And the king {n}", "max_tokens": n % 7 + 1} for n in range(40)]
