@@ -33,7 +33,7 @@ def what_is_wrong(body: Any, chat: bool) -> str:
     return ""
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(body=BODIES | VALUES, chat=st.booleans())
 def test_any_body_is_understood_or_refused_in_a_line(body: Any, chat: bool) -> None:
     if isinstance(body, dict):
