@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export EASE_DATA_DIR ?= $(firstword $(wildcard data ../shared/data) data)
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs bench peers clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,10 +32,16 @@ check: $(READY)
 docs: $(READY)  ## rewrite docs/cli.md from --help
 	$(BIN)/python docs/make_cli.py
 
-bench: $(READY)  ## training beside transformers' Trainer, its memory; engine overhead a segment call, on the demo bundle
+bench: $(READY)  ## training beside transformers' Trainer; the engine on a 135M-shape bundle, and beside the peers that are there
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python bench/training.py --json runs/bench/training.json
-	$(BIN)/python bench/overhead.py runs/demo/bundle
+	$(BIN)/python bench/llama_shape.py runs/bench/135m
+	$(BIN)/python bench/engine.py runs/bench/135m/bundle --json runs/bench/engine.json
+	$(BIN)/python bench/peers.py runs/bench/135m/checkpoint runs/bench/135m/bundle --json runs/bench/peers.json
+
+peers:  ## other runtimes to compare with, in a virtual environment of their own
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet 'torch>=2.9,<2.14' 'transformers>=4.57' onnx onnx_ir onnxruntime-genai
 
 clean:
 	rm -rf $(VENV) .venv-runtime .cache runs/demo
