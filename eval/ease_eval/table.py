@@ -5,6 +5,7 @@ print(table.markdown())
 """
 
 import json
+import math
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure
-from ease_eval.perplexity import Scores, score_documents
+from ease_eval.perplexity import Scores, record_exits, score_documents
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
@@ -23,6 +25,8 @@ from ease_runtime.manifest import MANIFEST_FILE, sha256_of
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.stack import Call, SegmentShape
 from ease_train.corpora import load_documents
+
+EXIT_TOKENS = 4000  # that every exit is asked about, for the bounds
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Row:
     speedup: float  # measured, against off in the same rounds
     ideal_speedup: float  # from separately timed graph calls, off's over this row's
     ppl_ratio: float  # against off
+    ppl_ratio_interval: tuple[float, float]  # 95 %, bootstrap over documents, off's and this row's together
+    bits_per_byte: float  # of the scored text
     measured_over_ideal: float  # speedup / ideal_speedup
     engine_efficiency: float  # ideal seconds of the row's own calls / its measured seconds
     speedup_range: tuple[float, float]  # smallest and largest over the rounds
@@ -53,6 +59,15 @@ class Row:
     drafted: int  # verify: drafts that full depth judged
     accepted: int
     depth_counts: dict[int, int]  # tokens by depth
+
+
+@dataclass(frozen=True)
+class ExitFigures:
+    """What one exit says of every token, had all come that far: bounds that no policy over these exits can leave."""
+
+    layer: int
+    ppl: float
+    agreement: float  # share of the tokens that full depth would say the same
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,8 @@ class Table:
     num_rounds: int
     source: dict[str, Any]
     versions: dict[str, str]
+    exits: tuple[ExitFigures, ...]
+    oracle_mean_depth: float  # had each token left at the first exit that says what full depth says
     rows: tuple[Row, ...]
 
     def to_json(self) -> str:
@@ -162,9 +179,12 @@ def make_table(
     texts = choose_texts(encoded, amounts, llm.stack.max_positions)
     scores = score_settings(llm, documents, settings)
     timings, call_seconds = measure(llm.engine, settings, texts, amounts.num_rounds)
+    scored = Scored(documents, num_bytes(llm, documents))
     rows = [
-        make_row(s, q, t, scores[0], timings[0], call_seconds, llm.stack.layout) for s, q, t in zip(settings, scores, timings, strict=True)
+        make_row(s, q, t, scores[0], timings[0], call_seconds, llm.stack.layout, scored)
+        for s, q, t in zip(settings, scores, timings, strict=True)
     ]
+    exits, oracle = exit_figures(llm, list(first_tokens(documents, EXIT_TOKENS)))
     return Table(
         bundle=str(bundle),
         manifest_sha256=sha256_of(bundle / MANIFEST_FILE),
@@ -181,8 +201,43 @@ def make_table(
             **{name: version(name) for name in ("numpy", "tokenizers", "ease-lm")},
             **_onnxruntime(),
         },
+        exits=exits,
+        oracle_mean_depth=oracle,
         rows=tuple(rows),
     )
+
+
+def exit_figures(llm: LLM, documents: Sequence[Sequence[int]]) -> tuple[tuple[ExitFigures, ...], float]:
+    """Every exit by itself, and the mean depth of an oracle that leaves at the first exit that agrees with full depth."""
+    layers = llm.stack.exit_layers
+    everything = ExitPolicy.create("max-prob", [1.0] if len(layers) > 1 else None, layers)
+    _, early, full = record_exits(llm.engine, documents, everything)
+    agrees = np.array([scores.says == full.says for scores in [*early, full]])  # (exits, tokens); the last row is all True
+    depths = np.array(layers)[agrees.argmax(axis=0)]
+    each = zip(layers, [*early, full], agrees, strict=True)
+    return tuple(ExitFigures(layer, scores.perplexity, float(same.mean())) for layer, scores, same in each), float(depths.mean())
+
+
+def num_bytes(llm: LLM, documents: Sequence[Sequence[int]]) -> int:
+    """UTF-8 bytes of the tokens that are scored: all of a document's but its first."""
+    return sum(len(llm.tokenizer.decode(list(ids[1:]), skip_special_tokens=False).encode()) for ids in documents)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The text behind the scores, document by document."""
+
+    documents: Sequence[Sequence[int]]
+    num_bytes: int
+
+    def interval(self, differences: NDArray[np.float64], draws: int = 1000) -> tuple[float, float]:
+        """95 % bootstrap interval of exp(mean), documents drawn with their tokens. Shape: differences (tokens), in nats."""
+        lengths = np.array([len(ids) - 1 for ids in self.documents])
+        sums = np.add.reduceat(differences, np.cumsum(lengths) - lengths)
+        drawn = np.random.default_rng(0).integers(0, len(lengths), (draws, len(lengths)))
+        means = sums[drawn].sum(axis=1) / lengths[drawn].sum(axis=1)
+        low, high = np.exp(np.percentile(means, (2.5, 97.5))).tolist()
+        return low, high
 
 
 def _onnxruntime() -> dict[str, str]:
@@ -254,6 +309,7 @@ def make_row(
     off: Timings,
     call_seconds: dict[Call, float],
     layout: Sequence[SegmentShape],
+    scored: Scored,
 ) -> Row:
     """The figures of one setting against off."""
     thresholds = setting.policy.thresholds
@@ -279,6 +335,8 @@ def make_row(
         speedup=speedup,
         ideal_speedup=ideal_speedup,
         ppl_ratio=scores.perplexity / off_scores.perplexity,
+        ppl_ratio_interval=scored.interval(off_scores.logprobs - scores.logprobs),
+        bits_per_byte=-float(scores.logprobs.sum()) / math.log(2) / scored.num_bytes,
         measured_over_ideal=speedup / ideal_speedup,
         engine_efficiency=ideal / seconds,
         speedup_range=(min(speedups), max(speedups)),

@@ -4,12 +4,15 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from ease_eval.cli import main
 from ease_eval.latency import Setting, Text, ideal_seconds, measure
+from ease_eval.table import Scored, num_bytes
 from ease_runtime.engine import Engine
+from ease_runtime.llm import LLM
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.stack import OrtStack
 
@@ -50,6 +53,15 @@ def test_json_and_markdown_hold_every_row_off_first(tiny_bundle: Path, corpus_fi
     assert 2.0 < rows[2]["mean_depth"] < 6.0
     assert rows[1]["ppl"] == rows[3]["ppl"], "when all leave at the first exit, no later K/V is ever read"
     assert sum(rows[2]["depth_counts"].values()) == table["num_scored_tokens"] == 300
+    exits = table["exits"]
+    assert [e["layer"] for e in exits] == [2, 4, 6]
+    assert exits[0]["ppl"] == pytest.approx(rows[1]["ppl"], rel=0.1)  # of first windows
+    assert (exits[-1]["ppl"], exits[-1]["agreement"]) == (pytest.approx(off["ppl"], rel=0.1), 1.0)
+    assert 2.0 <= table["oracle_mean_depth"] <= 6.0 - 4.0 * exits[0]["agreement"]
+    assert off["ppl_ratio_interval"] == [1.0, 1.0]
+    low, high = rows[1]["ppl_ratio_interval"]
+    assert low <= rows[1]["ppl_ratio"] <= high
+    assert off["bits_per_byte"] > 0.5
     markdown = (tmp_path / "table.md").read_text()
     assert markdown.count("\n| ") == len(rows) + 1
     assert f"{off['ppl']:.2f}" in markdown
@@ -111,3 +123,16 @@ def test_bad_input_ends_in_one_line(tiny_bundle: Path, corpus_file: Path, option
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_the_interval_of_a_ratio_by_hand() -> None:
+    """One document: no spread. Two that differ: between their own ratios, and on both sides of the whole's."""
+    assert Scored([range(5)], 1).interval(np.full(4, 0.5)) == pytest.approx((np.exp(0.5), np.exp(0.5)))
+    low, high = Scored([range(3), range(5)], 1).interval(np.array([0.0, 0.0, 1.0, 1.0, 1.0, 1.0]))
+    assert (low, high) == pytest.approx((1.0, np.e))
+
+
+def test_bits_per_byte_by_hand(tiny_bundle: Path) -> None:
+    llm = LLM(tiny_bundle)
+    ids = llm.encode("And the king went")
+    assert num_bytes(llm, [ids, ids]) == 2 * len("And the king went")
