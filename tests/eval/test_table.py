@@ -72,7 +72,7 @@ def settings(*thresholds: float | None) -> list[Setting]:
 
 
 def test_a_slow_deep_segment_shows_in_measured_and_ideal_speed(tiny_bundle: Path) -> None:
-    """With the last segment made slower by 5 ms, leaving at the first exit is more than five times as fast, and so is the ideal."""
+    """With the last segment made slower by 40 ms, leaving at the first exit is more than five times as fast, and so is the ideal."""
     stack = OrtStack(tiny_bundle)
     texts = [Text(tuple(range(1, 31)), 10)]
 
@@ -86,7 +86,7 @@ def test_a_slow_deep_segment_shows_in_measured_and_ideal_speed(tiny_bundle: Path
 
     def slowed(number: int, *arguments: object) -> None:
         if number == 2:
-            time.sleep(0.005)
+            time.sleep(0.04)
         plain_run(number, *arguments)  # type: ignore[arg-type]
 
     stack.run_segment = slowed  # type: ignore[assignment, method-assign]
