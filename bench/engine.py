@@ -1,6 +1,6 @@
 """The engine against what its own graph calls cost: forced depth, verify, batches, memory.
 
-    python bench/engine.py BUNDLE [--only depth,verify,batch,scaling,memory] [--json FILE]
+    python bench/engine.py BUNDLE [--only depth,verify,adapt,batch,scaling,memory] [--json FILE]
 
 Exits are scripted, so random weights will do. Settings take turns within a round; figures are medians over rounds, speed-ups
 are ratios within a round. "ideal" is the sum of the calls, each timed by itself.
@@ -23,10 +23,11 @@ from ease_eval.latency import Setting, Text, ideal_seconds, measure
 from ease_runtime.costs import Costs, Pace
 from ease_runtime.engine import Engine
 from ease_runtime.policy import ExitPolicy
+from ease_runtime.sampling import Greedy
 from ease_runtime.sequence import Sequence
 from ease_runtime.stack import OrtStack
 
-PROMPT, NEW, ROUNDS = 32, 96, 3
+PROMPT, NEW, LONG, ROUNDS = 32, 48, 256, 3
 Row = dict[str, Any]
 
 
@@ -160,6 +161,36 @@ def break_even(pace: Pace) -> float | None:
     return None
 
 
+def adapt(stack: OrtStack) -> list[Row]:
+    """Early exits that do not pay, and some that do, with the engine free to give them up: 256 tokens against as many at full depth."""
+    costs, exit_index, rows = Costs(stack), half_exit(stack), []
+    cases = [("verify", 1.0, acceptance) for acceptance in (0.2, 0.5, 0.9)] + [("recompute", leaving, 1.0) for leaving in (0.05, 0.2, 0.8)]
+    for catch_up, leaving, acceptance in cases:
+        rounds: list[float] = []
+        for seed in range(ROUNDS):
+            plain_engine, engine = Engine(stack), Engine(stack, adapt=True)
+            engine.costs = costs
+            plain = plain_engine.start(prompt_ids(stack, seed), max_new_tokens=LONG)
+            seconds = run_to_end(plain_engine, [plain])
+            policy = Coin(thresholds=only(stack, exit_index), probability=leaving, dice=random.Random(seed))
+            sampler = Agreeing(acceptance, stack.vocab_size, seed) if catch_up == "verify" else Greedy()
+            sequence = engine.start(prompt_ids(stack, seed), max_new_tokens=LONG, policy=policy, catch_up=catch_up, sampler=sampler)
+            rounds.append(seconds / run_to_end(engine, [sequence]))
+        early = sum(token.depth < stack.exit_layers[-1] for token in sequence.produced)
+        rows.append(
+            {
+                "catch_up": catch_up,
+                "leaving": leaving,
+                "acceptance": acceptance,
+                "speedup": statistics.median(rounds),
+                "slowest": min(rounds),
+                "share_early": early / len(sequence.produced),
+                "gave_up": bool(sequence.notes),
+            }
+        )
+    return rows
+
+
 def batch(stack: OrtStack) -> list[Row]:
     """Eight rows that leave at half depth with probability 0.5: against eight at full depth, and against the best schedule."""
     costs, thresholds, rows = Costs(stack), only(stack, half_exit(stack)), []
@@ -171,16 +202,39 @@ def batch(stack: OrtStack) -> list[Row]:
                 early, _ = tokens_a_second(stack, num_requests, seed, thresholds, catch_up)
                 ratios[catch_up].append(early / full)
         for catch_up, found in ratios.items():
+            changed = involuntary(stack, num_requests, thresholds, catch_up)
             best = best_schedule(stack, costs, catch_up)
             measured = statistics.median(found)
-            rows.append({"requests": name, "catch_up": catch_up, "speedup": measured, "best_schedule": best, "of_best": measured / best})
+            rows.append(
+                {
+                    "requests": name,
+                    "catch_up": catch_up,
+                    "speedup": measured,
+                    "best_schedule": best,
+                    "of_best": measured / best,
+                    "involuntary": changed,
+                }
+            )
     return rows
+
+
+def involuntary(stack: OrtStack, num_requests: int, thresholds: tuple[float | None, ...], catch_up: str) -> int:
+    """Tokens that left or stayed because of their neighbours: depths in the batch that are not those of the same request alone."""
+    count = min(num_requests, 8)
+    _, together = tokens_a_second(stack, count, 0, thresholds, catch_up)
+    changed = 0
+    for i, sequence in enumerate(together):
+        engine, policy = Engine(stack), Coin(thresholds=thresholds, dice=random.Random(i))
+        alone = engine.start(prompt_ids(stack, i), max_new_tokens=NEW, policy=policy, catch_up=catch_up)
+        run_to_end(engine, [alone])
+        changed += sum(a.depth != b.depth for a, b in zip(sequence.produced, alone.produced, strict=True))
+    return changed
 
 
 def tokens_a_second(
     stack: OrtStack, num_requests: int, seed: int, thresholds: tuple[float | None, ...] | None, catch_up: str, num_slots: int = 8
-) -> tuple[float, Engine]:
-    """Decoding speed of a batch. More requests than slots have different lengths."""
+) -> tuple[float, list[Sequence]]:
+    """Decoding speed of a batch, and its rows. More requests than slots have different lengths."""
     engine, dice = Engine(stack, num_slots=num_slots), random.Random(seed)
     sequences = []
     for i in range(num_requests):
@@ -188,7 +242,7 @@ def tokens_a_second(
         new = NEW if num_requests <= num_slots else dice.randint(NEW // 2, NEW)
         sequences.append(engine.start(prompt_ids(stack, i), max_new_tokens=new, policy=policy, catch_up=catch_up))
     seconds = run_to_end(engine, sequences)
-    return (sum(len(s.produced) for s in sequences) - num_slots) / seconds, engine
+    return (sum(len(s.produced) for s in sequences) - num_slots) / seconds, sequences
 
 
 def best_schedule(stack: OrtStack, costs: Costs, catch_up: str, num_rows: int = 8, num_passes: int = 20000) -> float:
@@ -263,7 +317,7 @@ def memory(stack: OrtStack) -> list[Row]:
     ]
 
 
-SECTIONS = {"depth": depth, "verify": verify, "batch": batch, "scaling": scaling, "memory": memory}
+SECTIONS = {"depth": depth, "verify": verify, "adapt": adapt, "batch": batch, "scaling": scaling, "memory": memory}
 
 
 def show(name: str, rows: list[Row], console: Console) -> None:
