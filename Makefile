@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export EASE_DATA_DIR ?= $(firstword $(wildcard data ../shared/data) data)
 
-.PHONY: demo test check docs bench peers clean
+.PHONY: demo demo-llm test check docs bench peers clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,9 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## train, export, verify, generate, measure
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
+
+demo-llm: $(READY)  ## a pretrained LLM (SmolLM2-135M, from PyPI): import, export in three precisions, ask, measure
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo-llm.sh
 
 test: $(READY)
 	$(BIN)/pytest -m 'not slow' $(PYTEST_ARGS)

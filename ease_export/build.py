@@ -16,6 +16,7 @@ import torch
 
 from ease_export.errors import ExportError
 from ease_export.plan import SIMILARITY_FILE, Cut, Plan, cut_layers, exit_file, gate_file, head_file, plan_graphs
+from ease_export.quantize import BITS, WeightQuantizer, add_contrib_domain
 from ease_export.trace import Tracer
 from ease_export.weights import WeightFiles
 from ease_runtime.manifest import FORMAT_VERSION, MANIFEST_FILE, ExitInfo, FileInfo, Manifest, SegmentInfo, sha256_of
@@ -25,41 +26,47 @@ from ease_train.files import written_aside
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def export_bundle(checkpoint_path: Path, bundle: Path) -> Manifest:
-    """Export a checkpoint. Raises CheckpointError, ExportError when something is at `bundle` that is no bundle."""
+def export_bundle(checkpoint_path: Path, bundle: Path, precision: str = "fp32") -> Manifest:
+    """Export a checkpoint in one of manifest.PRECISIONS.
+
+    Raises CheckpointError, ExportError when something is at `bundle` that is no bundle."""
     if bundle.exists() and not (bundle / MANIFEST_FILE).is_file():
         raise ExportError(f"{bundle} is there already and is no bundle; choose another name, or remove it")
     checkpoint = load_checkpoint(checkpoint_path)
-    model = checkpoint.model.eval()
+    model = checkpoint.model.eval().half() if precision == "fp16" else checkpoint.model.eval()
+    quantizer = WeightQuantizer(model, precision) if precision in BITS else None
     try:
         with written_aside(bundle) as folder:
             tracer, files = Tracer(), WeightFiles(folder)
             for plan in plan_graphs(model):
-                write_graph(plan, tracer, files)
+                write_graph(plan, tracer, files, quantizer)
             checkpoint.tokenizer.save(str(folder / TOKENIZER_FILE))
             if (template := checkpoint.conventions.chat_template) is not None:
                 (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-            manifest = describe(checkpoint, checkpoint_path, folder)
+            manifest = describe(checkpoint, checkpoint_path, folder, precision)
             (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
         raise ExportError(f"could not write {bundle}: {error.strerror or error}; no half bundle is left there") from None
     return manifest
 
 
-def write_graph(plan: Plan, tracer: Tracer, files: WeightFiles) -> None:
+def write_graph(plan: Plan, tracer: Tracer, files: WeightFiles, quantizer: WeightQuantizer | None = None) -> None:
     """Trace one graph, and write it with its weights."""
     proto = tracer.graph(plan)
     weights = {name: value.detach().numpy() for name, value in plan.module.state_dict().items()}
+    if quantizer is not None:
+        weights = quantizer.rewrite(proto.graph, weights)
+        add_contrib_domain(proto)
     files.fill(proto.graph, weights, plan.weights)
     onnx.save(proto, files.folder / plan.file)
 
 
-def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path) -> Manifest:
+def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precision: str) -> Manifest:
     """The manifest of the files written so far."""
     model, config = checkpoint.model, checkpoint.model.config
     return Manifest(
         format_version=FORMAT_VERSION,
-        precision="fp32",
+        precision=precision,
         vocab_size=config.vocab_size,
         dim=config.dim,
         kv_dim=config.kv_dim,

@@ -254,9 +254,9 @@ class Similarity(nn.Module):
     """similarity: pool (M, D), index (N), before (N) -> similarity (N), max(0, cosine) of two hidden states of a token."""
 
     def forward(self, pool: Tensor, index: Tensor, before: Tensor) -> Tensor:
-        now, then = F.embedding(index, pool), F.embedding(before, pool)
+        now, then = F.embedding(index, pool).float(), F.embedding(before, pool).float()
         norms = now.square().sum(-1).sqrt() * then.square().sum(-1).sqrt()
-        return ((now * then).sum(-1) / norms.clamp(min=1e-12)).clamp(min=0.0, max=1.0)
+        return ((now * then).sum(-1) / norms.clamp(min=1e-12)).clamp(min=0.0, max=1.0).to(pool.dtype)
 
 
 class Head(nn.Module):
@@ -271,11 +271,12 @@ class Head(nn.Module):
 
     def forward(self, exit_hidden: Tensor) -> tuple[Tensor, ...]:
         logits = self.lm_head(exit_hidden)  # (N, V)
-        top, ids = torch.topk(logits, 2, dim=-1)  # (N, 2)
-        shifted = logits - top[:, :1]
+        wide = logits.float()  # sums over a vocabulary need more than 16 bits
+        top, ids = torch.topk(wide, 2, dim=-1)  # (N, 2)
+        shifted = wide - top[:, :1]
         exponentials = shifted.exp()
         total = exponentials.sum(dim=-1)  # (N)
         top_prob = 1.0 / total
         margin = top_prob - (top[:, 1] - top[:, 0]).exp() / total
         entropy = total.log() - (exponentials * shifted).sum(dim=-1) / total
-        return logits, ids[:, 0], top_prob, margin, entropy
+        return logits, ids[:, 0], *(figure.to(logits.dtype) for figure in (top_prob, margin, entropy))

@@ -141,7 +141,8 @@ def reached_by(graph: onnx.GraphProto, layer: int) -> list[int]:
 @contextmanager
 def _quiet_export() -> Iterator[None]:
     """torch.onnx's exporter warns of its own internals; its errors still come through."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
+    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,7 +18,7 @@ from ease_runtime.errors import BundleError
 FORMAT_VERSION = 3  # 2: tokens of several rows in one pass, ragged; 3: start and stop tokens
 MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 LONGEST_NAME = 255  # bytes: what file systems take
 
 

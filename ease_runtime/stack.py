@@ -25,7 +25,7 @@ from ease_runtime.policy import HeadOutput
 from ease_runtime.signatures import Signature, of_exit, of_gate, of_head, of_kv, of_route, of_segment, of_similarity
 
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
-HALF_PRECISION = 20  # times that in fp16
+ROUNDING = {"fp32": 1, "fp16": 20, "int8": 50, "int4": 50}  # times that, by precision: int8 and int4 round activations within products
 
 
 class Span(NamedTuple):
@@ -349,7 +349,7 @@ class OrtStack:
         together, apart = states[:length], states[length:]
         scale = float(np.abs(apart).max())
         difference, self.exact = float(np.abs(together - apart).max()), bool((together == apart).all())
-        if not difference <= SELF_TEST_TOLERANCE * scale * (HALF_PRECISION if self.dtype is np.float16 else 1):
+        if not difference <= SELF_TEST_TOLERANCE * scale * ROUNDING[self.manifest.precision]:
             raise DeviceError(
                 f"self-test failed: several tokens in one pass differ by {difference:.2g} (of {scale:.2g}) from one at a time; "
                 f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install 'onnxruntime>=1.31'"

@@ -49,8 +49,7 @@ def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS, **model_fields:
         num_kv_heads=2,
         max_positions=CONTEXT,
         exits=exits,
-        tie_embeddings=False,
-        **model_fields,
+        **{"tie_embeddings": False, **model_fields},
     )
     train = TrainConfig(layer_weights={6: 1.0}, steps=1, sequence_length=64)
     torch.manual_seed(7)
@@ -60,7 +59,8 @@ def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS, **model_fields:
             if parameter.ndim == 2:
                 parameter.mul_(4.0)  # layers that move the state, so that the exits differ
         model.embed.weight.mul_(20.0)
-        model.lm_head.weight.mul_(25.0)
+        if not config.tie_embeddings:
+            model.lm_head.weight.mul_(25.0)
         for norm in model.exit_norms.values():
             norm.weight.uniform_(0.5, 1.5)
         for gate in model.gates.parameters():

@@ -210,7 +210,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a negative stop": (lambda v: v.update(stop_ids=[2, -1]), "stop_ids = [2, -1], expected a list of whole numbers of at least 0"),
     "a number for a text": (lambda v: v.update(tokenizer=7), "tokenizer = 7, expected a text"),
     "an empty name": (lambda v: v["exits"][0].update(graph=""), "graph = '', expected a text"),
-    "an unknown precision": (lambda v: v.update(precision="fp7"), "precision = 'fp7', expected one of: fp32"),
+    "an unknown precision": (lambda v: v.update(precision="fp7"), "precision = 'fp7', expected one of: fp32, fp16, int8, int4"),
     "an unknown kind": (lambda v: v["segments"][0].update(kind="magic"), "kind = 'magic', expected one of: layers, routed"),
     "no segments": (lambda v: v.update(segments=[]), "segments = [], expected a list"),
     "segments by name": (lambda v: v.update(segments={"a": 1}), "segments = {'a': 1}, expected a list"),
