@@ -28,6 +28,9 @@ from ease_train.errors import TrainError
 # COLUMNS of the table for a terminal of 80 columns
 NARROW_COLUMNS = ("at", "catch-up", "ppl", "vs off", "depth", "tok/s", "p50\nms", "p95\nms", "speed\n-up", "ideal", "of\nideal")
 
+REPORT_DOCUMENTS = 24  # that depth by position and reliability are drawn from
+PASSAGE_LEAST = 32  # tokens of a document that the passage may begin with
+
 
 class EvalGroup(ErrorGroup):
     errors = (EaseError, TrainError)
@@ -187,6 +190,53 @@ def agreement(bundle: Path, prompts: Path, limit: int, json_file: Path | None, t
         click.echo(f"{sum(one.accepted for one in found)} of {drafted} drafts accepted")
     if options.catch_up == "verify" and same < len(found):
         raise RequestError(f"verify differs from full depth on {len(found) - same} of {len(found)} prompts")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", default="kjv", show_default=True, help="A corpus, as for table.")
+@click.option("--split", default="test", show_default=True, help="train, validation or test.")
+@click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
+@click.option("--thresholds", type=ThresholdList(), default="0.5,0.7,0.9", show_default=True, help="A row each; each for every early exit.")
+@click.option("--exit-thresholds", type=ThresholdList(), multiple=True, help="One more row: a threshold an exit; may be repeated.")
+@click.option("--catch-up", "catch_ups", multiple=True, default=("recompute",), show_default=True, help="May be repeated.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The HTML file; figures go to a folder of its name."
+)
+@click.option("--scored-tokens", default=Amounts.scored_tokens, show_default=True, help="Tokens whose perplexity is measured.")
+@click.option("--texts", default=Amounts.num_texts, show_default=True, help="Documents that are decoded for the clock.")
+@click.option("--prompt-tokens", default=Amounts.prompt_tokens, show_default=True, help="Tokens of each text's prompt.")
+@click.option("--new-tokens", default=Amounts.new_tokens, show_default=True, help="Tokens decoded after each prompt.")
+@click.option("--rounds", default=Amounts.num_rounds, show_default=True, help="Timed rounds, after one to warm up.")
+@click.option("--threads", default=0, help="CPU threads; 0 takes all.")
+def report(
+    bundle: Path,
+    data: str,
+    split: str,
+    policy: str,
+    thresholds: tuple[float | None, ...],
+    exit_thresholds: tuple[tuple[float | None, ...], ...],
+    catch_ups: tuple[str, ...],
+    out: Path,
+    scored_tokens: int,
+    texts: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    threads: int,
+) -> None:
+    """Measure as table does, and write one HTML file: figures, tables, a passage coloured by depth."""
+    from ease_eval.report import make_report  # matplotlib takes a second to import
+
+    amounts = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds)
+    rows: list[float | tuple[float | None, ...]] = [*(t for t in thresholds if t is not None), *exit_thresholds]
+    llm = LLM(bundle, num_threads=threads)
+    result = make_table(
+        bundle, source=data, split=split, policy=policy, thresholds=rows, catch_ups=catch_ups, amounts=amounts, num_threads=threads
+    )
+    encoded = [ids for text in load_documents(data, split) if len(ids := llm.encode(text)) > PASSAGE_LEAST]
+    write_whole(out, make_report(llm, result, encoded[:REPORT_DOCUMENTS], out))
+    click.echo(f"{out}: written, with its figures in {out.with_suffix('')}")
 
 
 def write_whole(file: Path, text: str) -> None:

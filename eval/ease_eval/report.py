@@ -1,0 +1,127 @@
+"""One self-contained HTML file of a bundle's measurements: figures, tables, a passage coloured by depth, where it all comes from.
+
+    make_report(Path("runs/demo/bundle"), table, Path("report.html"))
+
+Nothing in it is loaded from elsewhere. Beside it, the figures as PNG and SVG.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from ease_eval.figures import by_position, depth_shares, drawn, pareto, reliability, row_label, save, svg
+from ease_eval.perplexity import score_documents
+from ease_eval.reliability import measure_reliability
+from ease_eval.table import Row, Table, cells
+from ease_runtime.llm import LLM, TokenEvent
+from ease_runtime.options import Options
+from ease_runtime.policy import ExitPolicy
+
+COLUMNS = (
+    "threshold",
+    "catch-up",
+    "perplexity",
+    "vs off",
+    "mean depth",
+    "tokens/s",
+    "p50 ms",
+    "p95 ms",
+    "speed-up",
+    "ideal",
+    "measured/ideal",
+)
+TITLES = {
+    "perplexity-speed": "What it costs and what it saves",
+    "depth-shares": "Where tokens leave",
+    "depth-by-position": "Depth along a text",
+    "reliability": "Does the confidence mean what it says?",
+}
+PROMPT_TOKENS, PASSAGE_TOKENS = 24, 120
+BINS = 16
+# Tints of the early exits' and the last layer's passages, light and dark, in the order of depth.
+TINTS = (
+    ("#b6e3ff", "#0c4a7c"),
+    ("#ffe2a8", "#6e4400"),
+    ("#c8f2cd", "#1b5227"),
+    ("#e9d5ff", "#4c2889"),
+    ("#ffd1dc", "#79213c"),
+    ("#e5e7eb", "#343b43"),
+)
+
+
+def make_report(llm: LLM, table: Table, documents: Sequence[Sequence[int]], out: Path) -> str:
+    """The report's text; its figures go to a folder beside `out`."""
+    rows = table.rows
+    found = measure_reliability(llm.engine, documents, rows[0].policy)
+    draws = {
+        "perplexity-speed": pareto(rows),
+        "depth-shares": depth_shares(rows),
+        "depth-by-position": by_position(depths_by_position(llm, documents, rows), bin_width(documents)),
+        "reliability": reliability(found),
+    }
+    if len(rows) == 1:
+        del draws["perplexity-speed"]
+    if not found:
+        del draws["reliability"]
+    save(draws, out.with_suffix(""))
+    prompt = documents[0][:PROMPT_TOKENS]
+    depths, tints = llm.stack.exit_layers, dict(zip(reversed(llm.stack.exit_layers), reversed(TINTS), strict=False))
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("ease_eval", "."), autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("report.html.j2").render(
+        table=table,
+        columns=COLUMNS,
+        cells=[cells(row) for row in rows],
+        names=[row_label(row) for row in rows],
+        said=[describe(row) for row in rows],
+        prompt=llm.tokenizer.decode(list(prompt)),
+        passages=[passage(llm, prompt, row) for row in rows],
+        figures={TITLES[name]: [svg(drawn(draw, dress)) for dress in ("light", "dark")] for name, draw in draws.items()},
+        colours={depth: tints.get(depth, TINTS[-1]) for depth in depths},
+    )
+
+
+def describe(row: Row) -> str:
+    """A setting's figures in a line."""
+    return (
+        f"perplexity {row.ppl:.2f} ({100 * (row.ppl_ratio - 1):+.1f} %), {row.speedup:.2f}x as fast "
+        f"({row.speedup_range[0]:.2f} to {row.speedup_range[1]:.2f}), {row.mean_depth:.2f} layers a token"
+    )
+
+
+def policy_of(row: Row, exit_layers: Sequence[int]) -> ExitPolicy:
+    """The policy behind a row."""
+    if row.threshold is None:
+        return ExitPolicy()
+    return ExitPolicy.create(row.policy, row.threshold if isinstance(row.threshold, list) else [row.threshold], exit_layers)
+
+
+def passage(llm: LLM, prompt: Sequence[int], row: Row) -> list[TokenEvent]:
+    """A greedy continuation under a row's setting."""
+    thresholds = policy_of(row, llm.stack.exit_layers).thresholds
+    room = llm.stack.max_positions - len(prompt)
+    options = Options(max_tokens=min(PASSAGE_TOKENS, room), threshold=(None,), catch_up=row.catch_up)
+    if thresholds is not None:
+        options = replace(options, policy=row.policy, threshold=thresholds)
+    return list(llm.generate(list(prompt), options))
+
+
+def bin_width(documents: Sequence[Sequence[int]]) -> int:
+    """Positions in a bin, so that BINS of them cover the longest document's first window."""
+    return max(1, -(-(max(map(len, documents)) - 1) // BINS))
+
+
+def depths_by_position(llm: LLM, documents: Sequence[Sequence[int]], rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Mean depth in each bin of positions, for every setting but off (for off where it is alone)."""
+    limit, width, found = llm.stack.max_positions, bin_width(documents), {}
+    for row in rows[1:] or rows:
+        policy, totals, counts = policy_of(row, llm.stack.exit_layers), np.zeros(BINS), np.zeros(BINS)
+        for ids in documents:
+            (scores,) = score_documents(llm.engine, [ids[: limit + 1]], [policy], row.catch_up)
+            place = np.minimum(np.arange(len(scores.depths)) // width, BINS - 1)
+            totals += np.bincount(place, scores.depths, BINS)
+            counts += np.bincount(place, minlength=BINS)
+        found[row_label(row)] = (totals[counts > 0] / counts[counts > 0]).tolist()
+    return found
