@@ -1,14 +1,15 @@
 """int8 and int4 weights, by ONNX Runtime's own quantizer: a scale and a zero point for every 32 numbers of a row.
 
 Products become MatMulNBits, lookups in the embedding GatherBlockQuantized. The two read the same bytes, so a tied embedding is
-stored once. Norms, exits' adapters, gates and routers, which are small and decide, stay fp32.
+stored once. In int4, too, the embedding and the LM heads have 8 bits: with 4, SmolLM2-135M lost twice as much perplexity. Norms,
+exits' adapters, gates and routers, which are small and decide, stay fp32.
 
 Shapes: O outputs (or words), I inputs, K blocks of a row.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from torch import nn
 from ease_train.model import Decoder, RoutedBlock
 
 BITS = {"int8": 8, "int4": 4}
+OUTER_BITS = 8  # of the embedding and the LM heads
 BLOCK_SIZE = 32
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations are rounded to int8, which is what makes it fast
 CONTRIB = "com.microsoft"
@@ -27,28 +29,35 @@ CONTRIB = "com.microsoft"
 Weights = dict[str, NDArray[Any]]
 
 
-def matrices(model: Decoder) -> Iterator[nn.Linear | nn.Embedding]:
-    """The modules whose weights are quantised: those of the layers, the LM heads, and the embedding where blocks fill its rows."""
+def matrices(model: Decoder, precision: str) -> Iterator[tuple[nn.Linear | nn.Embedding, int]]:
+    """The modules whose weights are quantised, with their bits: layers, LM heads, and the embedding where blocks fill its rows."""
     for layer in model.layers:
         block = layer.block if isinstance(layer, RoutedBlock) else layer
-        yield from (module for module in block.modules() if isinstance(module, nn.Linear))
-    yield from (module for module in (model.lm_head, *model.exit_heads.values()) if isinstance(module, nn.Linear))
+        yield from ((module, BITS[precision]) for module in block.modules() if isinstance(module, nn.Linear))
+    yield from ((module, OUTER_BITS) for module in (model.lm_head, *model.exit_heads.values()) if isinstance(module, nn.Linear))
     if model.config.dim % BLOCK_SIZE == 0:
-        yield model.embed
+        yield model.embed, OUTER_BITS
 
 
 @dataclass(frozen=True)
 class Quantized:
     """A matrix (O, I) as MatMulNBits reads it: values (O, K, bytes of a block), scales (O, K), zero_points (O, bytes)."""
 
+    bits: int
     values: NDArray[np.uint8]
     scales: NDArray[np.float32]
     zero_points: NDArray[np.uint8]
 
-    def dequantized(self, bits: int, width: int) -> NDArray[np.float32]:
+    @classmethod
+    def of(cls, matrix: NDArray[np.float32], bits: int) -> Self:
+        """A matrix (O, I), quantised."""
+        config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=False, bits=bits)
+        return cls(bits, *DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(matrix.T)))
+
+    def dequantized(self, width: int) -> NDArray[np.float32]:
         """What the kernels compute with. Shape: (O, I), where I is `width`."""
-        zeros = unpacked(self.zero_points, bits)[:, : self.scales.shape[1], None]
-        numbers = (unpacked(self.values, bits).astype(np.float32) - zeros) * self.scales[..., None]  # (O, K, 32)
+        zeros = unpacked(self.zero_points, self.bits)[:, : self.scales.shape[1], None]
+        numbers = (unpacked(self.values, self.bits).astype(np.float32) - zeros) * self.scales[..., None]  # (O, K, 32)
         return numbers.reshape(len(numbers), -1)[:, :width]
 
 
@@ -61,15 +70,13 @@ class WeightQuantizer:
     """Quantises a model's matrices, each once, and rewrites the nodes that use them."""
 
     def __init__(self, model: Decoder, precision: str) -> None:
-        self.bits = BITS[precision]
-        self.pointers = {module.weight.data_ptr() for module in matrices(model)}
-        config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=False, bits=self.bits)
-        self.quantizer, self.done = DefaultWeightOnlyQuantizer(config), dict[int, Quantized]()
+        self.bits = {module.weight.data_ptr(): bits for module, bits in matrices(model, precision)}
+        self.done: dict[int, Quantized] = {}
 
     def quantized(self, matrix: NDArray[np.float32]) -> Quantized:
-        """A matrix (O, I) in blocks; the same arrays whenever it is asked for."""
+        """One of the model's matrices (O, I) in blocks; the same arrays whenever it is asked for."""
         if (place := matrix.ctypes.data) not in self.done:
-            self.done[place] = Quantized(*self.quantizer.qbits_block_quant(np.ascontiguousarray(matrix.T)))
+            self.done[place] = Quantized.of(matrix, self.bits[place])
         return self.done[place]
 
     def rewrite(self, graph: onnx.GraphProto, weights: Weights) -> Weights:
@@ -78,34 +85,35 @@ class WeightQuantizer:
         for node in graph.node:
             place = {"Gemm": 1, "Gather": 0}.get(node.op_type)
             name = None if place is None else node.input[place]
-            if name in weights and weights[name].ctypes.data in self.pointers:
+            if name in weights and weights[name].ctypes.data in self.bits:
                 found, width = self.quantized(weights[name]), weights[name].shape[1]
-                rewritten = self._product(node, name, width, len(found.scales)) if place else self._lookup(node, name)
+                rewritten = _product(node, name, found, width) if place else _lookup(node, name, found)
                 values = found.values if place else found.values.reshape(len(found.values), -1)
                 added |= {f"{name}/values": values, f"{name}/scales": found.scales, f"{name}/zero_points": found.zero_points}
                 node.CopyFrom(rewritten)
         return {**weights, **added}
 
-    def _product(self, node: onnx.NodeProto, name: str, width: int, num_outputs: int) -> onnx.NodeProto:
-        bias = ["", node.input[2]] if len(node.input) > 2 else []  # after the place of g_idx
-        inputs = [node.input[0], *(f"{name}/{part}" for part in ("values", "scales", "zero_points")), *bias]
-        attributes: Any = {"K": width, "N": num_outputs, "bits": self.bits, "block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL}
-        return onnx.helper.make_node("MatMulNBits", inputs, list(node.output), node.name, domain=CONTRIB, **attributes)
 
-    def _lookup(self, node: onnx.NodeProto, name: str) -> onnx.NodeProto:
-        inputs = [f"{name}/values", node.input[1], f"{name}/scales", f"{name}/zero_points"]
-        attributes: Any = {"bits": self.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
-        return onnx.helper.make_node("GatherBlockQuantized", inputs, list(node.output), node.name, domain=CONTRIB, **attributes)
+def _product(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> onnx.NodeProto:
+    bias = ["", node.input[2]] if len(node.input) > 2 else []  # after the place of g_idx
+    inputs = [node.input[0], *(f"{name}/{part}" for part in ("values", "scales", "zero_points")), *bias]
+    sizes = {"K": width, "N": len(found.scales), "bits": found.bits, "block_size": BLOCK_SIZE}
+    attributes: Any = {**sizes, "accuracy_level": ACCURACY_LEVEL}
+    return onnx.helper.make_node("MatMulNBits", inputs, list(node.output), node.name, domain=CONTRIB, **attributes)
+
+
+def _lookup(node: onnx.NodeProto, name: str, found: Quantized) -> onnx.NodeProto:
+    inputs = [f"{name}/values", node.input[1], f"{name}/scales", f"{name}/zero_points"]
+    attributes: Any = {"bits": found.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
+    return onnx.helper.make_node("GatherBlockQuantized", inputs, list(node.output), node.name, domain=CONTRIB, **attributes)
 
 
 def round_trip(model: Decoder, precision: str) -> None:
     """Give a model, in place, the weights that its quantised bundle computes with."""
-    quantizer = WeightQuantizer(model, precision)
     with torch.no_grad():
-        for module in {id(module.weight): module for module in matrices(model)}.values():
+        for module, bits in {id(module.weight): (module, bits) for module, bits in matrices(model, precision)}.values():
             matrix = module.weight.numpy()
-            numbers = quantizer.quantized(matrix).dequantized(quantizer.bits, matrix.shape[1])
-            module.weight.copy_(torch.from_numpy(numbers))
+            module.weight.copy_(torch.from_numpy(Quantized.of(matrix, bits).dequantized(matrix.shape[1])))
 
 
 def add_contrib_domain(model: onnx.ModelProto) -> None:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import tiny_model
 from ease_export.build import export_bundle
 from ease_export.cli import main
-from ease_export.quantize import BITS, WeightQuantizer, matrices, round_trip
+from ease_export.quantize import BITS, Quantized, matrices, round_trip
 from ease_export.verify import TOLERANCES, verify_bundle
 from ease_runtime.buffers import RowCache
 from ease_runtime.stack import OrtStack, Span
@@ -48,9 +48,9 @@ def test_a_bundle_is_its_checkpoint_with_weights_of_its_precision(bundles: dict[
 def test_round_trip_is_close_and_not_the_same(checkpoint: Path, precision: str) -> None:
     model, rounded = load_checkpoint(checkpoint).model, load_checkpoint(checkpoint).model
     round_trip(rounded, precision)
-    step = 1 / (2 ** BITS[precision] - 1)  # of the range of a block, at most twice its largest magnitude
-    for before, after in zip(matrices(model), matrices(rounded), strict=True):
-        assert 0 < (before.weight - after.weight).abs().max() <= 2 * step * before.weight.abs().max()
+    for (before, bits), (after, _) in zip(matrices(model, precision), matrices(rounded, precision), strict=True):
+        step = 2 / (2**bits - 1)  # of the largest magnitude of a block
+        assert 0 < (before.weight - after.weight).abs().max() <= step * before.weight.abs().max()
     assert rounded.lm_head.weight is rounded.embed.weight
     assert torch.equal(rounded.norm.weight, model.norm.weight)
 
@@ -59,9 +59,8 @@ def test_round_trip_is_close_and_not_the_same(checkpoint: Path, precision: str) 
 def test_bytes_are_read_as_the_kernels_read_them(width: int) -> None:
     """A block that is not full, too: against the definition, number by number."""
     matrix = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
-    for precision, bits in BITS.items():
-        model = type("Model", (), {"layers": [], "lm_head": None, "exit_heads": {}, "config": type("Config", (), {"dim": 1})})
-        numbers = WeightQuantizer(model, precision).quantized(matrix).dequantized(bits, width)  # type: ignore[arg-type]
+    for bits in BITS.values():
+        numbers = Quantized.of(matrix, bits).dequantized(width)
         assert numbers.shape == matrix.shape
         assert np.abs(numbers - matrix).max() <= np.abs(matrix).max() * 2 / (2**bits - 1)
 
@@ -91,6 +90,8 @@ def test_only_matrices_of_layers_and_heads_are_quantised(bundles: dict[str, Path
     quantised = {"segment_01.onnx": {"MatMulNBits", "GatherBlockQuantized"}}
     quantised |= {name: {"MatMulNBits"} for name in ("segment_02.onnx", "kv_02.onnx", "head.onnx")}
     assert kinds == {name: quantised.get(name, set()) for name in kinds}
+    head = onnx.load(bundles["int4"] / "head.onnx", load_external_data=False).graph.node
+    assert [a.i for node in head for a in node.attribute if a.name == "bits"] == [8]
 
 
 def run_all(stack: OrtStack, num_rows: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
