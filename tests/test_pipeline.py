@@ -65,8 +65,8 @@ def test_coloured_generation_has_a_legend_and_figures(tiny_bundle: Path) -> None
         (["--prompt", ""], "the prompt is empty"),
         (["--temperature", "-1"], "temperature -1.0 is not above 0"),
         (["--top-p", "0"], "top_p 0.0 is outside (0, 1]"),
-        (["--max-tokens", "0"], "max_new_tokens 0 is below 1"),
-        (["--device", "cuda"], "device 'cuda' is not supported"),
+        (["--max-tokens", "0"], "max_tokens 0 is below 1"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
     ],
 )
 def test_bad_requests_end_in_one_line(tiny_bundle: Path, options: list[str], message: str) -> None:
