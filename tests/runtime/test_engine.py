@@ -417,7 +417,7 @@ def test_such_batches_were_seen() -> None:
     """What the test above says is worth something: rows with unequal work ran together, and passes stepped over others' slots."""
     if not BATCHES["any"]:
         pytest.skip("runs after test_rows_of_a_batch_do_not_meet")
-    assert min(BATCHES.values()) > 100, BATCHES
+    assert min(BATCHES.values()) > 20, BATCHES
 
 
 @settings(max_examples=60, deadline=None)
