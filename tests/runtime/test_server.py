@@ -388,7 +388,7 @@ def alone(body: dict[str, Any]) -> str:
 def num_objects() -> int:
     """Objects of the runtime that are alive; whoever keeps a request keeps some. (Libraries keep pools and caches of their own.)"""
     gc.collect()
-    return sum(type(thing).__module__.startswith("ease_runtime") for thing in gc.get_objects())
+    return sum(str(type(thing).__module__).startswith("ease_runtime") for thing in gc.get_objects())
 
 
 def test_64_clients_get_what_each_would_get_alone() -> None:
