@@ -174,6 +174,7 @@ class Engine:
         self.slots: list[Sequence | None] = [None] * num_slots
         self.waiting: list[Sequence] = []
         self.prefill_turn, self.adapt = True, adapt
+        self.num_rows = 0  # of the last pass
         self.costs: Costs | None = None
 
     @property
@@ -326,7 +327,7 @@ class Engine:
             return []
         works = [(sequence, schedule(sequence, self.cap, self.chunk)) for sequence in running]
         batch = near(choose(works, self.prefill_turn, self.chunk), self.costs)
-        self.prefill_turn = not batch[0][0].prefilling
+        self.prefill_turn, self.num_rows = not batch[0][0].prefilling, len(batch)
         for sequence in running:
             sequence.waited += 1
         for sequence, _ in batch:

@@ -206,9 +206,9 @@ class Worker:
 
     def _note_pass(self, read: list[tuple[Choice, list[TokenEvent]]]) -> None:
         engine = self.llm.engine
-        left = sum(choice.finish_reason is not None for choice, _ in read)  # were in the pass, and have no slot any more
-        rows = left + sum(sequence.waited == 0 for sequence in engine.sequences)
-        self.metrics.note_pass(rows, len(engine.running), len(engine.waiting), (event.depth for _, events in read for event in events))
+        self.metrics.note_pass(
+            engine.num_rows, len(engine.running), len(engine.waiting), (event.depth for _, events in read for event in events)
+        )
 
     def _note_end(self, ticket: Ticket, choice: Choice) -> None:
         sequence = choice.sequence
