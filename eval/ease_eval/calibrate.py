@@ -12,7 +12,6 @@ draw of the test documents (Angelopoulos et al. 2021, arXiv 2110.01052, fixed-se
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_eval.files import write_whole
 from ease_eval.perplexity import Scores, record_exits, score_documents
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError, did_you_mean
@@ -204,6 +204,4 @@ def write_certificate(bundle: Path, certificate: Certificate) -> None:
     path = bundle / MANIFEST_FILE
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     values["calibration"] = asdict(certificate)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(values, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """ease-eval: measure a bundle."""
 
 import json
-import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from ease_eval.agreement import compare, read_prompts
 from ease_eval.calibrate import RISKS, Certificate, write_certificate
 from ease_eval.calibrate import calibrate as run_calibration
+from ease_eval.files import write_whole
 from ease_eval.table import Amounts, Table, cells, make_table
 from ease_runtime.commands import ErrorGroup, ThresholdList
 from ease_runtime.engine import CATCH_UPS
@@ -43,56 +44,85 @@ def main(debug: bool) -> None:
     """Measure what early exits cost in perplexity and save in time."""
 
 
-@main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--data", default="kjv", show_default=True, help="kjv, wikitext-2, a local .txt/.jsonl/.parquet file, or a data set on the hub."
+MEASURE_FLAGS = (
+    click.option(
+        "--data", default="kjv", show_default=True, help="kjv, wikitext-2, a local .txt/.jsonl/.parquet file, or a data set on the hub."
+    ),
+    click.option("--split", default="test", show_default=True, help="train, validation or test."),
+    click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}."),
+    click.option(
+        "--thresholds", type=ThresholdList(), default="0.5,0.7,0.9", show_default=True, help="A row each; each for every early exit."
+    ),
+    click.option(
+        "--exit-thresholds", type=ThresholdList(), multiple=True, help="One more row: a threshold an exit, like off,0.5; may be repeated."
+    ),
+    click.option(
+        "--catch-up",
+        "catch_ups",
+        multiple=True,
+        default=("recompute",),
+        show_default=True,
+        help=f"{' or '.join(CATCH_UPS)}; may be repeated.",
+    ),
+    click.option("--scored-tokens", default=Amounts.scored_tokens, show_default=True, help="Tokens whose perplexity is measured."),
+    click.option("--texts", default=Amounts.num_texts, show_default=True, help="Documents that are decoded for the clock."),
+    click.option("--prompt-tokens", default=Amounts.prompt_tokens, show_default=True, help="Tokens of each text's prompt."),
+    click.option("--new-tokens", default=Amounts.new_tokens, show_default=True, help="Tokens decoded after each prompt."),
+    click.option("--rounds", default=Amounts.num_rounds, show_default=True, help="Timed rounds, after one to warm up."),
+    click.option("--threads", default=0, help="CPU threads; 0 takes all."),
 )
-@click.option("--split", default="test", show_default=True, help="train, validation or test.")
-@click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
-@click.option("--thresholds", type=ThresholdList(), default="0.5,0.7,0.9", show_default=True, help="A row each; each for every early exit.")
-@click.option(
-    "--exit-thresholds", type=ThresholdList(), multiple=True, help="One more row: a threshold an exit, like off,0.5; may be repeated."
-)
-@click.option(
-    "--catch-up", "catch_ups", multiple=True, default=("recompute",), show_default=True, help=f"{' or '.join(CATCH_UPS)}; may be repeated."
-)
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
-@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.")
-@click.option("--scored-tokens", default=Amounts.scored_tokens, show_default=True, help="Tokens whose perplexity is measured.")
-@click.option("--texts", default=Amounts.num_texts, show_default=True, help="Documents that are decoded for the clock.")
-@click.option("--prompt-tokens", default=Amounts.prompt_tokens, show_default=True, help="Tokens of each text's prompt.")
-@click.option("--new-tokens", default=Amounts.new_tokens, show_default=True, help="Tokens decoded after each prompt.")
-@click.option("--rounds", default=Amounts.num_rounds, show_default=True, help="Timed rounds, after one to warm up.")
-@click.option("--threads", default=0, help="CPU threads; 0 takes all.")
-def table(
+
+
+def measure_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What is measured, and how much of it: the arguments of `measured`."""
+    for flag in reversed(MEASURE_FLAGS):
+        command = flag(command)
+    return command
+
+
+def measured(
     bundle: Path,
+    *,
     data: str,
     split: str,
     policy: str,
     thresholds: tuple[float | None, ...],
     exit_thresholds: tuple[tuple[float | None, ...], ...],
     catch_ups: tuple[str, ...],
-    json_file: Path | None,
-    markdown_file: Path | None,
     scored_tokens: int,
     texts: int,
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
     threads: int,
-) -> None:
-    """Perplexity, depth and real speed for each threshold, off first."""
+) -> tuple[LLM, list[list[int]], Table]:
+    """A bundle, a corpus's documents as its ids, and what was measured of them."""
+    amounts = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds)
+    llm = LLM(bundle, num_threads=threads)
+    documents = [llm.encode(text) for text in load_documents(data, split)]
     result = make_table(
         bundle,
+        llm,
+        documents,
         source=data,
         split=split,
         policy=policy,
         thresholds=[*(t for t in thresholds if t is not None), *exit_thresholds],  # off is always the first row
         catch_ups=catch_ups,
-        amounts=Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds),
+        amounts=amounts,
         num_threads=threads,
     )
+    return llm, documents, result
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@measure_flags
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.")
+def table(bundle: Path, json_file: Path | None, markdown_file: Path | None, **given: Any) -> None:
+    """Perplexity, depth and real speed for each threshold, off first."""
+    _, _, result = measured(bundle, **given)
     for file, text in ((json_file, result.to_json()), (markdown_file, result.markdown())):
         if file:
             write_whole(file, text)
@@ -194,61 +224,18 @@ def agreement(bundle: Path, prompts: Path, limit: int, json_file: Path | None, t
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--data", default="kjv", show_default=True, help="A corpus, as for table.")
-@click.option("--split", default="test", show_default=True, help="train, validation or test.")
-@click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
-@click.option("--thresholds", type=ThresholdList(), default="0.5,0.7,0.9", show_default=True, help="A row each; each for every early exit.")
-@click.option("--exit-thresholds", type=ThresholdList(), multiple=True, help="One more row: a threshold an exit; may be repeated.")
-@click.option("--catch-up", "catch_ups", multiple=True, default=("recompute",), show_default=True, help="May be repeated.")
+@measure_flags
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The HTML file; figures go to a folder of its name."
 )
-@click.option("--scored-tokens", default=Amounts.scored_tokens, show_default=True, help="Tokens whose perplexity is measured.")
-@click.option("--texts", default=Amounts.num_texts, show_default=True, help="Documents that are decoded for the clock.")
-@click.option("--prompt-tokens", default=Amounts.prompt_tokens, show_default=True, help="Tokens of each text's prompt.")
-@click.option("--new-tokens", default=Amounts.new_tokens, show_default=True, help="Tokens decoded after each prompt.")
-@click.option("--rounds", default=Amounts.num_rounds, show_default=True, help="Timed rounds, after one to warm up.")
-@click.option("--threads", default=0, help="CPU threads; 0 takes all.")
-def report(
-    bundle: Path,
-    data: str,
-    split: str,
-    policy: str,
-    thresholds: tuple[float | None, ...],
-    exit_thresholds: tuple[tuple[float | None, ...], ...],
-    catch_ups: tuple[str, ...],
-    out: Path,
-    scored_tokens: int,
-    texts: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    rounds: int,
-    threads: int,
-) -> None:
+def report(bundle: Path, out: Path, **given: Any) -> None:
     """Measure as table does, and write one HTML file: figures, tables, a passage coloured by depth."""
     from ease_eval.report import make_report  # matplotlib takes a second to import
 
-    amounts = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds)
-    rows: list[float | tuple[float | None, ...]] = [*(t for t in thresholds if t is not None), *exit_thresholds]
-    llm = LLM(bundle, num_threads=threads)
-    result = make_table(
-        bundle, source=data, split=split, policy=policy, thresholds=rows, catch_ups=catch_ups, amounts=amounts, num_threads=threads
-    )
-    encoded = [ids for text in load_documents(data, split) if len(ids := llm.encode(text)) > PASSAGE_LEAST]
-    write_whole(out, make_report(llm, result, encoded[:REPORT_DOCUMENTS], out))
+    llm, documents, result = measured(bundle, **given)
+    shown = [ids for ids in documents if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
+    write_whole(out, make_report(llm, result, shown, out))
     click.echo(f"{out}: written, with its figures in {out.with_suffix('')}")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all. Raises RequestError."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RequestError(f"could not write {file}: {error.strerror}") from None
 
 
 def render(result: Table, console: Console) -> None:

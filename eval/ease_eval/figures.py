@@ -131,5 +131,4 @@ def row_label(row: Row) -> str:
     """A setting in a few characters."""
     if row.threshold is None:
         return "off"
-    each = row.threshold if isinstance(row.threshold, list) else [row.threshold]
-    return f"{row.catch_up} " + "/".join("off" if value is None else f"{value:g}" for value in each)
+    return f"{row.catch_up} " + "/".join("off" if value is None else f"{value:g}" for value in row.thresholds)

@@ -1,38 +1,24 @@
 """One self-contained HTML file of a bundle's measurements: figures, tables, a passage coloured by depth, where it all comes from.
 
-    make_report(Path("runs/demo/bundle"), table, Path("report.html"))
+    make_report(llm, table, documents, Path("report.html"))
 
 Nothing in it is loaded from elsewhere. Beside it, the figures as PNG and SVG.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import jinja2
 import numpy as np
 
 from ease_eval.figures import by_position, depth_shares, drawn, pareto, reliability, row_label, save, svg
-from ease_eval.perplexity import score_documents
+from ease_eval.latency import Setting
 from ease_eval.reliability import measure_reliability
-from ease_eval.table import Row, Table, cells
+from ease_eval.table import COLUMNS, Row, Table, cells, score_settings
 from ease_runtime.llm import LLM, TokenEvent
 from ease_runtime.options import Options
 from ease_runtime.policy import ExitPolicy
 
-COLUMNS = (
-    "threshold",
-    "catch-up",
-    "perplexity",
-    "vs off",
-    "mean depth",
-    "tokens/s",
-    "p50 ms",
-    "p95 ms",
-    "speed-up",
-    "ideal",
-    "measured/ideal",
-)
 TITLES = {
     "perplexity-speed": "What it costs and what it saves",
     "depth-shares": "Where tokens leave",
@@ -91,20 +77,10 @@ def describe(row: Row) -> str:
     )
 
 
-def policy_of(row: Row, exit_layers: Sequence[int]) -> ExitPolicy:
-    """The policy behind a row."""
-    if row.threshold is None:
-        return ExitPolicy()
-    return ExitPolicy.create(row.policy, row.threshold if isinstance(row.threshold, list) else [row.threshold], exit_layers)
-
-
 def passage(llm: LLM, prompt: Sequence[int], row: Row) -> list[TokenEvent]:
     """A greedy continuation under a row's setting."""
-    thresholds = policy_of(row, llm.stack.exit_layers).thresholds
     room = llm.stack.max_positions - len(prompt)
-    options = Options(max_tokens=min(PASSAGE_TOKENS, room), threshold=(None,), catch_up=row.catch_up)
-    if thresholds is not None:
-        options = replace(options, policy=row.policy, threshold=thresholds)
+    options = Options(max_tokens=min(PASSAGE_TOKENS, room), policy=row.policy, threshold=tuple(row.thresholds), catch_up=row.catch_up)
     return list(llm.generate(list(prompt), options))
 
 
@@ -115,13 +91,13 @@ def bin_width(documents: Sequence[Sequence[int]]) -> int:
 
 def depths_by_position(llm: LLM, documents: Sequence[Sequence[int]], rows: Sequence[Row]) -> dict[str, list[float]]:
     """Mean depth in each bin of positions, for every setting but off (for off where it is alone)."""
-    limit, width, found = llm.stack.max_positions, bin_width(documents), {}
-    for row in rows[1:] or rows:
-        policy, totals, counts = policy_of(row, llm.stack.exit_layers), np.zeros(BINS), np.zeros(BINS)
-        for ids in documents:
-            (scores,) = score_documents(llm.engine, [ids[: limit + 1]], [policy], row.catch_up)
-            place = np.minimum(np.arange(len(scores.depths)) // width, BINS - 1)
-            totals += np.bincount(place, scores.depths, BINS)
-            counts += np.bincount(place, minlength=BINS)
-        found[row_label(row)] = (totals[counts > 0] / counts[counts > 0]).tolist()
-    return found
+    limit, width, shown = llm.stack.max_positions, bin_width(documents), rows[1:] or rows
+    settings = [Setting(ExitPolicy.create(row.policy, row.thresholds, llm.stack.exit_layers), row.catch_up) for row in shown]
+    totals, counts = np.zeros((len(shown), BINS)), np.zeros(BINS)
+    for ids in documents:
+        scores = score_settings(llm, [ids[: limit + 1]], settings)
+        place = np.minimum(np.arange(len(scores[0].depths)) // width, BINS - 1)
+        totals += [np.bincount(place, one.depths, BINS) for one in scores]
+        counts += np.bincount(place, minlength=BINS)
+    used = counts > 0
+    return {row_label(row): (total[used] / counts[used]).tolist() for row, total in zip(shown, totals, strict=True)}

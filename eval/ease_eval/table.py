@@ -1,6 +1,6 @@
 """The table: for each setting, off first, what it costs in perplexity and saves in time.
 
-table = make_table(bundle, source="kjv", split="test", thresholds=[0.5, 0.7, 0.9], catch_ups=["recompute"])
+table = make_table(bundle, llm, documents, source="kjv", split="test", thresholds=[0.5, 0.7, 0.9], catch_ups=["recompute"])
 print(table.markdown())
 """
 
@@ -24,7 +24,6 @@ from ease_runtime.llm import LLM
 from ease_runtime.manifest import MANIFEST_FILE, sha256_of
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.stack import Call, SegmentShape
-from ease_train.corpora import load_documents
 
 EXIT_TOKENS = 4000  # that every exit is asked about, for the bounds
 
@@ -59,6 +58,11 @@ class Row:
     drafted: int  # verify: drafts that full depth judged
     accepted: int
     depth_counts: dict[int, int]  # tokens by depth
+
+    @property
+    def thresholds(self) -> list[float | None]:
+        """As they are asked for: one for every early exit, or one each; [None] is off."""
+        return self.threshold if isinstance(self.threshold, list) else [self.threshold]
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,7 @@ COLUMNS = (
 
 def cells(row: Row) -> list[str]:
     """A row as the texts of COLUMNS."""
-    each = row.threshold if isinstance(row.threshold, list) else [row.threshold]
-    values = "/".join("off" if value is None else f"{value}" for value in each)
+    values = "/".join("off" if value is None else f"{value}" for value in row.thresholds)
     threshold = "off" if row.threshold is None else f"{row.policy} {values}"
     return [
         threshold,
@@ -159,6 +162,8 @@ class Amounts:
 
 def make_table(
     bundle: Path,
+    llm: LLM,
+    encoded: Sequence[Sequence[int]],
     *,
     source: str,
     split: str,
@@ -168,13 +173,11 @@ def make_table(
     amounts: Amounts | None = None,
     num_threads: int = 0,
 ) -> Table:
-    """Measure a bundle on a corpus. Raises BundleError, DataError, RequestError."""
+    """Measure a bundle, loaded as `llm`, on a corpus's documents, as ids. Raises RequestError."""
     amounts = amounts or Amounts()
-    llm = LLM(bundle, num_threads=num_threads)
     settings = make_settings(policy, thresholds, catch_ups, llm.stack.exit_layers)
     for setting in settings:
         llm.engine.check(setting.policy, setting.catch_up)
-    encoded = [llm.encode(text) for text in load_documents(source, split)]
     documents = list(first_tokens(encoded, amounts.scored_tokens))
     texts = choose_texts(encoded, amounts, llm.stack.max_positions)
     scores = score_settings(llm, documents, settings)
