@@ -77,10 +77,7 @@ def score_documents(engine: Engine, documents: Sequence[Sequence[int]], policies
 
     Raises RequestError when the engine's stack cannot run a policy or the catch-up.
     """
-    for policy in policies:
-        engine.check(policy, catch_up)
-        if policy.decay is not None or policy.depth_budget is not None:
-            raise RequestError("thresholds that move with a generation (decay, depth budget) have no perplexity of a text")
+    check_scorable(engine, policies, catch_up)
     length = engine.stack.max_positions
     parts: list[list[Scores]] = [[] for _ in policies]
     for ids in documents:
@@ -89,6 +86,14 @@ def score_documents(engine: Engine, documents: Sequence[Sequence[int]], policies
             for part, scores in zip(parts, score_window(engine, inputs, targets, policies, catch_up), strict=True):
                 part.append(scores.after(window.scored_from))
     return [Scores.join(part) for part in parts]
+
+
+def check_scorable(engine: Engine, policies: Sequence[ExitPolicy], catch_up: str) -> None:
+    """Raises RequestError for a setting that this bundle cannot run, or that says nothing of a given text."""
+    for policy in policies:
+        engine.check(policy, catch_up)
+        if policy.decay is not None or policy.depth_budget is not None:
+            raise RequestError("thresholds that move with a generation (decay, depth budget) have no perplexity of a text")
 
 
 def record_exits(engine: Engine, documents: Sequence[Sequence[int]], policy: ExitPolicy) -> tuple[Floats, list[Scores], Scores]:
@@ -108,28 +113,38 @@ def record_exits(engine: Engine, documents: Sequence[Sequence[int]], policy: Exi
 
 
 def score_window(
-    engine: Engine, inputs: Sequence[int], targets: NDArray[np.int64], policies: Sequence[ExitPolicy], catch_up: str
+    engine: Engine,
+    inputs: Sequence[int],
+    targets: NDArray[np.int64],
+    policies: Sequence[ExitPolicy],
+    catch_up: str,
+    num_prompt: int = 1,
 ) -> list[Scores]:
-    """Score one window under each policy. Shape: inputs and targets (S) -> one Scores of S tokens each."""
+    """Score one window under each policy. Shape: inputs and targets (S) -> one Scores of S tokens each.
+
+    The first `num_prompt` inputs are prefill. Those before its last predict nothing that is asked for: their scores are 0.
+    """
     if catch_up == "verify":
         policies = [ExitPolicy()] * len(policies)  # what it says is what full depth says
-    if catch_up == "propagate":
-        return [score for policy in policies for score in _score_pass(engine, inputs, targets, [policy], freeze=True)]
-    return _score_pass(engine, inputs, targets, policies, freeze=False)
-
-
-def _score_pass(
-    engine: Engine, inputs: Sequence[int], targets: NDArray[np.int64], policies: Sequence[ExitPolicy], freeze: bool
-) -> list[Scores]:
-    """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes one policy."""
-    decisions = [_Decisions(policy, len(inputs)) for policy in policies]
-    _run_segments(engine, inputs, targets, decisions, freeze)
-    return [d.scores() for d in decisions]
+    groups = [[policy] for policy in policies] if catch_up == "propagate" else [list(policies)]
+    scores = []
+    for group in groups:
+        decisions = [_Decisions(policy, len(inputs), num_prompt) for policy in group]
+        _run_segments(engine, inputs, targets, decisions, freeze=catch_up == "propagate", num_prompt=num_prompt)
+        scores += [decision.scores() for decision in decisions]
+    return scores
 
 
 def _run_segments(
-    engine: Engine, inputs: Sequence[int], targets: NDArray[np.int64], decisions: Sequence["_Decisions"], freeze: bool
+    engine: Engine,
+    inputs: Sequence[int],
+    targets: NDArray[np.int64],
+    decisions: Sequence["_Decisions"],
+    *,
+    freeze: bool,
+    num_prompt: int = 1,
 ) -> None:
+    """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes one policy."""
     sequence, active = engine.open(inputs), np.ones(len(inputs), np.bool_)
     try:
         for segment, shape in enumerate(engine.stack.layout):
@@ -139,7 +154,7 @@ def _run_segments(
                 _ask_exit(engine, sequence, segment, targets, decisions)
             if freeze:
                 active = decisions[0].undecided
-                active[0] = True  # prefill
+                active[:num_prompt] = True  # prefill
     finally:
         engine.release(sequence)
 
@@ -173,9 +188,10 @@ def _ask_exit(engine: Engine, sequence: SequenceState, segment: int, targets: ND
 class _Decisions:
     """Which exit each position left by, filled in exit by exit."""
 
-    def __init__(self, policy: ExitPolicy, num_tokens: int) -> None:
+    def __init__(self, policy: ExitPolicy, num_tokens: int, num_prompt: int = 1) -> None:
         self.policy = policy
         self.depths = np.zeros(num_tokens, np.int64)  # 0: undecided
+        self.depths[: num_prompt - 1] = -1  # nothing is asked of them
         self.logprobs = np.zeros(num_tokens, np.float64)
         self.says = np.zeros(num_tokens, np.int64)
         self.said = np.full(num_tokens, -1, np.int64)  # patience: what the last exit said, and how many agreed with the one before
@@ -208,7 +224,7 @@ class _Decisions:
         return self.policy.agreement(self.agreeing[seen.positions])
 
     def scores(self) -> Scores:
-        return Scores(self.logprobs, self.depths, self.says)
+        return Scores(self.logprobs, np.maximum(self.depths, 0), self.says)
 
 
 class _Record(_Decisions):

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ease_eval.likelihood import score_continuation
 from ease_eval.perplexity import score_documents, windows
 from ease_runtime.engine import Engine
+from ease_runtime.errors import RequestError
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.sampling import Given
 from ease_runtime.stack import OrtStack
@@ -159,3 +161,25 @@ def test_an_exit_that_is_off_is_not_asked(stack: OrtStack) -> None:
     assert set(depths) == {4, 6}
     (score,) = score_documents(engine, [ids], [chosen], "recompute")
     assert score.depths.tolist() == depths
+
+
+@pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
+@pytest.mark.parametrize("num_prompt", [1, 2, 40, 89])
+def test_scores_after_a_prompt_equal_the_engines(stack: OrtStack, catch_up: str, num_prompt: int) -> None:
+    """A prompt's K/V are exact, its last token's prediction follows the policy."""
+    ids, chosen = text(90, seed=6), [policy(None), policy(0.0), policy(0.5)]
+    engine = Engine(stack)
+    for one, score in zip(chosen, score_continuation(engine, ids[:num_prompt], ids[num_prompt:], chosen, catch_up), strict=True):
+        sequence = engine.start(ids[:num_prompt], max_new_tokens=90 - num_prompt, policy=one, catch_up=catch_up, sampler=Given(ids))
+        tokens = list(engine.generate(sequence))
+        assert score.depths.tolist() == [t.depth for t in tokens]
+        np.testing.assert_allclose(score.logprobs, [t.logprob for t in tokens], rtol=1e-4, atol=1e-4)
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(stack: OrtStack) -> None:
+    engine, ids, limit = Engine(stack), text(400, seed=7), stack.max_positions
+    (whole,) = score_continuation(engine, ids[:390], ids[390:], [policy(0.5)], "propagate")
+    (cut,) = score_continuation(engine, ids[400 - limit - 1 : 390], ids[390:], [policy(0.5)], "propagate")
+    assert whole.logprobs.tolist() == cut.logprobs.tolist()
+    with pytest.raises(RequestError, match="a continuation of 390 tokens is longer than this model's context of 288"):
+        score_continuation(engine, ids[:10], ids[10:], [policy(0.5)], "propagate")
