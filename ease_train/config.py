@@ -44,9 +44,14 @@ class ModelConfig(Section):
     qk_norm: bool = setting(False, "RMSNorm on each query and key head (Qwen3)")
     exits: tuple[int, ...] = setting((4, 8, 12), "layers after which a token may leave; the last is always one")
     exit_norm: str = setting("own", "norm at an early exit: 'own' (one each) or 'shared' (the final norm)")
-    exit_adapter: str = setting("none", "before an early exit's norm: 'none', 'low-rank' or 'mlp' (EE-Tuning)")
-    adapter_dim: int = setting(0, "inner width of an exit's adapter; 0 takes a quarter of dim")
-    exit_head: str = setting("tied", "LM head of an early exit: 'tied' (the model's) or 'own'")
+    exit_adapter: str = setting(
+        "none", "before an early exit's norm: 'none', 'low-rank', 'mlp' (EE-Tuning) or 'block' (a layer of its own)"
+    )
+    adapter_dim: int = setting(0, "inner width of a low-rank or MLP adapter; 0 takes a quarter of dim")
+    exit_head: str = setting(
+        "tied", "LM head of an early exit: 'tied' (the model's), 'own', or 'reduced' (one for all, frequent tokens only)"
+    )
+    exit_vocab_size: int = setting(0, "tokens that a 'reduced' exit head knows: the most frequent of the training text")
     gates: tuple[int, ...] = setting((), "early exits with a gate; set by `ease-train gates`")
     gate_width: int = setting(0, "hidden width of a gate; 0 makes it linear")
     routed_layers: tuple[int, ...] = setting((), "Mixture-of-Depths layers, which most tokens go around")
@@ -66,8 +71,9 @@ class ModelConfig(Section):
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
         one_of("model: exit_norm", self.exit_norm, ("shared", "own"))
-        one_of("model: exit_adapter", self.exit_adapter, ("none", "low-rank", "mlp"))
-        one_of("model: exit_head", self.exit_head, ("tied", "own"))
+        one_of("model: exit_adapter", self.exit_adapter, ("none", "low-rank", "mlp", "block"))
+        one_of("model: exit_head", self.exit_head, ("tied", "own", "reduced"))
+        self._check_exit_vocabulary()
         exits = tuple(sorted({*self.exits, self.num_layers}))
         if exits[0] < 1 or exits[-1] > self.num_layers:
             raise ConfigError(f"model: exits = {list(self.exits)}, expected layers from 1 to {self.num_layers}")
@@ -75,6 +81,14 @@ class ModelConfig(Section):
         self._check_layers()
         if self.ffn_dim == 0:
             object.__setattr__(self, "ffn_dim", -(-8 * self.dim // (3 * 64)) * 64)
+
+    def _check_exit_vocabulary(self) -> None:
+        size, reduced = self.exit_vocab_size, self.exit_head == "reduced"
+        if size and not reduced:
+            raise ConfigError(f"model: exit_vocab_size = {size} needs exit_head = 'reduced', not '{self.exit_head}'; set both or neither")
+        if reduced and not 0 < size <= (self.vocab_size or size):
+            known = self.vocab_size or "the tokenizer's size"
+            raise ConfigError(f"model: exit_vocab_size = {size}, expected from 1 to {known} with exit_head = 'reduced'")
 
     def _check_layers(self) -> None:
         if strange := sorted({*self.gates} - {*self.exits[:-1]}):

@@ -6,6 +6,7 @@ Shapes: N tokens, D width.
 import torch
 from torch import Tensor, nn
 
+from ease_train.blocks import Block
 from ease_train.config import ModelConfig
 
 
@@ -39,11 +40,27 @@ class MLPAdapter(nn.Module):
         return out
 
 
-def exit_adapter(config: ModelConfig) -> LowRankAdapter | MLPAdapter:
-    """The adapter of one exit, of the kind that the configuration names."""
+def exit_adapter(config: ModelConfig) -> LowRankAdapter | MLPAdapter | Block:
+    """The adapter of one exit, of the kind that the configuration names.
+
+    A block is a layer of the exit's own, with its own keys and values (EE-LLM, Chen et al. 2024, arXiv 2312.04916; Kangaroo,
+    Liu et al. 2024, arXiv 2404.18911). Each starts as the identity, since what it adds starts at zero (`start_as_identity`).
+    """
+    if config.exit_adapter == "block":
+        return Block(config)
     if config.exit_adapter == "low-rank":
         return LowRankAdapter(config.dim, config.adapter_width)
     return MLPAdapter(config.dim, config.adapter_width, config.norm_eps)
+
+
+@torch.no_grad()
+def start_as_identity(adapter: nn.Module) -> None:
+    """Set the projections through which an adapter adds to its input to zero."""
+    if isinstance(adapter, Block):
+        adapter.attention.o_proj.weight.zero_()
+        adapter.mlp.down_proj.weight.zero_()
+    if isinstance(adapter, LowRankAdapter | MLPAdapter):
+        adapter.up.weight.zero_()
 
 
 class TokenScore(nn.Module):

@@ -6,8 +6,9 @@
     save_checkpoint(trainer.checkpoint, out)
 
 CALM's meta-classifier (Schuster et al. 2022, arXiv 2207.07061, section 3.4): the label is 1 where the exit's most likely token
-is the last layer's, the two classes weigh the same. What comes out is then made a probability on the validation split by Platt
-scaling: a temperature (Guo et al. 2017, arXiv 1706.04599) and a shift of the bias, since balancing moved the prior.
+is the last layer's (never where a reduced head does not know that one), the two classes weigh the same. What comes out is then
+made a probability on the validation split by Platt scaling: a temperature (Guo et al. 2017, arXiv 1706.04599) and a shift of the
+bias, since balancing moved the prior.
 
 Shapes: B batch, S sequence, N tokens, D width.
 """
@@ -77,7 +78,7 @@ def agreement(model: Decoder, input_ids: Tensor) -> dict[int, tuple[Tensor, Tens
 
 def _top_tokens(model: Decoder, layer: int, hidden: Tensor) -> Tensor:
     size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
-    return torch.cat([model.head(layer)(rows).argmax(dim=-1) for rows in torch.split(hidden, size)])
+    return torch.cat([model.top_token(layer, rows) for rows in torch.split(hidden, size)])
 
 
 def balanced_loss(scores: Tensor, labels: Tensor) -> Tensor:

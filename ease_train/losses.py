@@ -3,7 +3,11 @@
 Joint training of all exits on a weighted sum of their cross-entropies is BranchyNet's (Teerapittayanon et al. 2016,
 arXiv 1709.01686) and, for decoders, CALM's (Schuster et al. 2022, arXiv 2207.07061).
 
-Shapes: N tokens (batch times sequence), D width, V vocabulary, E exits that are trained.
+A reduced head (FR-Spec, Zhao et al. 2025, arXiv 2502.14856) knows M tokens. Its cross-entropy is over the targets among them. Its
+divergence from the last layer is that of the teacher's distribution renormalised to the M, times the teacher's mass there: where the
+teacher means a token that the head cannot say, nothing it says is right, and what is left of the teacher there should teach little.
+
+Shapes: N tokens (batch times sequence), D width, V vocabulary (M for a reduced head), E exits that are trained.
 """
 
 from collections.abc import Mapping
@@ -55,6 +59,7 @@ class _Plan:
     """The chunked loss's constants: for each exit, its head among the given ones and its weights; the last exit is the teacher."""
 
     heads: tuple[int, ...]
+    ids: tuple[Tensor | None, ...]  # by exit, the tokens that its head knows; None: all
     weights: tuple[float, ...]
     distill: tuple[float, ...]
     temperature: float
@@ -71,10 +76,15 @@ class _ExitLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, targets: Tensor, plan: _Plan, num_heads: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         heads, hiddens = tensors[:num_heads], tensors[num_heads:]
-        grad_heads, grads = [torch.zeros_like(w) for w in heads], [torch.zeros_like(h) for h in hiddens]
+        needed = ctx.needs_input_grad[3:]  # a frozen head or exit costs no gradient
+        grad_heads, grads = (
+            [torch.zeros_like(t) if n else None for t, n in zip(ts, ns, strict=True)]
+            for ts, ns in ((heads, needed[:num_heads]), (hiddens, needed[num_heads:]))
+        )
         sums = torch.zeros(2, len(hiddens), dtype=torch.float32, device=targets.device)  # weighted; cross-entropy alone
         held = 4 if any(plan.distill) else 1  # arrays of the size of a chunk's logits: teacher, student, their divergence
-        size = max(1, CHUNK_ELEMENTS // (held * heads[0].shape[0]))
+        counts = torch.zeros(len(hiddens), device=targets.device)  # of targets that the exit's head knows
+        size = max(1, CHUNK_ELEMENTS // (held * max(len(head) for head in heads)))
         for start in range(0, len(targets), size):
             rows = slice(start, start + size)
             teacher = _probabilities(hiddens[-1][rows], heads[plan.heads[-1]], plan.temperature) if any(plan.distill) else None
@@ -83,21 +93,26 @@ class _ExitLoss(torch.autograd.Function):
                 weight, head = heads[plan.heads[i]], plan.heads[i]
                 logits = (hidden[rows] @ weight.T).float()  # turned into their gradient below, in place
                 row_weights, waiting = _row_weights(logits, plan, i, waiting)
-                losses, distances = _chunk(logits, targets[rows], row_weights, plan.distill[i], plan, teacher)
+                places, known = _places(targets[rows], plan.ids[i])
+                counts[i] += known.sum()
+                losses, distances = _chunk(logits, places, known, row_weights, plan.distill[i], plan, _known_part(teacher, plan.ids[i]))
                 sums[0, i] += (losses * row_weights).sum() + distances
                 sums[1, i] += losses.sum()
                 grad = logits.to(weight.dtype)
-                grads[i][rows] = (grad @ weight).to(grads[i].dtype)
-                _add_product(grad_heads[head], grad.T, hidden[rows].to(weight.dtype))
+                if (into := grads[i]) is not None:
+                    into[rows] = (grad @ weight).to(into.dtype)
+                if (total := grad_heads[head]) is not None:
+                    _add_product(total, grad.T, hidden[rows].to(weight.dtype))
         ctx.save_for_backward(*grad_heads, *grads)
         ctx.num_tokens = len(targets)
-        means = sums / len(targets)
+        total_loss, means = (sums[0] / len(targets)).sum(), sums[1] / counts.clamp(min=1)
         ctx.mark_non_differentiable(means)
-        return means[0].sum(), means[1]
+        return total_loss, means
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *(g.mul_(grad_outputs[0] / ctx.num_tokens) for g in ctx.saved_tensors))
+        scale = grad_outputs[0] / ctx.num_tokens
+        return (None, None, None, *(None if g is None else g.mul_(scale) for g in ctx.saved_tensors))
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
@@ -112,6 +127,19 @@ def _probabilities(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor
     return torch.softmax((hidden @ weight.T).float() / temperature, dim=-1)
 
 
+def _places(targets: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each target's row in a head, and whether it has one (else its row is any). Shape: (n), ids (M) or None -> (n) int64, (n) bool."""
+    if ids is None:
+        return targets, torch.ones_like(targets, dtype=torch.bool)
+    places = torch.searchsorted(ids, targets).clamp(max=len(ids) - 1)
+    return places, ids[places] == targets
+
+
+def _known_part(teacher: Tensor | None, ids: Tensor | None) -> Tensor | None:
+    """The teacher's probabilities of the tokens that a head knows. Shape: (n, V) -> (n, M)."""
+    return teacher if teacher is None or ids is None else teacher[:, ids]
+
+
 def _row_weights(logits: Tensor, plan: _Plan, exit_number: int, waiting: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's weight at an exit, and who still waits for one. Shape: (n, V), (n) bool -> (n), (n) bool."""
     if plan.threshold == 0.0:
@@ -123,25 +151,29 @@ def _row_weights(logits: Tensor, plan: _Plan, exit_number: int, waiting: Tensor)
     return leaves.float(), waiting & ~leaves
 
 
-def _chunk(logits: Tensor, targets: Tensor, scales: Tensor, distill: float, plan: _Plan, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross-entropies (n), and the summed, scaled divergence from the teacher; `logits` becomes the gradient of both."""
-    everyone = torch.arange(len(targets), device=targets.device)
-    losses = logits.logsumexp(dim=-1) - logits[everyone, targets]
+def _chunk(
+    logits: Tensor, places: Tensor, known: Tensor, scales: Tensor, distill: float, plan: _Plan, teacher: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies (n) of known targets, and the summed, scaled divergence from the teacher; `logits` becomes the gradient of both."""
+    everyone = torch.arange(len(places), device=places.device)
+    losses = (logits.logsumexp(dim=-1) - logits[everyone, places]) * known
     distance, extra = torch.zeros((), device=logits.device), None
     if teacher is not None and distill > 0:
         student = torch.log_softmax(logits / plan.temperature, dim=-1)
-        distance = distill * plan.temperature**2 * F.kl_div(student, teacher, reduction="sum")
-        extra = student.exp_().sub_(teacher).mul_(distill * plan.temperature)
+        mass = teacher.sum(dim=-1, keepdim=True)  # 1 but for a reduced head
+        divergence = F.kl_div(student, teacher, reduction="sum") - torch.xlogy(mass, mass).sum()
+        distance = distill * plan.temperature**2 * divergence
+        extra = student.exp_().mul_(mass).sub_(teacher).mul_(distill * plan.temperature)
     torch.softmax(logits, dim=-1, out=logits)
-    logits[everyone, targets] -= 1.0
-    logits.mul_(scales[:, None])
+    logits[everyone, places] -= 1.0
+    logits.mul_((scales * known)[:, None])
     if extra is not None:
         logits.add_(extra)
     return losses, distance
 
 
 def exit_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Objective) -> tuple[Tensor, dict[int, float]]:
-    """The training loss, and the plain cross-entropy of each exit that is trained, in nats a token.
+    """The training loss, and the plain cross-entropy of each exit that is trained, in nats a token (of those its head knows).
 
     No layer runs past the last exit that is needed. Shape: input_ids and targets (B, S) int64 -> scalar with gradient, {layer: loss}.
     """
@@ -152,7 +184,8 @@ def exit_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Obj
     unique = list({id(head): head for head in heads}.values())
     places = tuple(next(i for i, head in enumerate(unique) if head is wanted) for wanted in heads)
     distill = tuple(objective.distill_weight * weight for weight in weights[:-1])
-    plan = _Plan(places, weights, (*distill, 0.0), objective.distill_temperature, objective.routing_threshold)
+    ids = tuple(model.head_ids(layer) for layer in layers)
+    plan = _Plan(places, ids, weights, (*distill, 0.0), objective.distill_temperature, objective.routing_threshold)
     total, losses = _ExitLoss.apply(targets.flatten(), plan, len(unique), *unique, *rows.values())  # type: ignore[no-untyped-call]
     if objective.distill_hidden_weight:
         last = rows[layers[-1]].detach()
@@ -189,13 +222,18 @@ def exit_cross_entropy(
 
 @torch.no_grad()
 def exit_losses(model: Decoder, input_ids: Tensor, targets: Tensor) -> dict[int, float]:
-    """Mean cross-entropy at every exit, in nats a token. Shape: (B, S) int64 twice -> {layer: loss}."""
+    """Mean cross-entropy at every exit, in nats a token, over the targets that its head knows: a reduced head's is not comparable.
+
+    Shape: (B, S) int64 twice -> {layer: loss}.
+    """
     flat, losses = targets.flatten(), {}
     size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
     for layer, hidden in model.exit_states(input_ids):
         rows, head, total = model.exit_hidden(hidden, layer).flatten(0, 1), model.head(layer), 0.0
+        places, known = _places(flat, model.head_ids(layer))
         for start in range(0, len(flat), size):
             chunk = slice(start, start + size)
-            total += F.cross_entropy(head(rows[chunk]).float(), flat[chunk], reduction="sum").item()
-        losses[layer] = total / len(flat)
+            each = F.cross_entropy(head(rows[chunk]).float(), places[chunk], reduction="none")
+            total += (each * known[chunk]).sum().item()
+        losses[layer] = total / max(1, int(known.sum()))
     return losses

@@ -13,10 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ease_train.blocks import Block, rotary_tables
 from ease_train.config import ModelConfig
-from ease_train.exits import Gate, LowRankAdapter, MLPAdapter, exit_adapter
+from ease_train.exits import Gate, exit_adapter, start_as_identity
 from ease_train.routed import RoutedBlock
 
 __all__ = ["Block", "Decoder", "RoutedBlock"]
+
+UNKNOWN_LOGIT = -1e4  # of a token that a reduced head does not know
 
 
 class Decoder(nn.Module):
@@ -30,6 +32,7 @@ class Decoder(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    draft_ids: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -46,12 +49,18 @@ class Decoder(nn.Module):
         self.adapters = nn.ModuleDict({str(layer): exit_adapter(config) for layer in adapted})
         headed = early if config.exit_head == "own" else ()
         self.exit_heads = nn.ModuleDict({str(layer): nn.Linear(config.dim, config.vocab_size, bias=False) for layer in headed})
+        self.draft_head: nn.Linear | None = None
+        if early and config.exit_head == "reduced":
+            self.draft_head = nn.Linear(config.dim, config.exit_vocab_size, bias=False)
+            self.register_buffer("draft_ids", torch.arange(config.exit_vocab_size))  # ascending; chosen by `choose_draft_ids`
         self.gates = nn.ModuleDict({str(layer): Gate(config.dim, config.gate_width) for layer in config.gates})
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.apply(self._initialise)
+        for adapter in self.adapters.values():
+            start_as_identity(adapter)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
 
@@ -60,8 +69,6 @@ class Decoder(nn.Module):
             nn.init.trunc_normal_(module.weight, std=0.02, a=-0.06, b=0.06)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, LowRankAdapter | MLPAdapter):  # after its own linear layers: `apply` visits children first
-            nn.init.zeros_(module.up.weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits of the last layer. Shape: (B, S) int64 -> (B, S, V)."""
@@ -90,7 +97,10 @@ class Decoder(nn.Module):
         return hidden.index_copy(0, kept, self._run(layer, hidden[kept]))
 
     def _run(self, layer: int, hidden: Tensor) -> Tensor:
-        block, cos, sin = self.layers[layer - 1], self.cos[: hidden.shape[1]], self.sin[: hidden.shape[1]]
+        return self._through(self.layers[layer - 1], hidden)
+
+    def _through(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        cos, sin = self.cos[: hidden.shape[1]], self.sin[: hidden.shape[1]]
         if self.recompute_activations and isinstance(block, Block):
             return cast(Tensor, checkpoint(block, hidden, cos, sin, use_reentrant=False))
         return cast(Tensor, block(hidden, cos, sin))
@@ -102,19 +112,58 @@ class Decoder(nn.Module):
             hidden = self.run_layers(hidden, first, last)
             yield last, hidden
 
+    def exit_block(self, layer: int) -> Block | None:
+        """The layer of its own that an exit after `layer` begins with, where it has one: it attends, as the model's layers do."""
+        adapter = self.adapters[str(layer)] if str(layer) in self.adapters else None  # noqa: SIM401 - a ModuleDict has no get
+        return adapter if isinstance(adapter, Block) else None
+
     def exit_module(self, layer: int) -> nn.Module:
-        """All that stands between a hidden state at `layer` and the exit's head: adapter, then norm. Shape: (..., D) -> (..., D)."""
+        """What stands between a hidden state at `layer`, after the exit's block where it has one, and the exit's head.
+
+        An adapter that is no block, then the norm; each token on its own. Shape: (..., D) -> (..., D).
+        """
         norm = self.exit_norms[str(layer)] if str(layer) in self.exit_norms else self.norm  # noqa: SIM401 - a ModuleDict has no get
-        return nn.Sequential(self.adapters[str(layer)], norm) if str(layer) in self.adapters else norm
+        adapted = str(layer) in self.adapters and self.exit_block(layer) is None
+        return nn.Sequential(self.adapters[str(layer)], norm) if adapted else norm
 
     def exit_hidden(self, hidden: Tensor, layer: int) -> Tensor:
-        """What the exit's head and gate read. Shape: (..., D) -> (..., D)."""
+        """What the exit's head and gate read. Shape: (..., D) -> (..., D); (B, S, D) from position 0 where the exit has a block."""
+        if (block := self.exit_block(layer)) is not None:
+            hidden = self._through(block, hidden)
         return cast(Tensor, self.exit_module(layer)(hidden))
 
     def head(self, layer: int) -> nn.Linear:
-        """The LM head of an exit: its own, or the shared one. Shape: (..., D) -> (..., V)."""
+        """The LM head of an exit: its own, the early exits' reduced one, or the shared one. Shape: (..., D) -> (..., V or M)."""
+        if self.draft_head is not None and layer != self.config.num_layers:
+            return self.draft_head
         own = str(layer) in self.exit_heads
         return cast(nn.Linear, self.exit_heads[str(layer)]) if own else self.lm_head
+
+    def head_ids(self, layer: int) -> Tensor | None:
+        """The tokens that an exit's head knows, ascending, where it does not know all. Shape: (M) int64."""
+        return self.draft_ids if self.draft_head is not None and layer != self.config.num_layers else None
+
+    def exit_logits(self, layer: int, exit_hidden: Tensor) -> Tensor:
+        """Logits of the whole vocabulary; -1e4 for tokens that a reduced head does not know. Shape: (..., D) -> (..., V)."""
+        logits: Tensor = self.head(layer)(exit_hidden)
+        if (ids := self.head_ids(layer)) is None:
+            return logits
+        everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), UNKNOWN_LOGIT)
+        return everything.index_copy(-1, ids, logits)
+
+    def top_token(self, layer: int, exit_hidden: Tensor) -> Tensor:
+        """The most likely token at an exit. Shape: (..., D) -> (...) int64."""
+        places: Tensor = self.head(layer)(exit_hidden).argmax(dim=-1)
+        ids = self.head_ids(layer)
+        return places if ids is None else ids[places]
+
+    @torch.no_grad()
+    def choose_draft_ids(self, counts: Tensor) -> None:
+        """Let the reduced head know the tokens that were counted most often, its rows the LM head's. Shape: counts (V) int64."""
+        assert self.draft_head is not None
+        most_first = counts.argsort(descending=True, stable=True)
+        self.draft_ids.copy_(most_first[: len(self.draft_ids)].sort().values)
+        self.draft_head.weight.copy_(self.lm_head.weight[self.draft_ids])
 
     def predictor_loss(self) -> Tensor | None:
         """Mean loss of the routed blocks' predictors in the last forward pass of training; None without routed blocks."""

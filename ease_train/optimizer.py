@@ -43,8 +43,8 @@ def create_optimizer(model: Decoder, settings: TrainConfig, layer_lr_scales: Map
 def train_exits_only(model: Decoder) -> None:
     """Freeze all but the early exits' norms, adapters and heads. Raises ConfigError when they have none of their own."""
     model.requires_grad_(False)
-    own = (model.exit_norms, model.adapters, model.exit_heads)
+    own = [model.exit_norms, model.adapters, model.exit_heads, *([model.draft_head] if model.draft_head is not None else [])]
     for modules in own:
         modules.requires_grad_(True)
-    if not any(len(modules) for modules in own):
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("method: trains = 'exits', but the exits have no norm, adapter or head of their own; set exit_adapter = 'mlp'")

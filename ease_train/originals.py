@@ -29,7 +29,7 @@ class LayeredDecoder(Decoder):
 
     def forward_all_layers(self, input_ids: Tensor) -> list[Tensor]:
         """Logits of every layer. Shape: (B, S) int64 -> num_layers of (B, S, V)."""
-        return [self.head(layer)(self.exit_hidden(hidden, layer)) for layer, hidden in self.exit_states(input_ids)]
+        return [self.exit_logits(layer, self.exit_hidden(hidden, layer)) for layer, hidden in self.exit_states(input_ids)]
 
     def forward_train(self, input_ids: Tensor, exit_layer: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """Logits at `exit_layer`, logits of the last layer, and the exit's confidence, its largest probability.

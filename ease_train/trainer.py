@@ -91,6 +91,18 @@ def weights_may_rest(recipe: Recipe) -> bool:
     return moving or bool(model.gates) or set(exit_weights(0, recipe)) != set(model.exits)
 
 
+def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDArray[np.int32]:
+    """A split of a checkpoint's data as its model reads it, kept in `cache`. Shape: (tokens,). Raises DataError."""
+    documents = load_documents(checkpoint.data, split)
+    return cached_stream(checkpoint.tokenizer, documents, cache, checkpoint.conventions.separator)
+
+
+def token_counts(checkpoint: Checkpoint, cache: Path | None) -> Tensor:
+    """How often each token stands in the training split: a reduced head's tokens are the most frequent. Shape: (V) int64."""
+    counted = np.bincount(token_stream(checkpoint, "train", cache), minlength=checkpoint.recipe.model.vocab_size)
+    return torch.from_numpy(counted)
+
+
 @dataclass(frozen=True)
 class Kept:
     """The model of one step, whole, on the CPU."""
@@ -129,8 +141,8 @@ class Trainer:
         self.model.recompute_activations = self.settings.recompute_activations
         self.sequences_a_step = self.settings.batch_size * self.settings.accumulate * self.workers.count
         length = self.settings.sequence_length
-        self.blocks = pack(self._stream("train"), length, self.sequences_a_step, f"{checkpoint.data} (train)")
-        blocks = pack(self._stream("validation"), length, 1, f"{checkpoint.data} (validation)")
+        self.blocks = pack(token_stream(checkpoint, "train", cache), length, self.sequences_a_step, f"{checkpoint.data} (train)")
+        blocks = pack(token_stream(checkpoint, "validation", cache), length, 1, f"{checkpoint.data} (validation)")
         self.validation = blocks[: max(1, self.settings.eval_tokens // length)]
 
     @classmethod
@@ -142,7 +154,10 @@ class Trainer:
         if recipe.model.vocab_size == 0:
             recipe = replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.get_vocab_size()))
         torch.manual_seed(recipe.train.seed)
-        return cls(Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source), workers, cache)
+        begun = Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source)
+        if begun.model.draft_head is not None:
+            begun.model.choose_draft_ids(token_counts(begun, cache))
+        return cls(begun, workers, cache)
 
     @classmethod
     def resume(cls, path: Path, device: str = "cpu", cache: Path | None = None, sharded: bool = False) -> Self:
@@ -273,7 +288,3 @@ class Trainer:
         if isinstance(event, EvalEvent) or event.step % self.settings.log_every == 0:
             self.checkpoint.metrics.append(json.loads(json.dumps(asdict(event))))  # as it will be read back
         return event
-
-    def _stream(self, split: str) -> NDArray[np.int32]:
-        found = self.checkpoint
-        return cached_stream(found.tokenizer, load_documents(found.data, split), self.cache, found.conventions.separator)

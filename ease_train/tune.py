@@ -3,7 +3,8 @@
     trainer = begin_tuning(load_checkpoint(path), load_recipe("ee-tuning"), {"exits": [4, 12]}, source="kjv")
 
 The architecture and tokenizer are the checkpoint's; exits, exit heads, method and training settings the recipe's. A new exit's norm
-starts as the final norm, its own head as the LM head, its adapter as the identity (EE-Tuning, Pan et al. 2024, arXiv 2402.00518).
+starts as the final norm, its own head as the LM head, its adapter as the identity (EE-Tuning, Pan et al. 2024, arXiv 2402.00518), its
+block as the layer that follows, a reduced head as the LM head's rows of the text's most frequent tokens.
 """
 
 from collections.abc import Mapping
@@ -15,11 +16,11 @@ import torch
 from ease_train.checkpoint import Checkpoint
 from ease_train.config import SECTIONS, Recipe
 from ease_train.errors import ConfigError, did_you_mean
-from ease_train.model import Decoder
+from ease_train.model import Block, Decoder
 from ease_train.parallel import Workers
-from ease_train.trainer import Trainer
+from ease_train.trainer import Trainer, token_counts
 
-OF_THE_EXITS = ("exits", "exit_norm", "exit_adapter", "adapter_dim", "exit_head")
+OF_THE_EXITS = ("exits", "exit_norm", "exit_adapter", "adapter_dim", "exit_head", "exit_vocab_size")
 
 
 def tuned_recipe(trained: Recipe, recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
@@ -42,15 +43,26 @@ def tuned_recipe(trained: Recipe, recipe: Recipe, options: Mapping[str, Any]) ->
 def with_exits(model: Decoder, recipe: Recipe) -> Decoder:
     """A decoder with the recipe's exits and the weights of `model`."""
     grown = Decoder(recipe.model)
-    grown.load_state_dict(grown.state_dict() | {n: v for n, v in model.state_dict().items() if n in grown.state_dict()})
-    had = {int(name) for name in (*model.exit_norms, *model.exit_heads, *model.adapters)}
+    fresh, trained = grown.state_dict(), model.state_dict()
+    kept = {name: value for name, value in trained.items() if name in fresh and fresh[name].shape == value.shape}
+    grown.load_state_dict(fresh | kept)
+    new = {name.rpartition(".")[0] for name in fresh.keys() - kept.keys()}
     with torch.no_grad():
-        for layer in {*recipe.model.exits[:-1]} - had:
-            if str(layer) in grown.exit_norms:
+        for layer in recipe.model.exits[:-1]:
+            if f"exit_norms.{layer}" in new:
                 grown.exit_norms[str(layer)].load_state_dict(model.norm.state_dict())
-            if str(layer) in grown.exit_heads:
+            if f"exit_heads.{layer}" in new:
                 grown.head(layer).weight.copy_(model.lm_head.weight)
+            block, follows = grown.exit_block(layer), model.layers[layer]
+            if block is not None and f"adapters.{layer}.attention.q_proj" in new and isinstance(follows, Block):
+                block.load_state_dict(follows.state_dict())
     return grown
+
+
+def knows_no_draft(trained: Decoder, grown: Decoder) -> bool:
+    """Whether a reduced head is still to be chosen: there is one, and the trained model had none of its size."""
+    had = trained.draft_head
+    return grown.draft_head is not None and (had is None or had.weight.shape != grown.draft_head.weight.shape)
 
 
 def begin_tuning(
@@ -68,4 +80,6 @@ def begin_tuning(
     torch.manual_seed(chosen.train.seed)
     model = with_exits(trained.model, chosen)
     tuned = Checkpoint(chosen, model, trained.tokenizer, 0, source or trained.data, conventions=trained.conventions)
+    if knows_no_draft(trained.model, model):
+        model.choose_draft_ids(token_counts(tuned, cache))
     return Trainer(tuned, workers, cache)

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from ease_train.blocks import Block
 from ease_train.config import ModelConfig, Recipe
 from ease_train.errors import ConfigError
 from ease_train.exits import Gate, LowRankAdapter, MLPAdapter
-from ease_train.losses import Objective, exit_loss
+from ease_train.losses import Objective, exit_loss, exit_losses
 from ease_train.model import Decoder
+
+BLOCKS = {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 2}
 
 
 def make(**fields: object) -> Decoder:
@@ -29,6 +33,10 @@ def test_what_each_kind_adds_to_the_weights() -> None:
     mlp = {f"adapters.{layer}.norm.weight" for layer in (1, 3)}
     assert names(make(exit_norm="shared", exit_adapter="mlp")) == low_rank | mlp
     assert names(make(exit_norm="shared", exit_head="own")) == {"exit_heads.1.weight", "exit_heads.3.weight"}
+    block = {name.removeprefix("layers.0.") for name in make().state_dict() if name.startswith("layers.0.")}
+    assert names(make(exit_norm="shared", exit_adapter="block")) == {f"adapters.{layer}.{name}" for layer in (1, 3) for name in block}
+    assert names(make(exit_norm="shared", exit_head="reduced", exit_vocab_size=5)) == {"draft_head.weight", "draft_ids"}
+    assert names(make(exits=[4], exit_head="reduced", exit_vocab_size=5)) == set()
     assert names(make(exit_norm="shared", gates=[3])) == {"gates.3.score.out.weight", "gates.3.score.out.bias", "gates.3.temperature"}
 
 
@@ -64,6 +72,76 @@ def test_the_mlp_adapters_formula() -> None:
         torch.testing.assert_close(adapter(x), x + (inner * torch.sigmoid(inner)) @ adapter.up.weight.T)
 
 
+def test_an_exits_block_is_a_layer_before_its_norm() -> None:
+    model, x = make(exit_adapter="block"), torch.randn(2, 5, 32)
+    block = model.exit_block(3)
+    assert isinstance(block, Block)
+    assert model.exit_block(4) is None
+    assert model.exit_module(3) is model.exit_norms["3"]
+    torch.testing.assert_close(model.exit_hidden(x, 3), model.exit_norms["3"](x))  # until it learns
+    with torch.no_grad():
+        block.load_state_dict(model.layers[0].state_dict())
+        model.exit_norms["3"].weight.uniform_(0.5, 1.5)
+        torch.testing.assert_close(model.exit_hidden(x, 3), model.exit_norms["3"](model.run_layers(x, 1, 1)))
+        assert torch.equal(model.exit_hidden(x, 4), model.norm(x))
+
+
+def test_every_part_of_a_block_learns() -> None:
+    model, ids = make(exit_adapter="block"), torch.randint(13, (2, 6))
+    for _ in range(2):  # what adds to the identity moves first
+        exit_loss(model, ids[:, :-1], ids[:, 1:], Objective({1: 1.0, 4: 0.0}))[0].backward()
+        with torch.no_grad():
+            for parameter in model.adapters["1"].parameters():
+                parameter -= 0.1 * parameter.grad
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.adapters["1"].parameters())
+
+
+def reduced(**fields: object) -> Decoder:
+    """A model whose early exits know the tokens 2, 3, 7 and 11."""
+    model = make(exit_head="reduced", exit_vocab_size=4, **fields)
+    counts = torch.zeros(13, dtype=torch.int64)
+    counts[[7, 2, 11, 3]] = torch.tensor([9, 8, 7, 6])
+    model.choose_draft_ids(counts)
+    return model
+
+
+def test_a_reduced_head_knows_the_most_frequent_tokens() -> None:
+    model, x = reduced(), torch.randn(2, 5, 32)
+    assert model.draft_ids.tolist() == [2, 3, 7, 11]
+    assert model.head(1) is model.head(3) is model.draft_head
+    assert model.head(4) is model.lm_head
+    assert (model.head_ids(4), model.head_ids(1)) == (None, model.draft_ids)
+    logits, whole = model.exit_logits(1, x), model.lm_head(x)
+    torch.testing.assert_close(logits[..., [2, 3, 7, 11]], whole[..., [2, 3, 7, 11]])
+    assert (logits[..., [0, 1, 4, 5, 6, 8, 9, 10, 12]] == -1e4).all()
+    assert torch.equal(model.top_token(1, x), logits.argmax(-1))
+    torch.testing.assert_close(model.exit_logits(4, x), whole)
+
+
+def test_a_reduced_heads_loss_is_over_what_it_knows() -> None:
+    model, temperature = reduced().double(), 3.0
+    ids = torch.randint(13, (3, 9))
+    inputs, targets = ids[:, :-1], ids[:, 1:].flatten()
+    objective = Objective({1: 1.0, 3: 0.5, 4: 0.2}, 0.7, temperature)
+    loss, losses = exit_loss(model, inputs, ids[:, 1:], objective)
+    rows = {layer: model.exit_hidden(hidden, layer).flatten(0, 1) for layer, hidden in model.exit_states(inputs)}
+    teacher = (model.lm_head(rows[4]) / temperature).softmax(-1).detach()[:, model.draft_ids]
+    mass = teacher.sum(-1, keepdim=True)
+    known, expected = torch.isin(targets, model.draft_ids), 0.2 * F.cross_entropy(model.lm_head(rows[4]), targets)
+    assert 0 < known.sum() < len(targets)
+    for layer, weight in ((1, 1.0), (3, 0.5)):
+        logits = model.draft_head(rows[layer])
+        each = F.cross_entropy(logits[known], torch.searchsorted(model.draft_ids, targets[known]), reduction="sum")
+        kl = (mass * (teacher / mass) * ((teacher / mass).log() - (logits / temperature).log_softmax(-1))).sum()
+        expected = expected + weight * (each + 0.7 * temperature**2 * kl) / len(targets)
+        assert losses[layer] == pytest.approx(each.item() / known.sum().item(), rel=1e-5)
+        assert exit_losses(model, inputs, ids[:, 1:])[layer] == pytest.approx(losses[layer], rel=1e-5)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    parameters = [p for name, p in model.named_parameters() if name != "embed.weight" and not name.startswith("layers")]
+    for found, wanted in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_heads_are_shared_or_own() -> None:
     tied, own = make(), make(exit_head="own")
     assert all(tied.head(layer) is tied.lm_head for layer in (1, 3, 4))
@@ -92,16 +170,19 @@ def test_a_gate_is_a_probability_with_a_temperature() -> None:
         torch.testing.assert_close(linear.score(x), x @ linear.score.out.weight[0] + linear.score.out.bias)
 
 
-def test_all_of_it_survives_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [{"exit_adapter": "mlp", "exit_head": "own"}, BLOCKS])
+def test_all_of_it_survives_a_checkpoint(recipe: Recipe, tmp_path: Path, kind: dict[str, object]) -> None:
     from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from ease_train.tokens import train_tokenizer
 
     tokenizer = train_tokenizer(["abc"], recipe.tokenizer)
-    more = {"vocab_size": tokenizer.get_vocab_size(), "exit_adapter": "mlp", "exit_head": "own", "gates": [2], "routed_layers": [3]}
+    more = {"vocab_size": tokenizer.get_vocab_size(), **kind, "gates": [2], "routed_layers": [3]}
     recipe = Recipe.from_dict({**recipe.to_dict(), "model": {**recipe.model.to_dict(), **more}}, "t")
     model = Decoder(recipe.model)
     with torch.no_grad():
         model.gates["2"].temperature.fill_(1.7)
+        if model.draft_head is not None:
+            model.choose_draft_ids(torch.arange(recipe.model.vocab_size))
     save_checkpoint(Checkpoint(recipe, model, tokenizer, 0, "x"), tmp_path / "c")
     after = load_checkpoint(tmp_path / "c")
     assert after.recipe == recipe
@@ -113,6 +194,9 @@ def test_all_of_it_survives_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None
     ("fields", "message"),
     [
         ({"exit_adapter": "lowrank"}, "exit_adapter = 'lowrank'; did you mean 'low-rank'?"),
+        ({"exit_vocab_size": 5}, "exit_vocab_size = 5 needs exit_head = 'reduced', not 'tied'"),
+        ({"exit_head": "reduced"}, "exit_vocab_size = 0, expected from 1 to 13 with exit_head = 'reduced'"),
+        ({"exit_head": "reduced", "exit_vocab_size": 14}, "exit_vocab_size = 14, expected from 1 to 13"),
         ({"exit_head": "tie"}, "exit_head = 'tie'; did you mean 'tied'?"),
         ({"gates": [2]}, "gates = [2], expected early exits: [1, 3]"),
         ({"gates": [4]}, "gates = [4], expected early exits: [1, 3]"),

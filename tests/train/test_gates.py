@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from ease_train.config import Recipe
 from ease_train.errors import ConfigError
 from ease_train.gates import GateReport, GateStep, GateTrainer, agreement, auc, balanced_loss, platt_scaling, quality
 from ease_train.method import GateConfig
+from ease_train.model import Decoder
 from ease_train.trainer import Trainer
 
 QUICK = {"steps": 60, "batch_size": 8, "learning_rate": 0.03, "eval_tokens": 2000}
@@ -43,6 +45,21 @@ def test_the_label_is_agreement_with_the_last_layer(trained: Path, monkeypatch: 
         assert torch.equal(labels, said[layer] == said[4])
         assert 0 < labels.sum() < 64
         torch.testing.assert_close(hidden, model.exit_hidden(dict(model.exit_states(ids))[layer], layer).flatten(0, 1))
+
+
+def test_a_token_that_a_reduced_head_does_not_know_is_never_agreed_on(make_recipe: Callable[..., Recipe]) -> None:
+    model = Decoder(make_recipe(model={"vocab_size": 40, "exit_head": "reduced", "exit_vocab_size": 20}).model).eval()
+    ids = torch.randint(40, (4, 16))
+    states = dict(model.exit_states(ids))
+    last = model.lm_head(model.norm(states[4])).argmax(-1).flatten()
+    counts = torch.zeros(40, dtype=torch.int64).index_fill(0, last.unique()[::2], 1)  # every second token that the last layer says
+    model.choose_draft_ids(counts)
+    found = agreement(model, ids)
+    unknown = ~torch.isin(last, model.draft_ids)
+    assert 0 < unknown.sum() < 64
+    for layer, (hidden, labels) in found.items():
+        assert not labels[unknown].any()
+        assert torch.equal(labels, model.exit_logits(layer, hidden).argmax(-1) == last)
 
 
 def test_both_classes_weigh_the_same() -> None:

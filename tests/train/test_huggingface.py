@@ -13,10 +13,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import foreign_models
-from ease_train.checkpoint import load_checkpoint, save_checkpoint
+from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ease_train.cli import main
+from ease_train.config import load_recipe
 from ease_train.errors import ForeignError
 from ease_train.huggingface import export_model, import_model
+from ease_train.tune import tuned_recipe, with_exits
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 TOLERANCE = 1e-4  # of the largest logit
@@ -120,6 +122,19 @@ def test_a_model_with_trained_exits_and_untrained_tokens_round_trips(tiny_checkp
     assert (again.recipe.model, again.conventions.separator) == (checkpoint.recipe.model, checkpoint.conventions.separator)
     weights = checkpoint.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
+
+
+def test_block_exits_and_a_reduced_head_round_trip(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    trained, settings = load_checkpoint(tiny_checkpoint), {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 9}
+    first = min(trained.recipe.model.exits)
+    recipe = tuned_recipe(trained.recipe, load_recipe("ee-tuning"), {"exits": [first], "layer_weights": {first: 1.0}, **settings})
+    grown = with_exits(trained.model, recipe)
+    grown.choose_draft_ids(torch.arange(recipe.model.vocab_size))
+    export_model(Checkpoint(recipe, grown, trained.tokenizer, 0, "unknown"), tmp_path / "hf")
+    again = import_model(str(tmp_path / "hf"))
+    assert again.recipe.model == recipe.model
+    assert again.model.state_dict().keys() == grown.state_dict().keys()
+    assert all(torch.equal(value, grown.state_dict()[name]) for name, value in again.model.state_dict().items())
 
 
 def edited(source: Path, folder: Path, **changes: Any) -> Path:

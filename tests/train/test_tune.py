@@ -51,6 +51,38 @@ def test_new_exits_start_as_the_models_own_parts(plain: Path) -> None:
     assert model.head(2).weight is not model.lm_head.weight
 
 
+def test_a_new_exits_block_is_the_layer_that_follows_and_its_head_the_rows_of_frequent_tokens(plain: Path) -> None:
+    trained = load_checkpoint(plain)
+    options = {**TO_2, "exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 7}
+    trainer = begin_tuning(trained, load_recipe("ee-tuning"), options)
+    model = trainer.model
+    block = model.exit_block(2)
+    assert block is not None
+    assert all(torch.equal(value, trained.model.layers[2].state_dict()[name]) for name, value in block.state_dict().items())
+    counts = torch.from_numpy(trainer.blocks[:, :-1].copy()).flatten().bincount(minlength=trained.recipe.model.vocab_size)
+    outside = torch.ones(len(counts), dtype=torch.bool).index_fill(0, model.draft_ids, False)
+    assert len(model.draft_ids) == 7
+    assert model.draft_ids.tolist() == sorted(model.draft_ids.tolist())
+    assert counts[model.draft_ids].min() >= counts[outside].max() > 0
+    assert torch.equal(model.head(2).weight, trained.model.lm_head.weight[model.draft_ids])
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"exit_norms", "adapters", "draft_head"}
+
+
+def test_a_reduced_head_that_is_there_keeps_its_tokens(recipe: Recipe, make_recipe: Maker, small_corpus: str) -> None:
+    fields = {"exit_head": "reduced", "exit_vocab_size": 7}
+    checkpoint = Trainer.begin(make_recipe(model=fields), small_corpus).checkpoint
+    before = checkpoint.model.draft_ids.clone()
+    with torch.no_grad():
+        checkpoint.model.draft_ids.copy_(torch.arange(7))
+        checkpoint.model.draft_head.weight.fill_(0.5)
+    options = {**TO_2, **fields, "exits": [2, 3]}
+    model = begin_tuning(checkpoint, load_recipe("ee-tuning"), options).model
+    assert before.tolist() != model.draft_ids.tolist() == [*range(7)]
+    assert (model.draft_head.weight == 0.5).all()
+    larger = begin_tuning(checkpoint, load_recipe("ee-tuning"), {**options, "exit_vocab_size": 8}).model
+    assert torch.equal(larger.draft_head.weight, checkpoint.model.lm_head.weight[larger.draft_ids])
+
+
 def test_exits_that_are_there_keep_what_they_learned(recipe: Recipe, small_corpus: str) -> None:
     checkpoint: Checkpoint = Trainer.begin(recipe, small_corpus).checkpoint
     with torch.no_grad():
