@@ -1,8 +1,6 @@
 """ease-eval: measure a bundle."""
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from ease_eval.agreement import compare, read_prompts
-from ease_eval.calibrate import RISKS, Certificate, write_certificate
-from ease_eval.calibrate import calibrate as run_calibration
+from ease_eval import cli_quality
 from ease_eval.files import write_whole
 from ease_eval.table import Amounts, Table, cells, make_table
 from ease_runtime.commands import ErrorGroup, ThresholdList
 from ease_runtime.engine import CATCH_UPS
-from ease_runtime.errors import EaseError, RequestError
-from ease_runtime.flags import option_flags, read_flags
+from ease_runtime.errors import EaseError
 from ease_runtime.llm import LLM
-from ease_runtime.manifest import MANIFEST_FILE
 from ease_runtime.policy import POLICIES
 from ease_train.corpora import load_documents
 from ease_train.errors import TrainError
@@ -43,6 +37,9 @@ class EvalGroup(ErrorGroup):
 def main(debug: bool) -> None:
     """Measure what early exits cost in perplexity and save in time."""
 
+
+for command in (cli_quality.calibrate, cli_quality.agreement, cli_quality.tasks):
+    main.add_command(command)
 
 MEASURE_FLAGS = (
     click.option(
@@ -127,99 +124,6 @@ def table(bundle: Path, json_file: Path | None, markdown_file: Path | None, **gi
         if file:
             write_whole(file, text)
     render(result, Console())
-
-
-@main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--data", default="kjv", show_default=True, help="A corpus, as for table.")
-@click.option("--split", default="validation", show_default=True, help="Documents to calibrate on; not those of the table.")
-@click.option("--delta", default=0.05, show_default=True, help="The risk to hold, in (0, 1).")
-@click.option("--epsilon", default=0.05, show_default=True, help="The chance to be wrong about that.")
-@click.option(
-    "--risk", default="disagreement", show_default=True, help=f"{' or '.join(RISKS)}: tokens said differently, or nats lost a token."
-)
-@click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
-@click.option("--catch-up", default="recompute", show_default=True, help="propagate or recompute.")
-@click.option("--documents", default=300, show_default=True, help="Documents at most; a third fits candidates, the others test them.")
-@click.option("--tokens", default=256, show_default=True, help="Tokens of each document at most.")
-@click.option("--seed", default=0, show_default=True, help="Of the division into documents to fit and to test.")
-@click.option("--dry-run", is_flag=True, help="Only show it; leave the bundle as it is.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate here, too.")
-@click.option("--threads", default=0, help="CPU threads; 0 takes all.")
-def calibrate(
-    bundle: Path,
-    data: str,
-    split: str,
-    delta: float,
-    epsilon: float,
-    risk: str,
-    policy: str,
-    catch_up: str,
-    documents: int,
-    tokens: int,
-    seed: int,
-    dry_run: bool,
-    json_file: Path | None,
-    threads: int,
-) -> None:
-    """Find thresholds that hold a tolerance with a guarantee, and write them into the bundle."""
-    llm = LLM(bundle, num_threads=threads)
-    length = min(tokens, llm.stack.max_positions)
-    encoded = [ids[: length + 1] for text in load_documents(data, split)[:documents] if len(ids := llm.encode(text)) > 1]
-    certificate = run_calibration(
-        llm.engine, encoded, policy=policy, catch_up=catch_up, risk=risk, delta=delta, epsilon=epsilon, data=data, split=split, seed=seed
-    )
-    if json_file:
-        write_whole(json_file, json.dumps(asdict(certificate), indent=2) + "\n")
-    show_certificate(certificate, Console())
-    if not dry_run:
-        write_certificate(bundle, certificate)
-        click.echo(f"written into {bundle / MANIFEST_FILE}: used where no threshold is given")
-
-
-def show_certificate(certificate: Certificate, console: Console) -> None:
-    """The candidates tested, in order, and what they allow to promise."""
-    shown = RichTable(
-        title=f"{certificate.risk} on {certificate.data} ({certificate.split})", box=box.SIMPLE_HEAD, padding=0, pad_edge=False
-    )
-    for column in ("thresholds", "risk", "p-value", "mean depth", ""):
-        shown.add_column(column, justify="right")
-    for candidate in certificate.tested:
-        values = "/".join("off" if t is None else f"{t:.3f}" for t in candidate.thresholds)
-        verdict = "holds" if candidate.p_value <= certificate.epsilon else "not shown"
-        shown.add_row(values, f"{candidate.risk:.4f}", f"{candidate.p_value:.2g}", f"{candidate.mean_depth:.2f}", verdict)
-    console.print(shown)
-    if certificate.thresholds is not None:
-        console.print(
-            f"{certificate.risk} is at most {certificate.delta:g} with probability {1 - certificate.epsilon:g} over the choice of "
-            f"{certificate.num_test_documents} documents like these",
-            highlight=False,
-        )
-
-
-@main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompts", type=click.Path(path_type=Path), required=True, help="A text file, one a line, or .jsonl (also .gz).")
-@click.option("--limit", default=50, show_default=True, help="Prompts at most.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
-@click.option("--threads", default=0, help="CPU threads; 0 takes all.")
-@option_flags(without=("n", "logprobs"))
-def agreement(bundle: Path, prompts: Path, limit: int, json_file: Path | None, threads: int, **flags: Any) -> None:
-    """Compare what early exits say with what full depth says, prompt by prompt. Exit code 1 when verify differs."""
-    options = read_flags(flags)
-    llm, texts = LLM(bundle, num_threads=threads), read_prompts(prompts, limit)
-    found = compare(llm, texts, options)
-    if json_file:
-        write_whole(json_file, json.dumps([asdict(one) for one in found], indent=2) + "\n")
-    same = sum(one.first_difference is None for one in found)
-    click.echo(f"{same} of {len(found)} texts are those of full depth; mean ROUGE-L {sum(o.rouge_l for o in found) / len(found):.3f}")
-    for one in found:
-        if one.first_difference is not None:
-            click.echo(f"  parts at token {one.first_difference} of {one.num_tokens}: {one.prompt[:60]!r}")
-    if drafted := sum(one.drafted for one in found):
-        click.echo(f"{sum(one.accepted for one in found)} of {drafted} drafts accepted")
-    if options.catch_up == "verify" and same < len(found):
-        raise RequestError(f"verify differs from full depth on {len(found) - same} of {len(found)} prompts")
 
 
 @main.command()

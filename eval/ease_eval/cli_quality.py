@@ -1,0 +1,164 @@
+"""The commands of ease-eval about what is said: calibrate, agreement, tasks."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from ease_eval.agreement import compare, read_prompts
+from ease_eval.calibrate import RISKS, Certificate, write_certificate
+from ease_eval.calibrate import calibrate as run_calibration
+from ease_eval.files import write_whole
+from ease_eval.journal import Journal
+from ease_eval.provenance import provenance
+from ease_eval.task_files import read_tasks
+from ease_eval.tasks import SEED, TaskResult, run_task
+from ease_runtime.errors import RequestError
+from ease_runtime.flags import option_flags, read_flags
+from ease_runtime.llm import LLM
+from ease_runtime.manifest import MANIFEST_FILE
+from ease_runtime.policy import POLICIES
+from ease_train.corpora import load_documents
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", default="kjv", show_default=True, help="A corpus, as for table.")
+@click.option("--split", default="validation", show_default=True, help="Documents to calibrate on; not those of the table.")
+@click.option("--delta", default=0.05, show_default=True, help="The risk to hold, in (0, 1).")
+@click.option("--epsilon", default=0.05, show_default=True, help="The chance to be wrong about that.")
+@click.option(
+    "--risk", default="disagreement", show_default=True, help=f"{' or '.join(RISKS)}: tokens said differently, or nats lost a token."
+)
+@click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
+@click.option("--catch-up", default="recompute", show_default=True, help="propagate or recompute.")
+@click.option("--documents", default=300, show_default=True, help="Documents at most; a third fits candidates, the others test them.")
+@click.option("--tokens", default=256, show_default=True, help="Tokens of each document at most.")
+@click.option("--seed", default=0, show_default=True, help="Of the division into documents to fit and to test.")
+@click.option("--dry-run", is_flag=True, help="Only show it; leave the bundle as it is.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate here, too.")
+@click.option("--threads", default=0, help="CPU threads; 0 takes all.")
+def calibrate(
+    bundle: Path,
+    data: str,
+    split: str,
+    delta: float,
+    epsilon: float,
+    risk: str,
+    policy: str,
+    catch_up: str,
+    documents: int,
+    tokens: int,
+    seed: int,
+    dry_run: bool,
+    json_file: Path | None,
+    threads: int,
+) -> None:
+    """Find thresholds that hold a tolerance with a guarantee, and write them into the bundle."""
+    llm = LLM(bundle, num_threads=threads)
+    length = min(tokens, llm.stack.max_positions)
+    encoded = [ids[: length + 1] for text in load_documents(data, split)[:documents] if len(ids := llm.encode(text)) > 1]
+    certificate = run_calibration(
+        llm.engine, encoded, policy=policy, catch_up=catch_up, risk=risk, delta=delta, epsilon=epsilon, data=data, split=split, seed=seed
+    )
+    if json_file:
+        write_whole(json_file, json.dumps(asdict(certificate), indent=2) + "\n")
+    show_certificate(certificate, Console())
+    if not dry_run:
+        write_certificate(bundle, certificate)
+        click.echo(f"written into {bundle / MANIFEST_FILE}: used where no threshold is given")
+
+
+def show_certificate(certificate: Certificate, console: Console) -> None:
+    """The candidates tested, in order, and what they allow to promise."""
+    shown = RichTable(
+        title=f"{certificate.risk} on {certificate.data} ({certificate.split})", box=box.SIMPLE_HEAD, padding=0, pad_edge=False
+    )
+    for column in ("thresholds", "risk", "p-value", "mean depth", ""):
+        shown.add_column(column, justify="right")
+    for candidate in certificate.tested:
+        values = "/".join("off" if t is None else f"{t:.3f}" for t in candidate.thresholds)
+        verdict = "holds" if candidate.p_value <= certificate.epsilon else "not shown"
+        shown.add_row(values, f"{candidate.risk:.4f}", f"{candidate.p_value:.2g}", f"{candidate.mean_depth:.2f}", verdict)
+    console.print(shown)
+    if certificate.thresholds is not None:
+        console.print(
+            f"{certificate.risk} is at most {certificate.delta:g} with probability {1 - certificate.epsilon:g} over the choice of "
+            f"{certificate.num_test_documents} documents like these",
+            highlight=False,
+        )
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompts", type=click.Path(path_type=Path), required=True, help="A text file, one a line, or .jsonl (also .gz).")
+@click.option("--limit", default=50, show_default=True, help="Prompts at most.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+@click.option("--threads", default=0, help="CPU threads; 0 takes all.")
+@option_flags(without=("n", "logprobs"))
+def agreement(bundle: Path, prompts: Path, limit: int, json_file: Path | None, threads: int, **flags: Any) -> None:
+    """Compare what early exits say with what full depth says, prompt by prompt. Exit code 1 when verify differs."""
+    options = read_flags(flags)
+    llm, texts = LLM(bundle, num_threads=threads), read_prompts(prompts, limit)
+    found = compare(llm, texts, options)
+    if json_file:
+        write_whole(json_file, json.dumps([asdict(one) for one in found], indent=2) + "\n")
+    same = sum(one.first_difference is None for one in found)
+    click.echo(f"{same} of {len(found)} texts are those of full depth; mean ROUGE-L {sum(o.rouge_l for o in found) / len(found):.3f}")
+    for one in found:
+        if one.first_difference is not None:
+            click.echo(f"  parts at token {one.first_difference} of {one.num_tokens}: {one.prompt[:60]!r}")
+    if drafted := sum(one.drafted for one in found):
+        click.echo(f"{sum(one.accepted for one in found)} of {drafted} drafts accepted")
+    if options.catch_up == "verify" and same < len(found):
+        raise RequestError(f"verify differs from full depth on {len(found) - same} of {len(found)} prompts")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--limit", default=1000, show_default=True, help="Items of each file at most.")
+@click.option("--shots", default=0, show_default=True, help="The first items of a file, solved, stand before each of the others.")
+@click.option("--chat", is_flag=True, help="Ask in the bundle's chat template, where an answer is generated.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Every figure and answer; a killed run goes on.")
+@click.option("--threads", default=0, help="CPU threads; 0 takes all.")
+@option_flags(without=("n", "logprobs"))
+def tasks(
+    bundle: Path, files: tuple[Path, ...], limit: int, shots: int, chat: bool, json_file: Path | None, threads: int, **flags: Any
+) -> None:
+    """Answer local task files through the exit policy, beside full depth: multiple choice, exact match, last word.
+
+    A line is a JSON object: "question" (or "context"), "choices" and "answer"; "question" and an "answer" that ends in "#### 42";
+    or a "text" whose last word is asked. A line that is none of these is named and left out.
+    """
+    options, found = read_flags(flags), [read_tasks(file, limit) for file in dict.fromkeys(files)]
+    for fault in (fault for task in found for fault in task.faults):
+        click.echo(f"warning: {fault}; left out", err=True)
+    llm = LLM(bundle, num_threads=threads)
+    asked = {**provenance(bundle, llm, threads), "options": asdict(options), "shots": shots, "chat": chat, "limit": limit, "seed": SEED}
+    with Journal(json_file, asked) as journal:
+        if journal.num_read:
+            click.echo(f"{journal.num_read} answers are there from a run before", err=True)
+        results = [run_task(llm, task, options, journal, shots, chat) for task in found]
+        if json_file:
+            write_whole(json_file, json.dumps({**asked, "tasks": [asdict(result) for result in results]}, indent=2) + "\n")
+    show_tasks(results, llm.stack.exit_layers[-1], Console())
+    for note in llm.notes(llm.prepare(options)):
+        click.echo(note)
+
+
+def show_tasks(results: list[TaskResult], num_layers: int, console: Console) -> None:
+    """A line a file."""
+    shown = RichTable(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column in ("file", "kind", "items", "right", "95 %", "full depth", "agree", f"depth/{num_layers}"):
+        shown.add_column(column, justify="left" if column in ("file", "kind") else "right")
+    for one in results:
+        low, high = one.accuracy_interval
+        figures = (f"{one.accuracy:.3f}", f"{low:.3f}-{high:.3f}", f"{one.full_depth_accuracy:.3f}", f"{one.agreement:.3f}")
+        shown.add_row(Path(one.file).name, one.kind, str(one.num_items), *figures, f"{one.mean_depth:.2f}")
+    console.print(shown)
