@@ -38,7 +38,7 @@ def main(debug: bool) -> None:
     """Measure what early exits cost in perplexity and save in time."""
 
 
-for command in (cli_quality.calibrate, cli_quality.agreement, cli_quality.tasks):
+for command in (cli_quality.calibrate, cli_quality.agreement, cli_quality.tasks, cli_quality.lm_eval):
     main.add_command(command)
 
 MEASURE_FLAGS = (

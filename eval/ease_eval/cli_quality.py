@@ -1,6 +1,7 @@
-"""The commands of ease-eval about what is said: calibrate, agreement, tasks."""
+"""The commands of ease-eval about what is said: calibrate, agreement, tasks, lm-eval."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,23 @@ def show_tasks(results: list[TaskResult], num_layers: int, console: Console) -> 
         figures = (f"{one.accuracy:.3f}", f"{low:.3f}-{high:.3f}", f"{one.full_depth_accuracy:.3f}", f"{one.agreement:.3f}")
         shown.add_row(Path(one.file).name, one.kind, str(one.num_items), *figures, f"{one.mean_depth:.2f}")
     console.print(shown)
+
+
+@click.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval(arguments: tuple[str, ...]) -> None:
+    """EleutherAI's lm_eval with bundles as its model "ease"; takes what lm_eval takes.
+
+    \b
+    ease-eval lm-eval run --model ease --model_args bundle=BUNDLE,threshold=0.7,catch_up=propagate --tasks lambada_openai
+
+    In model_args, an exit each has thresholds like off/0.7; what else stands there are options of ease-run generate.
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import ease_eval.harness  # noqa: F401  (it registers the model)
+    except ModuleNotFoundError as error:
+        raise RequestError(f"{error.name} is not installed; install: pip install 'ease-lm[lm-eval]'") from None
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()

@@ -27,15 +27,16 @@ def prefix_id(llm: TextEngine) -> int:
     return min(llm.stop_ids)
 
 
-def encode_pair(llm: TextEngine, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(llm: TextEngine, context: str, continuation: str, *, raw: bool = True) -> tuple[list[int], list[int]]:
     """A context's ids, and those of what follows it, so that both together are the ids of the whole text.
 
-    Spaces at the end of the context belong to the continuation, as tokenizers have it. Raises RequestError.
+    Spaces at the end of the context belong to the continuation, as tokenizers have it. A text that is not raw comes from a
+    chat template. Raises RequestError.
     """
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
-    first = llm.encode(kept) if kept else []
-    whole = llm.encode(kept + continuation)
+    first = llm.encode(kept, raw=raw) if kept else []
+    whole = llm.encode(kept + continuation, raw=raw)
     if not first:
         first = [prefix_id(llm)]
         whole = whole if whole[:1] == first else [*first, *whole]
