@@ -34,6 +34,7 @@ from ease_train.logs import metrics_csv
 from ease_train.model import Decoder
 
 FORMAT_VERSION = 1
+UNKNOWN_DATA = "unknown"  # what a foreign model was trained on
 TEMPLATE_FILE = "chat_template.jinja"
 STATE_FILE = Path("train_state") / "state.pt"
 

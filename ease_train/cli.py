@@ -35,6 +35,13 @@ OPTION_KINDS: dict[Any, dict[str, Any]] = {
 }
 
 
+cache_option = click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep the tokens of the data in this folder, and the hidden states of frozen layers.",
+)
+
+
 class ErrorGroup(click.Group):
     """A group whose commands end an EASE error with one line on stderr and exit code 1 (a traceback with --debug).
 
@@ -94,8 +101,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of how a run is spread and what it keeps, which `run_place` takes out of its fields."""
     text = "Several processes: shards of weights and optimizer in each (FSDP), not all of them."
     command = click.option("--sharded", is_flag=True, help=text)(command)
-    folder = click.Path(path_type=Path, file_okay=False)
-    return place_options(click.option("--cache", type=folder, help="Keep the tokens of the data in this folder.")(command))
+    return place_options(cache_option(command))
 
 
 def run_place(fields: dict[str, Any]) -> dict[str, Any]:
@@ -196,8 +202,9 @@ def tune(checkpoint: Path, recipe: str, data: str | None, out: Path, threads: in
 @click.option("--data", help="As for fit; what the checkpoint was trained on by default.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint with gates goes.")
 @place_options
+@cache_option
 @section_options(GateConfig, "")
-def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: int | None, **fields: Any) -> None:
+def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: int | None, cache: Path | None, **fields: Any) -> None:
     """Train a gate at every early exit of CHECKPOINT, whose own weights stay as they are."""
     import torch
 
@@ -209,7 +216,7 @@ def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: i
     if out.exists():
         raise TrainError(f"{out} is there already; choose another --out")
     settings = GateConfig.from_dict(given_options(fields), "gates")
-    trainer = GateTrainer(load_checkpoint(checkpoint), settings, data, device)
+    trainer = GateTrainer(load_checkpoint(checkpoint), settings, data, device, cache)
     show_gates(trainer)
     save_checkpoint(trainer.checkpoint, out)
 
@@ -248,6 +255,7 @@ def export_hf(checkpoint: Path, out: Path) -> None:
 def show_gates(trainer: "GateTrainer") -> None:
     """Train the gates and show their quality on the validation split."""
     from ease_train.gates import GateStep
+    from ease_train.trainer import StatesEvent
 
     console = Console()
     with Progress(TextColumn("gates"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
@@ -255,6 +263,9 @@ def show_gates(trainer: "GateTrainer") -> None:
         for event in trainer.fit():
             if isinstance(event, GateStep):
                 progress.update(task, completed=event.step)
+                continue
+            if isinstance(event, StatesEvent):
+                show(event, progress, task)
                 continue
             for layer, gate in event.gates.items():
                 figures = f"agrees {gate.agreement:.3f}, AUC {gate.auc:.3f}, calibration error {gate.ece:.3f}"
@@ -297,14 +308,20 @@ def interrupts() -> Iterator[list[int]]:
 
 def show(event: "Event", progress: Progress, task: Any) -> None:
     """One event on the terminal: steps move the bar, the rest gets a line."""
-    from ease_train.trainer import EvalEvent, StepEvent
+    from ease_train.trainer import EvalEvent, StatesEvent, StepEvent
 
     if isinstance(event, StepEvent):
         losses = " ".join(f"{layer}:{loss:.3f}" for layer, loss in event.exit_losses.items())
         progress.update(task, completed=event.step, description=f"loss {losses} · {event.tokens_per_second:,.0f} tokens/s")
+    elif isinstance(event, StatesEvent):
+        progress.update(task, description=f"hidden states {event.done}/{event.num_blocks}")
+        if event.done in (0, event.num_blocks):
+            size = f"{event.num_bytes / 1e9:.2f} GB"
+            progress.console.print(f"hidden states of {event.num_blocks} blocks ({size}): {event.done} done, in {event.path}")
     elif isinstance(event, EvalEvent):
         values = ", ".join(f"layer {layer} {value:.2f}" for layer, value in event.perplexity.items())
-        progress.console.print(f"step {event.step}: validation perplexity {values}")
+        agrees = ", ".join(f"layer {layer} {value:.3f}" for layer, value in event.agreement.items())
+        progress.console.print(f"step {event.step}: validation perplexity {values}" + (f"; agrees {agrees}" if agrees else ""))
         if event.sample:
             progress.console.print(event.sample, markup=False, style="italic")
     else:

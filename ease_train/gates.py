@@ -14,9 +14,10 @@ Shapes: B batch, S sequence, N tokens, D width.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,14 +26,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_train.checkpoint import Checkpoint
-from ease_train.corpora import load_documents
 from ease_train.errors import ConfigError
 from ease_train.exits import Gate
-from ease_train.losses import CHUNK_ELEMENTS
+from ease_train.losses import top_tokens
 from ease_train.method import GateConfig
 from ease_train.model import Decoder
 from ease_train.parallel import usable_device
-from ease_train.tokens import encode_stream, pack
+from ease_train.states import StateCache, States
+from ease_train.tokens import pack
+from ease_train.trainer import StatesEvent, known_data, token_stream
 
 BINS = 10  # of the calibration error
 
@@ -68,17 +70,16 @@ class GateReport:
 
 
 @torch.no_grad()
-def agreement(model: Decoder, input_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """What each early exit's gate reads, and whether the exit agrees with the last layer. Shape: (B, S) -> {layer: (N, D), (N) bool}."""
-    rows = {layer: model.exit_hidden(hidden, layer).flatten(0, 1) for layer, hidden in model.exit_states(input_ids)}
-    said = {layer: _top_tokens(model, layer, hidden) for layer, hidden in rows.items()}
-    last = model.config.num_layers
-    return {layer: (rows[layer], said[layer] == said[last]) for layer in rows if layer != last}
+def agreement(model: Decoder, input_ids: Tensor, states: States | None = None) -> dict[int, tuple[Tensor, Tensor]]:
+    """What each early exit's gate reads, and whether the exit agrees with the last layer. With `states` the layers need not run.
 
-
-def _top_tokens(model: Decoder, layer: int, hidden: Tensor) -> Tensor:
-    size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
-    return torch.cat([model.top_token(layer, rows) for rows in torch.split(hidden, size)])
+    Shape: (B, S) -> {layer: (N, D), (N) bool}.
+    """
+    last, at_exits = model.config.num_layers, states.hidden.items() if states else model.exit_states(input_ids)
+    rows = {layer: model.exit_hidden(hidden, layer).flatten(0, 1) for layer, hidden in at_exits}
+    said = {layer: top_tokens(model, layer, hidden) for layer, hidden in rows.items()}
+    final = states.top.flatten() if states else said[last]
+    return {layer: (rows[layer], said[layer] == final) for layer in rows if layer != last}
 
 
 def balanced_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -127,7 +128,9 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 class GateTrainer:
     """Holds the frozen model with fresh gates at all early exits, and the data of the checkpoint or another source."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: GateConfig, source: str | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, settings: GateConfig, source: str | None = None, device: str = "cpu", cache: Path | None = None
+    ) -> None:
         early = checkpoint.recipe.model.exits[:-1]
         if not early:
             raise ConfigError(f"the model has no early exit to put a gate at; exits = {list(checkpoint.recipe.model.exits)}")
@@ -142,25 +145,36 @@ class GateTrainer:
         self.checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, model=config), model=model, train_state=None)
         self.settings = settings
         self.optimizer = torch.optim.AdamW(self.model.gates.parameters(), lr=settings.learning_rate)
-        length, source = checkpoint.recipe.train.sequence_length, source or checkpoint.data
-        self.blocks = self._blocks(source, "train", length, settings.batch_size)
-        self.validation = self._blocks(source, "validation", length, 1)[: max(1, settings.eval_tokens // length)]
+        length, source = checkpoint.recipe.train.sequence_length, source or known_data(checkpoint)
+        self.blocks = self._blocks(source, "train", length, settings.batch_size, cache)
+        self.validation = self._blocks(source, "validation", length, 1, cache)[: max(1, settings.eval_tokens // length)]
+        self.states = self._state_caches(cache) if cache else {}
 
-    def fit(self) -> Iterator[GateStep | GateReport]:
-        """Train every gate, calibrate it, and report; the report also goes to the checkpoint's metrics."""
+    def _state_caches(self, folder: Path) -> dict[str, StateCache]:
+        recipe = self.checkpoint.recipe
+        settings = (recipe.method.distill_temperature, recipe.train.precision)  # those of tuning, which may have filled it
+        splits = {"train": self.blocks, "validation": self.validation}
+        return {split: StateCache(folder, self.model, blocks, *settings) for split, blocks in splits.items()}
+
+    def fit(self) -> Iterator[GateStep | GateReport | StatesEvent]:
+        """Train every gate, calibrate it, and report; the report also goes to the checkpoint's metrics.
+
+        With a cache the layers' hidden states are computed before the first step.
+        """
+        for cache in self.states.values():
+            yield from (StatesEvent(done, len(cache.blocks), cache.num_bytes, cache.path) for done in cache.fill(self._ask))
         rng = np.random.default_rng(self.settings.seed)
         for step in range(self.settings.steps):
-            batch = self.blocks[rng.choice(len(self.blocks), self.settings.batch_size, replace=False)]
-            yield self.train_step(step, batch)
+            yield self.train_step(step, rng.choice(len(self.blocks), self.settings.batch_size, replace=False))
         report = self.calibrate()
         self.checkpoint.metrics.append({"step": self.checkpoint.step, **asdict(report)})
         yield report
 
-    def train_step(self, step: int, batch: NDArray[np.int32]) -> GateStep:
-        """One step of all gates at once; they share nothing."""
+    def train_step(self, step: int, numbers: NDArray[np.int64]) -> GateStep:
+        """One step of all gates at once, on the blocks of these numbers; the gates share nothing."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * (1 - step / self.settings.steps)
-        found = agreement(self.model, self._ids(batch))
+        found = self._agreement("train", numbers)
         losses = {layer: balanced_loss(gate.score(found[layer][0]), found[layer][1]) for layer, gate in self.gates.items()}
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -170,7 +184,7 @@ class GateTrainer:
     @torch.no_grad()
     def calibrate(self) -> GateReport:
         """Fit each gate's temperature and bias on one half of the validation blocks, and report on the other half."""
-        halves = [self._scores(self.validation[half::2]) for half in range(min(2, len(self.validation)))]
+        halves = [self._scores(np.arange(half, len(self.validation), 2)) for half in range(min(2, len(self.validation)))]
         report = {}
         for layer, gate in self.gates.items():
             with torch.enable_grad():
@@ -181,19 +195,24 @@ class GateTrainer:
             report[layer] = quality(torch.sigmoid((scores + shift) / temperature), labels, temperature)
         return GateReport(report)
 
-    def _scores(self, blocks: NDArray[np.int32]) -> dict[int, tuple[Tensor, Tensor]]:
-        parts = [
-            agreement(self.model, self._ids(blocks[i : i + self.settings.batch_size]))
-            for i in range(0, len(blocks), self.settings.batch_size)
-        ]
+    def _scores(self, numbers: NDArray[np.int64]) -> dict[int, tuple[Tensor, Tensor]]:
+        size = self.settings.batch_size
+        parts = [self._agreement("validation", numbers[i : i + size]) for i in range(0, len(numbers), size)]
         return {
             layer: (torch.cat([gate.score(part[layer][0]) for part in parts]), torch.cat([part[layer][1] for part in parts]))
             for layer, gate in self.gates.items()
         }
 
-    def _blocks(self, source: str, split: str, length: int, at_least: int) -> NDArray[np.int32]:
-        stream = encode_stream(self.checkpoint.tokenizer, load_documents(source, split), self.checkpoint.conventions.separator)
-        return pack(stream, length, at_least, f"{source} ({split})")
+    def _agreement(self, split: str, numbers: NDArray[np.int64]) -> dict[int, tuple[Tensor, Tensor]]:
+        blocks = self.blocks if split == "train" else self.validation
+        states = self.states[split].of(numbers, self.device) if split in self.states else None
+        found: dict[int, tuple[Tensor, Tensor]] = self._ask(lambda model, ids, _: agreement(model, ids, states), blocks[numbers])
+        return found
 
-    def _ids(self, batch: NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(batch[:, :-1].astype(np.int64)).to(self.device)
+    def _ask(self, question: Callable[..., Any], blocks: NDArray[np.int32], *more: Any) -> Any:
+        ids = torch.from_numpy(blocks.astype(np.int64)).to(self.device)
+        return question(self.model, ids[:, :-1], ids[:, 1:], *more)
+
+    def _blocks(self, source: str, split: str, length: int, at_least: int, cache: Path | None) -> NDArray[np.int32]:
+        stream = token_stream(replace(self.checkpoint, data=source), split, cache)
+        return pack(stream, length, at_least, f"{source} ({split})")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ease_train.checkpoint import Checkpoint, filled
+from ease_train.checkpoint import UNKNOWN_DATA, Checkpoint, filled
 from ease_train.config import ModelConfig, Recipe, TokenizerConfig, TrainConfig
 from ease_train.conventions import Conventions
 from ease_train.errors import CheckpointError, ForeignError
@@ -201,7 +201,7 @@ def _checkpoint(foreign: Foreign, config: ModelConfig, exit_weights: Mapping[str
         train=TrainConfig(layer_weights={config.num_layers: 1.0}, sequence_length=min(256, config.max_positions)),
     )
     model = converted(foreign.weights, config, exit_weights)
-    return Checkpoint(recipe, model, foreign.tokenizer, 0, "unknown", conventions=foreign.conventions)
+    return Checkpoint(recipe, model, foreign.tokenizer, 0, UNKNOWN_DATA, conventions=foreign.conventions)
 
 
 def converted(foreign: Mapping[str, Tensor], config: ModelConfig, exit_weights: Mapping[str, Tensor]) -> Decoder:

@@ -12,6 +12,7 @@ Shapes: N tokens (batch times sequence), D width, V vocabulary (M for a reduced 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_train.gradients import split_gradient
 from ease_train.model import Decoder
+from ease_train.states import States
 
 CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB
 
@@ -37,6 +39,7 @@ class Objective:
     gradient                what the layers see of it: `joint`, `equilibrium`, `detached` (gradients.py)
     drop                    layer dropout, one probability a layer (LayerSkip)
     predictor_weight        weight of the Mixture-of-Depths predictors' loss
+    labels                  what the early exits' CE is with: the `text`, or the token that the last exit finds most likely (`last-exit`)
     """
 
     weights: Mapping[int, float]
@@ -47,16 +50,44 @@ class Objective:
     gradient: str = "joint"
     drop: tuple[float, ...] = ()
     predictor_weight: float = 1.0
+    labels: str = "text"
 
     @property
     def distils(self) -> bool:
         """Whether the last exit is needed as a teacher."""
-        return self.distill_weight > 0 or self.distill_hidden_weight > 0
+        return self.distill_weight > 0 or self.distill_hidden_weight > 0 or self.labels == "last-exit"
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """The last exit, which learns nothing here: what its head reads (N, D), and the head's weight (V, D).
+
+    `log_sums` (N), of its exponentiated logits divided by the temperature, spare it most of its work before a reduced head.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    temperature: float
+    ids: Tensor | None  # the tokens that its pupils know; None: all
+    log_sums: Tensor | None = None
+
+    def probabilities(self, rows: slice) -> Tensor:
+        """Of the tokens that the pupils know. Shape: (n, V), or (n, M)."""
+        if self.ids is None or self.log_sums is None:
+            found = torch.softmax((self.hidden[rows] @ self.weight.T).float() / self.temperature, dim=-1)
+            return found if self.ids is None else found[:, self.ids]
+        logits = (self.hidden[rows] @ self.known_weight.T).float()
+        return (logits / self.temperature - self.log_sums[rows, None]).exp_()
+
+    @cached_property
+    def known_weight(self) -> Tensor:
+        """The head's rows for those tokens. Shape: (M, D)."""
+        return self.weight[self.ids]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The chunked loss's constants: for each exit, its head among the given ones and its weights; the last exit is the teacher."""
+    """The chunked loss's constants: for each exit, its head among the given ones and its weights; and the teacher, if any."""
 
     heads: tuple[int, ...]
     ids: tuple[Tensor | None, ...]  # by exit, the tokens that its head knows; None: all
@@ -64,6 +95,7 @@ class _Plan:
     distill: tuple[float, ...]
     temperature: float
     threshold: float
+    teacher: _Teacher | None
 
 
 class _ExitLoss(torch.autograd.Function):
@@ -82,20 +114,21 @@ class _ExitLoss(torch.autograd.Function):
             for ts, ns in ((heads, needed[:num_heads]), (hiddens, needed[num_heads:]))
         )
         sums = torch.zeros(2, len(hiddens), dtype=torch.float32, device=targets.device)  # weighted; cross-entropy alone
-        held = 4 if any(plan.distill) else 1  # arrays of the size of a chunk's logits: teacher, student, their divergence
+        taught = plan.teacher is not None and any(plan.distill)
+        held = 4 if taught else 1  # arrays of the size of a chunk's logits: teacher, student, their divergence
         counts = torch.zeros(len(hiddens), device=targets.device)  # of targets that the exit's head knows
         size = max(1, CHUNK_ELEMENTS // (held * max(len(head) for head in heads)))
-        for start in range(0, len(targets), size):
+        for start in range(0, targets.shape[1], size):
             rows = slice(start, start + size)
-            teacher = _probabilities(hiddens[-1][rows], heads[plan.heads[-1]], plan.temperature) if any(plan.distill) else None
-            waiting = torch.ones(len(targets[rows]), dtype=torch.bool, device=targets.device)
+            teacher = plan.teacher.probabilities(rows) if plan.teacher is not None and taught else None
+            waiting = torch.ones_like(targets[0, rows], dtype=torch.bool, device=targets.device)
             for i, hidden in enumerate(hiddens):
                 weight, head = heads[plan.heads[i]], plan.heads[i]
                 logits = (hidden[rows] @ weight.T).float()  # turned into their gradient below, in place
                 row_weights, waiting = _row_weights(logits, plan, i, waiting)
-                places, known = _places(targets[rows], plan.ids[i])
+                places, known = _places(targets[i, rows], plan.ids[i])
                 counts[i] += known.sum()
-                losses, distances = _chunk(logits, places, known, row_weights, plan.distill[i], plan, _known_part(teacher, plan.ids[i]))
+                losses, distances = _chunk(logits, places, known, row_weights, plan.distill[i], plan, teacher)
                 sums[0, i] += (losses * row_weights).sum() + distances
                 sums[1, i] += losses.sum()
                 grad = logits.to(weight.dtype)
@@ -104,8 +137,8 @@ class _ExitLoss(torch.autograd.Function):
                 if (total := grad_heads[head]) is not None:
                     _add_product(total, grad.T, hidden[rows].to(weight.dtype))
         ctx.save_for_backward(*grad_heads, *grads)
-        ctx.num_tokens = len(targets)
-        total_loss, means = (sums[0] / len(targets)).sum(), sums[1] / counts.clamp(min=1)
+        ctx.num_tokens = targets.shape[1]
+        total_loss, means = (sums[0] / ctx.num_tokens).sum(), sums[1] / counts.clamp(min=1)
         ctx.mark_non_differentiable(means)
         return total_loss, means
 
@@ -123,21 +156,12 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
         into.addmm_(left, right)
 
 
-def _probabilities(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return torch.softmax((hidden @ weight.T).float() / temperature, dim=-1)
-
-
 def _places(targets: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """Each target's row in a head, and whether it has one (else its row is any). Shape: (n), ids (M) or None -> (n) int64, (n) bool."""
     if ids is None:
         return targets, torch.ones_like(targets, dtype=torch.bool)
     places = torch.searchsorted(ids, targets).clamp(max=len(ids) - 1)
     return places, ids[places] == targets
-
-
-def _known_part(teacher: Tensor | None, ids: Tensor | None) -> Tensor | None:
-    """The teacher's probabilities of the tokens that a head knows. Shape: (n, V) -> (n, M)."""
-    return teacher if teacher is None or ids is None else teacher[:, ids]
 
 
 def _row_weights(logits: Tensor, plan: _Plan, exit_number: int, waiting: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,22 +201,50 @@ def exit_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Obj
 
     No layer runs past the last exit that is needed. Shape: input_ids and targets (B, S) int64 -> scalar with gradient, {layer: loss}.
     """
-    rows = _exit_rows(model, input_ids, objective)
-    layers = list(rows)
+    rows, last = _exit_rows(model, input_ids, objective), model.config.num_layers
+    teacher, labels = None, targets.flatten()
+    if objective.distils:
+        teacher = _Teacher(rows[last].detach(), model.lm_head.weight.detach(), objective.distill_temperature, _early_ids(model))
+        labels = top_tokens(model, last, teacher.hidden) if objective.labels == "last-exit" else labels
+    total, losses = _rows_loss(model, rows, (labels, targets.flatten()), objective, teacher)
+    if model.training and (predictor := model.predictor_loss()) is not None:
+        total = total + objective.predictor_weight * predictor
+    return total, losses
+
+
+def state_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Objective, states: States) -> tuple[Tensor, dict[int, float]]:
+    """`exit_loss` of the early exits, from what the frozen layers made of `input_ids` before, which need not run again."""
+    wanted = [layer for layer in states.hidden if objective.weights.get(layer, 0.0) > 0]
+    rows = {layer: model.exit_hidden(states.hidden[layer], layer).flatten(0, 1) for layer in wanted}
+    last, head, ids = states.last.flatten(0, 1), model.lm_head.weight.detach(), _early_ids(model)
+    teacher = _Teacher(last, head, objective.distill_temperature, ids, states.log_sums.flatten()) if objective.distils else None
+    labels = states.top if objective.labels == "last-exit" else targets
+    return _rows_loss(model, rows, (labels.flatten(), targets.flatten()), objective, teacher)
+
+
+def _early_ids(model: Decoder) -> Tensor | None:
+    """The tokens that the early exits know; None: all."""
+    return model.head_ids(model.config.exits[0])
+
+
+def _rows_loss(
+    model: Decoder, rows: Mapping[int, Tensor], labels: tuple[Tensor, Tensor], objective: Objective, teacher: _Teacher | None
+) -> tuple[Tensor, dict[int, float]]:
+    """The loss of exits whose heads read `rows` {layer: (N, D)}; labels of the early ones and of the last (N)."""
+    layers, last = list(rows), model.config.num_layers
     weights = tuple(objective.weights.get(layer, 0.0) for layer in layers)
     heads = [model.head(layer).weight for layer in layers]
     unique = list({id(head): head for head in heads}.values())
     places = tuple(next(i for i, head in enumerate(unique) if head is wanted) for wanted in heads)
-    distill = tuple(objective.distill_weight * weight for weight in weights[:-1])
     ids = tuple(model.head_ids(layer) for layer in layers)
-    plan = _Plan(places, ids, weights, (*distill, 0.0), objective.distill_temperature, objective.routing_threshold)
-    total, losses = _ExitLoss.apply(targets.flatten(), plan, len(unique), *unique, *rows.values())  # type: ignore[no-untyped-call]
-    if objective.distill_hidden_weight:
-        last = rows[layers[-1]].detach()
-        distances = [weight * F.mse_loss(rows[layer], last) for layer, weight in zip(layers[:-1], weights[:-1], strict=True)]
+    distill = tuple(objective.distill_weight * weight * (layer != last) for layer, weight in zip(layers, weights, strict=True))
+    plan = _Plan(places, ids, weights, distill, objective.distill_temperature, objective.routing_threshold, teacher)
+    wanted = torch.stack([labels[layer == last] for layer in layers])  # (E, N)
+    total, losses = _ExitLoss.apply(wanted, plan, len(unique), *unique, *rows.values())  # type: ignore[no-untyped-call]
+    if objective.distill_hidden_weight and teacher is not None:
+        early = [(rows[layer], weight) for layer, weight in zip(layers, weights, strict=True) if layer != last]
+        distances = [weight * F.mse_loss(hidden, teacher.hidden) for hidden, weight in early]
         total = total + objective.distill_hidden_weight * sum(distances, torch.zeros_like(total))
-    if model.training and (predictor := model.predictor_loss()) is not None:
-        total = total + objective.predictor_weight * predictor
     return total, dict(zip(layers, losses.tolist(), strict=True))
 
 
@@ -220,20 +272,49 @@ def exit_cross_entropy(
     return exit_loss(model, input_ids, targets, Objective(layer_weights))
 
 
-@torch.no_grad()
-def exit_losses(model: Decoder, input_ids: Tensor, targets: Tensor) -> dict[int, float]:
-    """Mean cross-entropy at every exit, in nats a token, over the targets that its head knows: a reduced head's is not comparable.
+@dataclass(frozen=True)
+class ExitFigures:
+    """An exit on some text: mean cross-entropy in nats over the tokens that its head knows, and the share of tokens on which it
+    says what the last layer says."""
 
-    Shape: (B, S) int64 twice -> {layer: loss}.
+    loss: float
+    agreement: float
+
+
+@torch.no_grad()
+def exit_figures(model: Decoder, input_ids: Tensor, targets: Tensor, states: States | None = None) -> dict[int, ExitFigures]:
+    """Every exit's figures; a reduced head's loss is not comparable. With `states` the layers need not run.
+
+    Shape: (B, S) int64 twice -> {layer: figures}.
     """
-    flat, losses = targets.flatten(), {}
+    flat, losses, tops, last = targets.flatten(), {}, {}, model.config.num_layers
+    for layer, hidden in states.hidden.items() if states else model.exit_states(input_ids):
+        losses[layer], tops[layer] = _loss_and_top(model, layer, model.exit_hidden(hidden, layer).flatten(0, 1), flat)
+    if states is not None:
+        losses[last], tops[last] = states.losses.mean().item(), states.top.flatten()
+    return {layer: ExitFigures(loss, (tops[layer] == tops[last]).float().mean().item()) for layer, loss in losses.items()}
+
+
+def _loss_and_top(model: Decoder, layer: int, rows: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+    """An exit's mean cross-entropy over the targets that its head knows, and its most likely tokens. Shape: (N, D), (N) -> (), (N)."""
+    size, ids, total, tops = max(1, CHUNK_ELEMENTS // model.config.vocab_size), model.head_ids(layer), 0.0, []
+    places, known = _places(targets, ids)
+    for start in range(0, len(targets), size):
+        chunk = slice(start, start + size)
+        logits = model.head(layer)(rows[chunk]).float()
+        total += (F.cross_entropy(logits, places[chunk], reduction="none") * known[chunk]).sum().item()
+        tops.append(logits.argmax(dim=-1))
+    top = torch.cat(tops)
+    return total / max(1, int(known.sum())), top if ids is None else ids[top]
+
+
+@torch.no_grad()
+def top_tokens(model: Decoder, layer: int, hidden: Tensor) -> Tensor:
+    """An exit's most likely tokens, without ever holding all logits. Shape: (N, D) -> (N) int64."""
     size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
-    for layer, hidden in model.exit_states(input_ids):
-        rows, head, total = model.exit_hidden(hidden, layer).flatten(0, 1), model.head(layer), 0.0
-        places, known = _places(flat, model.head_ids(layer))
-        for start in range(0, len(flat), size):
-            chunk = slice(start, start + size)
-            each = F.cross_entropy(head(rows[chunk]).float(), places[chunk], reduction="none")
-            total += (each * known[chunk]).sum().item()
-        losses[layer] = total / max(1, int(known.sum()))
-    return losses
+    return torch.cat([model.top_token(layer, rows) for rows in torch.split(hidden, size)])
+
+
+def exit_losses(model: Decoder, input_ids: Tensor, targets: Tensor) -> dict[int, float]:
+    """The losses alone of `exit_figures`."""
+    return {layer: figures.loss for layer, figures in exit_figures(model, input_ids, targets).items()}

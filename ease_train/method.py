@@ -53,6 +53,7 @@ class MethodConfig(Section):
     trains: str = setting("all", "'all' weights, or those of the 'exits' alone: norms, adapters and heads of their own (EE-Tuning)")
     layer_dropout: float = setting(0.0, "LayerSkip's p_max: probability that a sequence skips the last layer; less for those before")
     layer_dropout_time: str = setting("constant", "over the run: 'constant', or 'exponential' (from 0, for training from scratch)")
+    labels: str = setting("text", "early exits' cross-entropy is with the 'text', or with the 'last-exit's most likely token")
     distill_weight: float = setting(0.0, "weight of the divergence of an early exit from the last one, relative to its own loss")
     distill_temperature: float = setting(2.0, "temperature of that divergence")
     distill_hidden_weight: float = setting(0.0, "weight of the squared distance to the last exit's hidden state, after the exits' norms")
@@ -69,6 +70,7 @@ class MethodConfig(Section):
         one_of("method: exit_warmup", self.exit_warmup, WARMUPS)
         one_of("method: curriculum", self.curriculum, CURRICULA)
         one_of("method: exit_gradient", self.exit_gradient, GRADIENTS)
+        one_of("method: labels", self.labels, ("text", "last-exit"))
         one_of("method: trains", self.trains, ("all", "exits"))
         one_of("method: layer_dropout_time", self.layer_dropout_time, ("constant", "exponential"))
         for name in ("layer_dropout", "routing_threshold", "alpha_start", "alpha_end"):
@@ -100,6 +102,7 @@ class MethodConfig(Section):
             "exit_warmup",
             "curriculum",
             "exit_gradient",
+            "labels",
             "distill_weight",
             "distill_hidden_weight",
             "routing_threshold",
@@ -119,7 +122,7 @@ class MethodConfig(Section):
             )
         if self.routing_threshold and self.curriculum != "none":
             raise ConfigError("method: routing_threshold and curriculum both choose the exits to train; leave one out")
-        if self.routing_threshold and (self.distill_weight or self.distill_hidden_weight):
+        if self.routing_threshold and (self.distill_weight or self.distill_hidden_weight or self.labels != "text"):
             raise ConfigError("method: with routing_threshold a token has one exit and nothing to distil from; leave one out")
 
 

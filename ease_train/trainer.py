@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,15 +22,16 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ease_train.checkpoint import Checkpoint, filled, load_checkpoint, save_checkpoint
+from ease_train.checkpoint import UNKNOWN_DATA, Checkpoint, filled, load_checkpoint, save_checkpoint
 from ease_train.config import ModelConfig, Recipe
 from ease_train.corpora import load_documents
-from ease_train.errors import DivergenceError
-from ease_train.losses import Objective, exit_loss, exit_losses
+from ease_train.errors import ConfigError, DivergenceError
+from ease_train.losses import Objective, exit_figures, exit_loss, state_loss
 from ease_train.model import Decoder
 from ease_train.optimizer import create_optimizer, learning_rate, train_exits_only
 from ease_train.parallel import Workers, load_optimizer, whole
 from ease_train.schedules import drop_rates, exit_weights
+from ease_train.states import StateCache, States
 from ease_train.tokens import cached_stream, pack, train_tokenizer
 
 
@@ -48,11 +49,26 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class EvalEvent:
-    """Validation perplexity at each exit, by layer, and a greedy continuation of nothing where one was asked for."""
+    """Validation perplexity at each exit, by layer, and a greedy continuation of nothing where one was asked for.
+
+    A reduced head's perplexity is over the tokens that it knows. `agreement` is the share of tokens on which an exit's most likely
+    token is the last exit's.
+    """
 
     step: int
     perplexity: dict[int, float]
     sample: str = ""
+    agreement: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StatesEvent:
+    """So many blocks of `num_blocks` have their hidden states in `path`, where all take `num_bytes`."""
+
+    done: int
+    num_blocks: int
+    num_bytes: int
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,7 @@ class SaveEvent:
     model_step: int
 
 
-Event = StepEvent | EvalEvent | SaveEvent
+Event = StepEvent | EvalEvent | SaveEvent | StatesEvent
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -81,6 +97,7 @@ def objective_at(step: int, recipe: Recipe) -> Objective:
         method.exit_gradient,
         drop_rates(step, recipe),
         method.predictor_weight,
+        method.labels,
     )
 
 
@@ -89,6 +106,19 @@ def weights_may_rest(recipe: Recipe) -> bool:
     method, model = recipe.method, recipe.model
     moving = {method.curriculum, method.exit_warmup, method.alpha_schedule} != {"none"}
     return moving or bool(model.gates) or set(exit_weights(0, recipe)) != set(model.exits)
+
+
+def known_data(checkpoint: Checkpoint) -> str:
+    """What a checkpoint was trained on. Raises ConfigError for an imported one, which does not say."""
+    if checkpoint.data == UNKNOWN_DATA:
+        raise ConfigError("this checkpoint was imported, and what it was trained on is unknown; name the text to train on with --data")
+    return checkpoint.data
+
+
+def layers_rest(recipe: Recipe) -> bool:
+    """Whether a run's layers see every block alike in every epoch, so that their hidden states can be kept."""
+    method = recipe.method
+    return method.trains == "exits" and not method.layer_dropout and not method.routing_threshold
 
 
 def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDArray[np.int32]:
@@ -144,6 +174,7 @@ class Trainer:
         self.blocks = pack(token_stream(checkpoint, "train", cache), length, self.sequences_a_step, f"{checkpoint.data} (train)")
         blocks = pack(token_stream(checkpoint, "validation", cache), length, 1, f"{checkpoint.data} (validation)")
         self.validation = blocks[: max(1, self.settings.eval_tokens // length)]
+        self.train_states, self.validation_states = self._state_caches()
 
     @classmethod
     def begin(cls, recipe: Recipe, source: str, device: str = "cpu", cache: Path | None = None, sharded: bool = False) -> Self:
@@ -166,7 +197,11 @@ class Trainer:
         return cls(load_checkpoint(path, resume=True), workers, cache)
 
     def fit(self, out: Path) -> Iterator[Event]:
-        """Train to the last step, or until patience ends; yield every step, evaluation and checkpoint. Raises DivergenceError."""
+        """Train to the last step, or until patience ends; yield every step, evaluation and checkpoint. Raises DivergenceError.
+
+        Where the layers are frozen and there is a cache, their hidden states are computed before the first step.
+        """
+        yield from self.fill_states()
         while self.checkpoint.step < self.settings.steps and not self.out_of_patience():
             yield self.log(self.train_step(self.next_batch()))
             step, last = self.checkpoint.step, self.checkpoint.step == self.settings.steps
@@ -177,12 +212,31 @@ class Trainer:
             if step % self.settings.save_every == 0 or last:
                 yield self.save(out)
 
+    def _state_caches(self) -> tuple[StateCache | None, StateCache | None]:
+        """Where the hidden states of the training and validation blocks are kept, if they are."""
+        if self.cache is None or self.workers.count > 1 or not layers_rest(self.recipe):
+            return None, None
+        settings = (self.recipe.method.distill_temperature, self.settings.precision)
+        train, validation = (StateCache(self.cache, self.model, blocks, *settings) for blocks in (self.blocks, self.validation))
+        return train, validation
+
+    def fill_states(self) -> Iterator[StatesEvent]:
+        """Compute the hidden states that are not kept yet. Raises DataError when they do not fit on the disk."""
+        self.model.eval()
+        for cache in (self.train_states, self.validation_states):
+            if cache is not None:
+                yield from (StatesEvent(done, len(cache.blocks), cache.num_bytes, cache.path) for done in cache.fill(self._ask))
+
     def next_batch(self) -> NDArray[np.int32]:
-        """The blocks of the step to come: each epoch in an order of its own, an incomplete step left out."""
+        """The blocks of the step to come."""
+        return self.blocks[self.next_numbers()]
+
+    def next_numbers(self) -> NDArray[np.int64]:
+        """The numbers of those blocks: each epoch in an order of its own, an incomplete step left out."""
         per_epoch = len(self.blocks) // self.sequences_a_step
         epoch, place = divmod(self.checkpoint.step, per_epoch)
         order = np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.blocks))
-        return self.blocks[order[place * self.sequences_a_step :][: self.sequences_a_step]]
+        return order[place * self.sequences_a_step :][: self.sequences_a_step]
 
     def train_step(self, batch: NDArray[np.int32]) -> StepEvent:
         """Forward, backward, clip, step."""
@@ -212,15 +266,24 @@ class Trainer:
         if objective.drop:  # not the same sequences in every process
             place = (self.settings.seed, self.checkpoint.step, self.workers.rank)
             torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
-        total, by_exit = 0.0, dict.fromkeys(self.recipe.model.exits, 0.0)
+        total, by_exit, numbers = 0.0, dict.fromkeys(self.recipe.model.exits, 0.0), self.next_numbers()
         for number, part in enumerate(parts, 1):
             with self.workers.hold_gradients(self.learner, number < len(parts)):
-                loss, losses = self._ask(exit_loss, part, objective)
-                self.scaler.scale(loss / len(parts)).backward()
+                loss, losses = self._loss(part, np.split(numbers, len(parts))[number - 1], objective)
+                self.scaler.scale(loss / len(parts)).backward()  # type: ignore[no-untyped-call]
             total += loss.item() / len(parts)
             by_exit |= {layer: by_exit[layer] + value / len(parts) for layer, value in losses.items()}
         means = self.workers.mean([total, *(by_exit[layer] for layer in losses)])
         return means[0], dict(zip(losses, means[1:], strict=True))
+
+    def _loss(self, part: NDArray[np.int32], numbers: NDArray[np.int64], objective: Objective) -> tuple[Tensor, dict[int, float]]:
+        """A batch's loss, from its hidden states where they are kept."""
+        states = self._kept(self.train_states, numbers)
+        loss, by_exit = self._ask(exit_loss, part, objective) if states is None else self._ask(state_loss, part, objective, states)
+        return loss, by_exit
+
+    def _kept(self, cache: StateCache | None, numbers: NDArray[np.int64]) -> States | None:
+        return cache.of(numbers, self.device) if cache is not None and cache.full else None
 
     def _ask(self, question: Callable[..., Any], batch: NDArray[np.int32], *more: Any) -> Any:
         """question(model, input_ids, targets, ...), in the run's precision. Shape: batch (n, sequence_length + 1)."""
@@ -230,16 +293,21 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> EvalEvent:
-        """Validation perplexity of every exit, a mean over tokens."""
-        totals: dict[int, float] = {}
+        """Validation perplexity of every exit, and its agreement with the last one, means over tokens."""
+        layers = self.recipe.model.exits
+        totals = np.zeros((2, len(layers)))
         self.model.eval()
         for start in range(0, len(self.validation), self.settings.batch_size):
-            batch = self.validation[start : start + self.settings.batch_size]
-            for layer, loss in self._ask(exit_losses, batch).items():
-                totals[layer] = totals.get(layer, 0.0) + loss * len(batch)
-        means = dict(zip(totals, self.workers.mean(list(totals.values())), strict=True))  # the same in every process
-        perplexity = {layer: math.exp(total / len(self.validation)) for layer, total in means.items()}
-        return EvalEvent(self.checkpoint.step, perplexity, self.sample(self.settings.sample_tokens))
+            numbers = np.arange(start, min(start + self.settings.batch_size, len(self.validation)))
+            figures = self._ask(exit_figures, self.validation[numbers], self._kept(self.validation_states, numbers))
+            totals += [
+                [figures[layer].loss * len(numbers) for layer in layers],
+                [figures[layer].agreement * len(numbers) for layer in layers],
+            ]
+        means = self.workers.mean((totals / len(self.validation)).flatten().tolist())  # the same in every process
+        perplexity = {layer: math.exp(loss) for layer, loss in zip(layers, means, strict=False)}
+        agreement = dict(zip(layers[:-1], means[len(layers) :], strict=False))
+        return EvalEvent(self.checkpoint.step, perplexity, self.sample(self.settings.sample_tokens), agreement)
 
     @torch.no_grad()
     def sample(self, num_tokens: int) -> str:
@@ -283,7 +351,7 @@ class Trainer:
         state = self.workers.gathered(self.learner.state_dict()) if self.workers.sharded else self.model.state_dict()
         return {name.removeprefix("model."): value for name, value in state.items()}
 
-    def log(self, event: Event) -> Event:
+    def log(self, event: StepEvent | EvalEvent) -> StepEvent | EvalEvent:
         """Keep an event for metrics.jsonl: every evaluation, and one step in `log_every`."""
         if isinstance(event, EvalEvent) or event.step % self.settings.log_every == 0:
             self.checkpoint.metrics.append(json.loads(json.dumps(asdict(event))))  # as it will be read back

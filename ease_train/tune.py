@@ -18,7 +18,7 @@ from ease_train.config import SECTIONS, Recipe
 from ease_train.errors import ConfigError, did_you_mean
 from ease_train.model import Block, Decoder
 from ease_train.parallel import Workers
-from ease_train.trainer import Trainer, token_counts
+from ease_train.trainer import Trainer, known_data, token_counts
 
 OF_THE_EXITS = ("exits", "exit_norm", "exit_adapter", "adapter_dim", "exit_head", "exit_vocab_size")
 
@@ -79,7 +79,7 @@ def begin_tuning(
     chosen = tuned_recipe(trained.recipe, recipe, options)
     torch.manual_seed(chosen.train.seed)
     model = with_exits(trained.model, chosen)
-    tuned = Checkpoint(chosen, model, trained.tokenizer, 0, source or trained.data, conventions=trained.conventions)
+    tuned = Checkpoint(chosen, model, trained.tokenizer, 0, source or known_data(trained), conventions=trained.conventions)
     if knows_no_draft(trained.model, model):
         model.choose_draft_ids(token_counts(tuned, cache))
     return Trainer(tuned, workers, cache)

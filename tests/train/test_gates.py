@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from ease_train import gates
+from ease_train import losses
 from ease_train.checkpoint import load_checkpoint
 from ease_train.cli import main
 from ease_train.config import Recipe
@@ -38,7 +38,7 @@ def test_the_label_is_agreement_with_the_last_layer(trained: Path, monkeypatch: 
             parameter.copy_(torch.randn_like(parameter) * 0.3)
         ids = torch.randint(model.config.vocab_size, (4, 16))
         said = {layer: model.head(layer)(model.exit_hidden(h, layer)).argmax(-1).flatten() for layer, h in model.exit_states(ids)}
-        monkeypatch.setattr(gates, "CHUNK_ELEMENTS", 7 * model.config.vocab_size)
+        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 7 * model.config.vocab_size)
         found = agreement(model, ids)
     assert set(found) == {2, 3}
     for layer, (hidden, labels) in found.items():

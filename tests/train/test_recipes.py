@@ -27,7 +27,10 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {"ee-tuning"}))  # that one tunes: test_tune.py
+TUNING = {"ee-tuning", "kangaroo", "kangaroo-fr-spec"}
+
+
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - TUNING))  # those: test_tune.py, test_states.py
 def test_a_recipe_trains(name: str, small_corpus: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     shorter = {field: 3 for field in ("exit_warmup_steps", "routing_warmup_steps") if getattr(recipe.method, field)}
