@@ -26,6 +26,7 @@ NEEDS = {  # a setting -> the one without which it has no effect
     "layer_dropout_time": "layer_dropout",
     "distill_temperature": "distill_weight",
     "routing_warmup_steps": "routing_threshold",
+    "lora_alpha": "lora_rank",
 }
 
 
@@ -51,6 +52,8 @@ class MethodConfig(Section):
         "joint", "into the layers from an exit: 'joint', 'equilibrium' (rescaled) or 'detached' (none from early exits)"
     )
     trains: str = setting("all", "'all' weights, or those of the 'exits' alone: norms, adapters and heads of their own (EE-Tuning)")
+    lora_rank: int = setting(0, "rank of updates that learn in the place of the layers' matrices (LoRA); 0: the matrices learn")
+    lora_alpha: float = setting(16.0, "scale of those updates, times their rank")
     layer_dropout: float = setting(0.0, "LayerSkip's p_max: probability that a sequence skips the last layer; less for those before")
     layer_dropout_time: str = setting("constant", "over the run: 'constant', or 'exponential' (from 0, for training from scratch)")
     labels: str = setting("text", "early exits' cross-entropy is with the 'text', or with the 'last-exit's most likely token")
@@ -81,6 +84,8 @@ class MethodConfig(Section):
                 raise ConfigError(f"method: {name} = {getattr(self, name)}, expected at least 0")
         if self.distill_temperature <= 0:
             raise ConfigError(f"method: distill_temperature = {self.distill_temperature}, expected more than 0")
+        if self.lora_rank < 0:
+            raise ConfigError(f"method: lora_rank = {self.lora_rank}, expected at least 0")
         if self.rotate_every < 1:
             raise ConfigError(f"method: rotate_every = {self.rotate_every}, expected at least 1")
         if slow := {layer: scale for layer, scale in self.layer_lr_scales.items() if scale < 0}:
@@ -120,6 +125,8 @@ class MethodConfig(Section):
             raise ConfigError(
                 f"method: exit_warmup_steps = {self.exit_warmup_steps}, expected at least 1 with exit_warmup = '{self.exit_warmup}'"
             )
+        if self.lora_rank and self.trains == "exits":
+            raise ConfigError("method: lora_rank updates the layers, which trains = 'exits' freezes; leave one out")
         if self.routing_threshold and self.curriculum != "none":
             raise ConfigError("method: routing_threshold and curriculum both choose the exits to train; leave one out")
         if self.routing_threshold and (self.distill_weight or self.distill_hidden_weight or self.labels != "text"):

@@ -26,6 +26,7 @@ from ease_train.checkpoint import UNKNOWN_DATA, Checkpoint, filled, load_checkpo
 from ease_train.config import ModelConfig, Recipe
 from ease_train.corpora import load_documents
 from ease_train.errors import ConfigError, DivergenceError
+from ease_train.lora import add_low_rank, merged
 from ease_train.losses import Objective, exit_figures, exit_loss, state_loss
 from ease_train.model import Decoder
 from ease_train.optimizer import create_optimizer, learning_rate, train_exits_only
@@ -155,8 +156,11 @@ class Trainer:
         self.workers, self.cache = workers or Workers(), cache
         self.device, state = self.workers.device, checkpoint.train_state
         self.best: Kept | None = None
-        if state is not None and "weights" in state:
+        if state is not None and "weights" in state and ("best" in state or not self.recipe.method.lora_rank):
             self.best = Kept.of(checkpoint.step, self.recipe.model, checkpoint.model.state_dict())
+        if self.recipe.method.lora_rank:
+            add_low_rank(checkpoint.model, self.recipe.method.lora_rank, self.recipe.method.lora_alpha)
+        if state is not None and "weights" in state:
             checkpoint.model.load_state_dict(state["weights"])
             checkpoint.step = state["step"]
         self.model = checkpoint.model.to(self.device)
@@ -328,7 +332,7 @@ class Trainer:
         values = self._last_exit_perplexities()
         if self.settings.patience and values[-1] < min(values[:-1], default=math.inf):
             weights = self._whole_weights()
-            self.best = Kept.of(self.checkpoint.step, self.recipe.model, weights) if self.workers.first else None
+            self.best = self._plain(weights) if self.workers.first else None
 
     def _last_exit_perplexities(self) -> list[float]:
         last = str(self.recipe.model.num_layers)
@@ -340,11 +344,17 @@ class Trainer:
         state: dict[str, Any] = {"optimizer": self.workers.gathered(self.optimizer.state_dict()), "scaler": self.scaler.state_dict()}
         weights = self._whole_weights()
         if self.workers.first:
-            saved = self.best or (Kept.of(step, self.recipe.model, weights) if self.workers.sharded else Kept(step, self.model))
-            state |= {"weights": weights, "step": step} if self.best else {}
+            changed = self.workers.sharded or self.recipe.method.lora_rank > 0
+            saved = self.best or (self._plain(weights) if changed else Kept(step, self.model))
+            state |= {"weights": weights, "step": step} if self.best or self.recipe.method.lora_rank else {}
+            state |= {"best": saved.step} if self.best else {}
             save_checkpoint(replace(self.checkpoint, step=saved.step, model=saved.model, train_state=state), out)
         self.workers.wait()
         return SaveEvent(step, out, saved.step if self.workers.first else step)
+
+    def _plain(self, weights: Mapping[str, Tensor]) -> Kept:
+        """A copy of the model as it is now, without low-rank updates beside its matrices."""
+        return Kept.of(self.checkpoint.step, self.recipe.model, merged(weights, self.recipe.method.lora_alpha))
 
     def _whole_weights(self) -> dict[str, Tensor]:
         """The model's state dictionary, whole where the weights are in shards (every process must ask)."""

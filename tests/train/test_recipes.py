@@ -27,7 +27,7 @@ TINY = {
 }
 
 
-TUNING = {"ee-tuning", "kangaroo", "kangaroo-fr-spec"}
+TUNING = {"ee-tuning", "kangaroo", "kangaroo-fr-spec", "layerskip-tuning"}
 
 
 @pytest.mark.parametrize("name", sorted(set(recipe_names()) - TUNING))  # those: test_tune.py, test_states.py
@@ -70,7 +70,7 @@ def test_the_recipes_ask_for_what_their_papers_do() -> None:
 
 def test_methods_differ_from_small_in_nothing_else() -> None:
     small = load_recipe("small")
-    for name in set(recipe_names()) - {"demo", "small", "standard", "ee-tuning"}:
+    for name in set(recipe_names()) - {"demo", "small", "standard", *TUNING}:
         recipe = load_recipe(name)
         assert (recipe.model.dim, recipe.model.num_layers, recipe.tokenizer) == (small.model.dim, small.model.num_layers, small.tokenizer)
         assert recipe.train.__class__(**{**vars(recipe.train), "layer_weights": small.train.layer_weights}) == small.train, name

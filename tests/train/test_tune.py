@@ -123,3 +123,44 @@ def test_the_command(plain: Path, tmp_path: Path) -> None:
     assert load_checkpoint(out, resume=True).recipe.method.trains == "exits"
     assert list(Trainer.resume(out).fit(out)) == []
     assert CliRunner().invoke(main, ["tune", str(plain), "--out", str(out)]).exit_code == 1
+
+
+SKIP = {**QUICK, "exits": [2, 3], "steps": 6, "save_every": 3, "learning_rate": 0.01}
+
+
+def test_low_rank_updates_start_at_nothing_and_are_saved_as_plain_weights(plain: Path, tmp_path: Path) -> None:
+    trainer = begin_tuning(load_checkpoint(plain), load_recipe("layerskip-tuning"), {**SKIP, "lora_rank": 2, "exit_norm": "own"})
+    before, model, ids = load_checkpoint(plain).model, trainer.model, torch.randint(20, (2, 9))
+    torch.testing.assert_close(model(ids), before(ids))
+    learns = {name.split(".")[-1] if "parametrizations" in name else name for name, p in model.named_parameters() if p.requires_grad}
+    assert learns == {"down", "up", "exit_norms.2.weight", "exit_norms.3.weight"}
+    for _ in trainer.fit(tmp_path / "tuned"):
+        pass
+    after = load_checkpoint(tmp_path / "tuned").model
+    torch.testing.assert_close(after(ids), model.eval()(ids))
+    weights, were = after.state_dict(), before.state_dict()
+    changed = {name for name, value in were.items() if not torch.equal(value, weights[name])}
+    assert changed == {name for name in were if name.startswith("layers.") and "norm" not in name}
+    for name in changed:
+        assert torch.linalg.matrix_rank(weights[name] - were[name], rtol=1e-3) <= 2
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"lora_rank": 2, "patience": 5, "eval_every": 2}])
+def test_layerskip_tuning_resumes_to_the_bit(plain: Path, tmp_path: Path, options: dict[str, int]) -> None:
+    def begin() -> Trainer:
+        return begin_tuning(load_checkpoint(plain), load_recipe("layerskip-tuning"), {**SKIP, **options})
+
+    whole = [event for event in begin().fit(tmp_path / "whole") if isinstance(event, StepEvent)]
+    parts = begin().fit(tmp_path / "parts")
+    while (tmp_path / "parts").exists() is False:
+        next(parts)
+    parts.close()
+    again = [event for event in Trainer.resume(tmp_path / "parts").fit(tmp_path / "parts") if isinstance(event, StepEvent)]
+    assert [(event.step, event.loss) for event in again] == [(event.step, event.loss) for event in whole[3:]]
+    one, other = (load_checkpoint(tmp_path / name).model.state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_low_rank_updates_of_frozen_layers_are_a_contradiction(recipe: Recipe) -> None:
+    with pytest.raises(ConfigError, match="lora_rank updates the layers, which trains = 'exits' freezes"):
+        tuned_recipe(recipe, load_recipe("ee-tuning"), {**TO_2, "lora_rank": 4})
