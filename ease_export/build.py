@@ -15,7 +15,7 @@ import onnxruntime
 import torch
 
 from ease_export.errors import ExportError
-from ease_export.plan import SIMILARITY_FILE, Cut, Plan, cut_layers, exit_file, gate_file, head_file, plan_graphs
+from ease_export.plan import SIMILARITY_FILE, Cut, Plan, block_file, cut_layers, exit_file, gate_file, head_file, plan_graphs
 from ease_export.quantize import BITS, WeightQuantizer, add_contrib_domain
 from ease_export.trace import Tracer
 from ease_export.weights import WeightFiles
@@ -78,7 +78,8 @@ def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precis
         similarity=SIMILARITY_FILE,
         segments=tuple(_segment_info(cut) for cut in cut_layers(model)),
         exits=tuple(
-            ExitInfo(layer, exit_file(n), head_file(model, n, layer), gate_file(model, n, layer)) for n, layer in enumerate(config.exits)
+            ExitInfo(layer, exit_file(n), head_file(model, n, layer), gate_file(model, n, layer), block_file(model, n, layer))
+            for n, layer in enumerate(config.exits)
         ),
         chat_template=TEMPLATE_FILE if checkpoint.conventions.chat_template is not None else None,
         generation=checkpoint.conventions.generation,

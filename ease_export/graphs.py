@@ -10,7 +10,7 @@ those positions, and attend to all before them. What pads wrote past a row's rea
 attended to. Lengths and positions are computed inside the graph: a caller cannot pass a wrong one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.onnx import ops
 
-from ease_train.model import Block, Decoder, RoutedBlock
+from ease_train.model import UNKNOWN_LOGIT, Block, Decoder, RoutedBlock
 
 OPSET = 24
 
@@ -28,6 +28,11 @@ def scatter_rows(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
     attributes: dict[str, int | str] = {"axis": 1, "mode": "linear"}
     inputs = (cache, new, write_indices)
     return ops.symbolic("TensorScatter", inputs, attributes, dtype=cache.dtype, shape=cache.shape, version=OPSET)  # type: ignore[arg-type]
+
+
+def gather(x: Tensor, index: Tensor, axis: int, shape: Sequence[int]) -> Tensor:
+    """Gather along an axis, to the shape that comes of it; torch's own ways leave a table of ids in the graph as a constant."""
+    return ops.symbolic("Gather", (x, index), {"axis": axis}, dtype=x.dtype, shape=shape, version=OPSET)
 
 
 def _per_head(norm: nn.Module, x: Tensor, heads: tuple[int, int]) -> Tensor:
@@ -127,9 +132,9 @@ class _OverCache(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, model: Decoder, rotary: RotaryTables, first: int, last: int) -> None:
+    def __init__(self, rotary: RotaryTables, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ServingBlock(block) for block in model.layers[first - 1 : last])  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(ServingBlock(block) for block in blocks)  # type: ignore[arg-type]
         self.register_buffer("cos", rotary.cos)
         self.register_buffer("sin", rotary.sin)
 
@@ -149,9 +154,9 @@ class FirstSegment(_OverCache):
     `embedded` is what entered the first layer: the state before the first exit, for policies that compare.
     """
 
-    def __init__(self, model: Decoder, rotary: RotaryTables, first: int, last: int) -> None:
-        super().__init__(model, rotary, first, last)
-        self.embed = model.embed
+    def __init__(self, rotary: RotaryTables, blocks: Iterable[nn.Module], embed: nn.Embedding) -> None:
+        super().__init__(rotary, blocks)
+        self.embed = embed
 
     def forward(
         self, input_ids: Tensor, active: Tensor, spread: Tensor, places: Tensor, write_indices: Tensor, past: Sequence[Tensor]
@@ -161,7 +166,10 @@ class FirstSegment(_OverCache):
 
 
 class Segment(_OverCache):
-    """segment_k: pool (M, D), index (N), then as the first segment -> hidden (N, D), present..."""
+    """segment_k: pool (M, D), index (N), then as the first segment -> hidden (N, D), present...
+
+    Also block_k, an exit's own layer.
+    """
 
     def forward(
         self, pool: Tensor, index: Tensor, active: Tensor, spread: Tensor, places: Tensor, write_indices: Tensor, past: Sequence[Tensor]
@@ -224,7 +232,10 @@ class Route(nn.Module):
 
 
 class ExitHead(nn.Module):
-    """exit_k: pool (M, D), index (N) -> exit_hidden (N, D), after the exit's adapter and norm."""
+    """exit_k: pool (M, D), index (N) -> exit_hidden (N, D), after the exit's adapter and norm.
+
+    Where the exit has a layer of its own, the rows are what came out of that.
+    """
 
     def __init__(self, model: Decoder, layer: int) -> None:
         super().__init__()
@@ -271,6 +282,11 @@ class Head(nn.Module):
 
     def forward(self, exit_hidden: Tensor) -> tuple[Tensor, ...]:
         logits = self.lm_head(exit_hidden)  # (N, V)
+        top_id, *figures = self.figures(logits)
+        return logits, top_id, *figures
+
+    def figures(self, logits: Tensor) -> tuple[Tensor, ...]:
+        """The place of the largest logit, and the three figures. Shape: (N, V) -> (N) each."""
         wide = logits.float()  # sums over a vocabulary need more than 16 bits
         top, ids = torch.topk(wide, 2, dim=-1)  # (N, 2)
         shifted = wide - top[:, :1]
@@ -279,4 +295,28 @@ class Head(nn.Module):
         top_prob = 1.0 / total
         margin = top_prob - (top[:, 1] - top[:, 0]).exp() / total
         entropy = total.log() - (exponentials * shifted).sum(dim=-1) / total
-        return logits, ids[:, 0], *(figure.to(logits.dtype) for figure in (top_prob, margin, entropy))
+        return ids[:, 0], *(figure.to(logits.dtype) for figure in (top_prob, margin, entropy))
+
+
+class ReducedHead(Head):
+    """A head that knows M tokens: the same outputs, over the whole vocabulary, with UNKNOWN_LOGIT for the others.
+
+    `places` (V) says where a token's logit stands among the M, and M for those that it does not know.
+    """
+
+    draft_ids: Tensor
+    places: Tensor
+
+    def __init__(self, lm_head: nn.Linear, draft_ids: Tensor, vocab_size: int) -> None:
+        super().__init__(lm_head)
+        self.register_buffer("draft_ids", draft_ids)
+        places = torch.full((vocab_size,), len(draft_ids))
+        places[draft_ids] = torch.arange(len(draft_ids))
+        self.register_buffer("places", places)
+
+    def forward(self, exit_hidden: Tensor) -> tuple[Tensor, ...]:
+        known = self.lm_head(exit_hidden)  # (N, M)
+        place, *figures = self.figures(known)
+        padded = F.pad(known, (0, 1), value=UNKNOWN_LOGIT)
+        logits = gather(padded, self.places, 1, (*known.shape[:1], *self.places.shape))
+        return logits, gather(self.draft_ids, place, 0, place.shape), *figures

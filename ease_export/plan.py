@@ -1,6 +1,7 @@
 """Which graphs a bundle has: where a model is cut, and for each graph its module, inputs and outputs. Traces and writes nothing."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from ease_export.graphs import (
     GateHead,
     Head,
     PropagateKV,
+    ReducedHead,
     RotaryTables,
     Route,
     Routed,
@@ -23,6 +25,7 @@ from ease_export.graphs import (
 from ease_train.model import Decoder, RoutedBlock
 
 HEAD_FILE = "head.onnx"
+REDUCED_HEAD_FILE = "reduced_head.onnx"  # of all early exits
 SIMILARITY_FILE = "similarity.onnx"
 TRACED_LAYERS = 2  # all the others are the second again, with weights of their own
 
@@ -65,9 +68,17 @@ def cut_layers(model: Decoder) -> list[Cut]:
     routed = {number for number, layer in enumerate(model.layers, 1) if isinstance(layer, RoutedBlock)}
     if 1 in routed:
         raise ExportError("layer 1 is routed: a bundle's first segment must run for every token; train with routed_layers from 2 on")
+    if routed and any(model.exit_block(layer) for layer in config.exits):
+        raise ExportError(
+            "exits with a layer of their own and routed layers do not go together: routed layers have K/V for some tokens only"
+        )
     ends = sorted({*config.exits, *routed, *(layer - 1 for layer in routed)} - {0})
     starts = [1, *(end + 1 for end in ends[:-1])]
     return [Cut(number, first, last, first in routed) for number, (first, last) in enumerate(zip(starts, ends, strict=True))]
+
+
+def block_file(model: Decoder, number: int, layer: int) -> str | None:
+    return f"block_{number + 1:02d}.onnx" if model.exit_block(layer) is not None else None
 
 
 def exit_file(number: int) -> str:
@@ -79,13 +90,17 @@ def gate_file(model: Decoder, number: int, layer: int) -> str | None:
 
 
 def head_file(model: Decoder, number: int, layer: int) -> str:
-    return HEAD_FILE if model.head(layer) is model.lm_head else f"head_{number + 1:02d}.onnx"
+    if model.head(layer) is model.lm_head:
+        return HEAD_FILE
+    return REDUCED_HEAD_FILE if model.head(layer) is model.draft_head else f"head_{number + 1:02d}.onnx"
 
 
 def plan_graphs(model: Decoder) -> Iterator[Plan]:
     """Every graph of the bundle, one after the other."""
     rotary = RotaryTables(model)
-    yield _head_plan(HEAD_FILE, model.lm_head)
+    yield _head_plan(HEAD_FILE, Head(model.lm_head))
+    if model.draft_head is not None:
+        yield _head_plan(REDUCED_HEAD_FILE, ReducedHead(model.draft_head, model.draft_ids, model.config.vocab_size))
     for cut in cut_layers(model):
         if cut.routed:
             yield _routed_plan(model, rotary, cut)
@@ -96,9 +111,11 @@ def plan_graphs(model: Decoder) -> Iterator[Plan]:
             yield _kv_plan(model, rotary, cut)
     yield _similarity_plan(model)
     for number, layer in enumerate(model.config.exits):
+        if (block := model.exit_block(layer)) is not None:
+            yield _block_plan(model, rotary, Cut(number, layer, layer, routed=False), block)
         yield _from_pool(exit_file(number), ExitHead(model, layer), model, ["exit_hidden"])
-        if (file := head_file(model, number, layer)) != HEAD_FILE:
-            yield _head_plan(file, model.head(layer))
+        if (file := head_file(model, number, layer)) not in (HEAD_FILE, REDUCED_HEAD_FILE):
+            yield _head_plan(file, Head(model.head(layer)))
         if gate := gate_file(model, number, layer):
             yield _from_pool(gate, GateHead(model, layer), model, ["exit_hidden", "probability"])
 
@@ -122,8 +139,11 @@ def _pool(model: Decoder) -> Inputs:
     return [("pool", _states(model), {0: "M"}), _tokens("index")]
 
 
-def _over_cache(cut: Cut, kind: str, module: nn.Module, traced: nn.Module, model: Decoder, inputs: Inputs, outputs: list[str]) -> Plan:
-    """A graph that reads and writes the caches of a segment's layers, after its own inputs and where its tokens stand."""
+def _over_cache(cut: Cut, kind: str, modules: Many[nn.Module], model: Decoder, inputs: Inputs, outputs: list[str]) -> Plan:
+    """A graph that reads and writes the caches of a segment's layers, after its own inputs and where its tokens stand.
+
+    `modules` are the whole and the part that is traced.
+    """
     num_layers = cut.last - cut.first + 1
     names = [f"{name}.{i}" for i in range(min(num_layers, TRACED_LAYERS)) for name in ("key", "value")]
     past = [torch.zeros(ROWS, LENGTH, model.config.kv_dim, dtype=model.embed.weight.dtype) for _ in names]
@@ -132,32 +152,41 @@ def _over_cache(cut: Cut, kind: str, module: nn.Module, traced: nn.Module, model
     inputs = [*inputs, spread, places, ("write_indices", torch.zeros(ROWS, dtype=torch.int64), {0: "B"})]
     return Plan(
         file=cut.file(kind),
-        module=module,
-        traced=traced,
+        module=modules[0],
+        traced=modules[-1],
         inputs=(*(example for _, example, _ in inputs), past),
         input_names=[*(name for name, _, _ in inputs), *(f"past_{name}" for name in names)],
         axes=(*(axes for _, _, axes in inputs), [{0: "B", 1: "T"} for _ in names]),
         output_names=[*outputs, *(f"present_{name}" for name in names)],
-        weights=f"{cut.file('segment')}.data",
+        weights=f"{cut.file('segment' if kind == 'kv' else kind)}.data",
         num_layers=num_layers,
     )
 
 
 def _segment_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
-    kind = Segment if cut.number else FirstSegment
-    module, traced = (kind(model, rotary, cut.first, last) for last in (cut.last, min(cut.last, cut.first + TRACED_LAYERS - 1)))
-    inputs = [*(_pool(model) if cut.number else [_tokens("input_ids")]), _tokens("active", torch.bool)]
-    return _over_cache(cut, "segment", module, traced, model, inputs, ["hidden"] if cut.number else ["embedded", "hidden"])
+    layers, inputs = model.layers[cut.first - 1 : cut.last], [_tokens("active", torch.bool)]
+    if cut.number:
+        modules = [Segment(rotary, part) for part in (layers, layers[:TRACED_LAYERS])]
+        return _over_cache(cut, "segment", modules, model, [*_pool(model), *inputs], ["hidden"])
+    first = [FirstSegment(rotary, part, model.embed) for part in (layers, layers[:TRACED_LAYERS])]
+    return _over_cache(cut, "segment", first, model, [_tokens("input_ids"), *inputs], ["embedded", "hidden"])
 
 
 def _kv_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
-    module, traced = (PropagateKV(model, rotary, cut.first, last) for last in (cut.last, min(cut.last, cut.first + TRACED_LAYERS - 1)))
-    return _over_cache(cut, "kv", module, traced, model, _pool(model), [])
+    layers = model.layers[cut.first - 1 : cut.last]
+    modules = [PropagateKV(rotary, part) for part in (layers, layers[:TRACED_LAYERS])]
+    return _over_cache(cut, "kv", modules, model, _pool(model), [])
+
+
+def _block_plan(model: Decoder, rotary: RotaryTables, cut: Cut, block: nn.Module) -> Plan:
+    """An exit's own layer, as a segment of one. `cut` has the exit's number."""
+    module = Segment(rotary, [block])
+    return _over_cache(cut, "block", [module], model, [*_pool(model), _tokens("active", torch.bool)], ["hidden"])
 
 
 def _routed_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
     module = Routed(model, rotary, cut.first)
-    return _over_cache(cut, "segment", module, module, model, [*_pool(model), _tokens("positions")], ["hidden"])
+    return _over_cache(cut, "segment", [module], model, [*_pool(model), _tokens("positions")], ["hidden"])
 
 
 def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str]) -> Plan:
@@ -172,7 +201,7 @@ def _similarity_plan(model: Decoder) -> Plan:
     return Plan(SIMILARITY_FILE, module, module, inputs, names, axes, ["similarity"], f"{SIMILARITY_FILE}.data")
 
 
-def _head_plan(file: str, lm_head: nn.Linear) -> Plan:
-    module, inputs = Head(lm_head), (torch.zeros(TOKENS, lm_head.in_features, dtype=lm_head.weight.dtype),)
+def _head_plan(file: str, module: Head) -> Plan:
+    inputs = (torch.zeros(TOKENS, module.lm_head.in_features, dtype=module.lm_head.weight.dtype),)
     outputs = ["logits", "top_id", "top_prob", "margin", "entropy"]
     return Plan(file, module, module, inputs, ["exit_hidden"], ({0: "N"},), outputs, f"{file}.data")

@@ -30,11 +30,13 @@ Weights = dict[str, NDArray[Any]]
 
 
 def matrices(model: Decoder, precision: str) -> Iterator[tuple[nn.Linear | nn.Embedding, int]]:
-    """The modules whose weights are quantised, with their bits: layers, LM heads, and the embedding where blocks fill its rows."""
-    for layer in model.layers:
+    """The modules whose weights are quantised, with their bits: layers, LM heads, and the embedding where blocks of 32 fill its rows."""
+    own = [block for exit_layer in model.config.exits if (block := model.exit_block(exit_layer)) is not None]
+    for layer in (*model.layers, *own):
         block = layer.block if isinstance(layer, RoutedBlock) else layer
         yield from ((module, BITS[precision]) for module in block.modules() if isinstance(module, nn.Linear))
-    yield from ((module, OUTER_BITS) for module in (model.lm_head, *model.exit_heads.values()) if isinstance(module, nn.Linear))
+    heads = (model.lm_head, model.draft_head, *model.exit_heads.values())
+    yield from ((module, OUTER_BITS) for module in heads if isinstance(module, nn.Linear))
     if model.config.dim % BLOCK_SIZE == 0:
         yield model.embed, OUTER_BITS
 

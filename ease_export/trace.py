@@ -82,7 +82,7 @@ def with_distinct_weights(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for weight in (*copy.parameters(), *copy.buffers()):
             if weight.numel() <= COMPARED_SIZE:
-                weight.uniform_()
+                weight.copy_(torch.rand(weight.shape) if weight.is_floating_point() else torch.randperm(weight.numel()).view_as(weight))
     return copy
 
 

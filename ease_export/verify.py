@@ -120,9 +120,13 @@ def compare_graphs(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
         else:
             yield from compare_caches(stack, model, engine.cache, before, number)
         if (exit_index := stack.layout[number].exit_index) is not None:
-            first = stack.reserve_rows(count, [sequence.live_rows()])
+            first = stack.reserve_rows(2 * count, [sequence.live_rows()])
             stack.pool.states[first : first + count] = states
-            yield from compare_exit(stack, model, exit_index, np.arange(first, first + count), hidden)
+            rows = np.arange(first, first + count)
+            if stack.blocks[exit_index]:
+                stack.run_block(exit_index, engine.cache, [Span(0, 0, count)], rows, first + count)
+                rows += count
+            yield from compare_exit(stack, model, exit_index, rows, hidden)
     engine.release(sequence)
 
 
@@ -173,7 +177,8 @@ def _written(cache: Cache, segment: SegmentInfo, count: int) -> NDArray[np.float
 def compare_exit(stack: OrtStack, model: Decoder, number: int, rows: NDArray[np.int64], hidden: Tensor) -> Iterator[Difference]:
     """An exit's graph with its head: logits, and the figures reduced in the graph."""
     leave = stack.manifest.exits[number]
-    logits = model.head(leave.layer)(model.exit_hidden(hidden[0], leave.layer))
+    exit_hidden = model.exit_hidden(hidden, leave.layer)[0]
+    logits = model.exit_logits(leave.layer, exit_hidden)
     probabilities = logits.softmax(-1)
     top = probabilities.topk(2, dim=-1).values
     output = stack.run_exit(number, rows)
@@ -184,7 +189,7 @@ def compare_exit(stack: OrtStack, model: Decoder, number: int, rows: NDArray[np.
     entropy = -(probabilities * logits.log_softmax(-1)).sum(-1)
     yield Difference(name, "entropy", relative_difference(output.entropy, entropy))
     if leave.gate:
-        expected = model.gates[str(leave.layer)](model.exit_hidden(hidden[0], leave.layer))
+        expected = model.gates[str(leave.layer)](exit_hidden)
         yield Difference(leave.gate, "probability", relative_difference(stack.run_gate(number, rows), expected))
 
 

@@ -4,6 +4,8 @@ Shapes: T length of a cache buffer, M rows of the pool, D width.
 """
 
 import itertools
+import math
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +43,10 @@ class RowCache:
         self.buffers = [[self._empty(), self._empty()] for _ in self.segment_of]
 
     def _empty(self) -> NDArray[Any]:
-        return np.zeros((self.num_slots, self.length, self.kv_dim), self.dtype)
+        shape = (self.num_slots, self.length, self.kv_dim)
+        size = math.prod(shape) * np.dtype(self.dtype).itemsize
+        pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)  # zeros, given back at once when the cache grows; malloc would keep them
+        return np.frombuffer(pages, self.dtype).reshape(shape)
 
     def length_for(self, num_slots: int, needed: int) -> int:
         """The T to bind for a pass over `num_slots` neighbours that writes up to `needed` positions of a row; grows when it must."""

@@ -53,6 +53,8 @@ class CallProbe:
                 stack.run_kv(number, cache, spans, rows)
             case "route":
                 stack.run_route(number, rows)
+            case "block":
+                stack.run_block(number, cache, spans, rows, out_row)
             case "gate":
                 stack.run_gate(number, rows)
             case "similarity":
@@ -88,6 +90,8 @@ class Costs:
             self.per_slot[number] = max(0.0, (spread - self.seconds("segment", number, SLOTS)) / (SLOTS - 1))
         for number in range(len(stack.exit_layers)):
             self._time("exit", number)
+            if stack.blocks[number]:
+                self._time("block", number)
             if stack.has_gates and number < len(stack.exit_layers) - 1:
                 self._time("gate", number)
         self._time("similarity", 0)
@@ -195,6 +199,8 @@ class Pace:
             exit_index = layout[k].exit_index
             if exit_index is not None and self.policy.tests(exit_index):
                 seconds += passes * self._ask(exit_index, entering, reach[k] - reach[k + 1])
+                if costs.stack.blocks[exit_index]:
+                    seconds += passes * costs.seconds("block", exit_index, entering / reach[k])
         return seconds
 
     def _ask(self, exit_index: int, num_tokens: float, leaving: float) -> float:

@@ -44,6 +44,7 @@ class Work:
 
 
 Batch = list[tuple[Sequence, Work]]  # of one kind and segment
+Parts = Many[tuple[Sequence, int, int]]  # tokens [start, stop) of some sequences
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ class Engine:
 
     def _new(self, tokens: Many[int], policy: ExitPolicy, catch_up: str) -> Sequence:
         stack = self.stack
-        budget = policy.depth_budget
+        budget, early = policy.depth_budget, len(stack.exit_layers) - 1
         return Sequence(
             tokens=list(tokens),
             num_prompt=len(tokens),
@@ -270,6 +271,8 @@ class Engine:
             done=[0] * len(stack.layout),
             rows=np.zeros(stack.max_positions, np.int64),
             inside=np.zeros((len(stack.layout), stack.max_positions), np.bool_),
+            asked=frozenset(k for k in range(early) if policy.tests(k)),
+            block_done=[0] * early,
             budget=None if budget is None else BudgetKeeper(budget, stack.exit_layers[-1]),
             draft_length=self.draft_length if policy.thresholds is not None else 0,
         )
@@ -290,8 +293,10 @@ class Engine:
         assert previous.finish_reason is not None, "only a finished sequence gives its slot away"
         pairs = zip(previous.tokens, sequence.tokens, strict=False)
         common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(previous.tokens), len(sequence.tokens)))
-        shared = min(common, previous.done[-1], len(sequence.tokens) - 1)
+        blocks = [previous.block_done[k] for k in sequence.asked if self.stack.blocks[k]]
+        shared = min(common, previous.done[-1], len(sequence.tokens) - 1, *blocks)
         sequence.done = [shared] * len(sequence.done)
+        sequence.block_done = [min(done, shared) for done in previous.block_done]
         sequence.inside[:, :shared] = previous.inside[:, :shared]
         self._seat(sequence, previous.slot)
         previous.slot = None
@@ -343,24 +348,58 @@ class Engine:
     def run(self, batch: Batch) -> list[Seen | None]:
         """Run a pass over some rows, and ask the exit behind it what it must say of each."""
         kind, segment = batch[0][1].kind, batch[0][1].segment
+        parts = [(sequence, work.start, work.stop) for sequence, work in batch]
         if kind == "kv":
-            rows = np.concatenate([sequence.rows[work.start : work.stop] for sequence, work in batch])
-            self.stack.run_kv(segment, self.cache, [span_of(s, work.start, work.stop) for s, work in batch], rows)
+            self.propagate(segment, parts)
         elif kind == "segment":
-            self.advance(segment, [(sequence, work.start, work.stop) for sequence, work in batch])
+            self.advance(segment, parts)
         exit_index = self.stack.layout[segment].exit_index
         if kind == "kv" or exit_index is None:
             return [None] * len(batch)
         return self.ask(batch, exit_index)
 
-    def advance(self, segment: int, parts: Many[tuple[Sequence, int, int]], active: NDArray[np.bool_] | None = None) -> None:
+    def propagate(self, segment: int, parts: Parts) -> None:
+        """Write K/V of tokens [start, stop) of some sequences into a segment, from the states that they left with."""
+        with_block = self.with_block(segment, parts)
+        out_row = self.stack.reserve_rows(_num_tokens(with_block), self.live_rows()) if with_block else 0
+        rows = np.concatenate([sequence.rows[start:stop] for sequence, start, stop in parts])
+        self.stack.run_kv(segment, self.cache, [span_of(*part) for part in parts], rows)
+        self.run_block(segment, with_block, out_row)
+
+    def live_rows(self) -> list[NDArray[np.int64]]:
+        """The pool rows that are still needed."""
+        leaving = [sequence.leaving.rows for sequence in self.sequences if sequence.leaving is not None]
+        return [sequence.live_rows() for sequence in self.sequences] + leaving
+
+    def with_block(self, segment: int, parts: Parts) -> Parts:
+        """Those of some sequences that the exit behind a segment may be asked about, where that has a layer of its own."""
+        exit_index = self.stack.layout[segment].exit_index
+        if exit_index is None or not self.stack.blocks[exit_index]:
+            return []
+        return [part for part in parts if exit_index in part[0].asked]
+
+    def run_block(self, segment: int, parts: Parts, out_row: int) -> None:
+        """Run tokens that have come out of a segment through the layer of the exit behind it."""
+        exit_index = self.stack.layout[segment].exit_index
+        if not parts or exit_index is None:
+            return
+        rows = np.concatenate([sequence.rows[start:stop] for sequence, start, stop in parts])
+        self.stack.run_block(exit_index, self.cache, [span_of(*part) for part in parts], rows, out_row)
+        for sequence, start, stop in parts:
+            assert start <= sequence.block_done[exit_index], "an exit's own layer runs over every token"
+            sequence.block_done[exit_index] = stop
+            sequence.block_rows = np.arange(out_row, out_row + stop - start)
+            out_row += stop - start
+
+    def advance(self, segment: int, parts: Parts, active: NDArray[np.bool_] | None = None) -> None:
         """Run tokens [start, stop) of some sequences through a segment, or around it where it is routed. Shape: active (N)."""
         stack = self.stack
         if stack.layout[segment].routed:
-            return self._advance_routed(segment, parts)
-        num_tokens = sum(stop - start for _, start, stop in parts)
+            self._advance_routed(segment, parts)
+            return
+        num_tokens, with_block = _num_tokens(parts), self.with_block(segment, parts)
         num_rows = num_tokens if segment else 2 * num_tokens  # the first segment also gives what it was given, embedded
-        out_row = stack.reserve_rows(num_rows, [s.live_rows() for s in self.sequences])
+        out_row = stack.reserve_rows(num_rows + _num_tokens(with_block), self.live_rows())
         if segment:
             inputs = np.concatenate([sequence.rows[start:stop] for sequence, start, stop in parts])
         else:
@@ -372,9 +411,9 @@ class Engine:
             sequence.rows[start:stop] = np.arange(out_row + first, out_row + last)
             sequence.entered = inputs[first:last] if segment else sequence.rows[start:stop] + num_tokens
             first = last
-        return None
+        self.run_block(segment, with_block, out_row + num_rows)
 
-    def _advance_routed(self, segment: int, parts: Many[tuple[Sequence, int, int]]) -> None:
+    def _advance_routed(self, segment: int, parts: Parts) -> None:
         stack = self.stack
         inside = stack.run_route(segment, np.concatenate([sequence.rows[start:stop] for sequence, start, stop in parts]))
         moving, spans, first = [], [], 0
@@ -388,7 +427,7 @@ class Engine:
                 moving.append((sequence, positions))
         if not moving:
             return
-        out_row = stack.reserve_rows(sum(len(positions) for _, positions in moving), [s.live_rows() for s in self.sequences])
+        out_row = stack.reserve_rows(sum(len(positions) for _, positions in moving), self.live_rows())
         rows = np.concatenate([sequence.rows[positions] for sequence, positions in moving])
         stack.run_routed(segment, self.cache, spans, np.concatenate([positions for _, positions in moving]), rows, out_row)
         for sequence, positions in moving:
@@ -403,7 +442,10 @@ class Engine:
         for what in sorted({question.what for question in questions if question}):
             asking = [i for i, question in enumerate(questions) if question and question.what == what]
             parts = [(batch[i][0], questions[i].start, batch[i][1].stop) for i in asking]  # type: ignore[union-attr]
-            rows = np.concatenate([sequence.rows[start:stop] for sequence, start, stop in parts])
+            if what == "similarity":
+                rows = np.concatenate([sequence.rows[start:stop] for sequence, start, stop in parts])
+            else:
+                rows = np.concatenate([self.exit_rows(*part, exit_index) for part in parts])
             if what == "head":
                 output, first = stack.run_exit(exit_index, rows), 0
                 for i, (_, start, stop) in zip(asking, parts, strict=True):
@@ -418,6 +460,15 @@ class Engine:
             for place, i in enumerate(asking):
                 seen[i] = Seen(batch[i][1].stop - 1, value=values[place : place + 1])
         return seen
+
+    def exit_rows(self, sequence: Sequence, start: int, stop: int, exit_index: int) -> NDArray[np.int64]:
+        """The pool rows that an exit reads of the last tokens of a pass. Shape: (stop - start)."""
+        if not self.stack.blocks[exit_index]:
+            return sequence.rows[start:stop]
+        if sequence.leaving is not None:
+            return sequence.leaving.rows
+        assert sequence.block_rows is not None, "the exit's own layer has just run"
+        return sequence.block_rows[start - stop :]
 
     def question(self, sequence: Sequence, work: Work, exit_index: int) -> Question | None:
         """What the exit behind a pass has to say of a sequence, if anything."""
@@ -463,7 +514,8 @@ class Engine:
         if seen.output is None:
             assert seen.value is not None, "an exit has a head, or something that stands before it"
             if policy.leaves(exit_index, seen.value, sequence.progress, offset)[0]:
-                sequence.leaving = Leaving(segment, float(seen.value[0]))
+                rows = self.exit_rows(sequence, len(sequence.tokens) - 1, len(sequence.tokens), exit_index)
+                sequence.leaving = Leaving(segment, float(seen.value[0]), rows.copy() if self.stack.blocks[exit_index] else rows[:0])
             return
         if not early and sequence.catch_up == "verify":
             return  # `judge` looks at all positions
@@ -545,6 +597,7 @@ class Engine:
             return
         sequence.draft_length = pace.draft_length(len(self.running))
         if sequence.draft_length == 0:
+            sequence.asked = frozenset()
             share = f"{sequence.accepted} of {sequence.drafted} drafts accepted"
             sequence.notes.append(f"verify turned itself off after {len(sequence.produced)} tokens: it does not pay here ({share})")
 
@@ -552,7 +605,7 @@ class Engine:
         """Stay at full depth for good once leaving early is seen to be slower."""
         if pace.pays(len(self.running)):
             return
-        sequence.policy, sequence.pace, sequence.budget = ExitPolicy(), None, None
+        sequence.policy, sequence.pace, sequence.budget, sequence.asked = ExitPolicy(), None, None, frozenset()
         sequence.notes.append(
             f"leaving early does not pay here: full depth after {len(sequence.produced)} tokens (catch-up {sequence.catch_up})"
         )
@@ -578,6 +631,10 @@ class Engine:
         """End a sequence with an error; the others go on."""
         sequence.finish_reason, sequence.error = "error", message
         return True
+
+
+def _num_tokens(parts: Parts) -> int:
+    return sum(stop - start for _, start, stop in parts)
 
 
 def span_of(sequence: Sequence, start: int, stop: int) -> Span:

@@ -31,12 +31,24 @@ def start_thread_pool(num_threads: int) -> None:
         raise DeviceError("onnxruntime's thread pool is there already, with another number of threads: a process has one") from None
 
 
+@functools.cache
+def share_arena() -> None:
+    """Give the process one arena for what graphs compute in between, which all sessions share: they never run at once.
+
+    With an arena each, every segment keeps what the longest prompt took of it (40 MB more at 135M parameters in three segments).
+    """
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, None)
+
+
 def load_session(path: Path, log_level: int, device: Device = CPU) -> ort.InferenceSession:
     """Open a graph. Raises BundleError when ONNX Runtime cannot."""
     options = ort.SessionOptions()
     if device.provider != CPU.provider:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # a node left on the CPU would be a silent copy
     options.use_per_session_threads = False
+    share_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = log_level
     try:
         return ort.InferenceSession(str(path), options, providers=[device.provider], enable_fallback=0)

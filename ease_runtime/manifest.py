@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from ease_runtime.errors import BundleError
 
-FORMAT_VERSION = 3  # 2: tokens of several rows in one pass, ragged; 3: start and stop tokens
+FORMAT_VERSION = 4  # 2: tokens of several rows in one pass, ragged; 3: start and stop tokens; 4: exits with a layer of their own
+OLDEST_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -47,13 +48,15 @@ class SegmentInfo:
 class ExitInfo:
     """A place where a token may leave: after `layer` (the last of a segment), through the exit's own graph, then a head.
 
-    A `gate`, where there is one, says from the exit's hidden state whether to leave, without a head.
+    A `gate`, where there is one, says from the exit's hidden state whether to leave, without a head. A `block` is a layer of
+    the exit's own before its graph, with a cache as a segment has.
     """
 
     layer: int
     graph: str
     head: str
     gate: str | None = None
+    block: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,8 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         raise BundleError(
             f"{path} has format_version {version}, this runtime reads up to {FORMAT_VERSION}; update: pip install --upgrade ease-lm"
         )
-    if version < FORMAT_VERSION:
-        raise BundleError(f"{path} has format_version {version}, this runtime reads {FORMAT_VERSION}; {_remedy(path.parent)}")
+    if version < OLDEST_VERSION:
+        raise BundleError(f"{path} has format_version {version}, this runtime reads {OLDEST_VERSION} and up; {_remedy(path.parent)}")
     manifest = Manifest(
         format_version=version,
         precision=table.choice("precision", PRECISIONS),
@@ -146,7 +149,7 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         tokenizer=table.file("tokenizer"),
         similarity=table.file("similarity"),
         segments=tuple(_segment(t) for t in table.tables("segments")),
-        exits=tuple(ExitInfo(t.integer("layer"), t.file("graph"), t.file("head"), t.optional_file("gate")) for t in table.tables("exits")),
+        exits=tuple(_exit(t) for t in table.tables("exits")),
         files={name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0)) for name, t in table.named_tables("files")},
         chat_template=table.optional_file("chat_template"),
         generation=table.mapping("generation"),
@@ -174,6 +177,11 @@ def _segment(table: "_Table") -> SegmentInfo:
     return segment
 
 
+def _exit(table: "_Table") -> ExitInfo:
+    files = (table.file("graph"), table.file("head"), table.optional_file("gate"), table.optional_file("block"))
+    return ExitInfo(table.integer("layer"), *files)
+
+
 def _check_shape(manifest: Manifest, table: "_Table") -> None:
     """Segments must cover the layers without a gap, exits must stand at their ends, and every file named must have a sum."""
     _check_calibration(manifest, table)
@@ -189,7 +197,9 @@ def _check_shape(manifest: Manifest, table: "_Table") -> None:
         table.fail(f"exits at {list(layers)} do not stand at the ends of segments")
     graphs = [manifest.tokenizer, manifest.similarity, manifest.chat_template]
     graphs += [name for s in manifest.segments for name in (s.graph, s.kv_graph, s.route_graph)]
-    graphs += [name for e in manifest.exits for name in (e.graph, e.head, e.gate)]
+    graphs += [name for e in manifest.exits for name in (e.graph, e.head, e.gate, e.block)]
+    if manifest.exits[-1].block is not None:
+        table.fail("the last exit has a block; only early exits have")
     for name in graphs:
         if name is not None and name not in manifest.files:
             table.fail(f"{name} has no sha256 sum")

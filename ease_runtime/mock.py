@@ -26,6 +26,7 @@ LARGEST_LOGIT = 12.0  # a token's logits spread over ±(a share of) this, so tha
 SMALLEST = float(np.finfo(np.float32).tiny)  # stands for a scripted confidence of 0, whose logarithm is needed
 
 EMBEDDED = 1000  # stands for the segment of a state that has been through none
+BLOCK = 2000  # and this and the exit's number for one that has been through an exit's own layer
 PAD = np.uint64(0xDEAD)
 
 Hashes = NDArray[np.uint64]
@@ -119,8 +120,9 @@ class MockPool:
 class MockStack:
     """A stack of hashes. Layers and exits as in a bundle; `confidence(exit_index, position)` scripts what exits report.
 
-    Without a script the confidence is that of the logits, and there are no gates. No segment is routed. `trace` collects the
-    calls, with the tokens that a cache holds as its length.
+    Without a script the confidence is that of the logits, and there are no gates. No segment is routed. `blocks` are the exits
+    (from 0) with a layer of their own, which is layer 100 and their number. `trace` collects the calls, with the tokens that a
+    cache holds as its length.
     """
 
     def __init__(
@@ -130,7 +132,9 @@ class MockStack:
         vocab_size: int = 23,
         max_positions: int = 64,
         confidence: Callable[[int, int], float] | None = None,
+        blocks: tuple[int, ...] = (),
     ) -> None:
+        self.blocks = tuple(number in blocks for number in range(len(exit_layers)))
         self.exit_layers, self.vocab_size, self.max_positions = exit_layers, vocab_size, max_positions
         self.layout = tuple(SegmentShape(len(self.layers(number)), number) for number in range(len(exit_layers)))
         self.has_gates = confidence is not None
@@ -149,7 +153,8 @@ class MockStack:
         return range(self.exit_layers[number - 1] + 1 if number else 1, self.exit_layers[number] + 1)
 
     def open_cache(self, num_slots: int = 1) -> MockCache:
-        return MockCache(self.exit_layers[-1], len(self.exit_layers), num_slots, self.max_positions)
+        count = len(self.exit_layers)  # of segments, and of places for blocks, used or not
+        return MockCache(self.exit_layers[-1] + count, 2 * count, num_slots, self.max_positions)
 
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         return self.pool.reserve(num_rows, live)
@@ -167,22 +172,33 @@ class MockStack:
             states = self.pool.states[inputs]
         moving = np.ones(len(inputs), np.bool_) if active is None else active
         for layer in self.layers(number):
-            self._write(cache, layer, spans, positions, states)
-            attended = [np.cumsum(cache.entries[slot, layer - 1, :stop], dtype=np.uint64)[start:] for slot, start, stop in spans]
-            states = np.where(moving, mix(_number(layer), _number(2), states, np.concatenate(attended)), states)
+            states = np.where(moving, self._layer(cache, layer, number, spans, positions, states), states)
         self.pool.write(out_row, states, positions, number)
+
+    def run_block(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s, out_row: int) -> None:
+        assert self.blocks[number], f"exit {number} has no layer of its own"
+        cache, positions = self._place("block", number, cache, spans, rows)
+        layer, part = self.exit_layers[-1] + 1 + number, len(self.exit_layers) + number
+        states = self._layer(cache, layer, part, spans, positions, self.pool.states[rows])
+        self.pool.write(out_row, states, positions, BLOCK + number)
+
+    def _layer(self, cache: MockCache, layer: int, part: int, spans: Sequence[Span], positions: Int64s, states: Hashes) -> Hashes:
+        """One layer of a part of the cache: writes the new tokens' K/V, and hashes all that each token attends to."""
+        self._write(cache, layer, part, spans, positions, states)
+        attended = [np.cumsum(cache.entries[slot, layer - 1, :stop], dtype=np.uint64)[start:] for slot, start, stop in spans]
+        return mix(_number(layer), _number(2), states, np.concatenate(attended))
 
     def run_kv(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s) -> None:
         assert number > 0, "the first segment runs for every token: there is nothing to propagate into it"
         cache, positions = self._place("kv", number, cache, spans, rows)
         for layer in self.layers(number):
-            self._write(cache, layer, spans, positions, self.pool.states[rows])
+            self._write(cache, layer, number, spans, positions, self.pool.states[rows])
 
-    def _write(self, cache: MockCache, layer: int, spans: Sequence[Span], positions: Int64s, states: Hashes) -> None:
+    def _write(self, cache: MockCache, layer: int, part: int, spans: Sequence[Span], positions: Int64s, states: Hashes) -> None:
         """A layer's K/V of the new tokens, and pads past what the slots in between hold."""
         entries, num_places = cache.entries[:, layer - 1], max(stop - start for _, start, stop in spans)
         new, first = self.keys_values(layer, positions, states), 0
-        starts = {slot: cache.filled[slot][self.segment_of(layer)] for slot in range(spans[0].slot, spans[-1].slot + 1)}
+        starts = {slot: cache.filled[slot][part] for slot in range(spans[0].slot, spans[-1].slot + 1)}
         starts |= {slot: start for slot, start, _ in spans}
         for slot, start in starts.items():
             entries[slot, start : start + num_places] = PAD
@@ -198,7 +214,7 @@ class MockStack:
 
     def run_similarity(self, rows: Int64s, before: Int64s) -> NDArray[np.float32]:
         segments = self.pool.segments[rows]
-        self._look("similarity", int(segments[0]), rows)
+        self._look("similarity", int(segments[0]), rows, int(segments[0]))
         assert (self.pool.positions[rows] == self.pool.positions[before]).all(), "states of two positions are compared"
         expected = np.where(segments == 0, EMBEDDED, segments - 1)
         assert (self.pool.segments[before] == expected).all(), "a state does not come from before the segment"
@@ -208,21 +224,25 @@ class MockStack:
         return _unit(mix(self.pool.states[rows], self.pool.states[before])).astype(np.float32)
 
     def run_gate(self, number: int, rows: Int64s) -> NDArray[np.float32]:
-        self._look("gate", number, rows)
+        self._look("gate", number, rows, self._read_by(number))
         assert self.confidence is not None, "a gate's probability is scripted"
         return np.array([self.confidence(number, position) for position in self.pool.positions[rows].tolist()], np.float32)
 
     def run_exit(self, number: int, rows: Int64s) -> HeadOutput:
-        self._look("exit", number, rows)
+        self._look("exit", number, rows, self._read_by(number))
         if self._output is not None:
             _spoil(self._output)
         self._output = self._head(number, rows)
         return self._output
 
-    def _look(self, kind: str, number: int, rows: Int64s) -> None:
+    def _read_by(self, number: int) -> int:
+        """Where the states come from that an exit reads."""
+        return BLOCK + number if self.blocks[number] else number
+
+    def _look(self, kind: str, number: int, rows: Int64s, origin: int) -> None:
         """Check the states that an exit is asked about, and note the call."""
         self.pool.check_written(rows)
-        assert (self.pool.segments[rows] == number).all(), f"a state does not come from segment {number}"
+        assert (self.pool.segments[rows] == origin).all(), f"a state does not come from segment {origin}"
         if self.trace is not None:
             self.trace.append(Call(kind, number, len(rows)))
 
@@ -236,18 +256,20 @@ class MockStack:
         assert isinstance(cache, MockCache)
         assert [span.slot for span in spans] == sorted({span.slot for span in spans}), "slots are out of order, or named twice"
         assert len(inputs) == sum(stop - start for _, start, stop in spans), "spans and tokens differ in number"
+        part = number + len(self.exit_layers) if kind == "block" else number
         for slot, start, stop in spans:
             assert stop > start, "a pass over no token"
-            filled = cache.filled[slot][number]
-            assert 0 <= start <= filled, f"segment {number} holds {filled} positions: writing at {start} leaves a gap"
+            filled = cache.filled[slot][part]
+            assert 0 <= start <= filled, f"{kind} {number} holds {filled} positions: writing at {start} leaves a gap"
             assert stop <= self.max_positions, f"position {stop - 1} is past the context of {self.max_positions}"
         positions = np.concatenate([np.arange(start, stop) for _, start, stop in spans])
-        if number:
+        if part:
+            behind = number + 1 if kind == "block" else number
             self.pool.check_written(inputs)
             assert (self.pool.positions[inputs] == positions).all(), f"rows of positions {self.pool.positions[inputs]} run at {positions}"
-            assert (self.pool.segments[inputs] < number).all(), f"a state has been through segment {number} before"
+            assert (self.pool.segments[inputs] < behind).all(), f"a state has been through segment {behind} before"
         for slot, _, stop in spans:
-            cache.filled[slot][number] = stop
+            cache.filled[slot][part] = stop
         if self.trace is not None:
             num_slots = spans[-1].slot - spans[0].slot + 1
             self.trace.append(Call(kind, number, len(inputs), max(span.stop for span in spans), num_slots))

@@ -37,6 +37,7 @@ class Leaving:
 
     segment: int
     confidence: float
+    rows: NDArray[np.int64]  # where its state is after the exit's block (1); empty where the exit has none
 
 
 @dataclass(eq=False)
@@ -54,6 +55,9 @@ class Sequence:
     done: list[int]
     rows: NDArray[np.int64]  # where in the pool a position's hidden state is, while it is pending
     inside: NDArray[np.bool_]  # (segments, positions): who went into a routed segment
+    asked: frozenset[int] = frozenset()  # early exits that it may be asked at; those with a block run it over all its tokens
+    block_done: list[int] = field(default_factory=list)  # tokens with K/V in each exit's block
+    block_rows: NDArray[np.int64] | None = None  # pool rows of the last pass's tokens after the block, until the next pass
     keep: bool = False  # its slot stays its own when it has finished, for a request that goes on from there
     slot: int | None = None  # of the cache; None while it waits for one
     waited: int = 0  # passes of others since its own last
@@ -114,6 +118,7 @@ class Sequence:
         del self.produced[max(0, length - self.num_prompt) :]
         self.num_prompt = min(self.num_prompt, length)
         self.done = [min(done, length) for done in self.done]
+        self.block_done = [min(done, length) for done in self.block_done]
         self.drafts = []
         self.set_out()
 

@@ -34,6 +34,12 @@ def of_kv(manifest: Manifest, segment: SegmentInfo) -> Signature:
     return _over_cache(manifest, segment, _looks(manifest), {})
 
 
+def of_block(manifest: Manifest) -> Signature:
+    """Of an exit's own layer: as a segment of one."""
+    own = SegmentInfo("layers", 2, 2, "", None)
+    return of_segment(manifest, own)
+
+
 def of_route(manifest: Manifest) -> Signature:
     """Of a routed segment's rule."""
     return _looks(manifest), {"goes_in": ANY}

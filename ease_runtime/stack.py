@@ -22,7 +22,7 @@ from ease_runtime.errors import BundleError, DeviceError
 from ease_runtime.graphs import Binding, Graph, check_signature, load_session, start_thread_pool
 from ease_runtime.manifest import Manifest, load_manifest
 from ease_runtime.policy import HeadOutput
-from ease_runtime.signatures import Signature, of_exit, of_gate, of_head, of_kv, of_route, of_segment, of_similarity
+from ease_runtime.signatures import Signature, of_block, of_exit, of_gate, of_head, of_kv, of_route, of_segment, of_similarity
 
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
 ROUNDING = {"fp32": 1, "fp16": 20, "int8": 50, "int4": 50}  # times that, by precision: int8 and int4 round activations within products
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 class Call:
     """One graph call, for whoever traces them: what it ran, over how many tokens of how many slots, with which cache length."""
 
-    graph: str  # "segment", "kv", "route", "similarity", or "exit" and "gate" (an exit's graph and the head or the gate after it)
+    graph: str  # "segment", "kv", "route", "block", "similarity", or "exit" and "gate" (an exit's graph and the head or gate after it)
     number: int  # of the segment or exit, from 0
     num_tokens: int
     cache_length: int = 0
@@ -79,6 +79,7 @@ class Stack(Protocol):
     vocab_size: int
     max_positions: int
     has_gates: bool  # at every early exit
+    blocks: tuple[bool, ...]  # which exits have a layer of their own
     exact: bool  # several tokens in one pass give the bits of one at a time
     trace: list[Call] | None
 
@@ -106,6 +107,9 @@ class Stack(Protocol):
     def run_routed(self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int) -> None:
         """Run the tokens that go into a routed segment: spans count what its cache holds. Shapes: positions and rows (N)."""
 
+    def run_block(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s, out_row: int) -> None:
+        """Run tokens through an exit's own layer; what its head and gate read goes to rows out_row..."""
+
     def run_similarity(self, rows: Int64s, before: Int64s) -> NDArray[np.float32]:
         """max(0, cosine) of pairs of states. Shape: (N), (N) -> (N), overwritten by the next call."""
 
@@ -130,6 +134,7 @@ class OrtStack:
         self.exit_layers, self.vocab_size, self.max_positions = manifest.exit_layers, manifest.vocab_size, manifest.max_positions
         self.layout = _layout(manifest)
         self.has_gates = all(leave.gate for leave in manifest.exits[:-1])
+        self.blocks = tuple(leave.block is not None for leave in manifest.exits)
         self.trace: list[Call] | None = None
         start_thread_pool(num_threads)
         self.bundle, self.log_level = bundle, log_level
@@ -143,6 +148,8 @@ class OrtStack:
         parts = manifest.segments
         self.segments = [self._load(s.graph, of_segment(manifest, s), self._bind_segment) for s in parts]
         self.kvs = [self._load(s.kv_graph, of_kv(manifest, s), self._bind_segment) if s.kv_graph else None for s in parts]
+        self.exit_blocks = [self._load(e.block, of_block(manifest), self._bind_segment) if e.block else None for e in manifest.exits]
+        self.layers_cached = [*(s.num_layers for s in parts), *(int(block) for block in self.blocks)]  # segment by segment, then blocks
         self.routes = [self._load(s.route_graph, of_route(manifest), self._bind_route) if s.route_graph else None for s in parts]
         self.pool = DevicePool(manifest.dim, self.dtype, device) if device.own_memory else HiddenPool(manifest.dim, self.dtype)
         self.logits = np.zeros((0, self.vocab_size), self.dtype)
@@ -158,7 +165,7 @@ class OrtStack:
         return Graph(session, bind, self.device)
 
     def open_cache(self, num_slots: int = 1) -> RowCache | DeviceCache:
-        shape = ([s.num_layers for s in self.manifest.segments], num_slots, self.manifest.kv_dim, self.max_positions)
+        shape = (self.layers_cached, num_slots, self.manifest.kv_dim, self.max_positions)
         return DeviceCache(*shape, self.dtype, self.device) if self.device.own_memory else RowCache(*shape, self.dtype)
 
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
@@ -170,13 +177,20 @@ class OrtStack:
     ) -> None:
         binding = self._place(self.segments[number], "segment", number, cache, spans, inputs)
         binding.own["active"][:] = True if active is None else active
-        self._bind_hidden(binding, number, len(inputs), out_row)
+        self._bind_hidden(binding, out_row, len(inputs))
         binding.run()
 
     def run_kv(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s) -> None:
         graph = self.kvs[number]
         assert graph is not None, "the first segment runs for every token: there is nothing to propagate into it"
         self._place(graph, "kv", number, cache, spans, rows).run()
+
+    def run_block(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s, out_row: int) -> None:
+        graph = self.exit_blocks[number]
+        assert graph is not None, "whoever runs an exit's block has seen that it has one"
+        binding = self._place(graph, "block", number, cache, spans, rows)
+        self._bind_hidden(binding, out_row, len(rows))
+        binding.run()
 
     def run_route(self, number: int, rows: Int64s) -> NDArray[np.bool_]:
         graph = self.routes[number]
@@ -189,7 +203,7 @@ class OrtStack:
     def run_routed(self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int) -> None:
         binding = self._place(self.segments[number], "segment", number, cache, spans, rows)
         binding.own["positions"][:] = positions
-        self._bind_hidden(binding, number, len(rows), out_row)
+        self._bind_hidden(binding, out_row, len(rows))
         binding.run()
 
     def run_similarity(self, rows: Int64s, before: Int64s) -> NDArray[np.float32]:
@@ -247,8 +261,9 @@ class OrtStack:
         first, num_slots = spans[0].slot, spans[-1].slot - spans[0].slot + 1
         num_places = max(stop - start for _, start, stop in spans)
         binding = graph.binding(first, num_slots, num_places, len(inputs))
-        own, written = binding.own, cache.written[number]
-        own["index" if number else "input_ids"][:] = inputs
+        part = number + len(self.layout) if kind == "block" else number
+        own, written = binding.own, cache.written[part]
+        own["index" if part else "input_ids"][:] = inputs
         write_indices = own["write_indices"]
         if num_slots > 1:
             write_indices[:] = written[first : first + num_slots]
@@ -259,17 +274,17 @@ class OrtStack:
         for slot, _, stop in spans:
             written[slot] = stop
         if binding.bound.get("cache") != (cache.serial, length):
-            self._bind_cache(binding, number, cache, first, num_slots, length)
-        if number:
+            self._bind_cache(binding, part, cache, first, num_slots, length)
+        if part:
             self._bind_pool(binding)
         self._note(kind, number, len(inputs), length, num_slots)
         return binding
 
-    def _bind_cache(self, binding: Binding, number: int, cache: RowCache | DeviceCache, first: int, num_slots: int, length: int) -> None:
+    def _bind_cache(self, binding: Binding, part: int, cache: RowCache | DeviceCache, first: int, num_slots: int, length: int) -> None:
         """Past and present are one buffer, so the cache is written in place; a row alone takes a view of any length."""
-        segment, shape = self.manifest.segments[number], (num_slots, length, cache.kv_dim)
-        for i in range(segment.num_layers):
-            for name, pointer in zip(("key", "value"), cache.pointers(segment.first_layer - 1 + i, first), strict=True):
+        first_layer, shape = sum(self.layers_cached[:part]), (num_slots, length, cache.kv_dim)
+        for i in range(self.layers_cached[part]):
+            for name, pointer in zip(("key", "value"), cache.pointers(first_layer + i, first), strict=True):
                 binding.input_at(f"past_{name}.{i}", self.dtype, shape, pointer)
                 binding.output_at(f"present_{name}.{i}", self.dtype, shape, pointer)
         binding.bound["cache"] = (cache.serial, length)
@@ -279,12 +294,12 @@ class OrtStack:
             binding.input_at("pool", self.dtype, self.pool.shape, self.pool.row_pointer(0))
             binding.bound["pool"] = self.pool.serial
 
-    def _bind_hidden(self, binding: Binding, number: int, num_tokens: int, out_row: int) -> None:
+    def _bind_hidden(self, binding: Binding, out_row: int, num_tokens: int) -> None:
         if binding.bound.get("hidden") == (self.pool.serial, out_row):
             return
         shape = (num_tokens, self.manifest.dim)
         binding.output_at("hidden", self.dtype, shape, self.pool.row_pointer(out_row))
-        if number == 0:
+        if "input_ids" in binding.input_names:
             binding.output_at("embedded", self.dtype, shape, self.pool.row_pointer(out_row + num_tokens))
         binding.bound["hidden"] = (self.pool.serial, out_row)
 

@@ -146,6 +146,8 @@ def _run_segments(
 ) -> None:
     """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes one policy."""
     sequence, active = engine.open(inputs), np.ones(len(inputs), np.bool_)
+    early = range(len(engine.stack.exit_layers) - 1)
+    sequence.asked = frozenset(k for k in early if any(decision.policy.tests(k) for decision in decisions))
     try:
         for segment, shape in enumerate(engine.stack.layout):
             engine.advance(segment, [(sequence, 0, len(inputs))], active if freeze else None)
@@ -169,14 +171,15 @@ def _ask_exit(engine: Engine, sequence: SequenceState, segment: int, targets: ND
     if not asking:
         return
     undecided = np.flatnonzero(np.any([d.undecided for d in asking], axis=0))
+    exit_rows = engine.exit_rows(sequence, 0, len(targets), exit_index)
     asks = set() if last else {d.policy.asks for d in asking}
     for start in range(0, len(undecided), HEAD_ROWS):
         positions = undecided[start : start + HEAD_ROWS]
         padded = np.resize(positions, HEAD_ROWS)  # always as many, so that one binding serves
-        rows, values = sequence.rows[padded], dict[str, NDArray[np.float32]]()
+        rows, values = exit_rows[padded], dict[str, NDArray[np.float32]]()
         if "similarity" in asks:
             assert sequence.entered is not None, "the pass before the exit has just run"
-            values["similarity"] = stack.run_similarity(rows, sequence.entered[padded]).copy()
+            values["similarity"] = stack.run_similarity(sequence.rows[padded], sequence.entered[padded]).copy()
         if "gate" in asks:
             values["gate"] = stack.run_gate(exit_index, rows).copy()
         output = stack.run_exit(exit_index, rows)

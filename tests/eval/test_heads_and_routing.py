@@ -38,6 +38,13 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Exits with a layer of their own, a reduced head that they share, and gates."""
+    own: dict[str, object] = {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 90}
+    return make(tmp_path_factory.mktemp("blocks"), (2, 4, 6), gates=(2, 4), **own)
+
+
+@pytest.fixture(scope="module")
 def routed(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Layers 2, 4 and 6 are Mixture-of-Depths layers; one exit, at the end."""
     return make(tmp_path_factory.mktemp("routed"), (6,), routed_layers=(2, 4, 6), capacity=0.5)
@@ -53,7 +60,7 @@ def text(length: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(1, 300, length).tolist()
 
 
-@pytest.mark.parametrize("name", ["gated", "routed", "routed_with_exits"])
+@pytest.mark.parametrize("name", ["gated", "blocks", "routed", "routed_with_exits"])
 def test_every_graph_equals_torch(name: str, request: pytest.FixtureRequest) -> None:
     checkpoint, bundle = request.getfixturevalue(name)
     report = verify_bundle(bundle, checkpoint, 150)
@@ -96,6 +103,9 @@ def test_a_gate_decides_as_in_torch_and_the_head_runs_only_for_who_leaves(gated:
         ("gated", "max-prob"),
         ("gated", "similarity"),
         ("gated", "patience"),
+        ("blocks", "max-prob"),
+        ("blocks", "gate"),
+        ("blocks", "similarity"),
         ("routed", "max-prob"),
         ("routed_with_exits", "max-prob"),
     ],
@@ -107,7 +117,7 @@ def test_parallel_scores_equal_the_engines(name: str, policy: str, catch_up: str
     layers = stack.exit_layers
     policies = [ExitPolicy.create(policy, [t], layers) for t in (0.0, 0.4, 0.6)] if len(layers) > 1 else []
     policies.append(ExitPolicy())
-    if catch_up == "propagate" and name != "gated":
+    if catch_up == "propagate" and name.startswith("routed"):
         policies = [ExitPolicy()]  # nothing leaves early: nothing is propagated
     scores = score_documents(engine, [ids], policies, catch_up)
     for chosen, score in zip(policies, scores, strict=True):
@@ -115,6 +125,39 @@ def test_parallel_scores_equal_the_engines(name: str, policy: str, catch_up: str
         tokens = list(engine.generate(sequence))
         assert score.depths.tolist() == [t.depth for t in tokens]
         np.testing.assert_allclose(score.logprobs, [t.logprob for t in tokens], rtol=1e-4, atol=1e-4)
+
+
+def test_an_exits_layer_and_reduced_head_say_what_they_say_in_torch(blocks: Made) -> None:
+    """Token by token over its own K/V, with others that came and went before; a token that the head does not know cannot be said."""
+    checkpoint, bundle = blocks
+    model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
+    engine, ids = Engine(stack), text(90, seed=5)
+    policy = ExitPolicy.create("fixed", None, stack.exit_layers, exit_layer=4)
+    sequence = engine.start(ids[:7], max_new_tokens=83, policy=policy, sampler=Given(ids), num_logprobs=1)
+    tokens = list(engine.generate(sequence))
+    with torch.no_grad():
+        (hidden,) = (h for e, h in model.exit_states(torch.tensor([ids[:-1]])) if e == 4)
+        logprobs = model.exit_logits(4, model.exit_hidden(hidden, 4))[0].log_softmax(-1)
+    assert {t.depth for t in tokens} == {4}
+    known = set(model.draft_ids.tolist())
+    assert {t.top_logprobs[0][0] for t in tokens} <= known
+    assert [t.top_logprobs[0][0] for t in tokens] == logprobs[6:].argmax(-1).tolist()
+    expected = [logprobs[i, ids[i + 1]].item() for i in range(6, 89)]
+    np.testing.assert_allclose([t.logprob for t in tokens], expected, rtol=1e-3, atol=1e-4)
+    assert all((t.logprob < -1000) == (t.id not in known) for t in tokens)
+
+
+def test_verify_with_a_reduced_head_is_full_depth(blocks: Made) -> None:
+    stack = OrtStack(blocks[1])
+    for sampler in (None, GumbelSampler(0.9, 0, 1.0, 3)):
+        engine, prompt = Engine(stack, num_slots=2), text(20, seed=8)
+        off = engine.start(prompt, max_new_tokens=60, sampler=sampler)
+        policy = ExitPolicy.create("max-prob", [0.05], stack.exit_layers)
+        drafted = engine.start(prompt, max_new_tokens=60, policy=policy, catch_up="verify", sampler=sampler)
+        while engine.busy:
+            engine.step()
+        assert drafted.tokens == off.tokens
+        assert drafted.drafted > 0
 
 
 def routes_in_torch(model: Decoder, ids: list[int]) -> dict[int, list[bool]]:

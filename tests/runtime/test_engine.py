@@ -35,11 +35,12 @@ class Case:
     decay: float | None = None
     vocab: int = VOCAB
     patience: int = 1
+    blocks: tuple[int, ...] = ()  # exits with a layer of their own
 
     def stack(self) -> MockStack:
         script = self.leaves_at
         confidence = None if script is None else lambda exit_index, position: float(exit_index >= script[position])
-        return MockStack(self.exit_layers, vocab_size=self.vocab, max_positions=self.limit + 3, confidence=confidence)
+        return MockStack(self.exit_layers, vocab_size=self.vocab, max_positions=self.limit + 3, confidence=confidence, blocks=self.blocks)
 
     @property
     def limit(self) -> int:
@@ -58,7 +59,13 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, exit_layers: tuple[int, ...] | None = None, vocab: int | None = None, scripts: bool = True) -> Case:
+def cases(
+    draw: st.DrawFn,
+    exit_layers: tuple[int, ...] | None = None,
+    vocab: int | None = None,
+    scripts: bool = True,
+    blocks: tuple[int, ...] | None = None,
+) -> Case:
     exit_layers = exit_layers or draw(st.sampled_from([(3,), (1, 2), (2, 4, 6), (1, 4, 5), (1, 3, 4, 6)]))
     early, vocab = len(exit_layers) - 1, vocab or draw(st.sampled_from([3, VOCAB]))
     prompt = tuple(draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=6)))
@@ -78,7 +85,12 @@ def cases(draw: st.DrawFn, exit_layers: tuple[int, ...] | None = None, vocab: in
         draw(st.none() | st.floats(0.0, 8.0)),
         vocab,
         draw(st.integers(1, 2)),
+        draw(some_exits(early)) if blocks is None else blocks,
     )
+
+
+def some_exits(early: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.sets(st.integers(0, early - 1)).map(tuple) if early else st.just(())
 
 
 @dataclass
@@ -109,14 +121,19 @@ def reference(case: Case, catch_up: str) -> Reference:
             stack.run_segment(k, cache, [Span(0, 0, len(tokens))], rows, out, active)
             before = rows[-1:] if k else np.array([out + 2 * len(tokens) - 1])
             rows = np.arange(out, out + len(tokens))
+            read = rows
+            if k in case.blocks and policy.tests(k):
+                first = stack.reserve_rows(len(tokens), [rows, before])
+                stack.run_block(k, cache, [Span(0, 0, len(tokens))], rows, first)
+                read = np.arange(first, first + len(tokens))
             if left is not None or not (k == last or policy.tests(k)):
                 continue
             if k < last and case.policy in ("gate", "similarity"):
-                ask = stack.run_gate(k, rows[-1:]) if case.policy == "gate" else stack.run_similarity(rows[-1:], before)
+                ask = stack.run_gate(k, read[-1:]) if case.policy == "gate" else stack.run_similarity(rows[-1:], before)
                 confidence = float(ask[0])
-                output = stack.run_exit(k, rows[-1:])
+                output = stack.run_exit(k, read[-1:])
             else:
-                output = stack.run_exit(k, rows[-1:])
+                output = stack.run_exit(k, read[-1:])
                 confidence = float(policy.confidence(output)[0])
                 if case.policy == "patience" and k < last:
                     agreeing = agreeing + 1 if output.top_id[0] == said else 0
@@ -371,7 +388,8 @@ def at_random(dice: random.Random):
 def run_mix(requests: list[tuple[Case, str]], num_slots: int, cap: int, dice: random.Random) -> None:
     """Requests that join at any moment, over a few slots: each as if alone. Some are given up on the way."""
     shape = requests[0][0]
-    stack = MockStack(shape.exit_layers, vocab_size=shape.vocab, max_positions=max(case.limit for case, _ in requests))
+    limit = max(case.limit for case, _ in requests)
+    stack = MockStack(shape.exit_layers, vocab_size=shape.vocab, max_positions=limit, blocks=shape.blocks)
     engine = Engine(stack, num_slots=num_slots, cap=cap, chunk=dice.randint(1, 8), draft_length=dice.randint(1, 6))
     sequences, given_up = [], []
     while len(sequences) < len(requests) or engine.busy:
@@ -399,7 +417,8 @@ def run_mix(requests: list[tuple[Case, str]], num_slots: int, cap: int, dice: ra
 def mixes(draw: st.DrawFn) -> list[tuple[Case, str]]:
     """Requests for one stack, of every length, policy and catch-up."""
     exit_layers, vocab = draw(st.sampled_from([(1, 2), (2, 4, 6), (1, 3, 4, 6)])), draw(st.sampled_from([3, VOCAB]))
-    one = st.tuples(cases(exit_layers, vocab, scripts=False), st.sampled_from(CATCH_UPS))
+    blocks = draw(some_exits(len(exit_layers) - 1))  # whether a request is asked at one depends on its thresholds
+    one = st.tuples(cases(exit_layers, vocab, scripts=False, blocks=blocks), st.sampled_from(CATCH_UPS))
     return draw(st.lists(one, min_size=2, max_size=7))
 
 
@@ -574,6 +593,36 @@ def test_a_request_after_another_runs_only_what_is_new(catch_up: str) -> None:
     fresh = Engine(MockStack(layers, max_positions=200))
     assert second.produced == finish(fresh, fresh.start(prompt, max_new_tokens=10, policy=policy, catch_up=catch_up))
     assert engine.sequences == []
+
+
+def test_a_request_after_one_that_skipped_an_exits_layer_runs_it_all() -> None:
+    """The exit's own layer has no K/V of a request that could not leave there: nothing can be taken over; after one that could, all."""
+    layers, prompt = (2, 4), [5, 6, 7, 8]
+    policy = ExitPolicy.create("max-prob", [0.5], layers)
+    for before, taken in ((ExitPolicy(), 0), (policy, 12)):
+        stack = MockStack(layers, max_positions=200, blocks=(0,))
+        engine = Engine(stack)
+        first = engine.start(prompt, max_new_tokens=10, policy=before, keep=True)
+        finish(engine, first)
+        stack.trace, longer = [], [*first.tokens, 1, 2]
+        second = engine.start(longer, max_new_tokens=10, policy=policy, after=first)
+        finish(engine, second)
+        blocks = [c.num_tokens for c in stack.trace if c.graph == "block"]
+        assert blocks[0] >= len(longer) - taken
+        fresh = Engine(MockStack(layers, max_positions=200, blocks=(0,)))
+        assert second.produced == finish(fresh, fresh.start(longer, max_new_tokens=10, policy=policy))
+
+
+def test_an_exits_layer_runs_for_those_that_may_leave_there() -> None:
+    """Full depth does not pay for it, nor does a request that is asked elsewhere."""
+    stack = MockStack((2, 4, 6), blocks=(0,))
+    engine = Engine(stack, num_slots=3)
+    stack.trace = []
+    for thresholds in (None, [None, 0.5], [0.5, None]):
+        engine.start([1, 2, 3], max_new_tokens=5, policy=ExitPolicy.create("max-prob", thresholds, (2, 4, 6)))
+    while engine.busy:
+        engine.step()
+    assert sum(c.num_tokens for c in stack.trace if c.graph == "block") == 3 + 5 - 1
 
 
 def test_top_logprobs_are_the_largest() -> None:
