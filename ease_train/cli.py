@@ -176,12 +176,13 @@ def fit_once(recipe: str, options: dict[str, Any], data: str, out: Path, resume:
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--count-data", "counted", help="Text whose most frequent tokens a reduced head knows; --data by default.")
 @click.option("--recipe", default="ee-tuning", show_default=True, help="The recipe whose exits, method and training to use.")
 @click.option("--data", help="As for fit; what the checkpoint was trained on by default.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the tuned checkpoint goes.")
 @run_options
 @recipe_options
-def tune(checkpoint: Path, recipe: str, data: str | None, out: Path, threads: int | None, **fields: Any) -> None:
+def tune(checkpoint: Path, recipe: str, data: str | None, counted: str | None, out: Path, threads: int | None, **fields: Any) -> None:
     """Give CHECKPOINT new exits, or train its own on. Resume with `ease-train fit RECIPE --out OUT --resume`."""
     import torch
 
@@ -193,7 +194,7 @@ def tune(checkpoint: Path, recipe: str, data: str | None, out: Path, threads: in
     if out.exists():
         raise TrainError(f"{out} is there already; choose another --out")
     place = run_place(fields)
-    trainer = begin_tuning(load_checkpoint(checkpoint), load_recipe(recipe), given_options(fields), data, **place)
+    trainer = begin_tuning(load_checkpoint(checkpoint), load_recipe(recipe), given_options(fields), data, counted=counted, **place)
     run_with_progress(trainer, trainer.recipe, out)
 
 

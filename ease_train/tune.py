@@ -8,6 +8,7 @@ block as the layer that follows, a reduced head as the LM head's rows of the tex
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,17 @@ def begin_tuning(
     device: str = "cpu",
     cache: Path | None = None,
     sharded: bool = False,
+    counted: str | None = None,
 ) -> Trainer:
-    """A new run from the checkpoint's weights, on its data or another source. Raises ConfigError, DataError."""
+    """A new run from the checkpoint's weights, on its data or another source. Raises ConfigError, DataError.
+
+    A reduced head knows the most frequent tokens of `counted`, by default of the run's own text; more text says better which they are.
+    """
     workers = Workers.join(device, sharded)
     chosen = tuned_recipe(trained.recipe, recipe, options)
     torch.manual_seed(chosen.train.seed)
     model = with_exits(trained.model, chosen)
     tuned = Checkpoint(chosen, model, trained.tokenizer, 0, source or known_data(trained), conventions=trained.conventions)
     if knows_no_draft(trained.model, model):
-        model.choose_draft_ids(token_counts(tuned, cache))
+        model.choose_draft_ids(token_counts(replace(tuned, data=counted or tuned.data), cache))
     return Trainer(tuned, workers, cache)

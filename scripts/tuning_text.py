@@ -3,11 +3,12 @@
     python scripts/tuning_text.py prompts runs/llm/text               # prompts-train.jsonl, prompts-heldout.jsonl
     ease-run batch runs/llm/int8 runs/llm/text/prompts-train.jsonl runs/llm/text/answers-train.jsonl --max-tokens 192
     ease-run batch runs/llm/int8 runs/llm/text/prompts-heldout.jsonl runs/llm/text/answers-heldout.jsonl --max-tokens 128
-    python scripts/tuning_text.py texts runs/llm/text --checkpoint runs/llm/checkpoint       # tuning.jsonl, heldout.jsonl
+    python scripts/tuning_text.py texts runs/llm/text --checkpoint runs/llm/checkpoint    # tuning.jsonl, counted.jsonl, heldout.jsonl
 
 `ease-run batch` goes on where it stopped, and `texts` takes the answers that are there. Tuning text: WikiText-2's train split, GSM8K
-with its own solutions, and the model's own answers (every second one sampled) to other GSM8K questions and to tasks about
-WikiText's train articles. Held out: WikiText-2's test split, and answers to Spec-Bench and to the last questions of GSM8K.
+with its own solutions, and the model's own answers (every second one sampled) to other GSM8K questions and to tasks about WikiText's
+train articles. counted.jsonl, for the tokens that a reduced head knows: all of WikiText's train split, all of GSM8K but its last
+questions, and the answers. Held out: WikiText-2's test split, and answers to Spec-Bench and to the last questions of GSM8K.
 
 WikiText's own form (` @-@ `, spaces before punctuation, `<unk>` for rare words) is not what a model sees in use, so it is put back into
 plain text, and sentences with an `<unk>` are left out.
@@ -185,11 +186,15 @@ def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: i
         }
         for row in rows
     ]
-    documents = [*wikitext("train", wikitext_characters), *solved, *chats(folder, "train", template)]
+    answered = chats(folder, "train", template)
+    documents = [*wikitext("train", wikitext_characters), *solved, *answered]
     random.Random(SEED).shuffle(documents)
     heldout = [*wikitext("test", 120_000), *chats(folder, "heldout", template)]
     write_lines(folder / "tuning.jsonl", ({"source": row["source"], "text": row["text"]} for row in documents))
     write_lines(folder / "heldout.jsonl", heldout)
+    counted = [{"text": plain_article(article)} for article in load_documents("wikitext-2", "train")]
+    counted += [{"text": f"{row['question']}\n{row['answer']}"} for row in gsm8k(data)[:-HELDOUT_QUESTIONS]]
+    write_lines(folder / "counted.jsonl", [*counted, *({"text": row["answer"]} for row in answered)])
     for name, found in (("tuning.jsonl", documents), ("heldout.jsonl", heldout)):
         for source in sorted({row["source"] for row in found}):
             sizes = [len(row["text"]) for row in found if row["source"] == source]

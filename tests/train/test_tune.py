@@ -51,7 +51,7 @@ def test_new_exits_start_as_the_models_own_parts(plain: Path) -> None:
     assert model.head(2).weight is not model.lm_head.weight
 
 
-def test_a_new_exits_block_is_the_layer_that_follows_and_its_head_the_rows_of_frequent_tokens(plain: Path) -> None:
+def test_a_new_exits_block_is_the_layer_that_follows_and_its_head_the_rows_of_frequent_tokens(plain: Path, tmp_path: Path) -> None:
     trained = load_checkpoint(plain)
     options = {**TO_2, "exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 7}
     trainer = begin_tuning(trained, load_recipe("ee-tuning"), options)
@@ -65,6 +65,10 @@ def test_a_new_exits_block_is_the_layer_that_follows_and_its_head_the_rows_of_fr
     assert model.draft_ids.tolist() == sorted(model.draft_ids.tolist())
     assert counts[model.draft_ids].min() >= counts[outside].max() > 0
     assert torch.equal(model.head(2).weight, trained.model.lm_head.weight[model.draft_ids])
+    counted = tmp_path / "counted.jsonl"
+    counted.write_text('{"text": "etetetet et"}\n' * 20)
+    elsewhere = begin_tuning(trained, load_recipe("ee-tuning"), {**options, "exit_vocab_size": 2}, counted=str(counted)).model
+    assert elsewhere.draft_ids.tolist() == sorted(trained.tokenizer.token_to_id(letter) for letter in "et")
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"exit_norms", "adapters", "draft_head"}
 
 
