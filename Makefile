@@ -42,9 +42,10 @@ bench: $(READY)  ## training beside transformers' Trainer; the engine on a 135M-
 	$(BIN)/python bench/engine.py runs/bench/135m/bundle --json runs/bench/engine.json
 	$(BIN)/python bench/peers.py runs/bench/135m/checkpoint runs/bench/135m/bundle --json runs/bench/peers.json
 
-peers:  ## other runtimes to compare with, in a virtual environment of their own
+peers:  ## other runtimes to compare with, in a virtual environment of their own; LLAMA_CPP=1 compiles llama.cpp, too (10 minutes and more)
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet 'torch>=2.9,<2.14' 'transformers>=4.57' onnx onnx_ir onnxruntime-genai
+	$(if $(LLAMA_CPP),.venv-peers/bin/pip install --quiet llama-cpp-python)
 
 clean:
 	rm -rf $(VENV) .venv-runtime .cache runs/demo

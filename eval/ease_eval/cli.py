@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from ease_eval import cli_quality
+from ease_eval import cli_quality, cli_speed
 from ease_eval.files import write_whole
 from ease_eval.table import Amounts, Table, cells, make_table
 from ease_runtime.commands import ErrorGroup, ThresholdList
@@ -38,7 +38,7 @@ def main(debug: bool) -> None:
     """Measure what early exits cost in perplexity and save in time."""
 
 
-for command in (cli_quality.calibrate, cli_quality.agreement, cli_quality.tasks, cli_quality.lm_eval):
+for command in (cli_quality.calibrate, cli_quality.agreement, cli_quality.tasks, cli_quality.lm_eval, cli_speed.compare):
     main.add_command(command)
 
 MEASURE_FLAGS = (

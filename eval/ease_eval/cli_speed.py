@@ -1,0 +1,104 @@
+"""The commands of ease-eval about machines: compare."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from ease_eval.agreement import read_prompts
+from ease_eval.compare import Comparison, Plan, cells, compare_peers
+from ease_eval.files import write_whole
+from ease_eval.provenance import provenance
+from ease_eval.table import Amounts, choose_texts
+from ease_runtime.commands import ThresholdList
+from ease_runtime.engine import CATCH_UPS
+from ease_runtime.llm import LLM
+from ease_runtime.options import Options
+from ease_runtime.policy import POLICIES
+from ease_train.corpora import load_documents
+
+# COLUMNS of a comparison for a terminal of 80 columns
+NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB", "same\ntexts", "agree")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="The same model as a Hugging Face directory.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="The same model for llama.cpp.")
+@click.option("--python", type=click.Path(path_type=Path), default=".venv-peers/bin/python", show_default=True, help="That of the peers.")
+@click.option("--threshold", type=ThresholdList(), help="One more row of ours: early exits at this threshold, or one an exit.")
+@click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
+@click.option("--catch-up", default="recompute", show_default=True, help=f"{', '.join(CATCH_UPS)}.")
+@click.option("--exit", "exit_layer", type=int, help="Layer of transformers' assistant_early_exit; the bundle's middle exit by default.")
+@click.option("--data", default="kjv", show_default=True, help="A corpus, as for table, whose texts' beginnings are the prompts.")
+@click.option("--split", default="test", show_default=True, help="train, validation or test.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="Or a file of prompts, as for agreement.")
+@click.option("--texts", default=4, show_default=True, help="Prompts.")
+@click.option("--prompt-tokens", default=32, show_default=True, help="Tokens of a prompt at most.")
+@click.option("--new-tokens", default=Plan.new_tokens, show_default=True, help="Tokens generated after each.")
+@click.option("--rounds", default=Plan.rounds, show_default=True, help="Timed rounds, after one to warm up.")
+@click.option(
+    "--timeout", default=Plan.answer_seconds, show_default=True, help="Seconds after which a runtime that does not answer is ended."
+)
+@click.option(
+    "--work", type=click.Path(path_type=Path), default=Plan.work, show_default=True, help="Where peers put models that they build."
+)
+@click.option("--threads", default=0, help="CPU threads of each; 0 takes all.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.")
+def compare(
+    bundle: Path,
+    data: str,
+    split: str,
+    prompts: Path | None,
+    texts: int,
+    prompt_tokens: int,
+    threshold: tuple[float | None, ...] | None,
+    policy: str,
+    catch_up: str,
+    timeout: float,
+    json_file: Path | None,
+    markdown_file: Path | None,
+    **given: Any,
+) -> None:
+    """Generate beside transformers, onnxruntime-genai and llama.cpp: the same weights and prompts, in turns.
+
+    The other runtimes live in a virtual environment of their own: make peers. One that is not there, or fails, is named and
+    left out.
+    """
+    settings = {"threshold": list(threshold), "policy": policy, "catch_up": catch_up} if threshold else None
+    plan = Plan(bundle, settings=settings, answer_seconds=timeout, **given)
+    llm = LLM(bundle, num_threads=plan.threads)
+    if settings:
+        llm.engine.check(llm.policy(Options.from_json(settings)), catch_up)
+    source = provenance(bundle, llm, plan.threads)
+    if prompts:
+        asked = [llm.encode(text)[:prompt_tokens] for text in read_prompts(prompts, texts)]
+    else:
+        amounts = Amounts(num_texts=texts, prompt_tokens=prompt_tokens, new_tokens=plan.new_tokens)
+        documents = [llm.encode(text) for text in load_documents(data, split)]
+        asked = [list(text.tokens[:prompt_tokens]) for text in choose_texts(documents, amounts, llm.stack.max_positions)]
+    del llm  # its memory is for the others
+    result = compare_peers(plan, asked, tell=lambda line: click.echo(line, err=True))
+    source |= {"checkpoint": str(plan.checkpoint), "prompts": str(prompts or f"{data} ({split})")}
+    for file, text in ((json_file, result.to_json(source)), (markdown_file, result.markdown())):
+        if file:
+            write_whole(file, text)
+    show_comparison(result, Console())
+
+
+def show_comparison(result: Comparison, console: Console) -> None:
+    """A line a runtime; those without figures after the table."""
+    shown = RichTable(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column in NARROW_COLUMNS:
+        shown.add_column(column, justify="left" if column in NARROW_COLUMNS[:2] else "right", no_wrap=column == NARROW_COLUMNS[0])
+    for row in result.rows:
+        if row.error is None:
+            shown.add_row(*cells(row))
+    console.print(shown)
+    for row in result.rows:
+        if row.error is not None:
+            click.echo(f"{row.runtime}: {row.error}")

@@ -1,0 +1,168 @@
+"""Beside other runtimes: transformers for real, the others as scripted modules that answer, crash, hang or are not there."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ease_eval.cli import main
+from ease_eval.compare import Peer, Plan, Worker, agreement, compare_peers
+from ease_runtime.errors import RequestError
+from ease_train.checkpoint import load_checkpoint
+from ease_train.huggingface import export_model
+
+PROMPTS = [[5, 17, 30, 8], [44, 9, 100, 3]]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint as a Hugging Face directory."""
+    path = tmp_path_factory.mktemp("hf") / "model"
+    export_model(load_checkpoint(tiny_checkpoint), path)
+    return path
+
+
+def plan(bundle: Path, folder: Path, tmp_path: Path, **fields: object) -> Plan:
+    return Plan(bundle, folder, Path(sys.executable), **{"new_tokens": 12, "rounds": 2, "work": tmp_path / "work", "threads": 1, **fields})  # type: ignore[arg-type]
+
+
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    """A module that peers import in place of a runtime."""
+    (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_transformers_says_the_same_and_what_is_absent_is_named(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    settings = {"threshold": [0.0], "catch_up": "propagate"}
+    found = compare_peers(plan(tiny_bundle, folder, tmp_path, settings=settings), PROMPTS)
+    names = ["ease", "ease max-prob 0 propagate", "transformers eager", "transformers early exit 4", "onnxruntime-genai"]
+    assert [row.runtime for row in found.rows] == names
+    ease, early, eager, assisted, genai = found.rows
+    assert (genai.error, genai.tokens_per_second) == ("onnxruntime_genai is not installed; run: make peers", None)
+    assert [row.error for row in found.rows[:4]] == [None] * 4
+    assert (ease.same_texts, eager.same_texts, assisted.same_texts, ease.ease_over_this) == (1.0, 1.0, 1.0, 1.0)
+    assert early.mean_agreement is not None
+    assert early.mean_agreement < 1.0
+    assert eager.version is not None
+    assert eager.version.startswith("transformers ")
+    for row in found.rows[:4]:
+        assert row.tokens_per_second_range is not None
+        low, high = row.tokens_per_second_range
+        assert 0 < low <= (row.tokens_per_second or 0) <= high
+        assert (row.first_token_ms or 0) > 0
+    markdown = found.markdown()
+    assert markdown.count("\n| ease") == 2
+    assert "onnxruntime-genai: onnxruntime_genai is not installed; run: make peers" in markdown
+
+
+GGUF_THAT_COUNTS = """
+class Llama:
+    def __init__(self, path, n_ctx, n_threads, verbose):
+        print("loading", path)
+
+    def generate(self, tokens, top_k, temp, repeat_penalty, reset):
+        token = tokens[-1]
+        while True:
+            token += 1
+            {step}
+            yield token
+"""
+
+
+CRASH = "if token > 40: __import__('os').kill(__import__('os').getpid(), 11)"
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("pass", None),
+        (CRASH, "its process ended: killed by SIGSEGV"),
+        ("if token > 40: __import__('os')._exit(3)", "its process ended: exit code 3"),
+        ("raise RuntimeError('no memory')", "RuntimeError: no memory"),
+        ("__import__('time').sleep(100)", "no answer in 2 seconds"),
+        ("if token > 40: return", "only 1 of 12 tokens came"),
+    ],
+)
+def test_what_is_said_of_a_peer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: str | None) -> None:
+    script(tmp_path, monkeypatch, "llama_cpp", GGUF_THAT_COUNTS.format(step=step))
+    asked = {"runtime": "llama.cpp", "gguf": "model.gguf", "context": 64, "threads": 1}
+    worker = Worker(Peer("llama.cpp", "q4", sys.executable, asked), answer_seconds=2.0)
+    try:
+        worker.start()
+        assert (worker.version, worker.error) == ("llama-cpp-python of unknown version", None)
+        first = worker.ask([5, 17, 39], 12)
+        assert worker.error == error
+        if error is None:
+            assert first is not None
+            assert first["ids"] == list(range(40, 52))
+            assert first["first"] > 0
+            assert first["rest"] > 0
+        else:
+            assert first is None
+    finally:
+        worker.stop()
+
+
+def test_a_peer_that_crashes_is_a_line_and_the_rest_goes_on(
+    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(tmp_path, monkeypatch, "llama_cpp", GGUF_THAT_COUNTS.format(step=CRASH))
+    script(tmp_path, monkeypatch, "transformers", "raise ImportError('broken on purpose')")
+    (tmp_path / "model.gguf").touch()
+    found = compare_peers(plan(tiny_bundle, folder, tmp_path, gguf=tmp_path / "model.gguf"), [[5, 17, 8], [44, 9, 40]])
+    ease, llama = found.rows[0], found.rows[-1]
+    assert (llama.runtime, llama.error, llama.tokens_per_second) == ("llama.cpp", "its process ended: killed by SIGSEGV", None)
+    assert [row.error for row in found.rows[1:3]] == ["ImportError: broken on purpose"] * 2
+    assert (ease.error, ease.same_texts) == (None, 1.0)
+
+
+def test_agreement_by_hand() -> None:
+    none: frozenset[int] = frozenset()
+    assert agreement([1, 2, 3, 4], [1, 2, 3, 4], none) == 1.0
+    assert agreement([1, 2, 9, 4], [1, 2, 3, 4], none) == 0.5
+    assert agreement([9], [1], none) == 0.0
+    assert agreement([1, 2, 8, 8], [1, 2, 3, 4], frozenset({2})) == 1.0  # our text ends with the 2
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["compare", *map(str, arguments)])
+
+
+def test_the_command_writes_what_it_shows(tiny_bundle: Path, folder: Path, corpus_file: Path, tmp_path: Path) -> None:
+    amounts = ["--texts", "1", "--prompt-tokens", "8", "--new-tokens", "8", "--rounds", "1"]
+    place = ["--work", tmp_path / "work", "--json", tmp_path / "out.json", "--python", tmp_path / "no-such-python"]
+    result = run(tiny_bundle, "--checkpoint", folder, "--data", corpus_file, "--split", "train", *amounts, *place)
+    assert result.exit_code == 0, result.output
+    assert f"transformers eager: no Python at {tmp_path / 'no-such-python'}; run: make peers" in result.output
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found.keys() >= {"bundle", "manifest_sha256", "versions", "checkpoint", "prompts", "rows"}
+    assert [row["error"] is None for row in found["rows"]] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "{tiny}"], "is no Hugging Face directory; make one of a checkpoint: ease-train export-hf"),
+        (["--checkpoint", "no/such"], "no/such is no Hugging Face directory: no readable config.json"),
+        (["--checkpoint", "{hf}", "--gguf", "no.gguf"], "no GGUF file at no.gguf"),
+        (["--checkpoint", "{hf}", "--exit", "6"], "exit layer 6 is outside 1..5"),
+        (["--checkpoint", "{hf}", "--rounds", "0"], "rounds = 0, expected at least 1"),
+        (["--checkpoint", "{hf}", "--threshold", "0.5", "--catch-up", "recal"], "unknown catch-up 'recal'"),
+        (["--checkpoint", "{hf}", "--threshold", "0.5", "--policy", "gate"], "policy 'gate' needs a gate at every early exit"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tiny_bundle: Path, tiny_checkpoint: Path, folder: Path, options: list[str], message: str) -> None:
+    result = run(tiny_bundle, *(option.format(tiny=tiny_checkpoint, hf=folder) for option in options))
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_another_model_is_refused(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
+    with pytest.raises(RequestError, match=r"has 7 layers and .* not the same model"):
+        plan(tiny_bundle, tmp_path, tmp_path)
