@@ -83,22 +83,22 @@ def render_manifest(manifest: Manifest, bundle: Path, console: Console) -> None:
     def megabytes(*names: str | None) -> str:
         return f"{sum(manifest.files[n].num_bytes for n in names if n in manifest.files) / 1e6:.2f}"
 
+    def with_weights(graph: str) -> tuple[str, str]:
+        return graph, f"{graph}.data"
+
     console.print(
         f"{bundle}: {manifest.precision}, {manifest.num_layers} layers of width {manifest.dim}, vocabulary {manifest.vocab_size}, "
         f"context {manifest.max_positions}, K/V {manifest.kv_dim} wide a token and layer"
     )
-    table = Table("segment", "layers", "graph", "MB", "K/V graph", "exit", "head", "MB")
-    for number, (segment, leave) in enumerate(zip(manifest.segments, manifest.exits, strict=True), 1):
-        table.add_row(
-            str(number),
-            f"{segment.first_layer}–{segment.last_layer}",
-            segment.graph,
-            megabytes(segment.graph, f"{segment.graph}.data"),
-            segment.kv_graph or "–",
-            leave.graph,
-            leave.head,
-            megabytes(leave.head, f"{leave.head}.data"),
-        )
+    table = Table("layers", "graph", "MB", "exit", "MB", "head", "MB")
+    exits = {leave.layer: leave for leave in manifest.exits}
+    for segment in manifest.segments:
+        cells = [f"{segment.first_layer}–{segment.last_layer}", segment.graph, megabytes(*with_weights(segment.graph))]
+        if (leave := exits.get(segment.last_layer)) is not None:
+            own = [name for name in (leave.block, leave.graph, leave.gate) if name]
+            cells += [", ".join(own), megabytes(*(file for name in own for file in with_weights(name)))]
+            cells += [leave.head, megabytes(*with_weights(leave.head))]
+        table.add_row(*cells)
     console.print(table)
     total = sum(info.num_bytes for info in manifest.files.values())
     console.print(f"{len(manifest.files)} files, {total / 1e6:.1f} MB, all with the sums of the manifest")

@@ -2,7 +2,8 @@
 
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, DeviceError, EaseError, RequestError
-from ease_runtime.llm import LLM, Timing, TokenEvent
+from ease_runtime.generation import Timing, TokenEvent
+from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.policy import ExitPolicy
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ease_runtime.errors import RequestError
-from ease_runtime.llm import Choice, Generation, TextEngine
+from ease_runtime.generation import Choice, Generation
+from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 
 AHEAD = 8  # answers that wait for an earlier one, in batches

@@ -16,7 +16,8 @@ from ease_runtime.conversation import Conversation
 from ease_runtime.device import DEVICES
 from ease_runtime.errors import EaseError, RequestError
 from ease_runtime.flags import option_flags, read_flags
-from ease_runtime.llm import LLM, Timing
+from ease_runtime.generation import Timing
+from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.server.app import Settings
 from ease_runtime.server.run import serve as run_server

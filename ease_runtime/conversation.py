@@ -9,7 +9,8 @@ from collections.abc import Generator
 
 from ease_runtime.chat import PlainTemplate
 from ease_runtime.errors import RequestError
-from ease_runtime.llm import Generation, TextEngine, Timing, TokenEvent
+from ease_runtime.generation import Generation, Timing, TokenEvent
+from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 
 

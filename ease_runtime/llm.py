@@ -16,130 +16,23 @@ Several requests at once, as a server has them:
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from ease_runtime.chat import ChatTemplate, Message
 from ease_runtime.device import choose_device
-from ease_runtime.engine import DEFAULT_CAP, Engine
+from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, DeviceError, RequestError
+from ease_runtime.generation import Choice, Generation, Timing, TokenEvent
 from ease_runtime.manifest import Manifest
 from ease_runtime.options import Options
 from ease_runtime.policy import ExitPolicy
+from ease_runtime.schedule import DEFAULT_CAP
 from ease_runtime.sequence import Sequence
 from ease_runtime.stack import OrtStack, Stack
-from ease_runtime.text import Piece, StopPattern, TextWriter
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """One token. `text` is what became printable with it: '' while a character is incomplete, or past a stop string.
-
-    `depth` counts layers; `drafted`: an early exit said it and full depth agreed. `finish_reason` is set on the last event of
-    a choice: 'stop' (the end token, whose text is '', or a stop string), 'length' or 'error'.
-    """
-
-    id: int
-    text: str
-    depth: int
-    confidence: float
-    logprob: float
-    finish_reason: str | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    drafted: bool = False
-    choice: int = 0  # which of the `n` completions
-
-
-@dataclass
-class Timing:
-    """Wall-clock seconds of one generation, prefill and decoding apart, and its counts. The first token belongs to the prefill."""
-
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    num_prompt_tokens: int = 0
-    num_tokens: int = 0
-    token_seconds: list[float] = field(default_factory=list)  # of every token after the first; 0 for those that came with another
-    num_drafted: int = 0  # drafts that full depth has judged (verify)
-    num_accepted: int = 0
-    notes: list[str] = field(default_factory=list)  # what the engine decided by itself
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed: tokens after the first, over their time."""
-        return len(self.token_seconds) / self.decode_seconds if self.decode_seconds else 0.0
-
-    def add(self, seconds: float, num_tokens: int) -> None:
-        """Note how long the next tokens took, one or more that came together."""
-        if self.num_tokens == 0:
-            self.prefill_seconds = seconds
-            self.token_seconds += [0.0] * (num_tokens - 1)
-        else:
-            self.decode_seconds += seconds
-            self.token_seconds += [seconds, *[0.0] * (num_tokens - 1)]
-        self.num_tokens += num_tokens
-
-    def note_end(self, sequence: Sequence) -> None:
-        """Take over what a sequence that has ended tells of itself."""
-        self.num_drafted += sequence.drafted
-        self.num_accepted += sequence.accepted
-        self.notes += sequence.notes
-
-
-@dataclass(eq=False)
-class Choice:
-    """One completion of a request, as it grows."""
-
-    index: int
-    sequence: Sequence
-    writer: TextWriter
-    num_read: int = 0  # tokens of the sequence that the writer has
-    finish_reason: str | None = None
-    error: str | None = None
-
-    def read(self) -> list[TokenEvent]:
-        """The events of the tokens whose text is certain by now. Sets `finish_reason` when there will be no more."""
-        sequence, pieces = self.sequence, []
-        new = sequence.produced[self.num_read :]
-        for place, token in enumerate(new):
-            self.num_read += 1
-            pieces += self.writer.add(token, last=sequence.finish_reason is not None and place == len(new) - 1)
-            if self.writer.stopped:
-                self.finish_reason = "stop"
-                break
-        else:
-            self.finish_reason, self.error = sequence.finish_reason, sequence.error
-            if self.finish_reason is not None:
-                pieces += self.writer.rest()
-        return [self._event(piece, self.finish_reason if place == len(pieces) - 1 else None) for place, piece in enumerate(pieces)]
-
-    def _event(self, piece: Piece, finish_reason: str | None) -> TokenEvent:
-        token = piece.token
-        return TokenEvent(
-            id=token.id,
-            text=piece.text,
-            depth=token.depth,
-            confidence=token.confidence,
-            logprob=token.logprob,
-            finish_reason=finish_reason,
-            top_logprobs=token.top_logprobs,
-            drafted=token.drafted,
-            choice=self.index,
-        )
-
-
-@dataclass(eq=False)
-class Generation:
-    """A request: its prompt's ids, and its completions."""
-
-    prompt: list[int]
-    choices: list[Choice]
-
-    @property
-    def finished(self) -> bool:
-        """Whether every completion has ended."""
-        return all(choice.finish_reason is not None for choice in self.choices)
+from ease_runtime.text import StopPattern, TextWriter
 
 
 class TextEngine:

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from ease_runtime.llm import Timing, TokenEvent
+from ease_runtime.generation import Timing, TokenEvent
 
 DEPTH_COLOURS = ("green", "yellow", "magenta", "cyan", "red", "blue")  # shallow exits first; the last layer has none
 

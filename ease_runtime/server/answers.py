@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ease_runtime.llm import TokenEvent
+from ease_runtime.generation import TokenEvent
 from ease_runtime.server.asked import Asked
 from ease_runtime.server.worker import Ticket
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ease_runtime.errors import RequestError
-from ease_runtime.llm import TextEngine, TokenEvent
+from ease_runtime.generation import TokenEvent
+from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 from ease_runtime.server.answers import Answer
 from ease_runtime.server.asked import Asked, read_chat, read_completion

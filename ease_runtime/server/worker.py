@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ease_runtime.errors import EaseError
-from ease_runtime.llm import Choice, Generation, TextEngine, TokenEvent
+from ease_runtime.generation import Choice, Generation, TokenEvent
+from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 from ease_runtime.server.errors import ApiError
 from ease_runtime.server.metrics import Metrics

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ease_runtime.errors import RequestError
-from ease_runtime.llm import LLM, Timing
+from ease_runtime.generation import Timing
+from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 
 QUESTION_KEYS = ("prompt", "question", "text")

@@ -15,7 +15,8 @@ from ease_eval.figures import by_position, depth_shares, drawn, pareto, reliabil
 from ease_eval.latency import Setting
 from ease_eval.reliability import measure_reliability
 from ease_eval.table import COLUMNS, Row, Table, cells, score_settings
-from ease_runtime.llm import LLM, TokenEvent
+from ease_runtime.generation import TokenEvent
+from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.policy import ExitPolicy
 

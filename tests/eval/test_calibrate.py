@@ -15,7 +15,8 @@ from ease_eval.cli import main
 from ease_eval.perplexity import Scores, record_exits, score_documents
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, RequestError
-from ease_runtime.llm import LLM, Timing
+from ease_runtime.generation import Timing
+from ease_runtime.llm import LLM
 from ease_runtime.manifest import load_manifest
 from ease_runtime.options import Options
 from ease_runtime.policy import ExitPolicy

@@ -1,5 +1,6 @@
 """Gates, adapters, own heads and routed layers: exported, run by the engine, and equal to the model in torch."""
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import tiny_model
 from ease_eval.perplexity import score_documents
 from ease_export.build import export_bundle
+from ease_export.cli import render_manifest
 from ease_export.verify import TOLERANCE, verify_bundle
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, RequestError
@@ -70,6 +73,22 @@ def test_every_graph_equals_torch(name: str, request: pytest.FixtureRequest) -> 
     manifest = load_manifest(bundle)
     assert compared >= {s.graph for s in manifest.segments}
     assert compared >= {e.gate for e in manifest.exits if e.gate} | {s.route_graph for s in manifest.segments if s.route_graph}
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("gated", ["exit_01.onnx, gate_01.onnx", "head_02.onnx"]),
+        ("blocks", ["block_02.onnx, exit_02.onnx, gate_02.onnx", "reduced_head.onnx"]),
+        ("routed_with_exits", ["segment_02.onnx", "1–1", "3–3"]),
+    ],
+)
+def test_inspect_shows_what_a_bundle_has(name: str, shown: list[str], request: pytest.FixtureRequest) -> None:
+    bundle = request.getfixturevalue(name)[1]
+    console = Console(file=io.StringIO(), width=200)
+    render_manifest(load_manifest(bundle), bundle, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert [part for part in shown if part not in text] == []
 
 
 def test_a_gate_decides_as_in_torch_and_the_head_runs_only_for_who_leaves(gated: Made) -> None:
@@ -152,7 +171,7 @@ def test_verify_with_a_reduced_head_is_full_depth(blocks: Made) -> None:
     for sampler in (None, GumbelSampler(0.9, 0, 1.0, 3)):
         engine, prompt = Engine(stack, num_slots=2), text(20, seed=8)
         off = engine.start(prompt, max_new_tokens=60, sampler=sampler)
-        policy = ExitPolicy.create("max-prob", [0.05], stack.exit_layers)
+        policy = ExitPolicy.create("max-prob", [0.0], stack.exit_layers)
         drafted = engine.start(prompt, max_new_tokens=60, policy=policy, catch_up="verify", sampler=sampler)
         while engine.busy:
             engine.step()

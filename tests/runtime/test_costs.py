@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from ease_runtime.costs import SIZES, Costs, Pace
-from ease_runtime.engine import Engine, near, schedule
+from ease_runtime.engine import Engine
 from ease_runtime.mock import MockStack
 from ease_runtime.policy import ExitPolicy
+from ease_runtime.schedule import near, schedule
 from ease_runtime.stack import OrtStack
 
 LAYERS = (2, 4)

@@ -11,7 +11,8 @@ import toy_text
 from ease_runtime.chat import ChatTemplate
 from ease_runtime.conversation import Conversation
 from ease_runtime.errors import BundleError, DeviceError, RequestError
-from ease_runtime.llm import TextEngine, Timing, TokenEvent
+from ease_runtime.generation import Timing, TokenEvent
+from ease_runtime.llm import TextEngine
 from ease_runtime.mock import MockStack
 from ease_runtime.options import Options
 
