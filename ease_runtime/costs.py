@@ -37,11 +37,12 @@ class CallProbe:
         cache = stack.open_cache(call.num_slots)
         for i in range(self.RUNS + 1):
             began = time.perf_counter()
-            self._once(cache, rows, out_row)
+            self.once(cache, rows, out_row)
             if i:
                 self.seconds.append(time.perf_counter() - began)
 
-    def _once(self, cache: Cache, rows: NDArray[np.int64], out_row: int) -> None:
+    def once(self, cache: Cache, rows: NDArray[np.int64], out_row: int) -> None:
+        """Run the call once, over these rows of the pool and this cache."""
         stack, number, spans = self.stack, self.call.number, self.spans()
         match self.call.graph:
             case "segment" if stack.layout[number].routed:

@@ -10,7 +10,7 @@ engine.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,8 +52,12 @@ class Timings:
     calls: list[Call] = field(default_factory=list)  # of one round's decoding
 
 
-def measure(engine: Engine, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int) -> tuple[list[Timings], dict[Call, float]]:
+def measure(
+    engine: Engine, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int, between: Callable[[], None] = lambda: None
+) -> tuple[list[Timings], dict[Call, float]]:
     """Time every setting on every text, `num_rounds` times after one warm-up; and each graph call by itself, in between.
+
+    Whoever times something else does it `between` rounds, too.
 
     Returns the timings a setting, and the median seconds of every distinct call.
     """
@@ -71,6 +75,7 @@ def measure(engine: Engine, settings: Sequence[Setting], texts: Sequence[Text], 
                 _decode(engine, settings[turn], text, timings[turn])
         for probe in probes:
             probe.run()
+        between()
     return timings, {probe.call: float(np.median(probe.seconds)) for probe in probes}
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from ease_eval.perplexity import Scores, score_window
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError
-from ease_runtime.llm import TextEngine
+from ease_runtime.llm import LLM
 from ease_runtime.policy import ExitPolicy
 
 
-def prefix_id(llm: TextEngine) -> int:
+def prefix_id(llm: LLM) -> int:
     """The token that a text without a context follows: the start token, or the end token of a bundle that has none.
 
     Raises RequestError where there is neither.
@@ -27,7 +27,7 @@ def prefix_id(llm: TextEngine) -> int:
     return min(llm.stop_ids)
 
 
-def encode_pair(llm: TextEngine, context: str, continuation: str, *, raw: bool = True) -> tuple[list[int], list[int]]:
+def encode_pair(llm: LLM, context: str, continuation: str, *, raw: bool = True) -> tuple[list[int], list[int]]:
     """A context's ids, and those of what follows it, so that both together are the ids of the whole text.
 
     Spaces at the end of the context belong to the continuation, as tokenizers have it. A text that is not raw comes from a
