@@ -21,6 +21,9 @@ def main(debug: bool) -> None:
 
 for command in (
     cli_measure.table,
+    cli_measure.ppl,
+    cli_measure.latency,
+    cli_measure.depth,
     cli_measure.report,
     cli_quality.calibrate,
     cli_quality.agreement,

@@ -1,6 +1,9 @@
-"""The commands of ease-eval that measure a bundle on a corpus: table, report."""
+"""The commands of ease-eval that measure a bundle on a corpus: table, ppl, depth, latency, report."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,25 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from ease_eval.files import write_whole
-from ease_eval.table import Amounts, Table, cells, make_table
+from ease_eval.journal import Journal
+from ease_eval.latency import Setting
+from ease_eval.provenance import provenance
+from ease_eval.table import (
+    SEED,
+    Amounts,
+    Quality,
+    SettingName,
+    Speed,
+    Table,
+    cells,
+    choose_texts,
+    first_tokens,
+    make_settings,
+    make_table,
+    measure_quality,
+    measure_speed,
+    threshold_of,
+)
 from ease_runtime.commands import ThresholdList
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.llm import LLM
@@ -53,59 +74,208 @@ MEASURE_FLAGS = (
 
 
 def measure_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What is measured, and how much of it: the arguments of `measured`."""
+    """What is measured, and how much of it: the arguments of `Asked.of`."""
     for flag in reversed(MEASURE_FLAGS):
         command = flag(command)
     return command
 
 
-def measured(
-    bundle: Path,
-    *,
-    data: str,
-    split: str,
-    policy: str,
-    thresholds: tuple[float | None, ...],
-    exit_thresholds: tuple[tuple[float | None, ...], ...],
-    catch_ups: tuple[str, ...],
-    scored_tokens: int,
-    texts: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    rounds: int,
-    threads: int,
-) -> tuple[LLM, list[list[int]], Table]:
-    """A bundle, a corpus's documents as its ids, and what was measured of them."""
-    amounts = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds)
-    llm = LLM(bundle, num_threads=threads)
-    documents = [llm.encode(text) for text in load_documents(data, split)]
-    result = make_table(
-        bundle,
-        llm,
-        documents,
-        source=data,
-        split=split,
-        policy=policy,
-        thresholds=[*(t for t in thresholds if t is not None), *exit_thresholds],  # off is always the first row
-        catch_ups=catch_ups,
-        amounts=amounts,
-        num_threads=threads,
-    )
-    return llm, documents, result
+@dataclass(frozen=True)
+class Asked:
+    """A bundle, a corpus's documents as its ids, and what is to be measured of them."""
+
+    bundle: Path
+    llm: LLM
+    documents: list[list[int]]
+    data: str
+    split: str
+    policy: str
+    thresholds: list[float | Sequence[float | None]]
+    catch_ups: tuple[str, ...]
+    amounts: Amounts
+    threads: int
+
+    @classmethod
+    def of(
+        cls,
+        bundle: Path,
+        *,
+        data: str,
+        split: str,
+        policy: str,
+        thresholds: tuple[float | None, ...],
+        exit_thresholds: tuple[tuple[float | None, ...], ...],
+        catch_ups: tuple[str, ...],
+        scored_tokens: int,
+        texts: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        rounds: int,
+        threads: int,
+    ) -> "Asked":
+        """From the flags of a command."""
+        amounts, llm = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds), LLM(bundle, num_threads=threads)
+        documents = [llm.encode(text) for text in load_documents(data, split)]
+        rows: list[float | Sequence[float | None]] = [
+            *(t for t in thresholds if t is not None),
+            *exit_thresholds,
+        ]  # off is always the first row
+        return cls(bundle, llm, documents, data, split, policy, rows, catch_ups, amounts, threads)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where figures come from, and what was asked for, as JSON has it."""
+        asked = {name: getattr(self, name) for name in ("data", "split", "policy", "thresholds", "catch_ups")}
+        return {**provenance(self.bundle, self.llm, self.threads), **asked, "amounts": asdict(self.amounts), "seed": SEED}
+
+    def table(self, journal: Journal | None = None, batches: Sequence[int] = ()) -> Table:
+        """Everything."""
+        return make_table(
+            self.bundle,
+            self.llm,
+            self.documents,
+            source=self.data,
+            split=self.split,
+            policy=self.policy,
+            thresholds=self.thresholds,
+            catch_ups=self.catch_ups,
+            amounts=self.amounts,
+            num_threads=self.threads,
+            batches=batches,
+            journal=journal,
+        )
+
+    def settings(self) -> list[Setting]:
+        """Off and what was asked for. Raises RequestError where this bundle cannot run it."""
+        settings = make_settings(self.policy, self.thresholds, self.catch_ups, self.llm.stack.exit_layers)
+        for setting in settings:
+            self.llm.engine.check(setting.policy, setting.catch_up)
+        return settings
+
+    def qualities(self) -> list[Quality]:
+        """What is said, without the clock."""
+        documents = list(first_tokens(self.documents, self.amounts.scored_tokens))
+        return measure_quality(self.llm, documents, self.settings(), Journal(None, {}))
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@measure_flags
+@click.option("--batch", "batches", type=int, multiple=True, help="Also decode this many texts at once; may be repeated.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here; a killed run goes on.")
+@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.")
+def table(bundles: tuple[Path, ...], batches: tuple[int, ...], json_file: Path | None, markdown_file: Path | None, **given: Any) -> None:
+    """Perplexity, depth and real speed for each threshold, off first.
+
+    Several bundles, say of one model in several precisions, give a table each; the JSON is then {"tables": [...]}.
+    """
+    tables: list[Table] = []
+    with ExitStack() as open_journals:
+        for bundle in bundles:
+            asked = Asked.of(bundle, **given)
+            part = json_file and json_file.with_name(f"{json_file.name}.{len(tables)}") if len(bundles) > 1 else json_file
+            journal = open_journals.enter_context(Journal(part, asked.source | {"batches": batches}))
+            if journal.num_read:
+                click.echo(f"{journal.num_read} parts of {bundle} are there from a run before", err=True)
+            tables.append(asked.table(journal, batches))
+            render(tables[-1], Console())
+        whole = tables[0].to_json() if len(tables) == 1 else json.dumps({"tables": [asdict(one) for one in tables]}, indent=2) + "\n"
+        for file, text in ((json_file, whole), (markdown_file, "\n".join(one.markdown() for one in tables))):
+            if file:
+                write_whole(file, text)
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @measure_flags
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
-@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.")
-def table(bundle: Path, json_file: Path | None, markdown_file: Path | None, **given: Any) -> None:
-    """Perplexity, depth and real speed for each threshold, off first."""
-    _, _, result = measured(bundle, **given)
-    for file, text in ((json_file, result.to_json()), (markdown_file, result.markdown())):
-        if file:
-            write_whole(file, text)
-    render(result, Console())
+def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
+    """Perplexity under each threshold, off first, without the clock."""
+    asked = Asked.of(bundle, **given)
+    rows = asked.qualities()
+    write_rows(asked, rows, json_file)
+    shown = narrow_table("at", "catch-up", "ppl", "vs off", "95 %", "bits/byte", "depth")
+    for row in rows:
+        low, high = (f"{100 * (ratio - 1):+.1f}" for ratio in row.ppl_ratio_interval)
+        figures = (
+            f"{row.ppl:.2f}",
+            f"{100 * (row.ppl_ratio - 1):+.1f} %",
+            f"{low}..{high}",
+            f"{row.bits_per_byte:.3f}",
+            f"{row.mean_depth:.2f}",
+        )
+        shown.add_row(*label(row), *figures)
+    Console().print(shown)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@measure_flags
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
+    """How deep tokens go under each threshold: mean, shares, and along a text."""
+    asked = Asked.of(bundle, **given)
+    rows = asked.qualities()
+    write_rows(asked, rows, json_file)
+    layers = asked.llm.stack.exit_layers
+    shown = narrow_table("at", "catch-up", "depth", *(f"layer {layer}" for layer in layers), "first\nhalf", "second\nhalf")
+    for row in rows:
+        total, half = sum(row.depth_counts.values()), max(1, len(row.depth_by_position) // 2)
+        shares = (f"{100 * row.depth_counts.get(layer, 0) / total:.1f} %" for layer in layers)
+        halves = (row.depth_by_position[:half], row.depth_by_position[half:] or row.depth_by_position)
+        shown.add_row(*label(row), f"{row.mean_depth:.2f}", *shares, *(f"{sum(part) / len(part):.2f}" for part in halves))
+    Console().print(shown)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@measure_flags
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
+    """What tokens take under each threshold on the wall clock, prefill and decoding apart."""
+    asked = Asked.of(bundle, **given)
+    settings, amounts = asked.settings(), asked.amounts
+    texts = choose_texts(asked.documents, amounts, asked.llm.stack.max_positions)
+    found = [speed for speed, _ in measure_speed(asked.llm, settings, texts, amounts.num_rounds, Journal(None, {}))]
+    rows = [TimedSetting(s.policy.name, threshold_of(s), s.catch_up, **vars(speed)) for s, speed in zip(settings, found, strict=True)]
+    write_rows(asked, rows, json_file)
+    shown = narrow_table("at", "catch-up", "tok/s", "p50\nms", "p95\nms", "p99\nms", "prefill\nms", "speed\n-up", "depth")
+    for row in rows:
+        times = (row.latency_ms_p50, row.latency_ms_p95, row.latency_ms_p99, row.prefill_ms_p50)
+        figures = (
+            f"{row.tokens_per_second:.0f}",
+            *(f"{value:.2f}" for value in times),
+            f"{row.speedup:.2f}x",
+            f"{row.decoded_mean_depth:.2f}",
+        )
+        shown.add_row(*label(row), *figures)
+    Console().print(shown)
+
+
+@dataclass(frozen=True)
+class TimedSetting(Speed, SettingName):
+    """A row of `latency`."""
+
+
+def write_rows(asked: Asked, rows: Sequence[Quality | TimedSetting], json_file: Path | None) -> None:
+    """A command's rows as JSON, with where they come from."""
+    if json_file:
+        write_whole(json_file, json.dumps({**asked.source, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+
+
+def label(row: Quality | TimedSetting) -> tuple[str, str]:
+    """A row's threshold and catch-up."""
+    if row.threshold is None:
+        return "off", "–"
+    return "/".join("off" if value is None else f"{value:g}" for value in row.thresholds), row.catch_up
+
+
+def narrow_table(*columns: str) -> RichTable:
+    """An empty table, figures to the right."""
+    shown = RichTable(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column in columns:
+        shown.add_column(column, justify="right", no_wrap=True)
+    return shown
 
 
 @click.command()
@@ -118,9 +288,9 @@ def report(bundle: Path, out: Path, **given: Any) -> None:
     """Measure as table does, and write one HTML file: figures, tables, a passage coloured by depth."""
     from ease_eval.report import make_report  # matplotlib takes a second to import
 
-    llm, documents, result = measured(bundle, **given)
-    shown = [ids for ids in documents if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
-    write_whole(out, make_report(llm, result, shown, out))
+    asked = Asked.of(bundle, **given)
+    shown = [ids for ids in asked.documents if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
+    write_whole(out, make_report(asked.llm, asked.table(), shown, out))
     click.echo(f"{out}: written, with its figures in {out.with_suffix('')}")
 
 
@@ -133,3 +303,10 @@ def render(result: Table, console: Console) -> None:
     for row in result.rows:
         shown.add_row(*(cell.removeprefix(f"{policy} ") for cell in cells(row)))
     console.print(shown)
+    if result.batches:
+        together = narrow_table("batch", "at", "catch-up", "tok/s", "speed-up")
+        for one in result.batches:
+            at = one.threshold if isinstance(one.threshold, list) else [one.threshold]
+            values = "/".join("off" if value is None else f"{value:g}" for value in at)
+            together.add_row(str(one.batch), values, one.catch_up, f"{one.tokens_per_second:.0f}", f"{one.speedup:.2f}x")
+        console.print(together)

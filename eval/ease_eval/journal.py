@@ -20,7 +20,7 @@ class Journal:
     """The finished parts of one run, by name. `file` is where the run's result goes; None keeps nothing for another run."""
 
     def __init__(self, file: Path | None, asked: dict[str, Any]) -> None:
-        self.path = None if file is None else file.with_name(f".{file.name}.journal")
+        self.file, self.path = file, None if file is None else file.with_name(f".{file.name}.journal")
         self.asked: dict[str, Any] = json.loads(json.dumps(asked))
         self.found: dict[str, Any] = {}
         self.num_read = 0  # parts that the run before had finished
@@ -38,7 +38,7 @@ class Journal:
             again = [{"asked": self.asked}, *({"name": name, "value": value} for name, value in self.found.items())]
             self.path.write_text("".join(json.dumps(part) + "\n" for part in again), encoding="utf-8")
         except OSError as error:
-            raise RequestError(f"could not write {self.path}: {error.strerror}") from None
+            raise RequestError(f"could not write {self.file}: {error.strerror}") from None
         return self
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:

@@ -20,7 +20,7 @@ from ease_runtime.engine import Engine
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.sampling import Given, Greedy
 from ease_runtime.sequence import Sequence as SequenceState
-from ease_runtime.stack import Call
+from ease_runtime.stack import Call, Stack
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,33 @@ def _trace(engine: Engine, setting: Setting, text: Text, timing: Timings) -> Non
     timing.depths += depths[1:]
     timing.drafted += sequence.drafted
     timing.accepted += sequence.accepted
+
+
+def time_batches(stack: Stack, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int) -> list[list[float]]:
+    """Decode all texts at once in an engine with a slot for each, settings taking turns after one warm-up round.
+
+    Returns tokens a second of all texts together, a list a setting: from the moment that every text has its first token.
+    """
+    engine = Engine(stack, num_slots=len(texts))
+    speeds: list[list[float]] = [[] for _ in settings]
+    for number in range(num_rounds + 1):
+        for i in range(len(settings)):
+            turn = (i + number) % len(settings)
+            speed = _decode_together(engine, settings[turn], texts)
+            if number:
+                speeds[turn].append(speed)
+    return speeds
+
+
+def _decode_together(engine: Engine, setting: Setting, texts: Sequence[Text]) -> float:
+    sequences = [_begin(engine, setting, text) for text in texts]
+    while not all(sequence.produced for sequence in sequences):
+        engine.step()
+    before, began = sum(len(sequence.produced) for sequence in sequences), time.perf_counter()
+    while engine.busy:
+        engine.step()
+    seconds = time.perf_counter() - began
+    return (sum(len(sequence.produced) for sequence in sequences) - before) / seconds
 
 
 def ideal_seconds(calls: Sequence[Call], seconds: dict[Call, float]) -> float:

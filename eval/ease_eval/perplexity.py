@@ -10,6 +10,7 @@ The first token of a window is prefill: its K/V are exact in every mode, and its
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,15 @@ class Scores:
     def join(cls, parts: Sequence["Scores"]) -> "Scores":
         """Several texts' scores, one after the other."""
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("logprobs", "depths", "says")))
+
+    def to_lists(self) -> list[list[Any]]:
+        """As JSON has them."""
+        return [getattr(self, name).tolist() for name in ("logprobs", "depths", "says")]
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Sequence[Any]]) -> "Scores":
+        """From what JSON has."""
+        return cls(np.array(lists[0], np.float64), np.array(lists[1], np.int64), np.array(lists[2], np.int64))
 
     def after(self, first: int) -> "Scores":
         """Those of the tokens from `first` on."""

@@ -6,63 +6,86 @@ print(table.markdown())
 
 import json
 import math
-import platform
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure
+from ease_eval.journal import Journal
+from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure, time_batches
 from ease_eval.perplexity import Scores, record_exits, score_documents
+from ease_eval.provenance import provenance
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
-from ease_runtime.manifest import MANIFEST_FILE, sha256_of
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.stack import Call, SegmentShape
 
+SEED = 0  # of the bootstrap
+POSITION_BIN = 16
 EXIT_TOKENS = 4000  # that every exit is asked about, for the bounds
 
 
 @dataclass(frozen=True)
-class Row:
-    """One setting. Perplexity and depth are over the scored tokens, times over the decoded ones (medians over rounds).
-
-    What `verify` says is what off says: its perplexity is off's, its depths are those of the decoded tokens.
-    """
+class SettingName:
+    """Which setting a row is about."""
 
     policy: str
     threshold: float | list[float | None] | None  # None: off; in a list, one an exit
     catch_up: str
-    ppl: float
-    mean_depth: float
-    depth_fraction: float
-    tokens_per_second: float
-    latency_ms_p50: float
-    latency_ms_p95: float
-    speedup: float  # measured, against off in the same rounds
-    ideal_speedup: float  # from separately timed graph calls, off's over this row's
-    ppl_ratio: float  # against off
-    ppl_ratio_interval: tuple[float, float]  # 95 %, bootstrap over documents, off's and this row's together
-    bits_per_byte: float  # of the scored text
-    measured_over_ideal: float  # speedup / ideal_speedup
-    engine_efficiency: float  # ideal seconds of the row's own calls / its measured seconds
-    speedup_range: tuple[float, float]  # smallest and largest over the rounds
-    prefill_ms_p50: float
-    decoded_mean_depth: float  # of the tokens that were timed
-    layers_run: float  # by a decoded token: those of pending and of rejected ones count too
-    drafted: int  # verify: drafts that full depth judged
-    accepted: int
-    depth_counts: dict[int, int]  # tokens by depth
 
     @property
     def thresholds(self) -> list[float | None]:
         """As they are asked for: one for every early exit, or one each; [None] is off."""
         return self.threshold if isinstance(self.threshold, list) else [self.threshold]
+
+
+@dataclass(frozen=True)
+class Quality(SettingName):
+    """What one setting says of the scored tokens.
+
+    What `verify` says is what off says: its perplexity is off's; in a table its depths are those of the decoded tokens.
+    """
+
+    ppl: float
+    mean_depth: float
+    depth_fraction: float
+    ppl_ratio: float  # against off
+    ppl_ratio_interval: tuple[float, float]  # 95 %, bootstrap over documents, off's and this row's together
+    bits_per_byte: float  # of the scored text
+    depth_counts: dict[int, int]  # tokens by depth
+    depth_by_position: list[float]  # mean depth of each POSITION_BIN positions of the documents, up to the context
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one setting takes for the decoded tokens: medians over rounds."""
+
+    tokens_per_second: float
+    latency_ms_p50: float
+    latency_ms_p95: float
+    latency_ms_p99: float
+    speedup: float  # measured, against off in the same rounds
+    ideal_speedup: float  # from separately timed graph calls, off's over this row's
+    measured_over_ideal: float  # speedup / ideal_speedup
+    engine_efficiency: float  # ideal seconds of the row's own calls / its measured seconds
+    speedup_range: tuple[float, float]  # smallest and largest over the rounds
+    prefill_ms_p50: float
+    prefill_ms_p95: float
+    decoded_mean_depth: float  # of the tokens that were timed
+    layers_run: float  # by a decoded token: those of pending and of rejected ones count too
+    drafted: int  # verify: drafts that full depth judged
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Row(Speed, Quality):
+    """One setting: quality over the scored tokens, times over the decoded ones."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,18 @@ class ExitFigures:
     layer: int
     ppl: float
     agreement: float  # share of the tokens that full depth would say the same
+
+
+@dataclass(frozen=True)
+class BatchFigures:
+    """One setting over several texts at once, each row of the batch at its own depth."""
+
+    batch: int
+    threshold: float | list[float | None] | None
+    catch_up: str
+    tokens_per_second: float  # of all texts together
+    speedup: float  # against off at the same batch, median over rounds
+    speedup_range: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -91,6 +126,11 @@ class Table:
     versions: dict[str, str]
     exits: tuple[ExitFigures, ...]
     oracle_mean_depth: float  # had each token left at the first exit that says what full depth says
+    precision: str
+    seed: int  # of the bootstrap
+    position_bin: int
+    peak_memory_mb: float | None  # of the process, with the text's tokens and all
+    batches: tuple[BatchFigures, ...]
     rows: tuple[Row, ...]
 
     def to_json(self) -> str:
@@ -172,53 +212,170 @@ def make_table(
     catch_ups: Sequence[str],
     amounts: Amounts | None = None,
     num_threads: int = 0,
+    batches: Sequence[int] = (),
+    journal: Journal | None = None,
 ) -> Table:
-    """Measure a bundle, loaded as `llm`, on a corpus's documents, as ids. Raises RequestError."""
-    amounts = amounts or Amounts()
+    """Measure a bundle, loaded as `llm`, on a corpus's documents, as ids. Raises RequestError.
+
+    What a journal has of a run before is not measured again.
+    """
+    amounts, journal = amounts or Amounts(), journal or Journal(None, {})
     settings = make_settings(policy, thresholds, catch_ups, llm.stack.exit_layers)
     for setting in settings:
         llm.engine.check(setting.policy, setting.catch_up)
+    for batch in batches:
+        if batch < 1:
+            raise RequestError(f"batch {batch} is below 1")
     documents = list(first_tokens(encoded, amounts.scored_tokens))
     texts = choose_texts(encoded, amounts, llm.stack.max_positions)
-    scores = score_settings(llm, documents, settings)
-    timings, call_seconds = measure(llm.engine, settings, texts, amounts.num_rounds)
-    scored = Scored(documents, num_bytes(llm, documents))
-    rows = [
-        make_row(s, q, t, scores[0], timings[0], call_seconds, llm.stack.layout, scored)
-        for s, q, t in zip(settings, scores, timings, strict=True)
-    ]
-    exits, oracle = exit_figures(llm, list(first_tokens(documents, EXIT_TOKENS)))
+    qualities = measure_quality(llm, documents, settings, journal)
+    speeds = measure_speed(llm, settings, texts, amounts.num_rounds, journal)
+    exits, oracle = journal.once("exits", lambda: exit_figures(llm, list(first_tokens(documents, EXIT_TOKENS))))
+    several = []
+    for size in batches:
+        several += journal.once(f"batch {size}", partial(measure_batch, llm, settings, texts, amounts.num_rounds, size))
     return Table(
-        bundle=str(bundle),
-        manifest_sha256=sha256_of(bundle / MANIFEST_FILE),
+        **provenance(bundle, llm, num_threads),
         data=source,
         split=split,
-        device="cpu",
-        num_threads=num_threads,
-        num_scored_tokens=len(scores[0].logprobs),
-        num_decoded_tokens=len(timings[0].depths),
+        num_scored_tokens=sum(len(ids) - 1 for ids in documents),
+        num_decoded_tokens=len(texts) * (amounts.new_tokens - 1),
         num_rounds=amounts.num_rounds,
-        source=llm.manifest.source,
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("numpy", "tokenizers", "ease-lm")},
-            **_onnxruntime(),
-        },
-        exits=exits,
+        exits=tuple(ExitFigures(**one) for one in exits),
         oracle_mean_depth=oracle,
-        rows=tuple(rows),
+        seed=SEED,
+        position_bin=POSITION_BIN,
+        peak_memory_mb=peak_memory_mb(),
+        batches=tuple(BatchFigures(**{**one, "speedup_range": tuple(one["speedup_range"])}) for one in several),
+        rows=tuple(make_row(*pair) for pair in zip(qualities, speeds, strict=True)),
     )
 
 
-def exit_figures(llm: LLM, documents: Sequence[Sequence[int]]) -> tuple[tuple[ExitFigures, ...], float]:
-    """Every exit by itself, and the mean depth of an oracle that leaves at the first exit that agrees with full depth."""
+def make_row(quality: Quality, measured: tuple[Speed, dict[int, int]]) -> Row:
+    """A row of both; the depths of verify are those of its drafts."""
+    speed, decoded = measured
+    if quality.catch_up == "verify" and quality.threshold is not None:
+        depth = sum(layer * count for layer, count in decoded.items()) / sum(decoded.values())
+        fraction = depth * quality.depth_fraction / quality.mean_depth
+        quality = replace(quality, mean_depth=depth, depth_fraction=fraction, depth_counts=decoded, depth_by_position=[])
+    return Row(**vars(quality), **vars(speed))
+
+
+def measure_quality(llm: LLM, documents: Sequence[Sequence[int]], settings: Sequence[Setting], journal: Journal) -> list[Quality]:
+    """Every setting's figures over the documents' tokens; off comes first."""
+    scored = Scored(documents, num_bytes(llm, documents))
+    found: list[list[Any]] = journal.once("scores", lambda: [s.to_lists() for s in score_settings(llm, documents, settings)])
+    scores = [Scores.from_lists(lists) for lists in found]
+    return [make_quality(s, q, scores[0], scored, llm.stack.max_positions) for s, q in zip(settings, scores, strict=True)]
+
+
+def make_quality(setting: Setting, scores: Scores, off: Scores, scored: "Scored", limit: int) -> Quality:
+    """One setting's figures against off's."""
+    depths, counts = np.unique(scores.depths, return_counts=True)
+    return Quality(
+        policy=setting.policy.name,
+        threshold=threshold_of(setting),
+        catch_up=setting.catch_up,
+        ppl=scores.perplexity,
+        mean_depth=scores.mean_depth,
+        depth_fraction=scores.mean_depth / int(off.depths.max()),
+        ppl_ratio=scores.perplexity / off.perplexity,
+        ppl_ratio_interval=scored.interval(off.logprobs - scores.logprobs),
+        bits_per_byte=-float(scores.logprobs.sum()) / math.log(2) / scored.num_bytes,
+        depth_counts=dict(zip(depths.tolist(), counts.tolist(), strict=True)),
+        depth_by_position=scored.by_position(scores.depths, limit),
+    )
+
+
+def threshold_of(setting: Setting) -> float | list[float | None] | None:
+    """As a row has it: one number where all early exits have the same."""
+    thresholds = setting.policy.thresholds
+    return None if thresholds is None else thresholds[0] if len(set(thresholds)) == 1 else list(thresholds)
+
+
+def measure_speed(
+    llm: LLM, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int, journal: Journal
+) -> list[tuple[Speed, dict[int, int]]]:
+    """Every setting's times, and how many of the decoded tokens had each depth; off comes first."""
+
+    def timed() -> list[Any]:
+        timings, seconds = measure(llm.engine, settings, texts, num_rounds)
+        speeds = [make_speed(t, timings[0], seconds, llm.stack.layout) for t in timings]
+        return [[asdict(speed), [np.array(t.depths).tolist()]] for speed, t in zip(speeds, timings, strict=True)]
+
+    found = []
+    for speed, (depths,) in journal.once("times", timed):
+        layers, counts = np.unique(depths, return_counts=True)
+        speed["speedup_range"] = tuple(speed["speedup_range"])
+        found.append((Speed(**speed), dict(zip(layers.tolist(), counts.tolist(), strict=True))))
+    return found
+
+
+def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], layout: Sequence[SegmentShape]) -> Speed:
+    """One setting's times against off's."""
+    speedups = [a / b for a, b in zip(off.rounds, timing.rounds, strict=True)]
+    speedup, seconds = float(np.median(speedups)), float(np.median(timing.rounds))
+    ideal = ideal_seconds(timing.calls, call_seconds)
+    ideal_speedup = ideal_seconds(off.calls, call_seconds) / ideal
+    p50, p95, p99 = np.percentile(np.array(timing.token_seconds) * 1000, (50, 95, 99)).tolist()
+    prefill50, prefill95 = np.percentile(np.array(timing.prefills) * 1000, (50, 95)).tolist()
+    return Speed(
+        tokens_per_second=len(timing.depths) / seconds,
+        latency_ms_p50=p50,
+        latency_ms_p95=p95,
+        latency_ms_p99=p99,
+        speedup=speedup,
+        ideal_speedup=ideal_speedup,
+        measured_over_ideal=speedup / ideal_speedup,
+        engine_efficiency=ideal / seconds,
+        speedup_range=(min(speedups), max(speedups)),
+        prefill_ms_p50=prefill50,
+        prefill_ms_p95=prefill95,
+        decoded_mean_depth=float(np.mean(timing.depths)),
+        layers_run=layers_run(timing.calls, layout) / len(timing.depths),
+        drafted=timing.drafted,
+        accepted=timing.accepted,
+    )
+
+
+def measure_batch(llm: LLM, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int, batch: int) -> list[dict[str, Any]]:
+    """Every setting's BatchFigures, as JSON has them; `batch` texts are decoded at once, the same ones again where there are fewer."""
+    chosen = [texts[i % len(texts)] for i in range(batch)]
+    speeds, found = time_batches(llm.stack, settings, chosen, num_rounds), []
+    for setting, mine in zip(settings, speeds, strict=True):
+        speedups = [a / b for a, b in zip(mine, speeds[0], strict=True)]
+        figures = BatchFigures(
+            batch=batch,
+            threshold=threshold_of(setting),
+            catch_up=setting.catch_up,
+            tokens_per_second=float(np.median(mine)),
+            speedup=float(np.median(speedups)),
+            speedup_range=(min(speedups), max(speedups)),
+        )
+        found.append(asdict(figures))
+    return found
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory that the process has had; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3  # bytes there, KiB here
+
+
+def exit_figures(llm: LLM, documents: Sequence[Sequence[int]]) -> tuple[list[dict[str, Any]], float]:
+    """Every exit by itself, as JSON has it, and the mean depth of an oracle that leaves at the first exit that agrees with full depth."""
     layers = llm.stack.exit_layers
     everything = ExitPolicy.create("max-prob", [1.0] if len(layers) > 1 else None, layers)
     _, early, full = record_exits(llm.engine, documents, everything)
     agrees = np.array([scores.says == full.says for scores in [*early, full]])  # (exits, tokens); the last row is all True
     depths = np.array(layers)[agrees.argmax(axis=0)]
     each = zip(layers, [*early, full], agrees, strict=True)
-    return tuple(ExitFigures(layer, scores.perplexity, float(same.mean())) for layer, scores, same in each), float(depths.mean())
+    figures = [asdict(ExitFigures(layer, scores.perplexity, float(same.mean()))) for layer, scores, same in each]
+    return figures, float(depths.mean())
 
 
 def num_bytes(llm: LLM, documents: Sequence[Sequence[int]]) -> int:
@@ -237,16 +394,18 @@ class Scored:
         """95 % bootstrap interval of exp(mean), documents drawn with their tokens. Shape: differences (tokens), in nats."""
         lengths = np.array([len(ids) - 1 for ids in self.documents])
         sums = np.add.reduceat(differences, np.cumsum(lengths) - lengths)
-        drawn = np.random.default_rng(0).integers(0, len(lengths), (draws, len(lengths)))
+        drawn = np.random.default_rng(SEED).integers(0, len(lengths), (draws, len(lengths)))
         means = sums[drawn].sum(axis=1) / lengths[drawn].sum(axis=1)
         low, high = np.exp(np.percentile(means, (2.5, 97.5))).tolist()
         return low, high
 
-
-def _onnxruntime() -> dict[str, str]:
-    import onnxruntime
-
-    return {"onnxruntime": onnxruntime.__version__}
+    def by_position(self, depths: NDArray[np.int64], limit: int) -> list[float]:
+        """Mean depth of each POSITION_BIN positions, those past `limit` left out. Shape: depths (tokens)."""
+        place = np.concatenate([np.arange(len(ids) - 1) for ids in self.documents])
+        inside = place < limit
+        place, depths = place[inside] // POSITION_BIN, depths[inside]
+        means: list[float] = (np.bincount(place, depths) / np.bincount(place)).tolist()
+        return means
 
 
 def make_settings(
@@ -302,51 +461,3 @@ def score_settings(llm: LLM, documents: Sequence[Sequence[int]], settings: Seque
 def layers_run(calls: Sequence[Call], layout: Sequence[SegmentShape]) -> int:
     """Layers that tokens went through, each token counted in each, pending and rejected ones too."""
     return sum(call.num_tokens * layout[call.number].num_layers for call in calls if call.graph == "segment")
-
-
-def make_row(
-    setting: Setting,
-    scores: Scores,
-    timing: Timings,
-    off_scores: Scores,
-    off: Timings,
-    call_seconds: dict[Call, float],
-    layout: Sequence[SegmentShape],
-    scored: Scored,
-) -> Row:
-    """The figures of one setting against off."""
-    thresholds = setting.policy.thresholds
-    num_layers = int(off_scores.depths.max())
-    speedups = [a / b for a, b in zip(off.rounds, timing.rounds, strict=True)]
-    speedup, seconds = float(np.median(speedups)), float(np.median(timing.rounds))
-    ideal = ideal_seconds(timing.calls, call_seconds)
-    ideal_speedup = ideal_seconds(off.calls, call_seconds) / ideal
-    p50, p95 = np.percentile(np.array(timing.token_seconds) * 1000, (50, 95)).tolist()
-    reached = np.array(timing.depths) if setting.catch_up == "verify" else scores.depths
-    mean_depth = float(reached.mean())
-    depths, counts = np.unique(reached, return_counts=True)
-    return Row(
-        policy=setting.policy.name,
-        threshold=None if thresholds is None else thresholds[0] if len(set(thresholds)) == 1 else list(thresholds),
-        catch_up=setting.catch_up,
-        ppl=scores.perplexity,
-        mean_depth=mean_depth,
-        depth_fraction=mean_depth / num_layers,
-        tokens_per_second=len(timing.depths) / seconds,
-        latency_ms_p50=p50,
-        latency_ms_p95=p95,
-        speedup=speedup,
-        ideal_speedup=ideal_speedup,
-        ppl_ratio=scores.perplexity / off_scores.perplexity,
-        ppl_ratio_interval=scored.interval(off_scores.logprobs - scores.logprobs),
-        bits_per_byte=-float(scores.logprobs.sum()) / math.log(2) / scored.num_bytes,
-        measured_over_ideal=speedup / ideal_speedup,
-        engine_efficiency=ideal / seconds,
-        speedup_range=(min(speedups), max(speedups)),
-        prefill_ms_p50=float(np.median(timing.prefills)) * 1000,
-        decoded_mean_depth=float(np.mean(timing.depths)),
-        layers_run=layers_run(timing.calls, layout) / len(timing.depths),
-        drafted=timing.drafted,
-        accepted=timing.accepted,
-        depth_counts=dict(zip(depths.tolist(), counts.tolist(), strict=True)),
-    )

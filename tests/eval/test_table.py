@@ -3,11 +3,13 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
+from ease_eval import table as table_module
 from ease_eval.cli import main
 from ease_eval.latency import Setting, Text, ideal_seconds, measure
 from ease_eval.table import Scored, num_bytes
@@ -136,3 +138,83 @@ def test_bits_per_byte_by_hand(tiny_bundle: Path) -> None:
     llm = LLM(tiny_bundle)
     ids = llm.encode("And the king went")
     assert num_bytes(llm, [ids, ids]) == 2 * len("And the king went")
+
+
+def command(name: str, *arguments: object) -> Result:
+    return CliRunner().invoke(main, [name, *map(str, arguments), *SMALL])
+
+
+def test_ppl_and_depth_are_the_tables(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
+    flags = [tiny_bundle, "--data", corpus_file, "--thresholds", "0,0.6"]
+    for name in ("table", "ppl", "depth", "latency"):
+        result = command(name, *flags, "--json", tmp_path / f"{name}.json")
+        assert result.exit_code == 0, result.output
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("table", "ppl", "depth", "latency")}
+    rows = found["table"]["rows"]
+    for name in ("ppl", "depth"):
+        for row, whole in zip(found[name]["rows"], rows, strict=True):
+            assert {key: whole[key] for key in row} == row
+    assert [row["threshold"] for row in found["latency"]["rows"]] == [None, 0.0, 0.6]
+    assert found["latency"]["rows"][1].keys() >= {"latency_ms_p50", "latency_ms_p99", "prefill_ms_p95", "speedup", "tokens_per_second"}
+    for one in found.values():
+        assert one.keys() >= {"bundle", "manifest_sha256", "precision", "versions", "seed", "device"}
+
+
+def test_depth_by_position(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
+    assert command("depth", tiny_bundle, "--data", corpus_file, "--thresholds", "0,0.6", "--json", tmp_path / "d.json").exit_code == 0
+    off, first, some = json.loads((tmp_path / "d.json").read_text())["rows"]
+    assert set(off["depth_by_position"]) == {6.0}
+    assert set(first["depth_by_position"]) == {2.0}
+    assert len(set(some["depth_by_position"])) > 2
+    scored = Scored([range(21), range(19)], 1)
+    assert scored.by_position(np.array([2] * 16 + [4] * 4 + [6] * 18), 17) == [4.0, 5.0]  # positions of 20 and 18 tokens, the last ones out
+
+
+def test_batches_are_rows_of_their_own(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
+    flags = ["--thresholds", "0", "--batch", 1, "--batch", 3, "--json", tmp_path / "t.json"]
+    result = command("table", tiny_bundle, "--data", corpus_file, *flags)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert [(one["batch"], one["threshold"]) for one in found["batches"]] == [(1, None), (1, 0.0), (3, None), (3, 0.0)]
+    assert [one["speedup"] for one in found["batches"][::2]] == [1.0, 1.0]
+    assert all(one["tokens_per_second"] > 0 for one in found["batches"])
+    assert found["peak_memory_mb"] > 50
+
+
+def test_several_bundles_give_a_table_each(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
+    result = command("table", tiny_bundle, tiny_bundle, "--data", corpus_file, "--thresholds", "0", "--json", tmp_path / "t.json")
+    assert result.exit_code == 0, result.output
+    one, other = json.loads((tmp_path / "t.json").read_text())["tables"]
+    assert (one["precision"], one["rows"][1]["ppl"]) == ("fp32", other["rows"][1]["ppl"])
+
+
+def test_a_killed_table_ends_in_the_same_json(
+    tiny_bundle: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured before the kill stands, times too; the rest is measured once."""
+    flags = [tiny_bundle, "--data", corpus_file, "--thresholds", "0", "--batch", 2, "--json", tmp_path / "t.json"]
+    counted: list[str] = []
+
+    def counting(name: str, run: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            counted.append(name)
+            if counted == ["scores", "times", "exits"]:
+                raise KeyboardInterrupt
+            return run(*arguments)
+
+        return call
+
+    for name, function in (("scores", "score_settings"), ("times", "measure"), ("exits", "exit_figures"), ("batch", "measure_batch")):
+        monkeypatch.setattr(table_module, function, counting(name, getattr(table_module, function)))
+    assert command("table", *flags).exit_code == 1
+    journal = tmp_path / ".t.json.journal"
+    kept = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [part["name"] for part in kept[1:]] == ["scores", "times"]
+    result = command("table", *flags)
+    assert result.exit_code == 0, result.output
+    assert counted == ["scores", "times", "exits", "exits", "batch"]
+    found = json.loads((tmp_path / "t.json").read_text())
+    times = kept[2]["value"]
+    assert [{key: row[key] for key in speed} for row, (speed, _) in zip(found["rows"], times, strict=True)] == [speed for speed, _ in times]
+    assert found["rows"][0]["ppl"] == pytest.approx(np.exp(-np.mean(kept[1]["value"][0][0])))
+    assert not journal.exists()
