@@ -155,10 +155,19 @@ def answer(conversation: Conversation, line: str, exit_layers: tuple[int, ...] |
 @click.option("--max-body", type=click.IntRange(1), default=Settings.max_body_bytes, show_default=True, help="Largest body, in bytes.")
 @click.option("--max-prompt", type=click.IntRange(1), help="Longest prompt, in tokens; what the model takes by default.")
 @click.option("--grace", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds for what runs when told to stop.")
+@click.option("--shadow", type=click.FloatRange(0, 1), default=0.0, help="Share of the early answers to compare with full depth.")
 @option_flags(without=("seed", "n", "stop", "logprobs", "logit_bias"))
 @model_flags
 def serve(
-    bundle: Path, host: str, port: int, model_name: str | None, api_key: str | None, batch_size: int, grace: float, **given: Any
+    bundle: Path,
+    host: str,
+    port: int,
+    model_name: str | None,
+    api_key: str | None,
+    batch_size: int,
+    grace: float,
+    shadow: float,
+    **given: Any,
 ) -> None:
     """Serve a bundle as OpenAI's API, with metrics and a page to try it. Flags of generation hold where a request says nothing."""
     limits = {"max_body_bytes": given.pop("max_body"), "max_prompt_tokens": given.pop("max_prompt"), "max_queued": given.pop("max_queued")}
@@ -166,7 +175,8 @@ def serve(
     name = model_name or bundle.resolve().name
     llm = LLM(bundle, num_slots=batch_size, **place)
     llm.check(options)
-    run_server(llm, Settings(name, options, api_key, **limits), host=host, port=port, grace_seconds=grace)
+    settings = Settings(name, options, api_key, **limits, shadow=shadow, certificate=llm.manifest.calibration or None)
+    run_server(llm, settings, host=host, port=port, grace_seconds=grace)
 
 
 @main.command()

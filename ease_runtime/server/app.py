@@ -24,6 +24,7 @@ from ease_runtime.server.answers import Answer
 from ease_runtime.server.asked import Asked, read_chat, read_completion
 from ease_runtime.server.errors import ApiError, error_object, extra_missing
 from ease_runtime.server.metrics import Metrics
+from ease_runtime.server.shadow import Shadow
 from ease_runtime.server.worker import Ticket, Update, Worker
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Settings:
     max_body_bytes: int = 2**20
     max_prompt_tokens: int | None = None  # None: as many as the model's context takes
     max_queued: int = 64  # completions that wait for a slot
+    shadow: float = 0.0  # share of the early answers that run again at full depth
+    certificate: dict[str, Any] | None = None  # what such answers are held against
 
 
 class Service:
@@ -52,7 +55,8 @@ class Service:
     def __init__(self, llm: TextEngine, settings: Settings) -> None:
         self.llm, self.settings = llm, settings
         self.metrics = Metrics(llm.stack.exit_layers, llm.engine.cache.num_slots)
-        self.worker = Worker(llm, self.metrics, max_queued=settings.max_queued)
+        self.shadow = Shadow(llm.engine, settings.shadow, settings.certificate) if settings.shadow else None
+        self.worker = Worker(llm, self.metrics, max_queued=settings.max_queued, shadow=self.shadow)
         self.started = int(time.time())
 
     def check_key(self, request: "Request") -> None:
@@ -150,6 +154,7 @@ class Service:
             "status": "ok" if alive else "stopping",
             "model": self.settings.model,
             "taken": self.worker.num_taken,
+            **({"shadow": self.shadow.report()} if self.shadow else {}),
         }
 
     def model(self) -> dict[str, Any]:

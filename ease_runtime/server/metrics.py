@@ -26,6 +26,9 @@ class Metrics:
         self.depth = Histogram("ease_token_depth_layers", "Layers that tokens used.", buckets=exit_layers, registry=registry)
         self.first_token = Histogram("ease_first_token_seconds", "From the request to its first token.", buckets=SECONDS, registry=registry)
         self.duration = Histogram("ease_request_seconds", "From the request to its end.", buckets=SECONDS, registry=registry)
+        self.shadowed = Counter("ease_shadowed_answers", "Answers that ran again at full depth (--shadow).", registry=registry)
+        self.shadow_risk = Gauge("ease_shadow_risk", "Mean risk of these answers, as the certificate counts it.", registry=registry)
+        self.shadow_drift = Gauge("ease_shadow_drift", "1 when that is above the certificate's promise beyond chance.", registry=registry)
         self.num_passes, self.num_rows = 0, 0
 
     def note_pass(self, num_rows: int, num_running: int, num_waiting: int, depths: Iterable[int]) -> None:
@@ -39,6 +42,12 @@ class Metrics:
         for depth in depths:
             self.generated_tokens.inc()
             self.depth.observe(depth)
+
+    def note_shadow(self, risk: float, drift: bool) -> None:
+        """One more answer has been compared with full depth; the risk of all so far."""
+        self.shadowed.inc()
+        self.shadow_risk.set(risk)
+        self.shadow_drift.set(drift)
 
     def text(self) -> bytes:
         """Prometheus' text format."""

@@ -18,6 +18,7 @@ from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 from ease_runtime.server.errors import ApiError
 from ease_runtime.server.metrics import Metrics
+from ease_runtime.server.shadow import Shadow
 
 log = logging.getLogger(__name__)
 LONGEST_RETRY = 60  # seconds that a refused client is told to wait at most
@@ -60,8 +61,8 @@ class Ticket:
 class Worker:
     """Owns the engine's thread. At most `num_slots` completions run and `max_queued` wait; more are refused."""
 
-    def __init__(self, llm: TextEngine, metrics: Metrics, *, max_queued: int = 64) -> None:
-        self.llm, self.metrics = llm, metrics
+    def __init__(self, llm: TextEngine, metrics: Metrics, *, max_queued: int = 64, shadow: Shadow | None = None) -> None:
+        self.llm, self.metrics, self.shadow = llm, metrics, shadow
         self.num_slots = llm.engine.cache.num_slots
         self.capacity = self.num_slots + max_queued
         self.num_taken = 0  # completions of tickets that are not closed
@@ -204,6 +205,8 @@ class Worker:
                 ticket.num_open -= 1
         if updates:
             self._call(self._deliver, [(ticket, news, ticket.num_open == 0) for ticket, news in updates.items()])
+        if self.shadow and self.shadow.look():
+            self.metrics.note_shadow(self.shadow.risk or 0.0, bool(self.shadow.drift))
 
     def _note_pass(self, read: list[tuple[Choice, list[TokenEvent]]]) -> None:
         engine = self.llm.engine
@@ -217,6 +220,8 @@ class Worker:
         ticket.notes += sequence.notes
         self.metrics.drafted.inc(sequence.drafted)
         self.metrics.accepted.inc(sequence.accepted)
+        if self.shadow:
+            self.shadow.consider(sequence)
 
     def _note_load(self) -> None:
         self.metrics.running.set(len(self.llm.engine.running))

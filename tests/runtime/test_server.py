@@ -465,3 +465,84 @@ def test_a_port_that_is_taken_is_said(tiny_bundle: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "is the port taken? choose another: --port" in done.stderr.splitlines()[-1]
+
+
+# A share of the answers runs again at full depth.
+
+
+def early(threshold: float) -> dict[str, Any]:
+    return {"threshold": threshold, "catch_up": "recompute"}
+
+
+def disagreements(prompt: str, threshold: float, count: int) -> list[bool]:
+    """Token by token, whether full depth would have said something else after what the early exits have said."""
+    llm = text_engine(1)
+    said = [event.id for event in llm.generate(prompt, Options(max_tokens=count, threshold=(threshold,)))]
+    ids, found = llm.encode(prompt), []
+    for token in said:
+        (full,) = llm.generate(list(ids), Options(max_tokens=1))
+        found.append(full.id != token)
+        ids.append(token)
+    return found
+
+
+def test_shadowed_answers_are_compared_with_full_depth() -> None:
+    prompts = ["abc", "hello", "back", "dab"]
+    with served(text_engine(), shadow=1.0) as server:
+        for number, prompt in enumerate(prompts, 1):
+            post(server, COMPLETIONS, {"prompt": prompt, "max_tokens": 20, "ease": early(0.1)})
+            wait_until(lambda number=number: len(server.service.shadow.risks) == number)
+        post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 5})  # at full depth
+        post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 5, "ease": {"threshold": 0.1, "catch_up": "verify"}})
+        post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 5, "temperature": 1, "seed": 1, "ease": early(0.1)})
+        wait_until(lambda: is_idle(server))
+        found = httpx.get(server.url + "/health").json()["shadow"]
+        metrics = httpx.get(server.url + "/metrics").text
+    each = [disagreements(prompt, 0.1, 20) for prompt in prompts]
+    risk = sum(sum(one) / len(one) for one in each) / len(each)
+    assert 0.0 < risk < 1.0, "exits and full depth must differ somewhere, or the test shows nothing"
+    assert found == {
+        "share": 1.0,
+        "answers": 4,
+        "tokens": 80,
+        "kind": "disagreement",
+        "risk": pytest.approx(risk),
+        "promised": None,
+        "drift": None,
+    }
+    assert "ease_shadowed_answers_total 4.0" in metrics
+    assert float(re.search(r"^ease_shadow_risk (\S+)$", metrics, re.M)[1]) == pytest.approx(risk)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("delta", "drift"), [(0.001, True), (0.9, False)])
+def test_drift_from_the_certificate(delta: float, drift: bool) -> None:
+    """Only answers as the certificate has them count; drift is a risk above its promise beyond chance."""
+    certificate = {"policy": "max-prob", "thresholds": [0.1, 0.1], "catch_up": "recompute", "risk": "disagreement", "delta": delta}
+    with served(text_engine(), shadow=1.0, certificate=certificate) as server:
+        post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 5, "ease": early(0.2)})
+        for number in range(1, 21):
+            post(server, COMPLETIONS, {"prompt": "hello"[: 1 + number % 5], "max_tokens": 8, "ease": early(0.1)})
+            wait_until(lambda number=number: len(server.service.shadow.risks) == number)
+        found = httpx.get(server.url + "/health").json()["shadow"]
+        metrics = httpx.get(server.url + "/metrics").text
+    assert (found["answers"], found["promised"], found["drift"]) == (20, delta, drift)
+    assert f"ease_shadow_drift {float(drift)}" in metrics
+
+
+def test_a_share_of_the_answers_is_compared() -> None:
+    with served(text_engine(), shadow=0.25) as server:
+        for _ in range(8):
+            post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 4, "ease": early(0.1)})
+            wait_until(lambda: is_idle(server))
+        assert httpx.get(server.url + "/health").json()["shadow"]["answers"] == 2
+    with served(text_engine()) as server:
+        assert "shadow" not in httpx.get(server.url + "/health").json()
+
+
+def test_a_comparison_that_is_cut_does_not_count() -> None:
+    """A server that ends in the middle of one ends all the same."""
+    with served(text_engine(seconds=0.02), shadow=1.0) as server:
+        post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 30, "ease": early(0.0)})
+        wait_until(lambda: server.service.shadow.again is not None)
+        shadow = server.service.shadow
+    assert shadow.risks == []
