@@ -20,6 +20,7 @@ from ease_eval.journal import Journal
 from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure, time_batches
 from ease_eval.perplexity import Scores, record_exits, score_documents
 from ease_eval.provenance import provenance
+from ease_eval.weights import bytes_read
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
@@ -67,6 +68,7 @@ class Speed:
     """What one setting takes for the decoded tokens: medians over rounds."""
 
     tokens_per_second: float
+    gb_per_second: float  # of weights that the row's calls read
     latency_ms_p50: float
     latency_ms_p95: float
     latency_ms_p99: float
@@ -300,7 +302,7 @@ def measure_speed(
 
     def timed() -> list[Any]:
         timings, seconds = measure(llm.engine, settings, texts, num_rounds)
-        speeds = [make_speed(t, timings[0], seconds, llm.stack.layout) for t in timings]
+        speeds = [make_speed(t, timings[0], seconds, llm) for t in timings]
         return [[asdict(speed), [np.array(t.depths).tolist()]] for speed, t in zip(speeds, timings, strict=True)]
 
     found = []
@@ -311,7 +313,7 @@ def measure_speed(
     return found
 
 
-def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], layout: Sequence[SegmentShape]) -> Speed:
+def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], llm: LLM) -> Speed:
     """One setting's times against off's."""
     speedups = [a / b for a, b in zip(off.rounds, timing.rounds, strict=True)]
     speedup, seconds = float(np.median(speedups)), float(np.median(timing.rounds))
@@ -321,6 +323,7 @@ def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], l
     prefill50, prefill95 = np.percentile(np.array(timing.prefills) * 1000, (50, 95)).tolist()
     return Speed(
         tokens_per_second=len(timing.depths) / seconds,
+        gb_per_second=bytes_read(llm.manifest, timing.calls) / 1e9 / seconds,
         latency_ms_p50=p50,
         latency_ms_p95=p95,
         latency_ms_p99=p99,
@@ -332,7 +335,7 @@ def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], l
         prefill_ms_p50=prefill50,
         prefill_ms_p95=prefill95,
         decoded_mean_depth=float(np.mean(timing.depths)),
-        layers_run=layers_run(timing.calls, layout) / len(timing.depths),
+        layers_run=layers_run(timing.calls, llm.stack.layout) / len(timing.depths),
         drafted=timing.drafted,
         accepted=timing.accepted,
     )

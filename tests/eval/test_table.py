@@ -13,10 +13,12 @@ from ease_eval import table as table_module
 from ease_eval.cli import main
 from ease_eval.latency import Setting, Text, ideal_seconds, measure
 from ease_eval.table import Scored, num_bytes
+from ease_eval.weights import bytes_read
 from ease_runtime.engine import Engine
 from ease_runtime.llm import LLM
+from ease_runtime.manifest import load_manifest
 from ease_runtime.policy import ExitPolicy
-from ease_runtime.stack import OrtStack
+from ease_runtime.stack import Call, OrtStack
 
 CONTRACT = {"policy", "threshold", "catch_up", "ppl", "mean_depth", "depth_fraction", "tokens_per_second"}
 CONTRACT |= {"latency_ms_p50", "latency_ms_p95", "speedup", "ideal_speedup"}
@@ -218,3 +220,15 @@ def test_a_killed_table_ends_in_the_same_json(
     assert [{key: row[key] for key in speed} for row, (speed, _) in zip(found["rows"], times, strict=True)] == [speed for speed, _ in times]
     assert found["rows"][0]["ppl"] == pytest.approx(np.exp(-np.mean(kept[1]["value"][0][0])))
     assert not journal.exists()
+
+
+def test_bytes_that_calls_read(tiny_bundle: Path) -> None:
+    """Two layers of a segment, whatever else stands in its file; an exit is its own weights and its head's."""
+    manifest = load_manifest(tiny_bundle)
+    size = {name: info.num_bytes for name, info in manifest.files.items()}
+    layers = size["segment_02.onnx.data"]
+    head = size.get("exit_01.onnx.data", 0) + size["head.onnx.data"]
+    calls = [Call("segment", 0, 1, 256), Call("segment", 0, 3, 256), Call("kv", 1, 2, 256), Call("exit", 0, 1)]
+    assert size["segment_01.onnx.data"] > layers, "its embedding is not tied"
+    assert bytes_read(manifest, calls) == 2 * layers + head
+    assert bytes_read(manifest, [Call("segment", 1, 1, 256)]) == layers > 2 * 64 * 64 * 4 * 4
