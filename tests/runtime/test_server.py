@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 
 from ease_runtime.errors import RequestError
+from ease_runtime.generation import Timing
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 from ease_runtime.server.app import Settings, create_app
+from ease_runtime.server.shadow import Shadow
 from served import Served, served, text_engine, wait_until
 
 for extra in ("fastapi", "uvicorn", "prometheus_client"):
@@ -546,3 +548,24 @@ def test_a_comparison_that_is_cut_does_not_count() -> None:
         wait_until(lambda: server.service.shadow.again is not None)
         shadow = server.service.shadow
     assert shadow.risks == []
+
+
+def test_the_loss_of_an_answer() -> None:
+    """Nats that each token lost against full depth, none below 0 or above 1; sampled answers count, too."""
+    certificate = {"policy": "max-prob", "thresholds": [0.1, 0.1], "catch_up": "recompute", "risk": "loss", "delta": 0.5}
+    llm = text_engine(1)
+    shadow = Shadow(llm.engine, 1.0, certificate)
+    generation = llm.submit("hello", Options(max_tokens=12, threshold=(0.1,), temperature=1.0, seed=3))
+    early = list(llm.follow(generation, Timing()))
+    shadow.consider(generation.choices[0].sequence)
+    while not shadow.look():
+        llm.step()
+    ids, losses = llm.encode("hello"), []
+    for event in early:
+        (full,) = llm.generate(list(ids), Options(max_tokens=1, logit_bias={event.id: 1000.0}))  # says the same token at full depth
+        assert full.id == event.id
+        losses.append(min(max(full.logprob - event.logprob, 0.0), 1.0))
+        ids.append(event.id)
+    assert shadow.risk == pytest.approx(sum(losses) / 12, rel=1e-5)
+    assert 0.0 < sum(losses) < 12
+    assert shadow.drift is False
