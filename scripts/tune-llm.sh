@@ -20,7 +20,7 @@ tune() {  # NAME, then options of its own
     if [ ! -d "$run/$name" ]; then
         ease-train tune "$run/untouched" --recipe kangaroo-fr-spec --exit-vocab-size 8192 --data "$text/tuning.jsonl" \
             --count-data "$text/counted.jsonl" --cache "$run/cache" --out "$run/$name" $exits --batch-size 4 --sequence-length 256 \
-            --steps "$steps" --eval-every 50 --save-every 25 --eval-tokens 8000 "$@"
+            --learning-rate 3e-3 --steps "$steps" --eval-every 50 --save-every 25 --eval-tokens 8000 "$@"
     else
         ease-train fit kangaroo-fr-spec --out "$run/$name" --cache "$run/cache" --resume
     fi
@@ -29,6 +29,7 @@ tune exits-block
 tune exits-mlp --exit-adapter mlp
 tune exits-low-rank --exit-adapter low-rank
 
-[ -d "$run/tuned" ] || ease-train gates "$run/exits-block" --cache "$run/cache" --out "$run/tuned" --gate-width 64 --eval-tokens 8000
+[ -d "$run/tuned" ] || ease-train gates "$run/exits-block" --data "$text/gates.jsonl" --cache "$run/cache" --out "$run/tuned" \
+    --batch-size 4 --steps 100 --eval-tokens 8000
 python scripts/exit_agreement.py "$run/untouched" "$run/exits-low-rank" "$run/exits-mlp" "$run/exits-block" \
     --text "$text/heldout.jsonl" --json "$run/agreement.json"

@@ -3,11 +3,12 @@
     python scripts/tuning_text.py prompts runs/llm/text               # prompts-train.jsonl, prompts-heldout.jsonl
     ease-run batch runs/llm/int8 runs/llm/text/prompts-train.jsonl runs/llm/text/answers-train.jsonl --max-tokens 192
     ease-run batch runs/llm/int8 runs/llm/text/prompts-heldout.jsonl runs/llm/text/answers-heldout.jsonl --max-tokens 128
-    python scripts/tuning_text.py texts runs/llm/text --checkpoint runs/llm/checkpoint    # tuning.jsonl, counted.jsonl, heldout.jsonl
+    python scripts/tuning_text.py texts runs/llm/text --checkpoint runs/llm/checkpoint    # and the files below
 
 `ease-run batch` goes on where it stopped, and `texts` takes the answers that are there. Tuning text: WikiText-2's train split, GSM8K
 with its own solutions, and the model's own answers (every second one sampled) to other GSM8K questions and to tasks about WikiText's
-train articles. counted.jsonl, for the tokens that a reduced head knows: all of WikiText's train split, all of GSM8K but its last
+train articles. gates.jsonl: an eighth of the same kinds, for gates, which must see where the exits err on what they have not learned.
+counted.jsonl, for the tokens that a reduced head knows: all of WikiText's train split, all of GSM8K but its last
 questions, and the answers. Held out: WikiText-2's test split, and answers to Spec-Bench and to the last questions of GSM8K.
 
 WikiText's own form (` @-@ `, spaces before punctuation, `<unk>` for rare words) is not what a model sees in use, so it is put back into
@@ -176,7 +177,7 @@ def prompts(folder: Path, number: int, data: Path) -> None:
 @click.option("--solutions", default=400, show_default=True, help="GSM8K questions with GSM8K's own solutions.")
 @data_option
 def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: int, data: Path) -> None:
-    """Write tuning.jsonl and heldout.jsonl from the answers that are there."""
+    """Write tuning.jsonl, gates.jsonl, counted.jsonl and heldout.jsonl from the answers that are there."""
     template = ChatTemplate((checkpoint / "chat_template.jinja").read_text(encoding="utf-8"))
     rows = gsm8k(data)[ANSWERED_QUESTIONS:-HELDOUT_QUESTIONS][:solutions]
     solved = [
@@ -190,12 +191,14 @@ def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: i
     documents = [*wikitext("train", wikitext_characters), *solved, *answered]
     random.Random(SEED).shuffle(documents)
     heldout = [*wikitext("test", 120_000), *chats(folder, "heldout", template)]
-    write_lines(folder / "tuning.jsonl", ({"source": row["source"], "text": row["text"]} for row in documents))
+    shares = {"tuning.jsonl": [row for number, row in enumerate(documents) if number % 8], "gates.jsonl": documents[::8]}
+    for name, rows_of in shares.items():
+        write_lines(folder / name, ({"source": row["source"], "text": row["text"]} for row in rows_of))
     write_lines(folder / "heldout.jsonl", heldout)
     counted = [{"text": plain_article(article)} for article in load_documents("wikitext-2", "train")]
     counted += [{"text": f"{row['question']}\n{row['answer']}"} for row in gsm8k(data)[:-HELDOUT_QUESTIONS]]
     write_lines(folder / "counted.jsonl", [*counted, *({"text": row["answer"]} for row in answered)])
-    for name, found in (("tuning.jsonl", documents), ("heldout.jsonl", heldout)):
+    for name, found in (*shares.items(), ("heldout.jsonl", heldout)):
         for source in sorted({row["source"] for row in found}):
             sizes = [len(row["text"]) for row in found if row["source"] == source]
             click.echo(f"{folder / name}: {source}: {len(sizes)} documents, {sum(sizes):,} characters")
