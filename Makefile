@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export EASE_DATA_DIR ?= $(firstword $(wildcard data ../shared/data) data)
 
-.PHONY: demo demo-llm test check docs bench peers clean
+.PHONY: demo demo-llm test check docs bench experiments peers clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python experiments/pages.py --check
 
 docs: $(READY)  ## rewrite docs/cli.md from --help
 	$(BIN)/python docs/make_cli.py
@@ -41,6 +42,11 @@ bench: $(READY)  ## training beside transformers' Trainer; the engine on a 135M-
 	$(BIN)/python bench/llama_shape.py runs/bench/135m
 	$(BIN)/python bench/engine.py runs/bench/135m/bundle --json runs/bench/engine.json
 	$(BIN)/python bench/peers.py runs/bench/135m/checkpoint runs/bench/135m/bundle --json runs/bench/peers.json
+
+experiments: $(READY)  ## what docs/experiments shows, but for make bench and the demos; hours, and goes on where it was stopped
+	$(BIN)/python experiments/scale.py
+	$(BIN)/python experiments/original.py
+	$(BIN)/python experiments/pages.py
 
 peers:  ## other runtimes to compare with, in a virtual environment of their own; LLAMA_CPP=1 compiles llama.cpp, too (10 minutes and more)
 	$(PYTHON) -m venv .venv-peers

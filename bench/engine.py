@@ -27,7 +27,7 @@ from ease_runtime.sampling import Greedy
 from ease_runtime.sequence import Sequence
 from ease_runtime.stack import OrtStack
 
-PROMPT, NEW, LONG, ROUNDS, ADAPT_ROUNDS = 32, 48, 256, 3, 6
+PROMPT, NEW, LONG, ROUNDS = 32, 48, 256, 3
 Row = dict[str, Any]
 
 
@@ -161,35 +161,54 @@ def break_even(pace: Pace) -> float | None:
     return None
 
 
+def token_seconds(engine: Engine, sequence: Sequence) -> float:
+    """Seconds until a sequence has more tokens."""
+    had, began = len(sequence.produced), time.perf_counter()
+    while sequence.finish_reason is None and len(sequence.produced) == had:
+        engine.step()
+    return time.perf_counter() - began
+
+
 def adapt(stack: OrtStack) -> list[Row]:
-    """Early exits that do not pay, and some that do, with the engine free to give them up: 256 tokens against as many at full depth."""
+    """Early exits that do not pay, and some that do, with the engine free to give them up: 256 tokens against as many at full depth.
+
+    Until it gives up a request runs by itself, then the same tokens at full depth do; after that the two take turns token by token.
+    """
     costs, exit_index, rows = Costs(stack), half_exit(stack), []
     cases = [("verify", 1.0, acceptance) for acceptance in (0.2, 0.5, 0.9)] + [("recompute", leaving, 1.0) for leaving in (0.05, 0.2, 0.8)]
     for catch_up, leaving, acceptance in cases:
-        rounds: list[float] = []
-        for seed in range(ADAPT_ROUNDS):
+        speedups, before, after = [], [], []
+        for seed in range(ROUNDS):
             plain_engine, engine = Engine(stack), Engine(stack, adapt=True)
             engine.costs = costs
             policy = Coin(thresholds=only(stack, exit_index), probability=leaving, dice=random.Random(seed))
             sampler = Agreeing(acceptance, stack.vocab_size, seed) if catch_up == "verify" else Greedy()
-            plain = plain_engine.start(prompt_ids(stack, seed), max_new_tokens=LONG)
             sequence = engine.start(prompt_ids(stack, seed), max_new_tokens=LONG, policy=policy, catch_up=catch_up, sampler=sampler)
-            if seed % 2:  # each goes first as often
-                seconds = run_to_end(engine, [sequence])
-                rounds.append(run_to_end(plain_engine, [plain]) / seconds)
-            else:
-                seconds = run_to_end(plain_engine, [plain])
-                rounds.append(seconds / run_to_end(engine, [sequence]))
+            token_seconds(engine, sequence)  # the prompt
+            mine, theirs = [0.0, 0.0], [0.0, 0.0]  # before it gives up, after
+            while sequence.finish_reason is None and not sequence.notes:
+                mine[0] += token_seconds(engine, sequence)
+            plain = plain_engine.start(prompt_ids(stack, seed), max_new_tokens=LONG)
+            token_seconds(plain_engine, plain)
+            while len(plain.produced) < len(sequence.produced):
+                theirs[0] += token_seconds(plain_engine, plain)
+            while sequence.finish_reason is None:
+                mine[1] += token_seconds(engine, sequence)
+                theirs[1] += token_seconds(plain_engine, plain)
+            speedups.append(sum(theirs) / sum(mine))
+            before.append(theirs[0] / mine[0])
+            after += [theirs[1] / mine[1]] if mine[1] else []
         early = sum(token.depth < stack.exit_layers[-1] for token in sequence.produced)
         rows.append(
             {
                 "catch_up": catch_up,
                 "leaving": leaving,
                 "acceptance": acceptance,
-                "speedup": statistics.median(rounds),
-                "slowest": min(rounds),
+                "speedup": statistics.median(speedups),
+                "slowest": min(speedups),
+                "before_giving_up": statistics.median(before),
+                "after_giving_up": statistics.median(after) if after else None,
                 "share_early": early / len(sequence.produced),
-                "gave_up": bool(sequence.notes),
             }
         )
     return rows

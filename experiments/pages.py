@@ -39,15 +39,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: in
 
 def columns(found: Iterable[Row], /, **formats: str) -> list[list[str]]:
     """Some fields of each row, formatted."""
-    return [
-        [format(row[name], form) if not isinstance(row[name], bool) else "yes" if row[name] else "no" for name, form in formats.items()]
-        for row in found
-    ]
+    return [["–" if row[name] is None else format(row[name], form) for name, form in formats.items()] for row in found]
 
 
 def engine_tables() -> dict[str, str]:
     found, peers = load("engine.json"), load("peers.json")
-    adapt = {"catch_up": "", "leaving": ".2f", "acceptance": ".1f", "speedup": ".2f", "slowest": ".2f", "share_early": ".2f", "gave_up": ""}
+    adapt = {"catch_up": "", "leaving": ".2f", "acceptance": ".1f", "speedup": ".2f", "slowest": ".2f"}
+    adapt |= {"before_giving_up": ".2f", "after_giving_up": ".2f", "share_early": ".2f"}
     return {
         "peers": table(
             ["runtime", "tokens/s", "EASE is", "first token ms", "resident MB", "texts as EASE"],
@@ -88,7 +86,8 @@ def engine_tables() -> dict[str, str]:
             ),
         ),
         "adapt": table(
-            ["catch-up", "leaves", "acceptance", "speed-up", "slowest round", "share early", "gave up"], columns(found["adapt"], **adapt)
+            ["catch-up", "leaves", "acceptance", "speed-up", "slowest round", "before it gives up", "after", "share early"],
+            columns(found["adapt"], **adapt),
         ),
         "batch": table(
             ["requests", "catch-up", "over full depth", "best schedule", "of best", "involuntary"],
@@ -186,8 +185,8 @@ def original_tables() -> dict[str, str]:
         [
             method,
             cell(method, ORIGINAL.name, at_stop),
-            cell(method, ORIGINAL.name, lambda row: row["whole_validation"]),
-            cell(method, ORIGINAL.name, lambda row: row["whole_validation_full_depth"]),
+            cell(method, ORIGINAL.name, lambda row: row["more_validation"]),
+            cell(method, ORIGINAL.name, lambda row: row["more_validation_full_depth"]),
             cell(method, ORIGINAL.name, lambda row: len(row["epochs"]), 1),
             cell(method, ORIGINAL.name, lambda row: 100 * row["epochs"][-1]["shallow_ratio"], 1),
             cell(method, ORIGINAL.name, lambda row: 100 * row["epochs"][-1]["compute_cost"], 1),
@@ -195,7 +194,7 @@ def original_tables() -> dict[str, str]:
         for method in METHODS
     ]
     names = list(dict.fromkeys(row["protocol"]["name"] for row in runs))
-    changed = [[name, *(cell(method, name, lambda row: row["whole_validation"]) for method in COMPARED)] for name in names]
+    changed = [[name, *(cell(method, name, lambda row: row["more_validation"]) for method in COMPARED)] for name in names]
     return {
         "original": table(["method", "perplexity", "more text", "more text, full depth", "epochs", "leave early %", "compute %"], first),
         "changed": table(["protocol", *COMPARED], changed),

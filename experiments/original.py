@@ -1,0 +1,184 @@
+"""The original EASE's table under its own protocol, then with one thing changed at a time.
+
+    python experiments/original.py [--only PROTOCOL,...] [--threads 1]      # adds the runs that docs/experiments/original.json lacks
+
+The protocol: characters of WikiText-2 (the first 100,000 of train, the first 10,000 of validation), consecutive windows of 64, batches
+of 32 (incomplete ones dropped, always in the same order), width 64, 4 heads, 3 layers, AdamW at 1e-3, gradient norm 1.0, at most 50
+epochs, stopped at the first whose validation perplexity is above the one before. Every epoch's figures are kept, of every run.
+"""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from ease_eval.files import write_whole
+from ease_train.corpora import load_documents
+from ease_train.originals import LayeredDecoder, original_config
+from ease_train.universal import PRESETS, Batch, UniversalConfig, UniversalTrainer
+
+RESULTS = Path("docs/experiments/original.json")
+SEEDS = (42, 43, 44, 45, 46)
+WINDOW, BATCH, EPOCHS = 64, 32, 50
+ASYMMETRIC = {1: 0.7, 2: 0.0, 3: 0.3}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a run is done under: the original's by default."""
+
+    name: str = "original"
+    num_characters: int = 100_000
+    patience: int = 0  # epochs without a better perplexity that are forgiven
+    more_validation: bool = False  # the first 200,000 characters of the split decide when to stop, not 10,000
+    final_norm: bool = False
+    learning_rate: float = 1e-3
+
+
+ORIGINAL = Protocol()
+LEARNING_RATES = (5e-4, 2e-3, 4e-3)  # beside 1e-3
+PROTOCOLS = (
+    ORIGINAL,
+    replace(ORIGINAL, name="patience 5", patience=5),
+    replace(ORIGINAL, name="more validation text", more_validation=True),
+    replace(ORIGINAL, name="final norm", final_norm=True),
+    replace(ORIGINAL, name="200,000 characters", num_characters=200_000),
+    *(replace(ORIGINAL, name=f"learning rate {rate:g}", learning_rate=rate) for rate in LEARNING_RATES),
+    replace(ORIGINAL, name="all of it", num_characters=200_000, patience=5, more_validation=True, final_norm=True),
+)
+METHODS: dict[str, UniversalConfig] = {
+    "discriminative": UniversalConfig(ASYMMETRIC, layer_lr_scales={1: 1.0, 2: 0.5, 3: 0.1}),
+    "reverse discriminative": UniversalConfig(ASYMMETRIC, layer_lr_scales={1: 0.1, 2: 0.5, 3: 1.0}),
+    "asymmetric 0.7": PRESETS["asymmetric"],
+    "auxiliary loss": PRESETS["auxiliary_loss"],
+    "asymmetric 0.3": PRESETS["deep_focus"],
+    "deep supervision, routed": PRESETS["deep_supervision_routing"],
+    "deep supervision": PRESETS["deep_supervision"],
+    "asymmetric with layer 2": PRESETS["asymmetric_with_l2"],
+    "standard": PRESETS["standard_llm"],
+}
+COMPARED = ("standard", "auxiliary loss", "asymmetric 0.7", "discriminative")  # under the changed protocols
+
+
+def text_of(split: str) -> str:
+    return "".join(load_documents("wikitext-2", split))
+
+
+def batches(ids: torch.Tensor, keep_rest: bool = False) -> list[Batch]:
+    """Consecutive windows, each with the next characters as targets. Shape: (N) -> pairs of (32, 64)."""
+    count = (len(ids) - 1) // WINDOW
+    x, y = (ids[first : first + count * WINDOW].view(count, WINDOW) for first in (0, 1))
+    pairs = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    return [pair for pair in pairs if keep_rest or len(pair[0]) == BATCH]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches to train on, to stop by, and of more of the validation split; and the number of characters known."""
+
+    train: list[Batch]
+    validation: list[Batch]
+    more: list[Batch]
+    vocab_size: int
+
+
+def load_data(num_characters: int, train: str, validation: str) -> Data:
+    """Encode by the characters of both parts; one that only the rest of the validation split has is the first character."""
+    train, first, more = train[:num_characters], validation[:10_000], validation[:200_000]
+    known = {character: number for number, character in enumerate(sorted(set(train + first)))}
+    ids = [torch.tensor([known.get(character, 0) for character in text]) for text in (train, first, more)]
+    return Data(batches(ids[0]), batches(ids[1]), batches(ids[2], keep_rest=True), len(known))
+
+
+def token_weighted_perplexity(trainer: UniversalTrainer, model: LayeredDecoder, validation: Sequence[Batch]) -> float:
+    """exp of the mean over all tokens, under the method's own routing."""
+    total, tokens = 0.0, 0
+    for x, y in validation:
+        total += math.log(trainer.evaluate(model, [(x, y)])["ppl"]) * y.numel()
+        tokens += y.numel()
+    return math.exp(total / tokens)
+
+
+def run(method: str, protocol: Protocol, seed: int, data: Data) -> dict[str, Any]:
+    """Train once. The figures of the last epoch are those at the stop, as the original reports them.
+
+    The other figures are the model's at the stop, with patience those of the best model.
+    """
+    config, began = METHODS[method], time.perf_counter()
+    torch.manual_seed(seed)
+    model = LayeredDecoder(original_config(data.vocab_size, 64, 3, 4, final_norm=protocol.final_norm))
+    trainer = UniversalTrainer(config, data.vocab_size)
+    optimizer = trainer.create_optimizer(model, protocol.learning_rate)
+    epochs: list[dict[str, float]] = []
+    best, since, best_weights = math.inf, 0, model.state_dict()
+    for epoch in range(EPOCHS):
+        loss, _ = trainer.train_epoch(model, data.train, optimizer, epoch=epoch, max_epochs=EPOCHS)
+        stats = trainer.evaluate(model, data.validation)
+        judged = token_weighted_perplexity(trainer, model, data.more) if protocol.more_validation else stats["ppl"]
+        epochs.append({"loss": loss, "judged": judged, **stats})
+        since = 0 if judged < best else since + 1
+        if judged < best:
+            best, best_weights = judged, copy.deepcopy(model.state_dict())
+        if since > protocol.patience:
+            break
+    if protocol.patience:
+        model.load_state_dict(best_weights)
+    full_depth = UniversalTrainer(replace(config, routing_threshold=0), data.vocab_size)
+    return {
+        "method": method,
+        "protocol": asdict(protocol),
+        "seed": seed,
+        "epochs": epochs,
+        "token_weighted": token_weighted_perplexity(trainer, model, data.validation),
+        "more_validation": token_weighted_perplexity(trainer, model, data.more),
+        "more_validation_full_depth": token_weighted_perplexity(full_depth, model, data.more),
+        "seconds": time.perf_counter() - began,
+        "torch": torch.__version__,
+    }
+
+
+def wanted() -> Iterator[tuple[str, Protocol, int]]:
+    """Every run, the original's protocol first."""
+    for protocol in PROTOCOLS:
+        for seed in SEEDS:
+            for method in METHODS if protocol == ORIGINAL else COMPARED:
+                yield method, protocol, seed
+
+
+def save(runs: list[dict[str, Any]]) -> None:
+    lines = ",\n".join(json.dumps(run) for run in runs)
+    write_whole(RESULTS, f'{{"runs": [\n{lines}\n]}}\n')
+
+
+@click.command()
+@click.option("--only", default="", help="Protocols by their names, with commas; all by default.")
+@click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
+def main(only: str, threads: int) -> None:
+    """Do the runs that are not in the results yet, and add each as it ends."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.exists() else []
+    done = {(run["method"], run["protocol"]["name"], run["seed"]) for run in runs}
+    train, validation, loaded = text_of("train"), text_of("validation"), dict[int, Data]()
+    for method, protocol, seed in wanted():
+        if (method, protocol.name, seed) in done or (only and protocol.name not in only.split(",")):
+            continue
+        size = protocol.num_characters
+        data = loaded[size] = loaded.get(size) or load_data(size, train, validation)
+        runs.append(run(method, protocol, seed, data))
+        save(runs)
+        last = runs[-1]["epochs"][-1]
+        figures = f"{len(runs[-1]['epochs'])} epochs, perplexity {last['ppl']:.3f}, {runs[-1]['seconds']:.0f} s"
+        Console().print(f"{protocol.name} · {method} · seed {seed}: {figures}")
+
+
+if __name__ == "__main__":
+    main()
