@@ -97,6 +97,17 @@ def engine_tables() -> dict[str, str]:
         "scaling": table(
             ["rows", "tokens/s", "over one row"], columns(found["scaling"], rows="", tokens_per_second=".1f", over_one_row=".2f")
         ),
+        "clients": table(
+            ["clients", "tokens/s of one", "of all", "over one", "mean batch"],
+            columns(
+                [load("clients.json")],
+                clients="",
+                one_tokens_per_second=".0f",
+                all_tokens_per_second=".0f",
+                over_one=".2f",
+                mean_batch=".2f",
+            ),
+        ),
         "memory": table(
             [
                 "tokens a row",
@@ -129,19 +140,40 @@ def small_tables() -> dict[str, str]:
     header = ["threshold", "catch-up", "perplexity", "vs off", "mean depth", "tokens/s", "p50 ms", "p95 ms", "speed-up", "range", "ideal"]
     rows = []
     for row in load("small-gate.json")["rows"]:
-        thresholds = row["threshold"] if isinstance(row["threshold"], list) else [row["threshold"]]
-        named = ",".join("off" if value is None else str(value) for value in thresholds)
         more = {
-            "named": named,
+            "named": named_thresholds(row),
             "catch_up": "–" if row["threshold"] is None else row["catch_up"],
             "change": f"{100 * (row['ppl_ratio'] - 1):+.1f} %",
-            "range": "–".join(f"{end:.2f}" for end in row["speedup_range"]),
+            "range": span(row),
         }
         rows.append({**row, **more})
     formats = {"named": "", "catch_up": "", "ppl": ".2f", "change": "", "mean_depth": ".2f", "tokens_per_second": ".0f"}
     formats |= {"latency_ms_p50": ".2f", "latency_ms_p95": ".2f", "speedup": ".2f", "range": "", "ideal_speedup": ".2f"}
     formats |= {"measured_over_ideal": ".2f"}
     return {"gate": table([*header, "measured/ideal"], columns(rows, **formats), 2)}
+
+
+def named_thresholds(row: Row) -> str:
+    """As they are asked for on the command line."""
+    thresholds = row["threshold"] if isinstance(row["threshold"], list) else [row["threshold"]]
+    return ",".join("off" if value is None else str(value) for value in thresholds)
+
+
+def span(row: Row) -> str:
+    """The slowest and the fastest round."""
+    return "–".join(f"{end:.2f}" for end in row["speedup_range"])
+
+
+def smollm2_tables() -> dict[str, str]:
+    found = load("smollm2-speed.json")["rows"]
+    rows = []
+    for row in found:
+        share = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
+        catch_up = "–" if row["threshold"] is None else row["catch_up"]
+        rows.append({**row, "named": named_thresholds(row), "catch_up": catch_up, "share": share, "range": span(row)})
+    header = ["threshold", "catch-up", "mean depth", "tokens/s", "speed-up", "range", "ideal", "drafts accepted"]
+    formats = {"named": "", "catch_up": "", "decoded_mean_depth": ".1f", "tokens_per_second": ".0f", "speedup": ".2f", "range": ""}
+    return {"speed": table(header, columns(rows, **formats, ideal_speedup=".2f", share=""), 2)}
 
 
 def scale_tables() -> dict[str, str]:
@@ -201,7 +233,12 @@ def original_tables() -> dict[str, str]:
     }
 
 
-PAGES: dict[str, Callable[[], dict[str, str]]] = {"engine.md": engine_tables, "small.md": small_tables, "scale.md": scale_tables}
+PAGES: dict[str, Callable[[], dict[str, str]]] = {
+    "engine.md": engine_tables,
+    "small.md": small_tables,
+    "scale.md": scale_tables,
+    "smollm2-exits.md": smollm2_tables,
+}
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n+)((?:\|.*\n)*)\n*")
 
 

@@ -30,6 +30,7 @@ from ease_eval.table import (
     make_table,
     measure_quality,
     measure_speed,
+    quality_cells,
     threshold_of,
 )
 from ease_runtime.commands import ThresholdList
@@ -196,10 +197,9 @@ def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
     write_rows(asked, rows, json_file)
     shown = narrow_table("at", "catch-up", "ppl", "vs off", "95 %", "bits/byte", "depth")
     for row in rows:
-        low, high = (f"{100 * (ratio - 1):+.1f}" for ratio in row.ppl_ratio_interval)
+        low, high = (quality_cells(row.ppl, ratio)[1].removesuffix(" %") for ratio in row.ppl_ratio_interval)
         figures = (
-            f"{row.ppl:.2f}",
-            f"{100 * (row.ppl_ratio - 1):+.1f} %",
+            *quality_cells(row.ppl, row.ppl_ratio),
             f"{low}..{high}",
             f"{row.bits_per_byte:.3f}",
             f"{row.mean_depth:.2f}",

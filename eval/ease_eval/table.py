@@ -167,6 +167,13 @@ COLUMNS = (
 )
 
 
+def quality_cells(ppl: float, ppl_ratio: float) -> tuple[str, str]:
+    """Perplexity, and its change; as powers of ten where a reduced head met tokens that it cannot say."""
+    if ppl >= 1e6:
+        return f"{ppl:.0e}", f"{(ppl_ratio - 1) * 100:+.0e} %"
+    return f"{ppl:.2f}", f"{(ppl_ratio - 1) * 100:+.1f} %"
+
+
 def cells(row: Row) -> list[str]:
     """A row as the texts of COLUMNS."""
     values = "/".join("off" if value is None else f"{value}" for value in row.thresholds)
@@ -174,8 +181,7 @@ def cells(row: Row) -> list[str]:
     return [
         threshold,
         row.catch_up if row.threshold is not None else "–",
-        f"{row.ppl:.2f}",
-        f"{(row.ppl_ratio - 1) * 100:+.1f} %",
+        *quality_cells(row.ppl, row.ppl_ratio),
         f"{row.mean_depth:.2f}",
         f"{row.tokens_per_second:.0f}",
         f"{row.latency_ms_p50:.2f}",

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from ease_eval import table as table_module
 from ease_eval.cli import main
 from ease_eval.latency import Setting, Text, ideal_seconds, measure
-from ease_eval.table import Scored, num_bytes
+from ease_eval.table import Scored, num_bytes, quality_cells
 from ease_eval.weights import bytes_read
 from ease_runtime.engine import Engine
 from ease_runtime.llm import LLM
@@ -232,3 +232,9 @@ def test_bytes_that_calls_read(tiny_bundle: Path) -> None:
     assert size["segment_01.onnx.data"] > layers, "its embedding is not tied"
     assert bytes_read(manifest, calls) == 2 * layers + head
     assert bytes_read(manifest, [Call("segment", 1, 1, 256)]) == layers > 2 * 64 * 64 * 4 * 4
+
+
+def test_a_perplexity_beyond_all_measure_is_a_power_of_ten() -> None:
+    """A reduced head gives tokens that it does not know no probability to speak of."""
+    assert quality_cells(25.571, 1.0489) == ("25.57", "+4.9 %")
+    assert quality_cells(3.85e80, 2.6e79) == ("4e+80", "+3e+81 %")
