@@ -176,6 +176,23 @@ def smollm2_tables() -> dict[str, str]:
     return {"speed": table(header, columns(rows, **formats, ideal_speedup=".2f", share=""), 2)}
 
 
+def cost_model_tables() -> dict[str, str]:
+    tables, header = {}, ["threshold", "catch-up", "mean depth", "predicted", "measured", "error %"]
+    for name in ("small", "smollm2"):
+        found = load(f"advise-{name}.json")["predictions"]
+        rows = [{**row, "named": named_thresholds(row), "percent": 100 * row["error"]} for row in found]
+        formats = {
+            "named": "",
+            "catch_up": "",
+            "mean_depth": ".1f",
+            "predicted_speedup": ".2f",
+            "measured_speedup": ".2f",
+            "percent": "+.1f",
+        }
+        tables[name] = table(header, columns(rows, **formats), 2)
+    return tables
+
+
 def scale_tables() -> dict[str, str]:
     header = [
         "model",
@@ -235,6 +252,7 @@ def original_tables() -> dict[str, str]:
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "engine.md": engine_tables,
+    "cost-model.md": cost_model_tables,
     "small.md": small_tables,
     "scale.md": scale_tables,
     "smollm2-exits.md": smollm2_tables,

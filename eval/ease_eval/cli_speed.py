@@ -18,7 +18,7 @@ from ease_eval.cli_measure import measure_flags
 from ease_eval.compare import Comparison, Plan, cells, compare_peers
 from ease_eval.files import write_whole
 from ease_eval.provenance import provenance
-from ease_eval.table import Amounts, choose_texts, first_tokens, make_settings
+from ease_eval.table import Amounts, choose_texts, first_tokens, make_settings, quality_cells
 from ease_runtime.commands import ThresholdList
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.llm import LLM
@@ -157,7 +157,9 @@ def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
     exits = rich_table("exit", "says as\nfull depth", "confidence", "when\nright", "when\nwrong", "told\napart", "ppl")
     for one in advice.exits:
         figures = (one.mean_confidence, one.confidence_when_right, one.confidence_when_wrong, one.separation)
-        exits.add_row(str(one.layer), f"{one.agreement:.3f}", *(number(value, "{:.3f}") for value in figures), f"{one.perplexity:.2f}")
+        exits.add_row(
+            str(one.layer), f"{one.agreement:.3f}", *(number(value, "{:.3f}") for value in figures), quality_cells(one.perplexity, 1.0)[0]
+        )
     console.print(exits)
     console.print(
         f"suitability {advice.suitability:.3f}: the share of the layers that an oracle over these exits would save", highlight=False

@@ -8,6 +8,7 @@ The first token of a window is prefill: its K/V are exact in every mode, and its
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from ease_runtime.errors import RequestError
 from ease_runtime.policy import ExitPolicy, HeadOutput
 from ease_runtime.sequence import Sequence as SequenceState
 
+LARGEST_EXPONENT = math.log(sys.float_info.max)
 HEAD_ROWS = 32  # tokens a head call scores at once (its logits are rows x vocabulary)
 
 Floats = NDArray[np.float64]
@@ -53,8 +55,8 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-probability a token."""
-        return math.exp(-float(self.logprobs.mean()))
+        """exp of the mean negative log-probability a token, or the largest number where that is beyond all numbers."""
+        return math.exp(min(-float(self.logprobs.mean()), LARGEST_EXPONENT))
 
     @property
     def mean_depth(self) -> float:

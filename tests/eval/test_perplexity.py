@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ease_eval.likelihood import score_continuation
-from ease_eval.perplexity import score_documents, windows
+from ease_eval.perplexity import Scores, score_documents, windows
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError
 from ease_runtime.policy import ExitPolicy
@@ -183,3 +183,9 @@ def test_a_context_that_is_too_long_loses_its_beginning(stack: OrtStack) -> None
     assert whole.logprobs.tolist() == cut.logprobs.tolist()
     with pytest.raises(RequestError, match="a continuation of 390 tokens is longer than this model's context of 288"):
         score_continuation(engine, ids[:10], ids[10:], [policy(0.5)], "propagate")
+
+
+def test_a_perplexity_beyond_all_numbers_is_the_largest() -> None:
+    """As of an exit whose reduced head knows none of a text's tokens."""
+    scores = Scores(np.full(3, -1e4), np.ones(3, np.int64), np.zeros(3, np.int64))
+    assert 1e308 < scores.perplexity < np.inf
