@@ -121,7 +121,7 @@ class MockStack:
     """A stack of hashes. Layers and exits as in a bundle; `confidence(exit_index, position)` scripts what exits report.
 
     Without a script the confidence is that of the logits, and there are no gates. No segment is routed. `blocks` are the exits
-    (from 0) with a layer of their own, which is layer 100 and their number. `trace` collects the calls, with the tokens that a
+    (from 0) with a layer of their own, numbered after the model's. `trace` collects the calls, with the tokens that a
     cache holds as its length.
     """
 

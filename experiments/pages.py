@@ -19,6 +19,8 @@ import click
 FOLDER = Path("docs/experiments")
 STUDENT_T = {5: 2.776}  # 97.5 % point of Student's t at n - 1 degrees of freedom, by n
 Row = dict[str, Any]
+NAMED = {"threshold": "{named}", "catch-up": "{catch_up}"}
+RANGE = "{speedup_range[0]:.2f}–{speedup_range[1]:.2f}"  # the slowest and the fastest round
 
 
 class PageError(Exception):
@@ -37,181 +39,173 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: in
     )
 
 
-def columns(found: Iterable[Row], /, **formats: str) -> list[list[str]]:
-    """Some fields of each row, formatted."""
-    return [["–" if row[name] is None else format(row[name], form) for name, form in formats.items()] for row in found]
+class Dash:
+    """Stands for a field without a value, whatever its format."""
+
+    def __format__(self, form: str) -> str:
+        return "–"
+
+
+def figures(rows: Iterable[Row], columns: dict[str, str], text_columns: int = 1) -> str:
+    """A table with a line a row; `columns` are templates of its fields by their headings."""
+    dashed = ({name: Dash() if value is None else value for name, value in row.items()} for row in rows)
+    return table(list(columns), [[template.format(**row) for template in columns.values()] for row in dashed], text_columns)
 
 
 def engine_tables() -> dict[str, str]:
-    found, peers = load("engine.json"), load("peers.json")
-    adapt = {"catch_up": "", "leaving": ".2f", "acceptance": ".1f", "speedup": ".2f", "slowest": ".2f"}
-    adapt |= {"before_giving_up": ".2f", "after_giving_up": ".2f", "share_early": ".2f"}
+    found = load("engine.json")
+    peers = {
+        "runtime": "{runtime}",
+        "tokens/s": "{tokens_per_second:.1f}",
+        "EASE is": "{ease_over_this:.2f}",
+        "first token ms": "{first_token_ms:.0f}",
+        "resident MB": "{resident_mb:.0f}",
+        "texts as EASE": "{same_texts}",
+    }
+    depth = {
+        "depth": "{depth}",
+        "catch-up": "{catch_up}",
+        "tokens/s": "{tokens_per_second:.1f}",
+        "speed-up": "{speedup:.2f}",
+        "ideal": "{ideal_speedup:.2f}",
+        "measured/ideal": "{measured_over_ideal:.2f}",
+    }
+    verify = {
+        "acceptance": "{acceptance:.1f}",
+        "as it fell": "{accepted:.2f}",
+        "drafts": "{draft_length}",
+        "speed-up": "{speedup:.2f}",
+        "cost model": "{model_speedup:.2f}",
+        "measured/model": "{measured_over_model:.2f}",
+        "break-even": "{break_even_acceptance:.2f}",
+    }
+    adapt = {
+        "catch-up": "{catch_up}",
+        "leaves": "{leaving:.2f}",
+        "acceptance": "{acceptance:.1f}",
+        "speed-up": "{speedup:.2f}",
+        "slowest round": "{slowest:.2f}",
+        "before it gives up": "{before_giving_up:.2f}",
+        "after": "{after_giving_up:.2f}",
+        "share early": "{share_early:.2f}",
+    }
+    batch = {
+        "requests": "{requests}",
+        "catch-up": "{catch_up}",
+        "over full depth": "{speedup:.2f}",
+        "best schedule": "{best_schedule:.2f}",
+        "of best": "{of_best:.2f}",
+        "involuntary": "{involuntary}",
+    }
     return {
-        "peers": table(
-            ["runtime", "tokens/s", "EASE is", "first token ms", "resident MB", "texts as EASE"],
-            columns(
-                peers["rows"],
-                runtime="",
-                tokens_per_second=".1f",
-                ease_over_this=".2f",
-                first_token_ms=".0f",
-                resident_mb=".0f",
-                same_texts="",
-            ),
-        ),
-        "depth": table(
-            ["depth", "catch-up", "tokens/s", "speed-up", "ideal", "measured/ideal"],
-            columns(
-                found["depth"],
-                depth="",
-                catch_up="",
-                tokens_per_second=".1f",
-                speedup=".2f",
-                ideal_speedup=".2f",
-                measured_over_ideal=".2f",
-            ),
-            2,
-        ),
-        "verify": table(
-            ["acceptance", "as it fell", "drafts", "speed-up", "cost model", "measured/model", "break-even"],
-            columns(
-                found["verify"],
-                acceptance=".1f",
-                accepted=".2f",
-                draft_length="",
-                speedup=".2f",
-                model_speedup=".2f",
-                measured_over_model=".2f",
-                break_even_acceptance=".2f",
-            ),
-        ),
-        "adapt": table(
-            ["catch-up", "leaves", "acceptance", "speed-up", "slowest round", "before it gives up", "after", "share early"],
-            columns(found["adapt"], **adapt),
-        ),
-        "batch": table(
-            ["requests", "catch-up", "over full depth", "best schedule", "of best", "involuntary"],
-            columns(found["batch"], requests="", catch_up="", speedup=".2f", best_schedule=".2f", of_best=".2f", involuntary=""),
-            2,
-        ),
-        "scaling": table(
-            ["rows", "tokens/s", "over one row"], columns(found["scaling"], rows="", tokens_per_second=".1f", over_one_row=".2f")
-        ),
-        "clients": table(
-            ["clients", "tokens/s of one", "of all", "over one", "mean batch"],
-            columns(
-                [load("clients.json")],
-                clients="",
-                one_tokens_per_second=".0f",
-                all_tokens_per_second=".0f",
-                over_one=".2f",
-                mean_batch=".2f",
-            ),
-        ),
-        "memory": table(
-            [
-                "tokens a row",
-                "weights MB",
-                "loaded MB",
-                "caches MB",
-                "in use MB",
-                "of files MB",
-                "in use / (weights + caches)",
-                "without files",
-                "copied / caches",
-            ],
-            columns(
-                found["memory"],
-                tokens_a_row="",
-                weights_mb=".0f",
-                loaded_mb=".0f",
-                caches_mb=".0f",
-                after_mb=".0f",
-                mapped_mb=".0f",
-                after_over_weights_and_caches=".2f",
-                unmapped_over_weights_and_caches=".2f",
-                copied_over_caches=".2f",
-            ),
-        ),
+        "peers": figures(load("peers.json")["rows"], peers),
+        "depth": figures(found["depth"], depth, 2),
+        "verify": figures(found["verify"], verify),
+        "adapt": figures(found["adapt"], adapt),
+        "batch": figures(found["batch"], batch, 2),
+        **server_and_memory(found),
+    }
+
+
+def server_and_memory(found: Any) -> dict[str, str]:
+    """Those of engine.md's tables that are about many rows."""
+    scaling = {"rows": "{rows}", "tokens/s": "{tokens_per_second:.1f}", "over one row": "{over_one_row:.2f}"}
+    clients = {
+        "clients": "{clients}",
+        "tokens/s of one": "{one_tokens_per_second:.0f}",
+        "of all": "{all_tokens_per_second:.0f}",
+        "over one": "{over_one:.2f}",
+        "mean batch": "{mean_batch:.2f}",
+    }
+    memory = {
+        "tokens a row": "{tokens_a_row}",
+        "weights MB": "{weights_mb:.0f}",
+        "loaded MB": "{loaded_mb:.0f}",
+        "caches MB": "{caches_mb:.0f}",
+        "in use MB": "{after_mb:.0f}",
+        "of files MB": "{mapped_mb:.0f}",
+        "in use / (weights + caches)": "{after_over_weights_and_caches:.2f}",
+        "without files": "{unmapped_over_weights_and_caches:.2f}",
+        "copied / caches": "{copied_over_caches:.2f}",
+    }
+    return {
+        "scaling": figures(found["scaling"], scaling),
+        "clients": figures([load("clients.json")], clients),
+        "memory": figures(found["memory"], memory),
     }
 
 
 def small_tables() -> dict[str, str]:
-    header = ["threshold", "catch-up", "perplexity", "vs off", "mean depth", "tokens/s", "p50 ms", "p95 ms", "speed-up", "range", "ideal"]
-    rows = []
-    for row in load("small-gate.json")["rows"]:
-        more = {
-            "named": named_thresholds(row),
-            "catch_up": "–" if row["threshold"] is None else row["catch_up"],
-            "change": f"{100 * (row['ppl_ratio'] - 1):+.1f} %",
-            "range": span(row),
-        }
-        rows.append({**row, **more})
-    formats = {"named": "", "catch_up": "", "ppl": ".2f", "change": "", "mean_depth": ".2f", "tokens_per_second": ".0f"}
-    formats |= {"latency_ms_p50": ".2f", "latency_ms_p95": ".2f", "speedup": ".2f", "range": "", "ideal_speedup": ".2f"}
-    formats |= {"measured_over_ideal": ".2f"}
-    return {"gate": table([*header, "measured/ideal"], columns(rows, **formats), 2)}
+    columns = {
+        **NAMED,
+        "perplexity": "{ppl:.2f}",
+        "vs off": "{change:+.1f} %",
+        "mean depth": "{mean_depth:.2f}",
+        "tokens/s": "{tokens_per_second:.0f}",
+        "p50 ms": "{latency_ms_p50:.2f}",
+        "p95 ms": "{latency_ms_p95:.2f}",
+        "speed-up": "{speedup:.2f}",
+        "range": RANGE,
+        "ideal": "{ideal_speedup:.2f}",
+        "measured/ideal": "{measured_over_ideal:.2f}",
+    }
+    rows = [{**row, "change": 100 * (row["ppl_ratio"] - 1)} for row in load("small-gate.json")["rows"]]
+    return {"gate": figures(map(named, rows), columns, 2)}
 
 
-def named_thresholds(row: Row) -> str:
-    """As they are asked for on the command line."""
+def named(row: Row) -> Row:
+    """A row of `ease-eval`, its setting as it is asked for on the command line."""
     thresholds = row["threshold"] if isinstance(row["threshold"], list) else [row["threshold"]]
-    return ",".join("off" if value is None else str(value) for value in thresholds)
-
-
-def span(row: Row) -> str:
-    """The slowest and the fastest round."""
-    return "–".join(f"{end:.2f}" for end in row["speedup_range"])
+    asked = ",".join("off" if value is None else str(value) for value in thresholds)
+    return {**row, "named": asked, "catch_up": "–" if row["threshold"] is None else row["catch_up"]}
 
 
 def smollm2_tables() -> dict[str, str]:
-    found = load("smollm2-speed.json")["rows"]
-    rows = []
-    for row in found:
-        share = f"{row['accepted']} of {row['drafted']}" if row["drafted"] else "–"
-        catch_up = "–" if row["threshold"] is None else row["catch_up"]
-        rows.append({**row, "named": named_thresholds(row), "catch_up": catch_up, "share": share, "range": span(row)})
-    header = ["threshold", "catch-up", "mean depth", "tokens/s", "speed-up", "range", "ideal", "drafts accepted"]
-    formats = {"named": "", "catch_up": "", "decoded_mean_depth": ".1f", "tokens_per_second": ".0f", "speedup": ".2f", "range": ""}
-    return {"speed": table(header, columns(rows, **formats, ideal_speedup=".2f", share=""), 2)}
+    columns = {
+        **NAMED,
+        "mean depth": "{decoded_mean_depth:.1f}",
+        "tokens/s": "{tokens_per_second:.0f}",
+        "speed-up": "{speedup:.2f}",
+        "range": RANGE,
+        "ideal": "{ideal_speedup:.2f}",
+        "drafts accepted": "{share}",
+    }
+    rows = load("smollm2-speed.json")["rows"]
+    rows = [{**row, "share": f"{row['accepted']} of {row['drafted']}" if row["drafted"] else None} for row in rows]
+    return {"speed": figures(map(named, rows), columns, 2)}
 
 
 def cost_model_tables() -> dict[str, str]:
-    tables, header = {}, ["threshold", "catch-up", "mean depth", "predicted", "measured", "error %"]
+    columns = {
+        **NAMED,
+        "mean depth": "{mean_depth:.1f}",
+        "predicted": "{predicted_speedup:.2f}",
+        "measured": "{measured_speedup:.2f}",
+        "error %": "{percent:+.1f}",
+    }
+    tables = {}
     for name in ("small", "smollm2"):
-        found = load(f"advise-{name}.json")["predictions"]
-        rows = [{**row, "named": named_thresholds(row), "percent": 100 * row["error"]} for row in found]
-        formats = {
-            "named": "",
-            "catch_up": "",
-            "mean_depth": ".1f",
-            "predicted_speedup": ".2f",
-            "measured_speedup": ".2f",
-            "percent": "+.1f",
-        }
-        tables[name] = table(header, columns(rows, **formats), 2)
+        rows = [{**row, "percent": 100 * row["error"]} for row in load(f"advise-{name}.json")["predictions"]]
+        tables[name] = figures(map(named, rows), columns, 2)
     return tables
 
 
 def scale_tables() -> dict[str, str]:
-    header = [
-        "model",
-        "layers",
-        "B weights",
-        "head",
-        "all leave",
-        "half leave",
-        "break-even",
-        "reduced",
-        "half 0.8",
-        "half 0.9",
-        "quarter 0.8",
-        "quarter 0.9",
-    ]
-    formats = {"name": "", "layers": "", "billions": ".2f", "head_in_layers": ".1f", "bound_half_depth": ".2f"}
-    formats |= {"recompute_half_of_them": ".2f", "break_even_full_head": ".2f", "break_even_reduced_head": ".2f"}
-    formats |= {"verify_half_80": ".2f", "verify_half_90": ".2f", "verify_quarter_80": ".2f", "verify_quarter_90": ".2f"}
-    return {"shapes": table(header, columns(load("scale.json")["rows"], **formats))}
+    columns = {
+        "model": "{name}",
+        "layers": "{layers}",
+        "B weights": "{billions:.2f}",
+        "head": "{head_in_layers:.1f}",
+        "all leave": "{bound_half_depth:.2f}",
+        "half leave": "{recompute_half_of_them:.2f}",
+        "break-even": "{break_even_full_head:.2f}",
+        "reduced": "{break_even_reduced_head:.2f}",
+        "half 0.8": "{verify_half_80:.2f}",
+        "half 0.9": "{verify_half_90:.2f}",
+        "quarter 0.8": "{verify_quarter_80:.2f}",
+        "quarter 0.9": "{verify_quarter_90:.2f}",
+    }
+    return {"shapes": figures(load("scale.json")["rows"], columns)}
 
 
 def original_tables() -> dict[str, str]:
@@ -222,7 +216,7 @@ def original_tables() -> dict[str, str]:
     if {row["protocol"]["name"] for row in runs} == set():
         raise PageError("original.json has no runs")
 
-    def cell(method: str, protocol: str, value: Callable[[Row], float], digits: int = 2) -> str:
+    def mean(method: str, protocol: str, value: Callable[[Row], float], digits: int = 2) -> str:
         values = {row["seed"]: value(row) for row in runs if (row["method"], row["protocol"]["name"]) == (method, protocol)}
         if set(values) != set(SEEDS):
             raise PageError(f"{method} under '{protocol}' has the seeds {sorted(values)}, expected {list(SEEDS)}")
@@ -233,17 +227,17 @@ def original_tables() -> dict[str, str]:
     first = [
         [
             method,
-            cell(method, ORIGINAL.name, at_stop),
-            cell(method, ORIGINAL.name, lambda row: row["more_validation"]),
-            cell(method, ORIGINAL.name, lambda row: row["more_validation_full_depth"]),
-            cell(method, ORIGINAL.name, lambda row: len(row["epochs"]), 1),
-            cell(method, ORIGINAL.name, lambda row: 100 * row["epochs"][-1]["shallow_ratio"], 1),
-            cell(method, ORIGINAL.name, lambda row: 100 * row["epochs"][-1]["compute_cost"], 1),
+            mean(method, ORIGINAL.name, at_stop),
+            mean(method, ORIGINAL.name, lambda row: row["more_validation"]),
+            mean(method, ORIGINAL.name, lambda row: row["more_validation_full_depth"]),
+            mean(method, ORIGINAL.name, lambda row: len(row["epochs"]), 1),
+            mean(method, ORIGINAL.name, lambda row: 100 * row["epochs"][-1]["shallow_ratio"], 1),
+            mean(method, ORIGINAL.name, lambda row: 100 * row["epochs"][-1]["compute_cost"], 1),
         ]
         for method in METHODS
     ]
     names = list(dict.fromkeys(row["protocol"]["name"] for row in runs))
-    changed = [[name, *(cell(method, name, lambda row: row["more_validation"]) for method in COMPARED)] for name in names]
+    changed = [[name, *(mean(method, name, lambda row: row["more_validation"]) for method in COMPARED)] for name in names]
     return {
         "original": table(["method", "perplexity", "more text", "more text, full depth", "epochs", "leave early %", "compute %"], first),
         "changed": table(["protocol", *COMPARED], changed),

@@ -74,6 +74,9 @@ MEASURE_FLAGS = (
 )
 
 
+JSON_FLAG = click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+
+
 def measure_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """What is measured, and how much of it: the arguments of `Asked.of`."""
     for flag in reversed(MEASURE_FLAGS):
@@ -189,7 +192,7 @@ def table(bundles: tuple[Path, ...], batches: tuple[int, ...], json_file: Path |
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @measure_flags
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+@JSON_FLAG
 def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """Perplexity under each threshold, off first, without the clock."""
     asked = Asked.of(bundle, **given)
@@ -211,7 +214,7 @@ def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @measure_flags
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+@JSON_FLAG
 def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """How deep tokens go under each threshold: mean, shares, and along a text."""
     asked = Asked.of(bundle, **given)
@@ -230,7 +233,7 @@ def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @measure_flags
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+@JSON_FLAG
 def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """What tokens take under each threshold on the wall clock, prefill and decoding apart."""
     asked = Asked.of(bundle, **given)
@@ -270,9 +273,9 @@ def label(row: Quality | TimedSetting) -> tuple[str, str]:
     return "/".join("off" if value is None else f"{value:g}" for value in row.thresholds), row.catch_up
 
 
-def narrow_table(*columns: str) -> RichTable:
+def narrow_table(*columns: str, title: str | None = None) -> RichTable:
     """An empty table, figures to the right."""
-    shown = RichTable(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    shown = RichTable(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for column in columns:
         shown.add_column(column, justify="right", no_wrap=True)
     return shown
@@ -297,9 +300,7 @@ def report(bundle: Path, out: Path, **given: Any) -> None:
 def render(result: Table, console: Console) -> None:
     """The table on the terminal, narrow enough for 80 columns."""
     policy = result.rows[0].policy
-    shown = RichTable(title=f"{result.bundle} on {result.data} ({result.split}), {policy}", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for column in NARROW_COLUMNS:
-        shown.add_column(column, justify="right", no_wrap=True)
+    shown = narrow_table(*NARROW_COLUMNS, title=f"{result.bundle} on {result.data} ({result.split}), {policy}")
     for row in result.rows:
         shown.add_row(*(cell.removeprefix(f"{policy} ") for cell in cells(row)))
     console.print(shown)

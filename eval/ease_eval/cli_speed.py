@@ -1,7 +1,6 @@
 """The commands of ease-eval about machines: compare, advise."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from rich.table import Table as RichTable
 from ease_eval.advice import Advice
 from ease_eval.advice import advise as make_advice
 from ease_eval.agreement import read_prompts
-from ease_eval.cli_measure import measure_flags
+from ease_eval.cli_measure import JSON_FLAG, Asked, measure_flags, narrow_table
 from ease_eval.compare import Comparison, Plan, cells, compare_peers
 from ease_eval.files import write_whole
 from ease_eval.provenance import provenance
-from ease_eval.table import Amounts, choose_texts, first_tokens, make_settings, quality_cells
+from ease_eval.table import Amounts, choose_texts, first_tokens, quality_cells
 from ease_runtime.commands import ThresholdList
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.llm import LLM
@@ -53,7 +52,7 @@ NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB"
     "--work", type=click.Path(path_type=Path), default=Plan.work, show_default=True, help="Where peers put models that they build."
 )
 @click.option("--threads", default=0, help="CPU threads of each; 0 takes all.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+@JSON_FLAG
 @click.option("--markdown", "markdown_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.")
 def compare(
     bundle: Path,
@@ -115,46 +114,27 @@ def show_comparison(result: Comparison, console: Console) -> None:
 @measure_flags
 @click.option("--tolerance", default=0.05, show_default=True, help="Share of the tokens that may be said unlike at full depth.")
 @click.option("--show", default=10, show_default=True, help="Sets of exits that are shown, the fastest first.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
-def advise(
-    bundle: Path,
-    data: str,
-    split: str,
-    policy: str,
-    thresholds: tuple[float | None, ...],
-    exit_thresholds: tuple[tuple[float | None, ...], ...],
-    catch_ups: tuple[str, ...],
-    scored_tokens: int,
-    texts: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    rounds: int,
-    threads: int,
-    tolerance: float,
-    show: int,
-    json_file: Path | None,
-) -> None:
+@JSON_FLAG
+def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **given: Any) -> None:
     """What each exit of a bundle is good for, and which of them are worth having on this machine.
 
     Costs are timed here, call by call; the predictions that follow from them stand beside measured speed-ups. Give a model
     exits at many layers (ease-train import --exits 5,10,15,20,25) to see where it should have them.
     """
-    amounts = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds)
-    llm = LLM(bundle, num_threads=threads)
-    documents = [llm.encode(text) for text in load_documents(data, split)]
-    given: list[float | Sequence[float | None]] = [*(value for value in thresholds if value is not None), *exit_thresholds]
-    settings = make_settings(policy, given, catch_ups, llm.stack.exit_layers)
-    chosen = choose_texts(documents, amounts, llm.stack.max_positions)
-    advice = make_advice(llm, list(first_tokens(documents, scored_tokens)), chosen, settings, tolerance, rounds)
+    asked = Asked.of(bundle, **given)
+    amounts, settings = asked.amounts, asked.settings()
+    chosen = choose_texts(asked.documents, amounts, asked.llm.stack.max_positions)
+    scored = list(first_tokens(asked.documents, amounts.scored_tokens))
+    advice = make_advice(asked.llm, scored, chosen, settings, tolerance, amounts.num_rounds)
     if json_file:
-        source = {**provenance(bundle, llm, threads), "data": data, "split": split, **asdict(amounts)}
+        source = {**provenance(bundle, asked.llm, asked.threads), "data": asked.data, "split": asked.split, **asdict(amounts)}
         write_whole(json_file, json.dumps({**source, **asdict(advice)}, indent=2) + "\n")
     show_advice(advice, show, Console())
 
 
 def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
     """Exits, predictions, sets of exits."""
-    exits = rich_table("exit", "says as\nfull depth", "confidence", "when\nright", "when\nwrong", "told\napart", "ppl")
+    exits = narrow_table("exit", "says as\nfull depth", "confidence", "when\nright", "when\nwrong", "told\napart", "ppl")
     for one in advice.exits:
         figures = (one.mean_confidence, one.confidence_when_right, one.confidence_when_wrong, one.separation)
         exits.add_row(
@@ -164,13 +144,13 @@ def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
     console.print(
         f"suitability {advice.suitability:.3f}: the share of the layers that an oracle over these exits would save", highlight=False
     )
-    checked = rich_table("threshold", "catch-up", "depth", "predicted", "measured", "error")
+    checked = narrow_table("threshold", "catch-up", "depth", "predicted", "measured", "error")
     for row in advice.predictions:
         values = "/".join("off" if value is None else f"{value:g}" for value in dict.fromkeys(row.threshold))
         speeds = (f"{row.predicted_speedup:.2f}x", f"{row.measured_speedup:.2f}x", f"{row.error:+.1%}")
         checked.add_row(values, row.catch_up, f"{row.mean_depth:.2f}", *speeds)
     console.print(checked)
-    best = rich_table("exits", "threshold", "unlike", "depth", "predicted", "oracle\ndepth", "oracle")
+    best = narrow_table("exits", "threshold", "unlike", "depth", "predicted", "oracle\ndepth", "oracle")
     for place in advice.placements[:num_shown]:
         speeds = (f"{place.predicted_speedup:.2f}x", f"{place.oracle_mean_depth:.2f}", f"{place.oracle_speedup:.2f}x")
         depth = (number(place.threshold, "{:.3f}"), f"{place.disagreement:.3f}", f"{place.mean_depth:.2f}")
@@ -182,14 +162,6 @@ def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
     else:
         verdict = f"best: exits after {','.join(map(str, fastest.exits))} at {fastest.threshold:g}; ease-eval calibrate gives a guarantee"
     console.print(verdict, highlight=False)
-
-
-def rich_table(*columns: str) -> RichTable:
-    """An empty table, figures to the right."""
-    shown = RichTable(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for column in columns:
-        shown.add_column(column, justify="right")
-    return shown
 
 
 def number(value: float | None, form: str) -> str:
