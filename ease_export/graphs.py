@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.onnx import ops
 
-from ease_train.model import UNKNOWN_LOGIT, Block, Decoder, RoutedBlock
+from ease_train.model import Block, Decoder, RoutedBlock
 
 OPSET = 24
 
@@ -299,24 +299,45 @@ class Head(nn.Module):
 
 
 class ReducedHead(Head):
-    """A head that knows M tokens: the same outputs, over the whole vocabulary, with UNKNOWN_LOGIT for the others.
+    """A head that knows M tokens, and how likely another is: the same outputs, over the whole vocabulary.
 
-    `places` (V) says where a token's logit stands among the M, and M for those that it does not know.
+    `places` (V) says where a token's logit stands among the M, and M for those that it does not know, each of which has its share of
+    the rest; the two with the largest stand for them where the most likely tokens are looked for.
     """
 
-    draft_ids: Tensor
+    ids: Tensor
+    log_shares: Tensor
+    first_log_shares: Tensor
     places: Tensor
 
-    def __init__(self, lm_head: nn.Linear, draft_ids: Tensor, vocab_size: int) -> None:
-        super().__init__(lm_head)
-        self.register_buffer("draft_ids", draft_ids)
-        places = torch.full((vocab_size,), len(draft_ids))
-        places[draft_ids] = torch.arange(len(draft_ids))
+    def __init__(self, model: Decoder) -> None:
+        assert model.draft_head is not None
+        assert model.draft_rest is not None
+        super().__init__(model.draft_head)
+        self.rest, known, log_shares = model.draft_rest, model.draft_ids, model.draft_log_shares
+        places = torch.full((len(log_shares),), len(known)).index_copy(0, known, torch.arange(len(known)))
+        unknown = (places == len(known)).nonzero().flatten()
+        first = unknown[log_shares[unknown].argsort(descending=True)[:2]]
+        self.register_buffer("ids", torch.cat((known, first)))
+        self.register_buffer("log_shares", log_shares)
+        self.register_buffer("first_log_shares", log_shares[first])
         self.register_buffer("places", places)
+        self.rest_entropy = torch.special.entr(log_shares[unknown].double().exp()).sum().item()
 
     def forward(self, exit_hidden: Tensor) -> tuple[Tensor, ...]:
-        known = self.lm_head(exit_hidden)  # (N, M)
-        place, *figures = self.figures(known)
-        padded = F.pad(known, (0, 1), value=UNKNOWN_LOGIT)
-        logits = gather(padded, self.places, 1, (*known.shape[:1], *self.places.shape))
-        return logits, gather(self.draft_ids, place, 0, place.shape), *figures
+        known, rest = self.lm_head(exit_hidden), self.rest(exit_hidden)  # (N, M), (N, 1)
+        place, *figures = self.figures_with(known, rest)
+        logits = gather(torch.cat((known, rest), dim=-1), self.places, 1, (*known.shape[:1], *self.places.shape)) + self.log_shares
+        return logits, gather(self.ids, place, 0, place.shape), *figures
+
+    def figures_with(self, known: Tensor, rest: Tensor) -> tuple[Tensor, ...]:
+        """As `figures`, with the rest's logit. Shape: (N, M), (N, 1) -> (N) each."""
+        wide, rest = known.float(), rest.float()
+        top, ids = torch.topk(torch.cat((wide, rest + self.first_log_shares), dim=-1), 2, dim=-1)  # (N, 2)
+        largest = torch.maximum(top[:, :1], rest)
+        shifted, rest = wide - largest, rest - largest
+        exponentials, mass = shifted.exp(), rest.exp()
+        total = exponentials.sum(dim=-1) + mass[:, 0]  # (N)
+        first, second = ((top - largest).exp() / total[:, None]).unbind(-1)
+        moments = (exponentials * shifted).sum(dim=-1) + (mass * (rest - self.rest_entropy))[:, 0]
+        return ids[:, 0], *(figure.to(known.dtype) for figure in (first, first - second, total.log() - moments / total))

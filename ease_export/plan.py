@@ -100,7 +100,7 @@ def plan_graphs(model: Decoder) -> Iterator[Plan]:
     rotary = RotaryTables(model)
     yield _head_plan(HEAD_FILE, Head(model.lm_head))
     if model.draft_head is not None:
-        yield _head_plan(REDUCED_HEAD_FILE, ReducedHead(model.draft_head, model.draft_ids, model.config.vocab_size))
+        yield _head_plan(REDUCED_HEAD_FILE, ReducedHead(model))
     for cut in cut_layers(model):
         if cut.routed:
             yield _routed_plan(model, rotary, cut)

@@ -86,9 +86,9 @@ class ModelConfig(Section):
         size, reduced = self.exit_vocab_size, self.exit_head == "reduced"
         if size and not reduced:
             raise ConfigError(f"model: exit_vocab_size = {size} needs exit_head = 'reduced', not '{self.exit_head}'; set both or neither")
-        if reduced and not 0 < size <= (self.vocab_size or size):
+        if reduced and not 0 < size < (self.vocab_size or size + 1):
             known = self.vocab_size or "the tokenizer's size"
-            raise ConfigError(f"model: exit_vocab_size = {size}, expected from 1 to {known} with exit_head = 'reduced'")
+            raise ConfigError(f"model: exit_vocab_size = {size}, expected at least 1 and less than {known} with exit_head = 'reduced'")
 
     def _check_layers(self) -> None:
         if strange := sorted({*self.gates} - {*self.exits[:-1]}):

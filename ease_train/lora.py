@@ -33,7 +33,7 @@ class LowRankUpdate(nn.Module):
 def add_low_rank(model: Decoder, rank: int, alpha: float) -> None:
     """Give every matrix of the layers an update, and freeze what is neither that nor an exit's own."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(("exit_norms.", "adapters.", "exit_heads.", "draft_head.")))
+        parameter.requires_grad_(name.startswith(("exit_norms.", "adapters.", "exit_heads.", "draft_head.", "draft_rest.")))
     for module in [module for module in model.layers.modules() if isinstance(module, nn.Linear)]:
         parametrize.register_parametrization(module, "weight", LowRankUpdate(module.weight, rank, alpha / rank))
 

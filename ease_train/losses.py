@@ -3,11 +3,10 @@
 Joint training of all exits on a weighted sum of their cross-entropies is BranchyNet's (Teerapittayanon et al. 2016,
 arXiv 1709.01686) and, for decoders, CALM's (Schuster et al. 2022, arXiv 2207.07061).
 
-A reduced head (FR-Spec, Zhao et al. 2025, arXiv 2502.14856) knows M tokens. Its cross-entropy is over the targets among them. Its
-divergence from the last layer is that of the teacher's distribution renormalised to the M, times the teacher's mass there: where the
-teacher means a token that the head cannot say, nothing it says is right, and what is left of the teacher there should teach little.
+A reduced head (FR-Spec, Zhao et al. 2025, arXiv 2502.14856) knows M tokens; to its cross-entropy and its divergence from the last
+layer all others are one token more, so that it learns how likely it is that the text goes on with something it cannot say.
 
-Shapes: N tokens (batch times sequence), D width, V vocabulary (M for a reduced head), E exits that are trained.
+Shapes: N tokens (batch times sequence), D width, V vocabulary (M + 1 for a reduced head), E exits that are trained.
 """
 
 from collections.abc import Mapping
@@ -72,12 +71,16 @@ class _Teacher:
     log_sums: Tensor | None = None
 
     def probabilities(self, rows: slice) -> Tensor:
-        """Of the tokens that the pupils know. Shape: (n, V), or (n, M)."""
+        """Of all tokens, or of those that the pupils know and of the rest. Shape: (n, V), or (n, M + 1)."""
         if self.ids is None or self.log_sums is None:
             found = torch.softmax((self.hidden[rows] @ self.weight.T).float() / self.temperature, dim=-1)
-            return found if self.ids is None else found[:, self.ids]
-        logits = (self.hidden[rows] @ self.known_weight.T).float()
-        return (logits / self.temperature - self.log_sums[rows, None]).exp_()
+            if self.ids is None:
+                return found
+            known = found[:, self.ids]
+        else:
+            logits = (self.hidden[rows] @ self.known_weight.T).float()
+            known = (logits / self.temperature - self.log_sums[rows, None]).exp_()
+        return torch.cat((known, (1.0 - known.sum(dim=-1, keepdim=True)).clamp_(min=0.0)), dim=-1)
 
     @cached_property
     def known_weight(self) -> Tensor:
@@ -116,7 +119,6 @@ class _ExitLoss(torch.autograd.Function):
         sums = torch.zeros(2, len(hiddens), dtype=torch.float32, device=targets.device)  # weighted; cross-entropy alone
         taught = plan.teacher is not None and any(plan.distill)
         held = 4 if taught else 1  # arrays of the size of a chunk's logits: teacher, student, their divergence
-        counts = torch.zeros(len(hiddens), device=targets.device)  # of targets that the exit's head knows
         size = max(1, CHUNK_ELEMENTS // (held * max(len(head) for head in heads)))
         for start in range(0, targets.shape[1], size):
             rows = slice(start, start + size)
@@ -126,9 +128,7 @@ class _ExitLoss(torch.autograd.Function):
                 weight, head = heads[plan.heads[i]], plan.heads[i]
                 logits = (hidden[rows] @ weight.T).float()  # turned into their gradient below, in place
                 row_weights, waiting = _row_weights(logits, plan, i, waiting)
-                places, known = _places(targets[i, rows], plan.ids[i])
-                counts[i] += known.sum()
-                losses, distances = _chunk(logits, places, known, row_weights, plan.distill[i], plan, teacher)
+                losses, distances = _chunk(logits, _places(targets[i, rows], plan.ids[i]), row_weights, plan.distill[i], plan, teacher)
                 sums[0, i] += (losses * row_weights).sum() + distances
                 sums[1, i] += losses.sum()
                 grad = logits.to(weight.dtype)
@@ -138,7 +138,7 @@ class _ExitLoss(torch.autograd.Function):
                     _add_product(total, grad.T, hidden[rows].to(weight.dtype))
         ctx.save_for_backward(*grad_heads, *grads)
         ctx.num_tokens = targets.shape[1]
-        total_loss, means = (sums[0] / ctx.num_tokens).sum(), sums[1] / counts.clamp(min=1)
+        total_loss, means = (sums[0] / ctx.num_tokens).sum(), sums[1] / ctx.num_tokens
         ctx.mark_non_differentiable(means)
         return total_loss, means
 
@@ -156,12 +156,12 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
         into.addmm_(left, right)
 
 
-def _places(targets: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Each target's row in a head, and whether it has one (else its row is any). Shape: (n), ids (M) or None -> (n) int64, (n) bool."""
+def _places(targets: Tensor, ids: Tensor | None) -> Tensor:
+    """Each target's row in a head: in a reduced one M, the rest's, where it is none of `ids`. Shape: (n), (M) -> (n) int64."""
     if ids is None:
-        return targets, torch.ones_like(targets, dtype=torch.bool)
+        return targets
     places = torch.searchsorted(ids, targets).clamp(max=len(ids) - 1)
-    return places, ids[places] == targets
+    return torch.where(ids[places] == targets, places, len(ids))
 
 
 def _row_weights(logits: Tensor, plan: _Plan, exit_number: int, waiting: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,34 +170,31 @@ def _row_weights(logits: Tensor, plan: _Plan, exit_number: int, waiting: Tensor)
         return torch.full_like(logits[:, 0], plan.weights[exit_number]), waiting
     leaves = waiting
     if exit_number < len(plan.weights) - 1:
-        top = (logits.max(dim=-1).values - logits.logsumexp(dim=-1)).exp()
+        said = logits if plan.ids[exit_number] is None else logits[:, :-1]  # the rest is many tokens
+        top = (said.max(dim=-1).values - logits.logsumexp(dim=-1)).exp()
         leaves = waiting & (top >= plan.threshold)
     return leaves.float(), waiting & ~leaves
 
 
-def _chunk(
-    logits: Tensor, places: Tensor, known: Tensor, scales: Tensor, distill: float, plan: _Plan, teacher: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropies (n) of known targets, and the summed, scaled divergence from the teacher; `logits` becomes the gradient of both."""
+def _chunk(logits: Tensor, places: Tensor, scales: Tensor, distill: float, plan: _Plan, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropies (n), and the summed, scaled divergence from the teacher; `logits` becomes the gradient of both."""
     everyone = torch.arange(len(places), device=places.device)
-    losses = (logits.logsumexp(dim=-1) - logits[everyone, places]) * known
+    losses = logits.logsumexp(dim=-1) - logits[everyone, places]
     distance, extra = torch.zeros((), device=logits.device), None
     if teacher is not None and distill > 0:
         student = torch.log_softmax(logits / plan.temperature, dim=-1)
-        mass = teacher.sum(dim=-1, keepdim=True)  # 1 but for a reduced head
-        divergence = F.kl_div(student, teacher, reduction="sum") - torch.xlogy(mass, mass).sum()
-        distance = distill * plan.temperature**2 * divergence
-        extra = student.exp_().mul_(mass).sub_(teacher).mul_(distill * plan.temperature)
+        distance = distill * plan.temperature**2 * F.kl_div(student, teacher, reduction="sum")
+        extra = student.exp_().sub_(teacher).mul_(distill * plan.temperature)
     torch.softmax(logits, dim=-1, out=logits)
     logits[everyone, places] -= 1.0
-    logits.mul_((scales * known)[:, None])
+    logits.mul_(scales[:, None])
     if extra is not None:
         logits.add_(extra)
     return losses, distance
 
 
 def exit_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Objective) -> tuple[Tensor, dict[int, float]]:
-    """The training loss, and the plain cross-entropy of each exit that is trained, in nats a token (of those its head knows).
+    """The training loss, and the plain cross-entropy of each exit that is trained, in nats a token.
 
     No layer runs past the last exit that is needed. Shape: input_ids and targets (B, S) int64 -> scalar with gradient, {layer: loss}.
     """
@@ -233,14 +230,15 @@ def _rows_loss(
     """The loss of exits whose heads read `rows` {layer: (N, D)}; labels of the early ones and of the last (N)."""
     layers, last = list(rows), model.config.num_layers
     weights = tuple(objective.weights.get(layer, 0.0) for layer in layers)
-    heads = [model.head(layer).weight for layer in layers]
-    unique = list({id(head): head for head in heads}.values())
-    places = tuple(next(i for i, head in enumerate(unique) if head is wanted) for wanted in heads)
+    heads = [model.head(layer) for layer in layers]
+    unique = list(dict.fromkeys(heads))
+    matrices = [model.head_weight(layers[heads.index(head)]) for head in unique]
+    places = tuple(unique.index(head) for head in heads)
     ids = tuple(model.head_ids(layer) for layer in layers)
     distill = tuple(objective.distill_weight * weight * (layer != last) for layer, weight in zip(layers, weights, strict=True))
     plan = _Plan(places, ids, weights, distill, objective.distill_temperature, objective.routing_threshold, teacher)
     wanted = torch.stack([labels[layer == last] for layer in layers])  # (E, N)
-    total, losses = _ExitLoss.apply(wanted, plan, len(unique), *unique, *rows.values())  # type: ignore[no-untyped-call]
+    total, losses = _ExitLoss.apply(wanted, plan, len(matrices), *matrices, *rows.values())  # type: ignore[no-untyped-call]
     if objective.distill_hidden_weight and teacher is not None:
         early = [(rows[layer], weight) for layer, weight in zip(layers, weights, strict=True) if layer != last]
         distances = [weight * F.mse_loss(hidden, teacher.hidden) for hidden, weight in early]
@@ -274,8 +272,7 @@ def exit_cross_entropy(
 
 @dataclass(frozen=True)
 class ExitFigures:
-    """An exit on some text: mean cross-entropy in nats over the tokens that its head knows, and the share of tokens on which it
-    says what the last layer says."""
+    """An exit on some text: mean cross-entropy in nats a token, and the share of tokens on which it says what the last layer says."""
 
     loss: float
     agreement: float
@@ -283,7 +280,7 @@ class ExitFigures:
 
 @torch.no_grad()
 def exit_figures(model: Decoder, input_ids: Tensor, targets: Tensor, states: States | None = None) -> dict[int, ExitFigures]:
-    """Every exit's figures; a reduced head's loss is not comparable. With `states` the layers need not run.
+    """Every exit's figures. With `states` the layers need not run.
 
     Shape: (B, S) int64 twice -> {layer: figures}.
     """
@@ -296,23 +293,20 @@ def exit_figures(model: Decoder, input_ids: Tensor, targets: Tensor, states: Sta
 
 
 def _loss_and_top(model: Decoder, layer: int, rows: Tensor, targets: Tensor) -> tuple[float, Tensor]:
-    """An exit's mean cross-entropy over the targets that its head knows, and its most likely tokens. Shape: (N, D), (N) -> (), (N)."""
-    size, ids, total, tops = max(1, CHUNK_ELEMENTS // model.config.vocab_size), model.head_ids(layer), 0.0, []
-    places, known = _places(targets, ids)
+    """An exit's mean cross-entropy, and its most likely tokens. Shape: (N, D), (N) -> (), (N)."""
+    size, total, tops = max(1, CHUNK_ELEMENTS // model.config.vocab_size), 0.0, []
     for start in range(0, len(targets), size):
-        chunk = slice(start, start + size)
-        logits = model.head(layer)(rows[chunk]).float()
-        total += (F.cross_entropy(logits, places[chunk], reduction="none") * known[chunk]).sum().item()
+        logits = model.exit_logits(layer, rows[start : start + size]).float()
+        total += F.cross_entropy(logits, targets[start : start + size], reduction="sum").item()
         tops.append(logits.argmax(dim=-1))
-    top = torch.cat(tops)
-    return total / max(1, int(known.sum())), top if ids is None else ids[top]
+    return total / len(targets), torch.cat(tops)
 
 
 @torch.no_grad()
 def top_tokens(model: Decoder, layer: int, hidden: Tensor) -> Tensor:
     """An exit's most likely tokens, without ever holding all logits. Shape: (N, D) -> (N) int64."""
     size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
-    return torch.cat([model.top_token(layer, rows) for rows in torch.split(hidden, size)])
+    return torch.cat([model.exit_logits(layer, rows).argmax(dim=-1) for rows in torch.split(hidden, size)])
 
 
 def exit_losses(model: Decoder, input_ids: Tensor, targets: Tensor) -> dict[int, float]:

@@ -51,7 +51,10 @@ class MethodConfig(Section):
     exit_gradient: str = setting(
         "joint", "into the layers from an exit: 'joint', 'equilibrium' (rescaled) or 'detached' (none from early exits)"
     )
-    trains: str = setting("all", "'all' weights, or those of the 'exits' alone: norms, adapters and heads of their own (EE-Tuning)")
+    trains: str = setting(
+        "all",
+        "'all' weights, those of the 'exits' alone: norms, adapters and heads of their own (EE-Tuning), or 'adapters' and norms alone",
+    )
     lora_rank: int = setting(0, "rank of updates that learn in the place of the layers' matrices (LoRA); 0: the matrices learn")
     lora_alpha: float = setting(16.0, "scale of those updates, times their rank")
     layer_dropout: float = setting(0.0, "LayerSkip's p_max: probability that a sequence skips the last layer; less for those before")
@@ -74,7 +77,7 @@ class MethodConfig(Section):
         one_of("method: curriculum", self.curriculum, CURRICULA)
         one_of("method: exit_gradient", self.exit_gradient, GRADIENTS)
         one_of("method: labels", self.labels, ("text", "last-exit"))
-        one_of("method: trains", self.trains, ("all", "exits"))
+        one_of("method: trains", self.trains, ("all", "exits", "adapters"))
         one_of("method: layer_dropout_time", self.layer_dropout_time, ("constant", "exponential"))
         for name in ("layer_dropout", "routing_threshold", "alpha_start", "alpha_end"):
             if not 0 <= getattr(self, name) <= 1:
@@ -125,8 +128,8 @@ class MethodConfig(Section):
             raise ConfigError(
                 f"method: exit_warmup_steps = {self.exit_warmup_steps}, expected at least 1 with exit_warmup = '{self.exit_warmup}'"
             )
-        if self.lora_rank and self.trains == "exits":
-            raise ConfigError("method: lora_rank updates the layers, which trains = 'exits' freezes; leave one out")
+        if self.lora_rank and self.trains != "all":
+            raise ConfigError(f"method: lora_rank updates the layers, which trains = '{self.trains}' freezes; leave one out")
         if self.routing_threshold and self.curriculum != "none":
             raise ConfigError("method: routing_threshold and curriculum both choose the exits to train; leave one out")
         if self.routing_threshold and (self.distill_weight or self.distill_hidden_weight or self.labels != "text"):

@@ -4,6 +4,7 @@ Knows nothing about losses, tokenizers or files. Shapes: B batch, S sequence, D 
 Layers and exits are numbered from 1.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -18,8 +19,6 @@ from ease_train.routed import RoutedBlock
 
 __all__ = ["Block", "Decoder", "RoutedBlock"]
 
-UNKNOWN_LOGIT = -1e4  # of a token that a reduced head does not know
-
 
 class Decoder(nn.Module):
     """The decoder: embedding, blocks, and an LM head that the exits share unless the configuration gives them their own.
@@ -33,6 +32,7 @@ class Decoder(nn.Module):
     cos: Tensor
     sin: Tensor
     draft_ids: Tensor
+    draft_log_shares: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -50,9 +50,13 @@ class Decoder(nn.Module):
         headed = early if config.exit_head == "own" else ()
         self.exit_heads = nn.ModuleDict({str(layer): nn.Linear(config.dim, config.vocab_size, bias=False) for layer in headed})
         self.draft_head: nn.Linear | None = None
+        self.draft_rest: nn.Linear | None = None
         if early and config.exit_head == "reduced":
             self.draft_head = nn.Linear(config.dim, config.exit_vocab_size, bias=False)
+            self.draft_rest = nn.Linear(config.dim, 1, bias=False)  # all tokens that the reduced head does not know, as one
             self.register_buffer("draft_ids", torch.arange(config.exit_vocab_size))  # ascending; chosen by `choose_draft_ids`
+            self.register_buffer("draft_log_shares", torch.zeros(config.vocab_size))  # of the rest, by token; 0 for known ones
+            self.draft_log_shares[config.exit_vocab_size :] = -math.log(config.vocab_size - config.exit_vocab_size)
         self.gates = nn.ModuleDict({str(layer): Gate(config.dim, config.gate_width) for layer in config.gates})
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         cos, sin = rotary_tables(config)
@@ -143,27 +147,38 @@ class Decoder(nn.Module):
         """The tokens that an exit's head knows, ascending, where it does not know all. Shape: (M) int64."""
         return self.draft_ids if self.draft_head is not None and layer != self.config.num_layers else None
 
-    def exit_logits(self, layer: int, exit_hidden: Tensor) -> Tensor:
-        """Logits of the whole vocabulary; -1e4 for tokens that a reduced head does not know. Shape: (..., D) -> (..., V)."""
-        logits: Tensor = self.head(layer)(exit_hidden)
-        if (ids := self.head_ids(layer)) is None:
-            return logits
-        everything = logits.new_full((*logits.shape[:-1], self.config.vocab_size), UNKNOWN_LOGIT)
-        return everything.index_copy(-1, ids, logits)
+    def head_weight(self, layer: int) -> Tensor:
+        """The head's matrix; a reduced head's last row is for the rest of the vocabulary as one. Shape: (V, D), or (M + 1, D)."""
+        head = self.head(layer)
+        return head.weight if self.draft_rest is None or head is not self.draft_head else torch.cat((head.weight, self.draft_rest.weight))
 
-    def top_token(self, layer: int, exit_hidden: Tensor) -> Tensor:
-        """The most likely token at an exit. Shape: (..., D) -> (...) int64."""
-        places: Tensor = self.head(layer)(exit_hidden).argmax(dim=-1)
+    def exit_logits(self, layer: int, exit_hidden: Tensor) -> Tensor:
+        """Logits of the whole vocabulary. What a reduced head gives the rest is shared out as these tokens were counted.
+
+        Shape: (..., D) -> (..., V).
+        """
+        logits: Tensor = self.head(layer)(exit_hidden)
         ids = self.head_ids(layer)
-        return places if ids is None else ids[places]
+        if ids is None or self.draft_rest is None:
+            return logits
+        rest: Tensor = self.draft_rest(exit_hidden) + self.draft_log_shares
+        return rest.index_copy(-1, ids, logits)
 
     @torch.no_grad()
     def choose_draft_ids(self, counts: Tensor) -> None:
-        """Let the reduced head know the tokens that were counted most often, its rows the LM head's. Shape: counts (V) int64."""
+        """Let the reduced head know the tokens that were counted most often, its rows the LM head's. Shape: counts (V) int64.
+
+        The rest's row starts as the mean of theirs; each of them was counted once more than it was, so that none has no share.
+        """
         assert self.draft_head is not None
+        assert self.draft_rest is not None
         most_first = counts.argsort(descending=True, stable=True)
         self.draft_ids.copy_(most_first[: len(self.draft_ids)].sort().values)
         self.draft_head.weight.copy_(self.lm_head.weight[self.draft_ids])
+        rest = most_first[len(self.draft_ids) :]
+        shares = (counts[rest] + 1) / (counts[rest] + 1).sum()
+        self.draft_log_shares.zero_().index_copy_(0, rest, shares.log().to(self.draft_log_shares.dtype))
+        self.draft_rest.weight.copy_(shares.to(self.lm_head.weight.dtype) @ self.lm_head.weight[rest])
 
     def predictor_loss(self) -> Tensor | None:
         """Mean loss of the routed blocks' predictors in the last forward pass of training; None without routed blocks."""

@@ -40,11 +40,12 @@ def create_optimizer(model: Decoder, settings: TrainConfig, layer_lr_scales: Map
     return torch.optim.AdamW(options, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
 
 
-def train_exits_only(model: Decoder) -> None:
-    """Freeze all but the early exits' norms, adapters and heads. Raises ConfigError when they have none of their own."""
+def train_exits_only(model: Decoder, heads: bool) -> None:
+    """Freeze all but the early exits' norms, adapters and, if wanted, heads. Raises ConfigError when they have none of their own."""
     model.requires_grad_(False)
-    own = [model.exit_norms, model.adapters, model.exit_heads, *([model.draft_head] if model.draft_head is not None else [])]
+    own = [model.exit_norms, model.adapters, model.draft_rest, *((model.exit_heads, model.draft_head) if heads else ())]
     for modules in own:
-        modules.requires_grad_(True)
+        if modules is not None:
+            modules.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("method: trains = 'exits', but the exits have no norm, adapter or head of their own; set exit_adapter = 'mlp'")

@@ -119,7 +119,7 @@ def known_data(checkpoint: Checkpoint) -> str:
 def layers_rest(recipe: Recipe) -> bool:
     """Whether a run's layers see every block alike in every epoch, so that their hidden states can be kept."""
     method = recipe.method
-    return method.trains == "exits" and not method.layer_dropout and not method.routing_threshold
+    return method.trains != "all" and not method.layer_dropout and not method.routing_threshold
 
 
 def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDArray[np.int32]:
@@ -164,8 +164,8 @@ class Trainer:
             checkpoint.model.load_state_dict(state["weights"])
             checkpoint.step = state["step"]
         self.model = checkpoint.model.to(self.device)
-        if self.recipe.method.trains == "exits":
-            train_exits_only(self.model)
+        if self.recipe.method.trains != "all":
+            train_exits_only(self.model, heads=self.recipe.method.trains == "exits")
         self.learner = self.workers.share_work(self.model, weights_may_rest(self.recipe))
         self.optimizer = create_optimizer(self.model, self.settings, self.recipe.method.layer_lr_scales)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")

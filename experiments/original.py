@@ -1,6 +1,6 @@
 """The original EASE's table under its own protocol, then with one thing changed at a time.
 
-    python experiments/original.py [--only PROTOCOL,...] [--threads 1]      # adds the runs that docs/experiments/original.json lacks
+    python experiments/original.py [--only PROTOCOL,...] [--compiled]      # adds the runs that docs/experiments/original.json lacks
 
 The protocol: characters of WikiText-2 (the first 100,000 of train, the first 10,000 of validation), consecutive windows of 64, batches
 of 32 (incomplete ones dropped, always in the same order), width 64, 4 heads, 3 layers, AdamW at 1e-3, gradient norm 1.0, at most 50
@@ -107,14 +107,16 @@ def token_weighted_perplexity(trainer: UniversalTrainer, model: LayeredDecoder, 
     return math.exp(total / tokens)
 
 
-def run(method: str, protocol: Protocol, seed: int, data: Data) -> dict[str, Any]:
-    """Train once. The figures of the last epoch are those at the stop, as the original reports them.
+def run(method: str, protocol: Protocol, seed: int, data: Data, compiled: bool) -> dict[str, Any]:
+    """Train once, compiled layers or not. The figures of the last epoch are those at the stop, as the original reports them.
 
     The other figures are the model's at the stop, with patience those of the best model.
     """
     config, began = METHODS[method], time.perf_counter()
     torch.manual_seed(seed)
     model = LayeredDecoder(original_config(data.vocab_size, 64, 3, 4, final_norm=protocol.final_norm))
+    for layer in model.layers if compiled else ():
+        layer.compile()
     trainer = UniversalTrainer(config, data.vocab_size)
     optimizer = trainer.create_optimizer(model, protocol.learning_rate)
     epochs: list[dict[str, float]] = []
@@ -141,6 +143,7 @@ def run(method: str, protocol: Protocol, seed: int, data: Data) -> dict[str, Any
         "more_validation": token_weighted_perplexity(trainer, model, data.more),
         "more_validation_full_depth": token_weighted_perplexity(full_depth, model, data.more),
         "seconds": time.perf_counter() - began,
+        "compiled": compiled,
         "torch": torch.__version__,
     }
 
@@ -161,7 +164,8 @@ def save(runs: list[dict[str, Any]]) -> None:
 @click.command()
 @click.option("--only", default="", help="Protocols by their names, with commas; all by default.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
-def main(only: str, threads: int) -> None:
+@click.option("--compiled", is_flag=True, help="Compile the layers: two thirds of the time, needs a C++ compiler.")
+def main(only: str, threads: int, compiled: bool) -> None:
     """Do the runs that are not in the results yet, and add each as it ends."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
@@ -173,7 +177,7 @@ def main(only: str, threads: int) -> None:
             continue
         size = protocol.num_characters
         data = loaded[size] = loaded.get(size) or load_data(size, train, validation)
-        runs.append(run(method, protocol, seed, data))
+        runs.append(run(method, protocol, seed, data, compiled))
         save(runs)
         last = runs[-1]["epochs"][-1]
         figures = f"{len(runs[-1]['epochs'])} epochs, perplexity {last['ppl']:.3f}, {runs[-1]['seconds']:.0f} s"

@@ -147,7 +147,7 @@ def test_parallel_scores_equal_the_engines(name: str, policy: str, catch_up: str
 
 
 def test_an_exits_layer_and_reduced_head_say_what_they_say_in_torch(blocks: Made) -> None:
-    """Token by token over its own K/V, with others that came and went before; a token that the head does not know cannot be said."""
+    """Token by token over its own K/V, with others that came and went before; tokens that the head does not know have their share."""
     checkpoint, bundle = blocks
     model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
     engine, ids = Engine(stack), text(90, seed=5)
@@ -159,11 +159,10 @@ def test_an_exits_layer_and_reduced_head_say_what_they_say_in_torch(blocks: Made
         logprobs = model.exit_logits(4, model.exit_hidden(hidden, 4))[0].log_softmax(-1)
     assert {t.depth for t in tokens} == {4}
     known = set(model.draft_ids.tolist())
-    assert {t.top_logprobs[0][0] for t in tokens} <= known
     assert [t.top_logprobs[0][0] for t in tokens] == logprobs[6:].argmax(-1).tolist()
     expected = [logprobs[i, ids[i + 1]].item() for i in range(6, 89)]
     np.testing.assert_allclose([t.logprob for t in tokens], expected, rtol=1e-3, atol=1e-4)
-    assert all((t.logprob < -1000) == (t.id not in known) for t in tokens)
+    assert any(t.id not in known for t in tokens)
 
 
 def test_verify_with_a_reduced_head_is_full_depth(blocks: Made) -> None:

@@ -69,7 +69,10 @@ def test_a_new_exits_block_is_the_layer_that_follows_and_its_head_the_rows_of_fr
     counted.write_text('{"text": "etetetet et"}\n' * 20)
     elsewhere = begin_tuning(trained, load_recipe("ee-tuning"), {**options, "exit_vocab_size": 2}, counted=str(counted)).model
     assert elsewhere.draft_ids.tolist() == sorted(trained.tokenizer.token_to_id(letter) for letter in "et")
-    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"exit_norms", "adapters", "draft_head"}
+    learns = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert learns == {"exit_norms", "adapters", "draft_head", "draft_rest"}
+    kept = begin_tuning(trained, load_recipe("ee-tuning"), {**options, "trains": "adapters"}).model
+    assert {name.split(".")[0] for name, p in kept.named_parameters() if p.requires_grad} == learns - {"draft_head"}
 
 
 def test_a_reduced_head_that_is_there_keeps_its_tokens(recipe: Recipe, make_recipe: Maker, small_corpus: str) -> None:
