@@ -49,10 +49,9 @@ experiments: $(READY)  ## what docs/experiments shows, but for make bench and th
 	$(BIN)/python experiments/original.py
 	$(BIN)/python experiments/pages.py
 
-peers:  ## other runtimes to compare with, in a virtual environment of their own; LLAMA_CPP=1 compiles llama.cpp, too (10 minutes and more)
+peers:  ## other runtimes to compare with, in a virtual environment of their own
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet 'torch>=2.9,<2.14' 'transformers>=4.57' onnx onnx_ir onnxruntime-genai
-	$(if $(LLAMA_CPP),.venv-peers/bin/pip install --quiet llama-cpp-python)
+	.venv-peers/bin/pip install --quiet 'torch>=2.9,<2.14' 'transformers>=4.57' onnx onnx_ir onnxruntime-genai xllamacpp
 
 clean:
 	rm -rf $(VENV) .venv-runtime .cache runs/demo

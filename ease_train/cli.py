@@ -226,15 +226,18 @@ def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: i
 @click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint goes.")
 @click.option("--exits", "layers", callback=layer_list, help="Layers after which a token may leave, like 10,20; the last is always one.")
+@click.option("--with-exits", type=click.Path(path_type=Path, file_okay=False), help="Trained exits for it, from `export-exits`.")
 @click.option("--max-positions", type=click.IntRange(2), help="Cut the model's context to so many tokens.")
-def import_(source: str, out: Path, layers: tuple[int, ...], max_positions: int | None) -> None:
+def import_(source: str, out: Path, layers: tuple[int, ...], with_exits: Path | None, max_positions: int | None) -> None:
     """Turn a pretrained model into a checkpoint: a Hugging Face directory or hub id, or a .gguf file (Llama, Mistral, Qwen)."""
     from ease_train.checkpoint import save_checkpoint
     from ease_train.huggingface import import_model
 
     if out.exists():
         raise TrainError(f"{out} is there already; choose another --out")
-    checkpoint = import_model(source, layers, max_positions)
+    if layers and with_exits:
+        raise TrainError(f"--exits {layers[0]} and --with-exits {with_exits}: trained exits are where they were trained; leave one out")
+    checkpoint = import_model(source, layers, max_positions, with_exits)
     save_checkpoint(checkpoint, out)
     config, parameters = checkpoint.recipe.model, sum(p.numel() for p in checkpoint.model.parameters())
     shape = f"{config.num_layers} layers of width {config.dim}, vocabulary {config.vocab_size}, context {config.max_positions}"
@@ -251,6 +254,19 @@ def export_hf(checkpoint: Path, out: Path) -> None:
 
     export_model(load_checkpoint(checkpoint), out)
     click.echo(f"{out}: written")
+
+
+@main.command("export-exits")
+@click.argument("checkpoint", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+def export_exits(checkpoint: Path, out: Path) -> None:
+    """Write what belongs to CHECKPOINT's exits alone, in fp16, to share (`import --with-exits OUT` gives them to the model again)."""
+    from ease_train.checkpoint import load_checkpoint
+    from ease_train.huggingface import export_exits as write
+
+    write(load_checkpoint(checkpoint), out)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    click.echo(f"{out}: {size / 1e6:.2f} MB")
 
 
 def show_gates(trainer: "GateTrainer") -> None:

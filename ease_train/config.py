@@ -21,6 +21,7 @@ from ease_train.method import MethodConfig
 from ease_train.sections import Section, one_of, setting
 
 TOKENIZERS = ("bpe", "char")
+OF_THE_EXITS = ("exits", "exit_norm", "exit_adapter", "adapter_dim", "exit_head", "exit_vocab_size")  # of a model's settings
 
 
 @dataclass(frozen=True)

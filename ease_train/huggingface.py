@@ -2,12 +2,14 @@
 
     checkpoint = import_model("HuggingFaceTB/SmolLM2-135M-Instruct", exits=(10, 20))      # a directory, a hub id or a .gguf file
     export_model(checkpoint, Path("smollm2-hf"))     # transformers loads it; what belongs to the exits lies in files beside
+    export_exits(checkpoint, Path("smollm2-exits"))     # these files alone, small enough to share
 
 Reading safetensors needs no transformers; a tokenizer that is not in the form of tokenizer.json does, and .gguf files.
 """
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ease_train.checkpoint import UNKNOWN_DATA, Checkpoint, filled
-from ease_train.config import ModelConfig, Recipe, TokenizerConfig, TrainConfig
+from ease_train.config import OF_THE_EXITS, ModelConfig, Recipe, TokenizerConfig, TrainConfig
 from ease_train.conventions import Conventions
 from ease_train.errors import CheckpointError, ForeignError
 from ease_train.files import written_aside
@@ -27,24 +29,28 @@ from ease_train.model import Decoder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXITS, EXIT_WEIGHTS = "ease.json", "ease_exits.safetensors"  # what transformers has no place for
+DRAFT_HEAD = "draft_head.weight"
 NEEDED_OF_HUB = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 GENERATION = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "bos_token_id", "eos_token_id", "pad_token_id")
 WITH_TRANSFORMERS = "needs transformers: pip install 'ease-lm[hf]'"
 
 
-def import_model(source: str, exits: tuple[int, ...] = (), max_positions: int | None = None) -> Checkpoint:
+def import_model(source: str, exits: tuple[int, ...] = (), max_positions: int | None = None, with_exits: Path | None = None) -> Checkpoint:
     """A foreign model as a checkpoint with untrained exits, whose norms start as the final norm. Raises ForeignError, ConfigError.
 
-    Without `exits` it has those that `export_model` wrote beside it, if any.
+    Without `exits` it has those in the folder `with_exits`, or those that `export_model` wrote beside it, if any.
     """
     if source.endswith(".gguf"):
         from ease_train.gguf import read_gguf
 
-        return adopt(read_gguf(Path(source)), exits, max_positions, source)
-    folder = Path(source) if Path(source).is_dir() else download(source)
-    foreign = read_directory(folder)
-    if not exits and (folder / EXITS).is_file():
-        return with_own_exits(foreign, folder, source)
+        foreign, folder = read_gguf(Path(source)), None
+    else:
+        folder = Path(source) if Path(source).is_dir() else download(source)
+        foreign = read_directory(folder)
+    if with_exits is None and not exits and folder is not None and (folder / EXITS).is_file():
+        with_exits = folder
+    if with_exits is not None:
+        return adopt_with_exits(foreign, with_exits, max_positions, source)
     return adopt(foreign, exits, max_positions, source)
 
 
@@ -217,6 +223,8 @@ def converted(foreign: Mapping[str, Tensor], config: ModelConfig, exit_weights: 
     if strange:
         raise ForeignError(f"the model's files hold {len(strange)} weights that this decoder has no place for, the first is {strange[0]}")
     weights = {name: foreign[known] for name, known in theirs.items()} | dict(exit_weights)
+    if "draft_ids" in weights and DRAFT_HEAD not in weights:
+        weights[DRAFT_HEAD] = weights["embed.weight" if config.tie_embeddings else "lm_head.weight"][weights["draft_ids"]]
     for name in names:
         if name.startswith("exit_norms.") and name not in weights:
             weights[name] = weights["norm.weight"].clone()
@@ -226,12 +234,44 @@ def converted(foreign: Mapping[str, Tensor], config: ModelConfig, exit_weights: 
         raise ForeignError(str(error)) from None
 
 
-def with_own_exits(foreign: Foreign, folder: Path, source: str) -> Checkpoint:
-    """A model that `export_model` wrote, with the exits that lie beside it. Raises ForeignError, ConfigError."""
-    config = ModelConfig.from_dict((read_json(folder / EXITS) or {}).get("model", {}), EXITS)
+def adopt_with_exits(foreign: Foreign, folder: Path, max_positions: int | None, source: str) -> Checkpoint:
+    """A foreign model with the exits that `export_model` or `export_exits` wrote. Raises ForeignError, ConfigError."""
+    values = (read_json(folder / EXITS) or {}).get("model")
+    if values is None:
+        raise ForeignError(f"{folder} holds no exits: expected {EXITS} and {EXIT_WEIGHTS}, as `ease-train export-exits` writes them")
+    theirs = ModelConfig.from_dict(values, EXITS)
+    config = model_config(foreign.config, theirs.exits, max_positions, tied="lm_head.weight" not in foreign.weights)
+    config = replace(config, **{name: getattr(theirs, name) for name in (*OF_THE_EXITS, "gates", "gate_width")})
+    for name, value in asdict(replace(theirs, max_positions=config.max_positions)).items():
+        if value != getattr(config, name):
+            raise ForeignError(f"the exits in {folder} belong to another model: {name} = {value}, but {getattr(config, name)} in {source}")
     with _opened(folder / EXIT_WEIGHTS) as file:
-        exit_weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    exit_weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     return _checkpoint(foreign, config, exit_weights, source)
+
+
+def exit_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What transformers has no place for. A reduced head whose rows are the LM head's is not among it: they are read there."""
+    model = checkpoint.model
+    own = {name: value for name, value in model.state_dict().items() if foreign_name(name) is None}
+    if model.draft_head is not None and torch.equal(model.draft_head.weight, model.lm_head.weight[model.draft_ids]):
+        del own[DRAFT_HEAD]
+    return own
+
+
+def export_exits(checkpoint: Checkpoint, out: Path) -> None:
+    """Write what belongs to the exits alone, in fp16, with the recipe and the last figures of their training. Raises ForeignError."""
+    if out.exists() and not (out / EXITS).is_file():
+        raise ForeignError(f"{out} is there already and was not written by export-exits; choose another name, or remove it")
+    figures = {name: line[name] for line in checkpoint.metrics for name in ("perplexity", "agreement", "gates") if name in line}
+    tensors = {name: value.half() if value.is_floating_point() else value for name, value in exit_tensors(checkpoint).items()}
+    try:
+        with written_aside(out) as folder:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, folder / EXIT_WEIGHTS)
+            write_json(folder / EXITS, {**checkpoint.recipe.to_dict(), "step": checkpoint.step, "figures": figures})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ForeignError(f"could not write {out}: {error}; nothing half is left there") from None
 
 
 def export_model(checkpoint: Checkpoint, out: Path) -> None:
@@ -243,7 +283,7 @@ def export_model(checkpoint: Checkpoint, out: Path) -> None:
     if model.tie_embeddings:
         del ours["lm_head.weight"]
     theirs = {known: value.contiguous() for name, value in ours.items() if (known := foreign_name(name)) is not None}
-    exits = {name: value.contiguous() for name, value in ours.items() if foreign_name(name) is None}
+    exits = {name: value.contiguous() for name, value in exit_tensors(checkpoint).items()}
     stops = checkpoint.conventions.stop_ids
     generation = {"eos_token_id": list(stops), **checkpoint.conventions.generation}
     begin = generation.get("bos_token_id", checkpoint.conventions.start_id)

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 
 from ease_train.checkpoint import Checkpoint
-from ease_train.config import SECTIONS, Recipe
+from ease_train.config import OF_THE_EXITS, SECTIONS, Recipe
 from ease_train.errors import ConfigError, did_you_mean
 from ease_train.model import Block, Decoder
 from ease_train.parallel import Workers
 from ease_train.trainer import Trainer, known_data, token_counts
-
-OF_THE_EXITS = ("exits", "exit_norm", "exit_adapter", "adapter_dim", "exit_head", "exit_vocab_size")
 
 
 def tuned_recipe(trained: Recipe, recipe: Recipe, options: Mapping[str, Any]) -> Recipe:

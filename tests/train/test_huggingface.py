@@ -17,7 +17,7 @@ from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ease_train.cli import main
 from ease_train.config import load_recipe
 from ease_train.errors import ForeignError
-from ease_train.huggingface import export_model, import_model
+from ease_train.huggingface import export_exits, export_model, import_model
 from ease_train.tune import tuned_recipe, with_exits
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -135,6 +135,49 @@ def test_block_exits_and_a_reduced_head_round_trip(tiny_checkpoint: Path, tmp_pa
     assert again.recipe.model == recipe.model
     assert again.model.state_dict().keys() == grown.state_dict().keys()
     assert all(torch.equal(value, grown.state_dict()[name]) for name, value in again.model.state_dict().items())
+
+
+def test_exits_alone_go_back_onto_their_model(llama: Path, tmp_path: Path) -> None:
+    plain = import_model(str(llama))
+    reduced = {"exit_head": "reduced", "exit_vocab_size": 9}
+    settings = {"exits": [2], "layer_weights": {2: 1.0}, "sequence_length": 32, "exit_adapter": "low-rank", **reduced}
+    recipe = tuned_recipe(plain.recipe, load_recipe("ee-tuning"), settings)
+    grown = with_exits(plain.model, recipe)
+    grown.choose_draft_ids(torch.arange(recipe.model.vocab_size))
+    torch.nn.init.normal_(grown.adapters["2"].up.weight)
+    metrics = [{"step": 1, "agreement": {"2": 0.2}}, {"step": 2, "agreement": {"2": 0.5}}, {"step": 2, "gates": {"2": {"auc": 0.7}}}]
+    export_exits(Checkpoint(recipe, grown, plain.tokenizer, 2, "unknown", metrics), tmp_path / "exits")
+    tensors = load_file(tmp_path / "exits" / "ease_exits.safetensors")
+    assert "draft_head.weight" not in tensors, "its rows are the LM head's"
+    kinds = {name: value.dtype for name, value in tensors.items()}
+    assert kinds.pop("draft_ids") == torch.int64
+    assert set(kinds.values()) == {torch.float16}
+    written = json.loads((tmp_path / "exits" / "ease.json").read_text())
+    assert written["figures"] == {"agreement": {"2": 0.5}, "gates": {"2": {"auc": 0.7}}}
+    assert (written["name"], written["step"], written["method"]["trains"]) == ("ee-tuning", 2, "exits")
+    again = import_model(str(llama), with_exits=tmp_path / "exits")
+    assert again.recipe.model == recipe.model
+    for name, value in again.model.state_dict().items():
+        expected = grown.state_dict()[name]
+        assert torch.equal(value, expected.half().float() if name in kinds else expected), name
+    grown.draft_head.weight.data[0, 0] += 1
+    export_exits(Checkpoint(recipe, grown, plain.tokenizer, 2, "unknown"), tmp_path / "exits")
+    again = import_model(str(llama), with_exits=tmp_path / "exits")
+    assert torch.equal(again.model.draft_head.weight, grown.draft_head.weight.half().float())
+
+
+def test_exits_of_another_model_are_refused(llama: Path, tmp_path: Path) -> None:
+    export_exits(import_model(str(llama), (2,)), tmp_path / "exits")
+    foreign_models.write_model(foreign_models.make_model("mistral"), tmp_path / "other")
+    described = json.loads((tmp_path / "exits" / "ease.json").read_text())
+    described["model"]["dim"] = 96
+    (tmp_path / "exits" / "ease.json").write_text(json.dumps(described))
+    with pytest.raises(ForeignError, match=r"exits in .* belong to another model: dim = 96, but 48 in"):
+        import_model(str(llama), with_exits=tmp_path / "exits")
+    with pytest.raises(ForeignError, match=r"holds no exits: expected ease.json and ease_exits.safetensors, as `ease-train export-exits`"):
+        import_model(str(llama), with_exits=tmp_path)
+    with pytest.raises(ForeignError, match="is there already and was not written by export-exits"):
+        export_exits(import_model(str(llama), (2,)), llama)
 
 
 def edited(source: Path, folder: Path, **changes: Any) -> Path:
