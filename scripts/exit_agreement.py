@@ -5,6 +5,7 @@
 The checkpoints must share their layers (they were tuned with frozen ones), which then run once a document. A document is read alone,
 from its beginning; of one with a `prompt` only the tokens of the answer count, which are those that would be generated. `confident
 half` is the agreement on that half of the tokens where the exit's top probability is highest. Intervals (95 %) resample documents.
+The last layer is there, too, for its perplexity.
 """
 
 import json
@@ -27,10 +28,12 @@ LONGEST = 700  # tokens of a document that are read
 
 @dataclass
 class Found:
-    """An exit on one kind of text, a list entry a document: agreement and confidence of each token, and whether its head can agree."""
+    """An exit on one kind of text, a list entry a document: of each token its agreement, confidence, loss in nats, and whether its head
+    has the last layer's token."""
 
     agrees: list[NDArray[np.bool_]] = field(default_factory=list)
     confidence: list[NDArray[np.float32]] = field(default_factory=list)
+    losses: list[NDArray[np.float32]] = field(default_factory=list)
     known: list[NDArray[np.bool_]] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
@@ -45,6 +48,7 @@ class Found:
             "interval": [round(float(low), 4), round(float(high), 4)],
             "confident_half": round(float(agrees[order[: len(order) // 2]].mean()), 4),
             "confident_quarter": round(float(agrees[order[: len(order) // 4]].mean()), 4),
+            "perplexity": round(float(np.exp(np.concatenate(self.losses).mean())), 3),
             "known_to_head": round(float(np.concatenate(self.known).mean()), 4),
         }
 
@@ -85,18 +89,20 @@ def measure(checkpoints: dict[str, Checkpoint], rows: list[dict[str, Any]]) -> d
                 states[layer] = hidden
             last = base.model.lm_head(base.model.norm(hidden[0, skip:])).argmax(dim=-1)
             for name, checkpoint in checkpoints.items():
-                for layer in checkpoint.recipe.model.exits[:-1]:
+                for layer in checkpoint.recipe.model.exits:
                     exit_found = found[name].setdefault(row["source"], {}).setdefault(layer, Found())
-                    note(exit_found, checkpoint.model, layer, checkpoint.model.exit_hidden(states[layer], layer)[0, skip:], last)
+                    exit_hidden = checkpoint.model.exit_hidden(states[layer], layer)[0, skip:]
+                    note(exit_found, checkpoint.model, layer, exit_hidden, last, ids[0, skip + 1 :])
     return found
 
 
-def note(found: Found, model: Decoder, layer: int, exit_hidden: Tensor, last: Tensor) -> None:
-    """Add one document. Shape: exit_hidden (n, D), last (n)."""
-    logits, ids = model.head(layer)(exit_hidden), model.head_ids(layer)
-    confidence, place = logits.softmax(dim=-1).max(dim=-1)
-    found.agrees.append(((place if ids is None else ids[place]) == last).numpy())
+def note(found: Found, model: Decoder, layer: int, exit_hidden: Tensor, last: Tensor, targets: Tensor) -> None:
+    """Add one document. Shape: exit_hidden (n, D), last and targets (n)."""
+    logprobs, ids = model.exit_logits(layer, exit_hidden).log_softmax(dim=-1), model.head_ids(layer)
+    confidence, top = logprobs.max(dim=-1)
+    found.agrees.append((top == last).numpy())
     found.confidence.append(confidence.numpy())
+    found.losses.append(-logprobs.gather(1, targets[:, None])[:, 0].numpy())
     found.known.append((torch.ones_like(last, dtype=torch.bool) if ids is None else torch.isin(last, ids)).numpy())
 
 
@@ -128,7 +134,9 @@ def main(paths: tuple[Path, ...], text: Path, out: Path | None, documents: int, 
         for kind, exits in by_kind.items():
             for layer, values in exits.items():
                 shares = " ".join(f"{values[key]:.3f}" for key in ("agreement", "confident_half", "confident_quarter", "known_to_head"))
-                click.echo(f"{name} {kind} layer {layer}: agreement, confident half, quarter, bound {shares} ({values['tokens']} tokens)")
+                click.echo(
+                    f"{name} {kind} layer {layer}: agreement, confident half, quarter, bound {shares}, perplexity {values['perplexity']}"
+                )
 
 
 if __name__ == "__main__":

