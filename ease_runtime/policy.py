@@ -157,6 +157,11 @@ class BudgetKeeper:
         self.offset -= BUDGET_GAIN * (depth - self.budget) / self.num_layers
 
 
+def threshold_text(thresholds: Sequence[float | None]) -> str:
+    """Thresholds, one an exit or one for all, as tables name them: off/0.7."""
+    return "/".join("off" if value is None else f"{value:g}" for value in thresholds)
+
+
 def _check_options(
     name: str,
     thresholds: Sequence[float | None] | None,

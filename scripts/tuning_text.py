@@ -177,7 +177,7 @@ def prompts(folder: Path, number: int, data: Path) -> None:
 @click.option("--solutions", default=400, show_default=True, help="GSM8K questions with GSM8K's own solutions.")
 @data_option
 def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: int, data: Path) -> None:
-    """Write tuning.jsonl, gates.jsonl, counted.jsonl and heldout.jsonl from the answers that are there."""
+    """Write tuning.jsonl, gates.jsonl, counted.jsonl and heldout.jsonl (also by kind) from the answers that are there."""
     template = ChatTemplate((checkpoint / "chat_template.jinja").read_text(encoding="utf-8"))
     rows = gsm8k(data)[ANSWERED_QUESTIONS:-HELDOUT_QUESTIONS][:solutions]
     solved = [
@@ -195,6 +195,8 @@ def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: i
     for name, rows_of in shares.items():
         write_lines(folder / name, ({"source": row["source"], "text": row["text"]} for row in rows_of))
     write_lines(folder / "heldout.jsonl", heldout)
+    for kind, rows_of in by_kind(heldout, gsm8k(data)[-HELDOUT_QUESTIONS:]).items():
+        write_lines(folder / f"heldout-{kind}.jsonl", rows_of)
     counted = [{"text": plain_article(article)} for article in load_documents("wikitext-2", "train")]
     counted += [{"text": f"{row['question']}\n{row['answer']}"} for row in gsm8k(data)[:-HELDOUT_QUESTIONS]]
     write_lines(folder / "counted.jsonl", [*counted, *({"text": row["answer"]} for row in answered)])
@@ -202,6 +204,16 @@ def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: i
         for source in sorted({row["source"] for row in found}):
             sizes = [len(row["text"]) for row in found if row["source"] == source]
             click.echo(f"{folder / name}: {source}: {len(sizes)} documents, {sum(sizes):,} characters")
+
+
+def by_kind(heldout: list[dict[str, Any]], questions: list[dict[str, str]]) -> dict[str, list[dict[str, Any]]]:
+    """The held-out documents of each kind: an encyclopedia, sums, and everything else that Spec-Bench asks."""
+    asked = [row["question"] for row in questions]
+    kinds: dict[str, list[dict[str, Any]]] = {"wikitext": [], "gsm8k": [], "spec-bench": []}
+    for row in heldout:
+        sums = any(question in row.get("prompt", "") for question in asked)
+        kinds["wikitext" if row["source"] == "wikitext-2" else "gsm8k" if sums else "spec-bench"].append(row)
+    return kinds
 
 
 def wikitext(split: str, characters: int) -> list[dict[str, Any]]:

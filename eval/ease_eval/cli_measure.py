@@ -36,7 +36,7 @@ from ease_eval.table import (
 from ease_runtime.commands import ThresholdList
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.llm import LLM
-from ease_runtime.policy import POLICIES
+from ease_runtime.policy import POLICIES, threshold_text
 from ease_train.corpora import load_documents
 
 # COLUMNS of the table for a terminal of 80 columns
@@ -270,7 +270,7 @@ def label(row: Quality | TimedSetting) -> tuple[str, str]:
     """A row's threshold and catch-up."""
     if row.threshold is None:
         return "off", "–"
-    return "/".join("off" if value is None else f"{value:g}" for value in row.thresholds), row.catch_up
+    return threshold_text(row.thresholds), row.catch_up
 
 
 def narrow_table(*columns: str, title: str | None = None) -> RichTable:
@@ -308,6 +308,5 @@ def render(result: Table, console: Console) -> None:
         together = narrow_table("batch", "at", "catch-up", "tok/s", "speed-up")
         for one in result.batches:
             at = one.threshold if isinstance(one.threshold, list) else [one.threshold]
-            values = "/".join("off" if value is None else f"{value:g}" for value in at)
-            together.add_row(str(one.batch), values, one.catch_up, f"{one.tokens_per_second:.0f}", f"{one.speedup:.2f}x")
+            together.add_row(str(one.batch), threshold_text(at), one.catch_up, f"{one.tokens_per_second:.0f}", f"{one.speedup:.2f}x")
         console.print(together)

@@ -23,7 +23,7 @@ from ease_runtime.errors import RequestError
 from ease_runtime.flags import option_flags, read_flags
 from ease_runtime.llm import LLM
 from ease_runtime.manifest import MANIFEST_FILE
-from ease_runtime.policy import POLICIES
+from ease_runtime.policy import POLICIES, threshold_text
 from ease_train.corpora import load_documents
 
 
@@ -83,9 +83,14 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
     for column in ("thresholds", "risk", "p-value", "mean depth", ""):
         shown.add_column(column, justify="right")
     for candidate in certificate.tested:
-        values = "/".join("off" if t is None else f"{t:.3f}" for t in candidate.thresholds)
         verdict = "holds" if candidate.p_value <= certificate.epsilon else "not shown"
-        shown.add_row(values, f"{candidate.risk:.4f}", f"{candidate.p_value:.2g}", f"{candidate.mean_depth:.2f}", verdict)
+        shown.add_row(
+            threshold_text(candidate.thresholds),
+            f"{candidate.risk:.4f}",
+            f"{candidate.p_value:.2g}",
+            f"{candidate.mean_depth:.2f}",
+            verdict,
+        )
     console.print(shown)
     if certificate.thresholds is not None:
         console.print(

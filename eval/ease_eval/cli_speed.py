@@ -22,7 +22,7 @@ from ease_runtime.commands import ThresholdList
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.policy import POLICIES
+from ease_runtime.policy import POLICIES, threshold_text
 from ease_train.corpora import load_documents
 
 # COLUMNS of a comparison for a terminal of 80 columns
@@ -146,9 +146,8 @@ def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
     )
     checked = narrow_table("threshold", "catch-up", "depth", "predicted", "measured", "error")
     for row in advice.predictions:
-        values = "/".join("off" if value is None else f"{value:g}" for value in dict.fromkeys(row.threshold))
         speeds = (f"{row.predicted_speedup:.2f}x", f"{row.measured_speedup:.2f}x", f"{row.error:+.1%}")
-        checked.add_row(values, row.catch_up, f"{row.mean_depth:.2f}", *speeds)
+        checked.add_row(threshold_text(tuple(dict.fromkeys(row.threshold))), row.catch_up, f"{row.mean_depth:.2f}", *speeds)
     console.print(checked)
     best = narrow_table("exits", "threshold", "unlike", "depth", "predicted", "oracle\ndepth", "oracle")
     for place in advice.placements[:num_shown]:

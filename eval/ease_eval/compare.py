@@ -25,6 +25,7 @@ from typing import Any
 from ease_eval import peer_worker
 from ease_runtime.errors import RequestError
 from ease_runtime.manifest import load_manifest
+from ease_runtime.policy import threshold_text
 
 START_SECONDS = 1800.0  # onnxruntime-genai first builds its model
 GENAI_PRECISION = {"int4": "int4"}  # what its builder makes for a CPU; else fp32
@@ -101,8 +102,7 @@ def describe(settings: dict[str, Any]) -> str:
     """A row's settings in a few characters."""
     thresholds = settings.get("threshold")
     parts = thresholds if isinstance(thresholds, list | tuple) else [thresholds]
-    values = "/".join("off" if value is None else f"{value:g}" for value in parts)
-    return f"{settings.get('policy', 'max-prob')} {values} {settings.get('catch_up', 'recompute')}"
+    return f"{settings.get('policy', 'max-prob')} {threshold_text(parts)} {settings.get('catch_up', 'recompute')}"
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:

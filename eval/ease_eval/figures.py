@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from ease_eval.reliability import Reliability
 from ease_eval.table import Row
+from ease_runtime.policy import threshold_text
 
 matplotlib.use("svg")
 
@@ -131,4 +132,4 @@ def row_label(row: Row) -> str:
     """A setting in a few characters."""
     if row.threshold is None:
         return "off"
-    return f"{row.catch_up} " + "/".join("off" if value is None else f"{value:g}" for value in row.thresholds)
+    return f"{row.catch_up} {threshold_text(row.thresholds)}"

@@ -24,7 +24,7 @@ from ease_eval.weights import bytes_read
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policy import ExitPolicy, threshold_text
 from ease_runtime.stack import Call, SegmentShape
 
 SEED = 0  # of the bootstrap
@@ -176,8 +176,7 @@ def quality_cells(ppl: float, ppl_ratio: float) -> tuple[str, str]:
 
 def cells(row: Row) -> list[str]:
     """A row as the texts of COLUMNS."""
-    values = "/".join("off" if value is None else f"{value}" for value in row.thresholds)
-    threshold = "off" if row.threshold is None else f"{row.policy} {values}"
+    threshold = "off" if row.threshold is None else f"{row.policy} {threshold_text(row.thresholds)}"
     return [
         threshold,
         row.catch_up if row.threshold is not None else "–",
