@@ -213,13 +213,22 @@ def smollm2_tables() -> dict[str, str]:
     }
     found, first = load("smollm2-exits.json"), load("smollm2-first-round.json")
     speeds = {}
-    for name in ("block", "low-rank"):
+    for name in ("block-wikitext", "block-gsm8k", "block-spec-bench", "low-rank"):
         rows = load(f"smollm2-speed-{name}.json")["rows"]
         more = [
             {"share": f"{row['accepted']} of {row['drafted']}" if row["drafted"] else None, "change": 100 * (row["ppl_ratio"] - 1)}
             for row in rows
         ]
         speeds[f"speed-{name}"] = figures(map(named, ({**row, **fields} for row, fields in zip(rows, more, strict=True))), columns, 2)
+    peers = {
+        "runtime": "{runtime}",
+        "weights": "{precision}",
+        "tokens/s": "{tokens_per_second:.1f}",
+        "EASE at full depth is": "{ease_over_this:.2f}",
+        "first token ms": "{first_token_ms:.0f}",
+        "resident MB": "{resident_mb:.0f}",
+    }
+    speeds |= {f"peers-{name}": figures(load(f"smollm2-peers-{name}.json")["rows"], peers, 2) for name in ("int8", "int4")}
     gates = [
         [KINDS[name.replace("tuned", "exits")], layer, *(f"{gate[key]:.3f}" for key in ("agreement", "auc", "ece", "brier"))]
         for name, layers in found["gates"].items()
@@ -296,6 +305,14 @@ def original_tables() -> dict[str, str]:
         half = STUDENT_T[len(values)] * statistics.stdev(values.values()) / len(values) ** 0.5
         return f"{statistics.mean(values.values()):.{digits}f} ± {half:.{digits}f}"
 
+    at_stop = {(row["method"], row["seed"]): row["epochs"][-1]["ppl"] for row in runs if row["protocol"]["name"] == ORIGINAL.name}
+
+    def above_standard(row: Row) -> float:
+        return float(row["epochs"][-1]["ppl"] - at_stop["standard", row["seed"]])
+
+    def first_at_record(row: Row) -> tuple[int, Row]:
+        return next((number, epoch) for number, epoch in enumerate(row["epochs"], 1) if epoch["ppl"] <= RECORDED[row["method"]][0])
+
     def last(figure: str, factor: float = 1.0) -> Callable[[Row], float]:
         return lambda row: factor * row["epochs"][-1][figure]
 
@@ -304,19 +321,30 @@ def original_tables() -> dict[str, str]:
             method,
             f"{RECORDED[method][0]:.2f}",
             mean(method, ORIGINAL.name, last("ppl")),
+            "–" if method == "standard" else mean(method, ORIGINAL.name, above_standard),
             mean(method, ORIGINAL.name, lambda row: row["more_validation"]),
             mean(method, ORIGINAL.name, lambda row: row["more_validation_full_depth"]),
             mean(method, ORIGINAL.name, lambda row: len(row["epochs"]), 1),
-            f"{Dash() if RECORDED[method][1] is None else RECORDED[method][1]:.1f}",
-            mean(method, ORIGINAL.name, last("shallow_ratio", 100), 1),
             mean(method, ORIGINAL.name, last("compute_cost", 100), 1),
         ]
         for method in METHODS
     ]
-    header = ["method", "recorded", "at the stop", "more text", "at full depth", "epochs", "early %, recorded", "early %", "compute %"]
-    tables = {"original": table(header, first)}
+    header = ["method", "recorded", "at the stop", "above standard", "more text", "at full depth", "epochs", "compute %"]
+    levels = [
+        [
+            method,
+            f"{RECORDED[method][0]:.2f}",
+            f"{Dash() if RECORDED[method][1] is None else RECORDED[method][1]:.1f}",
+            mean(method, ORIGINAL.name, lambda row: first_at_record(row)[0], 1),
+            mean(method, ORIGINAL.name, lambda row: 100 * first_at_record(row)[1]["shallow_ratio"], 1),
+            mean(method, ORIGINAL.name, last("shallow_ratio", 100), 1),
+        ]
+        for method in METHODS
+    ]
+    level_header = ["method", "recorded", "early %, recorded", "epoch of that perplexity here", "early % at it", "early % at the stop"]
+    tables = {"original": table(header, first), "levels": table(level_header, levels)}
     names = list(dict.fromkeys(row["protocol"]["name"] for row in runs))
-    if changed := [name for name in names if name != OVERFITTED.name]:
+    if (changed := [name for name in names if name != OVERFITTED.name]) != [ORIGINAL.name]:
         rows = [[name, *(mean(method, name, lambda row: row["more_validation"]) for method in COMPARED)] for name in changed]
         tables["changed"] = table(["protocol", *COMPARED], rows)
     if OVERFITTED.name in names:
@@ -336,6 +364,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "cost-model.md": cost_model_tables,
     "small.md": small_tables,
     "scale.md": scale_tables,
+    "original.md": original_tables,
     "smollm2-exits.md": smollm2_tables,
 }
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n+)((?:\|.*\n)*)\n*")
