@@ -171,6 +171,10 @@ KINDS = {
 }
 
 
+def perplexity(value: float) -> str:
+    return f"{value:.1f}" if value < 1e4 else f"{value:.0e}"
+
+
 def agreement_table(found: dict[str, Any], kind: str, first_round: bool) -> str:
     """How often each exit says what the last layer says, in percent, with 95 % intervals over documents."""
 
@@ -184,7 +188,7 @@ def agreement_table(found: dict[str, Any], kind: str, first_round: bool) -> str:
             f"{100 * exits[layer]['agreement']:.1f} ({100 * exits[layer]['interval'][0]:.1f}–{100 * exits[layer]['interval'][1]:.1f})"
             for layer in LAYERS
         ]
-        perplexities = [] if first_round else [", ".join(f"{values['perplexity']:.1f}" for values in exits.values())]
+        perplexities = [] if first_round else [", ".join(perplexity(values["perplexity"]) for values in exits.values())]
         rows.append([KINDS[name], *each, percent(exits, "confident_half"), percent(exits, "confident_quarter"), *perplexities])
     header = ["exits", *(f"layer {layer}" for layer in LAYERS), "confident half", "confident quarter"]
     return table([*header, *([] if first_round else ["perplexity (10, 15, 20, 30)"])], rows)
@@ -229,16 +233,10 @@ def smollm2_tables() -> dict[str, str]:
         "resident MB": "{resident_mb:.0f}",
     }
     speeds |= {f"peers-{name}": figures(load(f"smollm2-peers-{name}.json")["rows"], peers, 2) for name in ("int8", "int4")}
-    gates = [
-        [KINDS[name.replace("tuned", "exits")], layer, *(f"{gate[key]:.3f}" for key in ("agreement", "auc", "ece", "brier"))]
-        for name, layers in found["gates"].items()
-        for layer, gate in layers.items()
-    ]
     return {
         "answers": agreement_table(found["agreement"], "answer", first_round=False),
         "wikitext": agreement_table(found["agreement"], "wikitext-2", first_round=False),
         "curve": curve_table(found["runs"]),
-        "gates": table(["exits", "layer", "agrees", "AUC", "calibration error", "Brier"], gates),
         "first-answers": agreement_table(first["agreement"], "answer", first_round=True),
         "first-wikitext": agreement_table(first["agreement"], "wikitext-2", first_round=True),
         **speeds,

