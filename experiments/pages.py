@@ -28,6 +28,8 @@ class PageError(Exception):
 
 
 def load(name: str) -> Any:
+    if not (FOLDER / name).is_file():
+        raise PageError(f"{FOLDER / name} is missing")
     return json.loads((FOLDER / name).read_text(encoding="utf-8"))
 
 

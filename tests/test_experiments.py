@@ -53,6 +53,13 @@ def test_a_table_without_its_marker_is_found(pages: ModuleType) -> None:
     assert "small.md has the tables [], its JSON gives ['gate']" in check(pages)[1]
 
 
+def test_a_missing_json_is_named(pages: ModuleType) -> None:
+    (pages.FOLDER / "small-gate.json").unlink()
+    code, output = check(pages)
+    assert code == 1
+    assert "small-gate.json is missing" in output
+
+
 def test_a_mean_over_too_few_seeds_is_refused(pages: ModuleType) -> None:
     sys.modules.pop("original", None)
     run = {"method": "standard", "protocol": {"name": "original"}, "seed": 42, "epochs": [{"ppl": 8.0}], "more_validation": 8.0}
