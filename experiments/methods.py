@@ -20,7 +20,7 @@ import click
 import numpy as np
 
 from ease_eval.files import write_whole
-from ease_eval.perplexity import score_documents
+from ease_eval.perplexity import record_exits, score_documents
 from ease_eval.table import first_tokens
 from ease_runtime.llm import LLM
 from ease_runtime.policy import ExitPolicy
@@ -171,8 +171,6 @@ def policies(llm: LLM, documents: Sequence[Sequence[int]], name: str) -> Iterato
         for patience in range(1, len(layers) - 1):
             yield ExitPolicy.create(name, None, layers, patience=patience), float(patience)
         return
-    from ease_eval.perplexity import record_exits
-
     said, _, _ = record_exits(llm.engine, list(first_tokens(documents, 4000)), ExitPolicy.create(name, [0.5], layers))
     for threshold in np.unique(np.quantile(said, QUANTILES)):
         yield ExitPolicy.create(name, [float(threshold)], layers), float(threshold)

@@ -151,8 +151,7 @@ def small_tables() -> dict[str, str]:
         "ideal": "{ideal_speedup:.2f}",
         "measured/ideal": "{measured_over_ideal:.2f}",
     }
-    rows = [{**row, "change": 100 * (row["ppl_ratio"] - 1)} for row in load("small-gate.json")["rows"]]
-    return {"gate": figures(map(named, rows), columns, 2)}
+    return {"gate": figures(map(measured, load("small-gate.json")["rows"]), columns, 2)}
 
 
 def named(row: Row) -> Row:
@@ -160,6 +159,11 @@ def named(row: Row) -> Row:
     thresholds = row["threshold"] if isinstance(row["threshold"], list) else [row["threshold"]]
     asked = ",".join("off" if value is None else str(value) for value in thresholds)
     return {**row, "named": asked, "catch_up": "–" if row["threshold"] is None else row["catch_up"]}
+
+
+def measured(row: Row) -> Row:
+    """A row of `ease-eval table`, with the change of its perplexity in percent."""
+    return {**named(row), "change": 100 * (row["ppl_ratio"] - 1)}
 
 
 LAYERS = ("10", "15", "20")
@@ -220,12 +224,9 @@ def smollm2_tables() -> dict[str, str]:
     found, first = load("smollm2-exits.json"), load("smollm2-first-round.json")
     speeds = {}
     for name in ("block-wikitext", "block-gsm8k", "block-spec-bench", "low-rank"):
-        rows = load(f"smollm2-speed-{name}.json")["rows"]
-        more = [
-            {"share": f"{row['accepted']} of {row['drafted']}" if row["drafted"] else None, "change": 100 * (row["ppl_ratio"] - 1)}
-            for row in rows
-        ]
-        speeds[f"speed-{name}"] = figures(map(named, ({**row, **fields} for row, fields in zip(rows, more, strict=True))), columns, 2)
+        rows = [measured(row) for row in load(f"smollm2-speed-{name}.json")["rows"]]
+        shares = [{"share": f"{row['accepted']} of {row['drafted']}" if row["drafted"] else None} for row in rows]
+        speeds[f"speed-{name}"] = figures(({**row, **share} for row, share in zip(rows, shares, strict=True)), columns, 2)
     peers = {
         "runtime": "{runtime}",
         "weights": "{precision}",
