@@ -1,11 +1,14 @@
-"""The training methods on the same text, with the same number of tokens and the same tuning, and their exits on the clock.
+"""Training methods, or depths, on the same text, with the same number of tokens and the same tuning, and their exits on the clock.
 
-    python experiments/methods.py train        # learning rates on one seed, then every run, gates and bundles; hours, goes on where stopped
-    python experiments/methods.py measure      # tables with the clock: nothing else should run meanwhile
-    python experiments/methods.py collect      # docs/experiments/methods.json
+    python experiments/methods.py train       # learning rates on one seed, then every run, gates and bundles; hours, goes on
+    python experiments/methods.py criteria    # how deep each criterion must go for the same perplexity; no clock
+    python experiments/methods.py measure     # tables with the clock: nothing else should run meanwhile
+    python experiments/methods.py collect     # docs/experiments/methods.json
 
-Nine layers of width 128, byte-level BPE of 2048 words, WikiText-2, early exits after layers 3 and 6 (after 3 alone where the method has
-one). Every method chooses among the same learning rates by the validation perplexity of full depth, on one seed and a third of the steps.
+Byte-level BPE of 2048 words, WikiText-2. Methods: nine layers of width 128, early exits after layers 3 and 6 (after 3 alone where the
+method has one). With --study depth: 3, 6, 12 and 24 layers of width 96, deep supervision, early exits after a third and two thirds
+(depth.json). Everything in a study chooses among the same learning rates by the validation perplexity of full depth, on one seed and
+a third of the steps.
 """
 
 import json
@@ -26,11 +29,9 @@ from ease_runtime.llm import LLM
 from ease_runtime.policy import ExitPolicy
 from ease_train.corpora import load_documents
 
-RUNS, OUT = Path("runs/methods"), Path("docs/experiments/methods.json")
-DATA, SEEDS, LEARNING_RATES = "wikitext-2", (42, 43, 44), (1e-3, 2e-3, 4e-3)
-STEPS, TRIAL_STEPS = 600, 200
-SHAPE = ("--dim", "128", "--num-layers", "9", "--num-heads", "4", "--num-kv-heads", "2", "--max-positions", "512")
-TOKENS = ("--bpe-vocab-size", "2048", "--batch-size", "8", "--sequence-length", "256", "--warmup-steps", "50")
+DATA, SEEDS = "wikitext-2", (42, 43, 44)
+TOKENS_A_STEP = 8 * 256
+TOKENS = ("--bpe-vocab-size", "2048", "--batch-size", "8", "--sequence-length", "256", "--warmup-steps", "50", "--max-positions", "512")
 LOOKS = ("--eval-every", "200", "--save-every", "100", "--eval-tokens", "20000", "--log-every", "20")
 THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 CRITERIA = ("max-prob", "margin", "entropy", "similarity", "patience", "gate")
@@ -40,11 +41,36 @@ SCORED_TOKENS = 20_000
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe, with what it must be told for nine layers."""
+    """A recipe, with what it must be told for so many layers."""
 
     recipe: str
     options: tuple[str, ...]
-    early: tuple[int, ...] = (3, 6)
+    early: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Methods that are trained on as many tokens and tuned alike."""
+
+    name: str
+    methods: dict[str, Method]
+    shape: tuple[str, ...]  # of all models
+    steps: int
+    trial_steps: int  # with each learning rate
+    learning_rates: tuple[float, ...]
+
+    @property
+    def runs(self) -> Path:
+        return Path("runs") / self.name
+
+    def trial(self, name: str, rate: float) -> Path:
+        return self.runs / name / f"rate-{rate:g}"
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.runs / name / f"seed-{seed}"
+
+    def best_rate(self, name: str) -> float:
+        return min(self.learning_rates, key=lambda rate: full_depth(self.trial(name, rate)))
 
 
 def weights(**by_layer: float) -> tuple[str, ...]:
@@ -52,26 +78,44 @@ def weights(**by_layer: float) -> tuple[str, ...]:
 
 
 def exits(*layers: int) -> tuple[str, ...]:
-    return tuple(part for layer in (*layers, 9) for part in ("--exits", str(layer)))
+    return tuple(part for layer in layers for part in ("--exits", str(layer)))
 
 
-ASYMMETRIC = (*exits(3), *weights(at_3=0.7, at_9=0.3))
+ASYMMETRIC = (*exits(3, 9), *weights(at_3=0.7, at_9=0.3))
 SLOWER = tuple(part for layer in range(4, 10) for part in ("--layer-lr-scales", str(layer), "0.5" if layer < 7 else "0.1"))
-METHODS = {
-    "standard": Method("standard", (*exits(), *weights(at_9=1.0)), ()),
-    "deep supervision": Method("deep-supervision", exits(3, 6)),
-    "auxiliary loss": Method("auxiliary", (*exits(3), *weights(at_3=0.5, at_9=0.5)), (3,)),
-    "asymmetric": Method("asymmetric", ASYMMETRIC, (3,)),
-    "discriminative": Method("discriminative", (*ASYMMETRIC, *SLOWER), (3,)),
-    "LayerSkip": Method("layerskip", (*exits(3, 6), "--rotate-every", "2")),
-    "self-distillation": Method("self-distillation", (*exits(3, 6), *weights(at_3=0.3, at_6=0.3, at_9=1.0))),
-    "token-routed": Method("token-routed", (*ASYMMETRIC, "--routing-warmup-steps", str(STEPS // 4)), (3,)),
-    "Mixture-of-Depths": Method(
-        "mixture-of-depths",
-        (*exits(), *weights(at_9=1.0), *(part for layer in (2, 4, 6, 8) for part in ("--routed-layers", str(layer)))),
-        (),
-    ),
-}
+ROUTED = tuple(part for layer in (2, 4, 6, 8) for part in ("--routed-layers", str(layer)))
+METHODS = Study(
+    "methods",
+    {
+        "standard": Method("standard", (*exits(9), *weights(at_9=1.0)), ()),
+        "deep supervision": Method("deep-supervision", exits(3, 6, 9), (3, 6)),
+        "auxiliary loss": Method("auxiliary", (*exits(3, 9), *weights(at_3=0.5, at_9=0.5)), (3,)),
+        "asymmetric": Method("asymmetric", ASYMMETRIC, (3,)),
+        "discriminative": Method("discriminative", (*ASYMMETRIC, *SLOWER), (3,)),
+        "LayerSkip": Method("layerskip", (*exits(3, 6, 9), "--rotate-every", "2"), (3, 6)),
+        "self-distillation": Method("self-distillation", (*exits(3, 6, 9), *weights(at_3=0.3, at_6=0.3, at_9=1.0)), (3, 6)),
+        "token-routed": Method("token-routed", (*ASYMMETRIC, "--routing-warmup-steps", "150"), (3,)),
+        "Mixture-of-Depths": Method("mixture-of-depths", (*exits(9), *weights(at_9=1.0), *ROUTED), ()),
+    },
+    ("--dim", "128", "--num-layers", "9", "--num-heads", "4", "--num-kv-heads", "2"),
+    steps=600,
+    trial_steps=200,
+    learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+)
+DEPTH = Study(
+    "depth",
+    {
+        f"{depth} layers": Method(
+            "deep-supervision", ("--num-layers", str(depth), *exits(depth // 3, 2 * depth // 3, depth)), (depth // 3, 2 * depth // 3)
+        )
+        for depth in (3, 6, 12, 24)
+    },
+    ("--dim", "96", "--num-heads", "3", "--num-kv-heads", "1"),
+    steps=450,
+    trial_steps=150,
+    learning_rates=(2e-3, 4e-3, 8e-3),
+)
+STUDIES = {study.name: study for study in (METHODS, DEPTH)}
 
 
 def call(*command: str) -> None:
@@ -79,11 +123,11 @@ def call(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-def fit(method: Method, folder: Path, seed: int, steps: int, rate: float, threads: int) -> None:
+def fit(study: Study, method: Method, folder: Path, seed: int, steps: int, rate: float, threads: int) -> None:
     """Train to the end, or go on; a finished run is left alone."""
-    place = ("--out", str(folder), "--cache", str(RUNS / "cache"), "--threads", str(threads))
+    place = ("--out", str(folder), "--cache", str(study.runs / "cache"), "--threads", str(threads))
     if not folder.is_dir():
-        settings = (*SHAPE, *TOKENS, *LOOKS, "--steps", str(steps), "--learning-rate", str(rate), "--seed", str(seed))
+        settings = (*study.shape, *TOKENS, *LOOKS, "--steps", str(steps), "--learning-rate", str(rate), "--seed", str(seed))
         call("ease-train", "fit", method.recipe, "--data", DATA, *place, *settings, *method.options)
     elif metrics(folder)[-1]["step"] < steps:
         call("ease-train", "fit", method.recipe, *place, "--resume")
@@ -93,38 +137,39 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def validation(folder: Path) -> dict[str, float]:
+    """The last validation perplexity of each exit, the last layer's last."""
+    return dict([line["perplexity"] for line in metrics(folder) if "perplexity" in line][-1])
+
+
 def full_depth(folder: Path) -> float:
-    """The last validation perplexity of full depth."""
-    return float([line["perplexity"]["9"] for line in metrics(folder) if "perplexity" in line][-1])
-
-
-def trial(name: str, rate: float) -> Path:
-    return RUNS / name / f"rate-{rate:g}"
-
-
-def best_rate(name: str) -> float:
-    return min(LEARNING_RATES, key=lambda rate: full_depth(trial(name, rate)))
+    return list(validation(folder).values())[-1]
 
 
 @click.group()
-def main() -> None:
+@click.option("--study", type=click.Choice(list(STUDIES)), default=METHODS.name, show_default=True)
+@click.pass_context
+def main(context: click.Context, study: str) -> None:
     """Train, measure, collect."""
+    context.obj = STUDIES[study]
 
 
 @main.command()
-@click.option("--only", multiple=True, type=click.Choice(list(METHODS)), help="These methods; all by default.")
+@click.option("--only", multiple=True, help="These methods; all by default.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=SEEDS, show_default=True)
 @click.option("--threads", default=1, show_default=True, help="CPU threads of a run.")
-def train(only: tuple[str, ...], threads: int) -> None:
+@click.pass_obj
+def train(study: Study, only: tuple[str, ...], seeds: tuple[int, ...], threads: int) -> None:
     """Learning rates, runs, gates, bundles: what is there is kept."""
-    chosen = {name: method for name, method in METHODS.items() if not only or name in only}
+    chosen = {name: method for name, method in study.methods.items() if not only or name in only}
     for name, method in chosen.items():
-        for rate in LEARNING_RATES:
-            fit(method, trial(name, rate), SEEDS[0], TRIAL_STEPS, rate, threads)
-    for seed in SEEDS:
+        for rate in study.learning_rates:
+            fit(study, method, study.trial(name, rate), SEEDS[0], study.trial_steps, rate, threads)
+    for seed in seeds:
         for name, method in chosen.items():
-            began, folder = time.time(), RUNS / name / f"seed-{seed}"
-            fit(method, folder / "checkpoint", seed, STEPS, best_rate(name), threads)
+            began, folder = time.time(), study.folder(name, seed)
             last = folder / "checkpoint"
+            fit(study, method, last, seed, study.steps, study.best_rate(name), threads)
             if method.early:
                 last = folder / "gated"
                 if not last.is_dir():
@@ -135,33 +180,47 @@ def train(only: tuple[str, ...], threads: int) -> None:
                 click.echo(f"{name}, seed {seed}: {time.time() - began:.0f} s")
 
 
-@main.command()
-def measure() -> None:
-    """What each bundle says and how fast, with max-prob; and how deep each criterion must go for the same perplexity."""
+def bundles(study: Study) -> Iterator[tuple[Method, Path]]:
+    """The folders of the runs that have their bundle."""
     for seed in SEEDS:
-        for name, method in METHODS.items():
-            folder = RUNS / name / f"seed-{seed}"
-            amounts = ("--scored-tokens", str(SCORED_TOKENS), "--texts", "4", "--new-tokens", "96", "--rounds", "3")
-            rows = ("--thresholds", ",".join(map(str, THRESHOLDS)), "--catch-up", "recompute", "--catch-up", "propagate")
-            asked = (*amounts, *(rows if method.early else ("--thresholds", "off")))
-            if not (folder / "table.json").is_file():
-                call("ease-eval", "table", str(folder / "bundle"), "--data", DATA, *asked, "--json", str(folder / "table.json"))
-            if method.early and not (folder / "criteria.json").is_file():
-                write_whole(folder / "criteria.json", json.dumps(criteria(folder / "bundle"), indent=1) + "\n")
+        for name, method in study.methods.items():
+            if (folder := study.folder(name, seed) / "bundle").is_dir():
+                yield method, folder.parent
 
 
-def criteria(bundle: Path) -> list[dict[str, Any]]:
-    """For each criterion and threshold, of state propagation: perplexity over full depth's, and mean depth."""
-    llm = LLM(bundle)
+@main.command()
+@click.pass_obj
+def measure(study: Study) -> None:
+    """What each bundle says and how fast, with max-prob."""
+    for method, folder in bundles(study):
+        amounts = ("--scored-tokens", str(SCORED_TOKENS), "--texts", "4", "--new-tokens", "96", "--rounds", "3")
+        rows = ("--thresholds", ",".join(map(str, THRESHOLDS)), "--catch-up", "recompute", "--catch-up", "propagate")
+        asked = (*amounts, *(rows if method.early else ("--thresholds", "off")))
+        if not (folder / "table.json").is_file():
+            call("ease-eval", "table", str(folder / "bundle"), "--data", DATA, *asked, "--json", str(folder / "table.json"))
+
+
+@main.command()
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+@click.pass_obj
+def criteria(study: Study, threads: int) -> None:
+    """How deep each criterion must go for the same perplexity."""
+    for method, folder in bundles(study):
+        if method.early and not (folder / "criteria.json").is_file():
+            found = criteria_of(LLM(folder / "bundle", num_threads=threads))
+            write_whole(folder / "criteria.json", json.dumps(found, indent=1) + "\n")
+            click.echo(f"{folder}: {len(found)} policies")
+
+
+def criteria_of(llm: LLM) -> list[dict[str, Any]]:
+    """For each criterion and threshold, with exact keys and values: perplexity over full depth's, and mean depth."""
     documents = list(first_tokens([llm.encode(text) for text in load_documents(DATA, "test")], SCORED_TOKENS))
-    (off,) = score_documents(llm.engine, documents, [ExitPolicy()], "propagate")
-    found = []
-    for name in CRITERIA:
-        for policy, threshold in policies(llm, documents, name):
-            (scores,) = score_documents(llm.engine, documents, [policy], "propagate")
-            ratio, depth = scores.perplexity / off.perplexity, float(scores.depths.mean())
-            found.append({"criterion": name, "threshold": threshold, "ppl_ratio": ratio, "mean_depth": depth})
-    return found
+    tried = [(name, *pair) for name in CRITERIA for pair in policies(llm, documents, name)]
+    off, *scores = score_documents(llm.engine, documents, [ExitPolicy(), *(policy for _, policy, _ in tried)], "recompute")
+    return [
+        {"criterion": name, "threshold": threshold, "ppl_ratio": mine.perplexity / off.perplexity, "mean_depth": float(mine.mean_depth)}
+        for (name, _, threshold), mine in zip(tried, scores, strict=True)
+    ]
 
 
 def policies(llm: LLM, documents: Sequence[Sequence[int]], name: str) -> Iterator[tuple[ExitPolicy, float]]:
@@ -177,33 +236,35 @@ def policies(llm: LLM, documents: Sequence[Sequence[int]], name: str) -> Iterato
 
 
 @main.command()
-def collect() -> None:
+@click.pass_obj
+def collect(study: Study) -> None:
     """Everything that was measured, as one file."""
     runs = []
-    for name, method in METHODS.items():
+    kept = ("threshold", "catch_up", "ppl", "ppl_ratio", "mean_depth", "speedup", "ideal_speedup", "tokens_per_second", "latency_ms_p50")
+    for name, method in study.methods.items():
         for seed in SEEDS:
-            folder = RUNS / name / f"seed-{seed}"
+            folder = study.folder(name, seed)
             if not (folder / "table.json").is_file():
                 continue
-            table, lines = json.loads((folder / "table.json").read_text(encoding="utf-8")), metrics(folder / "checkpoint")
-            rates = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
-            kept = ("threshold", "catch_up", "ppl", "ppl_ratio", "mean_depth", "speedup", "ideal_speedup", "tokens_per_second")
+            table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+            rates = [line["tokens_per_second"] for line in metrics(folder / "checkpoint") if "tokens_per_second" in line]
             runs.append(
                 {
                     "method": name,
                     "seed": seed,
-                    "learning_rate": best_rate(name),
-                    "trials": {f"{rate:g}": full_depth(trial(name, rate)) for rate in LEARNING_RATES},
-                    "validation": [line["perplexity"] for line in lines if "perplexity" in line][-1],
-                    "minutes": round(STEPS * 2048 / rates[len(rates) // 2] / 60, 1),
+                    "learning_rate": study.best_rate(name),
+                    "trials": {f"{rate:g}": full_depth(study.trial(name, rate)) for rate in study.learning_rates},
+                    "validation": validation(folder / "checkpoint"),
+                    "minutes": study.steps * TOKENS_A_STEP / float(np.median(rates)) / 60,
                     "rows": [{key: row[key] for key in kept} for row in table["rows"]],
                     "exits": table["exits"],
                     "versions": table["versions"],
                     "criteria": json.loads((folder / "criteria.json").read_text(encoding="utf-8")) if method.early else [],
                 }
             )
-    write_whole(OUT, json.dumps({"data": DATA, "steps": STEPS, "tokens": STEPS * 2048, "runs": runs}) + "\n")
-    click.echo(f"{OUT}: {len(runs)} of {len(METHODS) * len(SEEDS)} runs")
+    out = Path(f"docs/experiments/{study.name}.json")
+    write_whole(out, json.dumps({"data": DATA, "steps": study.steps, "tokens": study.steps * TOKENS_A_STEP, "runs": runs}) + "\n")
+    click.echo(f"{out}: {len(runs)} of {len(study.methods) * len(SEEDS)} runs")
 
 
 if __name__ == "__main__":
