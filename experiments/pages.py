@@ -279,6 +279,28 @@ def scale_tables() -> dict[str, str]:
     return {"shapes": figures(load("scale.json")["rows"], columns)}
 
 
+def precision_tables() -> dict[str, str]:
+    rows = load("precisions.json")["rows"]
+    full = {row["model"]: row["ppl"] for row in rows if row["precision"] == "fp32"}
+    columns = {
+        "model": "{model}",
+        "weights": "{precision}",
+        "text": "{data}",
+        "tokens": "{tokens}",
+        "perplexity": "{ppl:.3f}",
+        "vs fp32": "{change:+.2f} %",
+        "MB": "{bundle_mb:.1f}",
+        "loaded MB": "{loaded_mb:.0f}",
+        "export, CPU s": "{export_cpu_seconds:.0f}",
+        "export, largest MB": "{export_peak_mb:.0f}",
+    }
+    tried = {"layers": "{layers}", "embedding and head": "{embedding_and_head}", "perplexity": "{ppl:.2f}"}
+    return {
+        "precisions": figures(({**row, "change": 100 * (row["ppl"] / full[row["model"]] - 1)} for row in rows), columns, 3),
+        "tried": figures(load("precisions-tried.json")["rows"], tried, 2),
+    }
+
+
 RECORDED = {  # by the original: perplexity, share that leaves early and compute in percent
     "discriminative": (18.52, None, None),
     "reverse discriminative": (21.14, None, None),
@@ -365,6 +387,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "cost-model.md": cost_model_tables,
     "small.md": small_tables,
     "scale.md": scale_tables,
+    "precisions.md": precision_tables,
     "original.md": original_tables,
     "smollm2-exits.md": smollm2_tables,
 }
