@@ -5,10 +5,10 @@
     python experiments/methods.py measure     # tables with the clock: nothing else should run meanwhile
     python experiments/methods.py collect     # docs/experiments/methods.json
 
-Byte-level BPE of 2048 words, WikiText-2. Methods: nine layers of width 128, early exits after layers 3 and 6 (after 3 alone where the
-method has one). With --study depth: 3, 6, 12 and 24 layers of width 96, deep supervision, early exits after a third and two thirds
-(depth.json). Everything in a study chooses among the same learning rates by the validation perplexity of full depth, on one seed and
-a third of the steps.
+Byte-level BPE of 2048 words, WikiText-2, width 96. Methods: nine layers, early exits after layers 3 and 6 (after 3 alone where the
+method has one). With --study depth: 3, 6, 12 and 24 layers, deep supervision, early exits after a third and two thirds (depth.json).
+Everything in a study chooses among the same learning rates by the validation perplexity of full depth, on one seed and a fifth of the
+steps.
 """
 
 import json
@@ -29,10 +29,12 @@ from ease_runtime.llm import LLM
 from ease_runtime.policy import ExitPolicy
 from ease_train.corpora import load_documents
 
-DATA, SEEDS = "wikitext-2", (42, 43, 44)
-TOKENS_A_STEP = 8 * 256
-TOKENS = ("--bpe-vocab-size", "2048", "--batch-size", "8", "--sequence-length", "256", "--warmup-steps", "50", "--max-positions", "512")
-LOOKS = ("--eval-every", "200", "--save-every", "100", "--eval-tokens", "20000", "--log-every", "20")
+DATA, SEEDS, LEARNING_RATES = "wikitext-2", (42, 43, 44), (2e-3, 4e-3, 8e-3)
+STEPS, TRIAL_STEPS = 1500, 300
+SHAPE = ("--dim", "96", "--num-heads", "3", "--num-kv-heads", "1")
+TOKENS_A_STEP = 4 * 256
+TOKENS = ("--bpe-vocab-size", "2048", "--batch-size", "4", "--sequence-length", "256", "--warmup-steps", "50", "--max-positions", "256")
+LOOKS = ("--eval-every", "300", "--save-every", "100", "--eval-tokens", "20000", "--log-every", "20")
 THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 CRITERIA = ("max-prob", "margin", "entropy", "similarity", "patience", "gate")
 QUANTILES = np.linspace(0.02, 0.98, 25)  # of a criterion's confidences: where its thresholds are tried
@@ -54,10 +56,7 @@ class Study:
 
     name: str
     methods: dict[str, Method]
-    shape: tuple[str, ...]  # of all models
-    steps: int
-    trial_steps: int  # with each learning rate
-    learning_rates: tuple[float, ...]
+    options: tuple[str, ...]  # of all methods
 
     @property
     def runs(self) -> Path:
@@ -70,7 +69,7 @@ class Study:
         return self.runs / name / f"seed-{seed}"
 
     def best_rate(self, name: str) -> float:
-        return min(self.learning_rates, key=lambda rate: full_depth(self.trial(name, rate)))
+        return min(LEARNING_RATES, key=lambda rate: full_depth(self.trial(name, rate)))
 
 
 def weights(**by_layer: float) -> tuple[str, ...]:
@@ -94,13 +93,10 @@ METHODS = Study(
         "discriminative": Method("discriminative", (*ASYMMETRIC, *SLOWER), (3,)),
         "LayerSkip": Method("layerskip", (*exits(3, 6, 9), "--rotate-every", "2"), (3, 6)),
         "self-distillation": Method("self-distillation", (*exits(3, 6, 9), *weights(at_3=0.3, at_6=0.3, at_9=1.0)), (3, 6)),
-        "token-routed": Method("token-routed", (*ASYMMETRIC, "--routing-warmup-steps", "150"), (3,)),
+        "token-routed": Method("token-routed", (*ASYMMETRIC, "--routing-warmup-steps", "375"), (3,)),
         "Mixture-of-Depths": Method("mixture-of-depths", (*exits(9), *weights(at_9=1.0), *ROUTED), ()),
     },
-    ("--dim", "128", "--num-layers", "9", "--num-heads", "4", "--num-kv-heads", "2"),
-    steps=600,
-    trial_steps=200,
-    learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+    ("--num-layers", "9"),
 )
 DEPTH = Study(
     "depth",
@@ -110,10 +106,7 @@ DEPTH = Study(
         )
         for depth in (3, 6, 12, 24)
     },
-    ("--dim", "96", "--num-heads", "3", "--num-kv-heads", "1"),
-    steps=450,
-    trial_steps=150,
-    learning_rates=(2e-3, 4e-3, 8e-3),
+    (),
 )
 STUDIES = {study.name: study for study in (METHODS, DEPTH)}
 
@@ -127,7 +120,7 @@ def fit(study: Study, method: Method, folder: Path, seed: int, steps: int, rate:
     """Train to the end, or go on; a finished run is left alone."""
     place = ("--out", str(folder), "--cache", str(study.runs / "cache"), "--threads", str(threads))
     if not folder.is_dir():
-        settings = (*study.shape, *TOKENS, *LOOKS, "--steps", str(steps), "--learning-rate", str(rate), "--seed", str(seed))
+        settings = (*SHAPE, *study.options, *TOKENS, *LOOKS, "--steps", str(steps), "--learning-rate", str(rate), "--seed", str(seed))
         call("ease-train", "fit", method.recipe, "--data", DATA, *place, *settings, *method.options)
     elif metrics(folder)[-1]["step"] < steps:
         call("ease-train", "fit", method.recipe, *place, "--resume")
@@ -163,13 +156,13 @@ def train(study: Study, only: tuple[str, ...], seeds: tuple[int, ...], threads: 
     """Learning rates, runs, gates, bundles: what is there is kept."""
     chosen = {name: method for name, method in study.methods.items() if not only or name in only}
     for name, method in chosen.items():
-        for rate in study.learning_rates:
-            fit(study, method, study.trial(name, rate), SEEDS[0], study.trial_steps, rate, threads)
+        for rate in LEARNING_RATES:
+            fit(study, method, study.trial(name, rate), SEEDS[0], TRIAL_STEPS, rate, threads)
     for seed in seeds:
         for name, method in chosen.items():
             began, folder = time.time(), study.folder(name, seed)
             last = folder / "checkpoint"
-            fit(study, method, last, seed, study.steps, study.best_rate(name), threads)
+            fit(study, method, last, seed, STEPS, study.best_rate(name), threads)
             if method.early:
                 last = folder / "gated"
                 if not last.is_dir():
@@ -253,9 +246,9 @@ def collect(study: Study) -> None:
                     "method": name,
                     "seed": seed,
                     "learning_rate": study.best_rate(name),
-                    "trials": {f"{rate:g}": full_depth(study.trial(name, rate)) for rate in study.learning_rates},
+                    "trials": {f"{rate:g}": full_depth(study.trial(name, rate)) for rate in LEARNING_RATES},
                     "validation": validation(folder / "checkpoint"),
-                    "minutes": study.steps * TOKENS_A_STEP / float(np.median(rates)) / 60,
+                    "minutes": STEPS * TOKENS_A_STEP / float(np.median(rates)) / 60,
                     "rows": [{key: row[key] for key in kept} for row in table["rows"]],
                     "exits": table["exits"],
                     "versions": table["versions"],
@@ -263,7 +256,7 @@ def collect(study: Study) -> None:
                 }
             )
     out = Path(f"docs/experiments/{study.name}.json")
-    write_whole(out, json.dumps({"data": DATA, "steps": study.steps, "tokens": study.steps * TOKENS_A_STEP, "runs": runs}) + "\n")
+    write_whole(out, json.dumps({"data": DATA, "steps": STEPS, "tokens": STEPS * TOKENS_A_STEP, "runs": runs}) + "\n")
     click.echo(f"{out}: {len(runs)} of {len(study.methods) * len(SEEDS)} runs")
 
 
