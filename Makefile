@@ -32,6 +32,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python docs/make_cli.py --check
 	$(BIN)/python experiments/pages.py --check
+	$(BIN)/python experiments/plots.py --check
 
 docs: $(READY)  ## rewrite docs/cli.md from --help
 	$(BIN)/python docs/make_cli.py
@@ -47,7 +48,10 @@ bench: $(READY)  ## training beside transformers' Trainer; the engine on a 135M-
 experiments: $(READY)  ## what docs/experiments shows, but for make bench and the demos; hours, and goes on where it was stopped
 	$(BIN)/python experiments/scale.py
 	$(BIN)/python experiments/original.py
+	for study in methods depth; do for part in train criteria measure collect; do \
+	    PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python experiments/methods.py --study $$study $$part || exit 1; done; done
 	$(BIN)/python experiments/pages.py
+	$(BIN)/python experiments/plots.py
 
 peers:  ## other runtimes to compare with, in a virtual environment of their own
 	$(PYTHON) -m venv .venv-peers

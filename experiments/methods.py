@@ -30,11 +30,11 @@ from ease_runtime.policy import ExitPolicy
 from ease_train.corpora import load_documents
 
 DATA, SEEDS, LEARNING_RATES = "wikitext-2", (42, 43, 44), (2e-3, 4e-3, 8e-3)
-STEPS, TRIAL_STEPS = 1500, 300
+STEPS, TRIAL_STEPS = 2000, 400
 SHAPE = ("--dim", "96", "--num-heads", "3", "--num-kv-heads", "1")
-TOKENS_A_STEP = 4 * 256
-TOKENS = ("--bpe-vocab-size", "2048", "--batch-size", "4", "--sequence-length", "256", "--warmup-steps", "50", "--max-positions", "256")
-LOOKS = ("--eval-every", "300", "--save-every", "100", "--eval-tokens", "20000", "--log-every", "20")
+TOKENS_A_STEP = 2 * 256
+TOKENS = ("--bpe-vocab-size", "2048", "--batch-size", "2", "--sequence-length", "256", "--warmup-steps", "50", "--max-positions", "256")
+LOOKS = ("--eval-every", "400", "--save-every", "200", "--eval-tokens", "20000", "--log-every", "20")
 THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 CRITERIA = ("max-prob", "margin", "entropy", "similarity", "patience", "gate")
 QUANTILES = np.linspace(0.02, 0.98, 25)  # of a criterion's confidences: where its thresholds are tried
@@ -93,7 +93,7 @@ METHODS = Study(
         "discriminative": Method("discriminative", (*ASYMMETRIC, *SLOWER), (3,)),
         "LayerSkip": Method("layerskip", (*exits(3, 6, 9), "--rotate-every", "2"), (3, 6)),
         "self-distillation": Method("self-distillation", (*exits(3, 6, 9), *weights(at_3=0.3, at_6=0.3, at_9=1.0)), (3, 6)),
-        "token-routed": Method("token-routed", (*ASYMMETRIC, "--routing-warmup-steps", "375"), (3,)),
+        "token-routed": Method("token-routed", (*ASYMMETRIC, "--routing-warmup-steps", "500"), (3,)),
         "Mixture-of-Depths": Method("mixture-of-depths", (*exits(9), *weights(at_9=1.0), *ROUTED), ()),
     },
     ("--num-layers", "9"),

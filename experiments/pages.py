@@ -1,4 +1,4 @@
-"""The tables of docs/experiments, out of the JSON files beside them.
+"""The tables of docs/experiments, and those of them that other pages show, out of the JSON files in docs/experiments.
 
     python experiments/pages.py            # writes every table anew
     python experiments/pages.py --check    # exit code 1 where a page says something else than its JSON
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 FOLDER = Path("docs/experiments")
 STUDENT_T = {3: 4.303, 5: 2.776}  # 97.5 % point of Student's t at n - 1 degrees of freedom, by n
@@ -137,6 +138,9 @@ def server_and_memory(found: Any) -> dict[str, str]:
     }
 
 
+IN_README = ("off", "off,0.7", "off,0.76")
+
+
 def small_tables() -> dict[str, str]:
     columns = {
         **NAMED,
@@ -151,7 +155,8 @@ def small_tables() -> dict[str, str]:
         "ideal": "{ideal_speedup:.2f}",
         "measured/ideal": "{measured_over_ideal:.2f}",
     }
-    return {"gate": figures(map(measured, load("small-gate.json")["rows"]), columns, 2)}
+    rows = [measured(row) for row in load("small-gate.json")["rows"]]
+    return {"gate": figures(rows, columns, 2), "readme": figures([row for row in rows if row["named"] in IN_README], columns, 2)}
 
 
 def named(row: Row) -> Row:
@@ -173,8 +178,12 @@ KINDS = {
     "exits-mlp": "MLP",
     "exits-block-stage1": "block, 90 steps",
     "exits-block": "block",
+    "exits-block-distilled": "block, then distilled",
     "layerskip": "LayerSkip (other weights)",
 }
+
+
+TEXTS = {"wikitext": "WikiText-2", "gsm8k": "GSM8K", "spec-bench": "Spec-Bench"}
 
 
 def perplexity(value: float) -> str:
@@ -210,6 +219,17 @@ def curve_table(runs: dict[str, Any]) -> str:
     return table(["step", *(KINDS[name] for name in runs)], rows)
 
 
+def distilled_table() -> str:
+    """Block exits before and after distillation, on the text of the speed tables: agreement in percent, perplexity."""
+    rows = []
+    for kind, text in TEXTS.items():
+        for exits, name in (("block", "block"), ("distilled", "then distilled")):
+            each = load(f"smollm2-speed-{exits}-{kind}.json")["exits"]
+            agreements = (f"{100 * one['agreement']:.1f}" for one in each[:-1])
+            rows.append([text, name, *agreements, ", ".join(perplexity(one["ppl"]) for one in each)])
+    return table(["text", "exits", *(f"layer {layer}" for layer in LAYERS), "perplexity (10, 15, 20, 30)"], rows)
+
+
 def smollm2_tables() -> dict[str, str]:
     columns = {
         **NAMED,
@@ -223,7 +243,7 @@ def smollm2_tables() -> dict[str, str]:
     }
     found, first = load("smollm2-exits.json"), load("smollm2-first-round.json")
     speeds = {}
-    for name in ("block-wikitext", "block-gsm8k", "block-spec-bench", "low-rank"):
+    for name in (*(f"{exits}-{kind}" for exits in ("distilled", "block") for kind in TEXTS), "low-rank"):
         rows = [measured(row) for row in load(f"smollm2-speed-{name}.json")["rows"]]
         shares = [{"share": f"{row['accepted']} of {row['drafted']}" if row["drafted"] else None} for row in rows]
         speeds[f"speed-{name}"] = figures(({**row, **share} for row, share in zip(rows, shares, strict=True)), columns, 2)
@@ -240,6 +260,7 @@ def smollm2_tables() -> dict[str, str]:
         "answers": agreement_table(found["agreement"], "answer", first_round=False),
         "wikitext": agreement_table(found["agreement"], "wikitext-2", first_round=False),
         "curve": curve_table(found["runs"]),
+        "distilled": distilled_table(),
         "first-answers": agreement_table(first["agreement"], "answer", first_round=True),
         "first-wikitext": agreement_table(first["agreement"], "wikitext-2", first_round=True),
         **speeds,
@@ -314,6 +335,107 @@ RECORDED = {  # by the original: perplexity, share that leaves early and compute
 }
 
 
+def mean_of(values: dict[int, float], seeds: Sequence[int], what: str, digits: int = 2) -> str:
+    """The mean over seeds, with half its 95 % interval. Raises PageError where a seed is missing."""
+    if set(values) != set(seeds):
+        raise PageError(f"{what} has the seeds {sorted(values)}, expected {list(seeds)}")
+    half = STUDENT_T[len(values)] * statistics.stdev(values.values()) / len(values) ** 0.5
+    return f"{statistics.mean(values.values()):.{digits}f} ± {half:.{digits}f}"
+
+
+def within(points: Sequence[Row], tolerance: float, key: str, best: Callable[[Iterable[float]], float]) -> float:
+    """The best that some points give at a perplexity that is at most so much above full depth's (0.05: 5 %)."""
+    return best(point[key] for point in points if point["ppl_ratio"] <= 1 + tolerance)
+
+
+def curve(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """The best perplexity for a time a token, exact keys and values: times as shares of full depth's, ascending, and perplexities."""
+    points = sorted((1 / row["speedup"], row["ppl"]) for row in rows if row["threshold"] is None or row["catch_up"] == "recompute")
+    best = [min(ppl for _, ppl in points[: i + 1]) for i in range(len(points))]
+    return [time for time, _ in points], best
+
+
+def area(rows: Sequence[Row], fastest: float) -> float:
+    """Mean perplexity of the curve from `fastest` to full depth's time: the area under it over its width."""
+    times = np.linspace(fastest, 1.0, 501)
+    return float(np.interp(times, *curve(rows)).mean())
+
+
+def study_means(
+    runs: Sequence[Row], columns: dict[str, tuple[Callable[[Row], float | None], int]], methods: Iterable[str]
+) -> list[list[str]]:
+    """A line a method: means over the seeds of each column, a dash where a method has no such figure."""
+    from methods import SEEDS  # experiments/methods.py
+
+    lines = []
+    for method in methods:
+        mine, line = [run for run in runs if run["method"] == method], [method]
+        for value, digits in columns.values():
+            values = {run["seed"]: value(run) for run in mine}
+            known = {seed: found for seed, found in values.items() if found is not None}
+            line.append(mean_of(known, SEEDS, method, digits) if known or not values else "–")
+        lines.append(line)
+    return lines
+
+
+def exact(run: Row) -> list[Row]:
+    """Full depth and the rows with exact keys and values."""
+    return [row for row in run["rows"] if row["threshold"] is None or row["catch_up"] == "recompute"]
+
+
+def study_columns(runs: Sequence[Row]) -> dict[str, tuple[Callable[[Row], float | None], int]]:
+    """The columns of both studies. Dashes for models without early exits."""
+    fastest = max(curve(run["rows"])[0][0] for run in runs if len(run["rows"]) > 1)
+
+    def early(value: Callable[[Row], float]) -> Callable[[Row], float | None]:
+        return lambda run: value(run) if len(run["rows"]) > 1 else None
+
+    return {
+        "test perplexity": (lambda run: run["rows"][0]["ppl"], 2),
+        f"mean of the curve from {fastest:.2f}": (early(lambda run: area(run["rows"], fastest)), 2),
+        "depth at 1 %": (early(lambda run: within(run["criteria"], 0.01, "mean_depth", min)), 2),
+        "depth at 5 %": (early(lambda run: within(run["criteria"], 0.05, "mean_depth", min)), 2),
+        "speed-up at 1 %": (early(lambda run: within(exact(run), 0.01, "speedup", max)), 2),
+        "speed-up at 5 %": (early(lambda run: within(exact(run), 0.05, "speedup", max)), 2),
+    }
+
+
+def methods_tables() -> dict[str, str]:
+    """Means over three seeds."""
+    from methods import CRITERIA, METHODS  # experiments/methods.py
+
+    runs = load("methods.json")["runs"]
+    columns = study_columns(runs)
+    exits_of = {name: method.early for name, method in METHODS.methods.items()}
+    layers: dict[str, tuple[Callable[[Row], float | None], int]] = {
+        f"layer {layer}": (lambda run, layer=layer: run["validation"].get(str(layer)), 2) for layer in (3, 6, 9)
+    }
+
+    def depth_by(criterion: str) -> Callable[[Row], float | None]:
+        def depth(run: Row) -> float | None:
+            points = [point for point in run["criteria"] if point["criterion"] == criterion]
+            return within([*points, {"ppl_ratio": 1.0, "mean_depth": 9.0}], 0.05, "mean_depth", min) if points else None
+
+        return depth
+
+    by_criterion = {name: (depth_by(name), 2) for name in CRITERIA}
+    rates = {run["method"]: run["learning_rate"] for run in runs}
+    trials = [
+        [name, *(f"{run['trials'][rate]:.1f}" for rate in run["trials"])]
+        for name in exits_of
+        for run in runs
+        if run["method"] == name and run["seed"] == 42
+    ]
+    return {
+        "methods": table(["method", *columns], study_means(runs, columns, exits_of)),
+        "exits": table(
+            ["method", "learning rate", *layers], [[name, f"{rates[name]:g}", *line] for name, *line in study_means(runs, layers, exits_of)]
+        ),
+        "criteria": table(["method", *by_criterion], study_means(runs, by_criterion, [name for name, early in exits_of.items() if early])),
+        "trials": table(["method", *runs[0]["trials"]], trials),
+    }
+
+
 def original_tables() -> dict[str, str]:
     """Means over the seeds, with 95 % intervals of the mean (Student's t)."""
     from original import COMPARED, EXTREMES, FEW_SEEDS, METHODS, ORIGINAL, OVERFITTED, SEEDS  # experiments/original.py
@@ -322,11 +444,7 @@ def original_tables() -> dict[str, str]:
 
     def mean(method: str, protocol: str, value: Callable[[Row], float], digits: int = 2) -> str:
         values = {row["seed"]: value(row) for row in runs if (row["method"], row["protocol"]["name"]) == (method, protocol)}
-        expected = FEW_SEEDS if protocol == OVERFITTED.name else SEEDS
-        if set(values) != set(expected):
-            raise PageError(f"{method} under '{protocol}' has the seeds {sorted(values)}, expected {list(expected)}")
-        half = STUDENT_T[len(values)] * statistics.stdev(values.values()) / len(values) ** 0.5
-        return f"{statistics.mean(values.values()):.{digits}f} ± {half:.{digits}f}"
+        return mean_of(values, FEW_SEEDS if protocol == OVERFITTED.name else SEEDS, f"{method} under '{protocol}'", digits)
 
     at_stop = {(row["method"], row["seed"]): row["epochs"][-1]["ppl"] for row in runs if row["protocol"]["name"] == ORIGINAL.name}
 
@@ -382,10 +500,16 @@ def original_tables() -> dict[str, str]:
     return tables
 
 
+def only(tables: dict[str, str], name: str) -> dict[str, str]:
+    return {name: tables[name]}
+
+
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "engine.md": engine_tables,
     "cost-model.md": cost_model_tables,
-    "small.md": small_tables,
+    "small.md": lambda: only(small_tables(), "gate"),
+    "../../README.md": lambda: only(small_tables(), "readme"),
+    "../pretrained.md": lambda: only(smollm2_tables(), "answers"),
     "scale.md": scale_tables,
     "precisions.md": precision_tables,
     "original.md": original_tables,
@@ -405,7 +529,7 @@ def with_tables(page: str, text: str, tables: dict[str, str]) -> str:
 @click.command()
 @click.option("--check", is_flag=True, help="Change nothing; exit code 1 where a page and its JSON differ.")
 def main(check: bool) -> None:
-    """Write or check the tables of docs/experiments."""
+    """Write or check the tables of docs/experiments, and those of them that other pages show."""
     wrong = []
     for page, tables in PAGES.items():
         path = FOLDER / page

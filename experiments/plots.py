@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-from pages import FOLDER, KINDS, LAYERS, RECORDED, STUDENT_T, load, named
+from pages import FOLDER, KINDS, LAYERS, RECORDED, STUDENT_T, TEXTS, load, named
 
 from ease_eval.figures import Draw, drawn, svg
 
@@ -173,8 +173,7 @@ def smollm2_curve(found: Row) -> Draw:
 
 
 def smollm2_speed(*found: Row) -> Draw:
-    kinds = ("WikiText-2", "GSM8K", "Spec-Bench")
-    return trade({kind: [named(row) for row in one["rows"]] for kind, one in zip(kinds, found, strict=True)})
+    return trade({text: [named(row) for row in one["rows"]] for text, one in zip(TEXTS.values(), found, strict=True)})
 
 
 PLOTS = {
@@ -185,9 +184,7 @@ PLOTS = {
     "precisions": Plot("precisions.md", ("precisions.json",), precisions),
     "original": Plot("original.md", ("original.json",), original),
     "smollm2-curve": Plot("smollm2-exits.md", ("smollm2-exits.json",), smollm2_curve),
-    "smollm2-speed": Plot(
-        "smollm2-exits.md", tuple(f"smollm2-speed-block-{kind}.json" for kind in ("wikitext", "gsm8k", "spec-bench")), smollm2_speed
-    ),
+    "smollm2-speed": Plot("smollm2-exits.md", tuple(f"smollm2-speed-distilled-{kind}.json" for kind in TEXTS), smollm2_speed),
 }
 
 

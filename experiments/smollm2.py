@@ -15,7 +15,7 @@ import torch
 from ease_eval.files import write_whole
 
 RUNS, OUT = Path("runs/llm"), Path("docs/experiments/smollm2-exits.json")
-NAMES = ("exits-low-rank", "exits-block", "layerskip")
+NAMES = ("exits-low-rank", "exits-block", "exits-block-distilled", "layerskip")
 
 
 def run_of(folder: Path) -> dict[str, Any]:

@@ -15,10 +15,10 @@ if [ ! -f "$text/tuning.jsonl" ]; then
 fi
 
 exits="--exits 10 --exits 15 --exits 20 --layer-weights 10 1 --layer-weights 15 1 --layer-weights 20 1"
-tune() {  # NAME STEPS, then options of its own
-    name=$1 steps=$2; shift 2
+tune() {  # NAME FROM STEPS, then options of its own
+    name=$1 from=$2 steps=$3; shift 3
     if [ ! -d "$run/$name" ]; then
-        ease-train tune "$run/untouched" --recipe kangaroo-fr-spec --exit-vocab-size 8192 --data "$text/tuning.jsonl" \
+        ease-train tune "$run/$from" --recipe kangaroo-fr-spec --exit-vocab-size 8192 --data "$text/tuning.jsonl" \
             --count-data "$text/counted.jsonl" --cache "$run/cache" --out "$run/$name" $exits --batch-size 4 --sequence-length 256 \
             --learning-rate 3e-3 --min-lr-ratio 0.1 --warmup-steps 20 --steps "$steps" --eval-every 50 --save-every 25 \
             --eval-tokens 8000 --threads 1 "$@"
@@ -26,12 +26,13 @@ tune() {  # NAME STEPS, then options of its own
         ease-train fit kangaroo-fr-spec --out "$run/$name" --cache "$run/cache" --resume --threads 1
     fi
 }
-tune exits-block "${STEPS:-700}"
-tune exits-low-rank "${STEPS:-450}" --exit-adapter low-rank --trains adapters
+tune exits-block untouched "${STEPS:-700}"
+tune exits-low-rank untouched "${STEPS:-450}" --exit-adapter low-rank --trains adapters
+tune exits-block-distilled exits-block "${STEPS:-400}" --labels text --distill-weight 10 --learning-rate 1.5e-3 --min-lr-ratio 0.05 --seed 43
 
 ease-train export-exits "$run/exits-low-rank" "$run/shared-exits"  # what exits/smollm2-135m-instruct holds
-python scripts/exit_agreement.py "$run/untouched" "$run/exits-low-rank" "$run/exits-block" --text "$text/heldout.jsonl" \
-    --documents 40 --json "$run/agreement.json"
+python scripts/exit_agreement.py "$run/untouched" "$run/exits-low-rank" "$run/exits-block" "$run/exits-block-distilled" \
+    --text "$text/heldout.jsonl" --documents 40 --json "$run/agreement.json"
 
 # LayerSkip's continual training, which moves the model's own weights
 [ -d "$run/layerskip" ] || ease-train tune "$run/untouched" --recipe layerskip-tuning --data "$text/tuning.jsonl" --cache "$run/cache" \

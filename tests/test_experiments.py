@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,19 +13,31 @@ from click.testing import CliRunner
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """experiments/pages.py over a copy of the pages."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "experiments" / "pages.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for path in (ROOT / "docs" / "experiments").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    module.FOLDER = tmp_path
     return module
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """experiments/pages.py over a copy of the pages."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    module = script("pages")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    module.FOLDER = tmp_path / "docs" / "experiments"
+    return module
+
+
+@pytest.fixture
+def plots(monkeypatch: pytest.MonkeyPatch, pages: ModuleType) -> ModuleType:
+    """experiments/plots.py over the same copy."""
+    monkeypatch.setitem(sys.modules, "pages", pages)
+    return script("plots")
 
 
 def check(pages: ModuleType, *flags: str) -> tuple[int, str]:
@@ -66,3 +79,26 @@ def test_a_mean_over_too_few_seeds_is_refused(pages: ModuleType) -> None:
     (pages.FOLDER / "original.json").write_text(json.dumps({"runs": [run]}), encoding="utf-8")
     with pytest.raises(pages.PageError, match=r"'original' has the seeds \[\], expected \[42, 43, 44, 45, 46\]"):
         pages.original_tables()
+
+
+def test_figures_are_those_of_their_json(plots: ModuleType) -> None:
+    assert check(plots) == (0, "")
+
+
+def test_a_figure_of_other_figures_is_found_and_drawn_anew(plots: ModuleType) -> None:
+    source, figure = plots.FOLDER / "scale.json", plots.FOLDER / "scale.svg"
+    found = json.loads(source.read_text(encoding="utf-8"))
+    found["rows"][0]["verify_half_90"] += 1.0
+    source.write_text(json.dumps(found), encoding="utf-8")
+    before = figure.read_text(encoding="utf-8")
+    code, output = check(plots)
+    assert code == 1
+    assert "scale.svg was not drawn from scale.json as they are; draw it: python experiments/plots.py" in output
+    assert CliRunner().invoke(plots.main, []).exit_code == 0
+    assert figure.read_text(encoding="utf-8").split("\n", 1)[1] != before.split("\n", 1)[1]
+
+
+def test_a_figure_that_no_page_shows_is_found(plots: ModuleType) -> None:
+    page = plots.FOLDER / "scale.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("](scale.svg)", "]()"), encoding="utf-8")
+    assert "scale.md does not show scale.svg" in check(plots)[1]

@@ -29,6 +29,7 @@ from ease_runtime.stack import Call, SegmentShape
 
 SEED = 0  # of the bootstrap
 POSITION_BIN = 16
+HEAD_GRAPHS = ("exit", "gate", "block", "similarity")  # what an exit costs beside the layers before it
 EXIT_TOKENS = 4000  # that every exit is asked about, for the bounds
 
 
@@ -76,6 +77,7 @@ class Speed:
     ideal_speedup: float  # from separately timed graph calls, off's over this row's
     measured_over_ideal: float  # speedup / ideal_speedup
     engine_efficiency: float  # ideal seconds of the row's own calls / its measured seconds
+    head_share: float  # of those ideal seconds: exits and heads, with their gates and layers of their own
     speedup_range: tuple[float, float]  # smallest and largest over the rounds
     prefill_ms_p50: float
     prefill_ms_p95: float
@@ -336,6 +338,7 @@ def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], l
         ideal_speedup=ideal_speedup,
         measured_over_ideal=speedup / ideal_speedup,
         engine_efficiency=ideal / seconds,
+        head_share=ideal_seconds([call for call in timing.calls if call.graph in HEAD_GRAPHS], call_seconds) / ideal,
         speedup_range=(min(speedups), max(speedups)),
         prefill_ms_p50=prefill50,
         prefill_ms_p95=prefill95,

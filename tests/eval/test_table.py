@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 
 from ease_eval import table as table_module
 from ease_eval.cli import main
-from ease_eval.latency import Setting, Text, ideal_seconds, measure
-from ease_eval.table import Scored, num_bytes, quality_cells
+from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure
+from ease_eval.table import Scored, make_speed, num_bytes, quality_cells
 from ease_eval.weights import bytes_read
 from ease_runtime.engine import Engine
 from ease_runtime.llm import LLM
@@ -232,6 +232,14 @@ def test_bytes_that_calls_read(tiny_bundle: Path) -> None:
     assert size["segment_01.onnx.data"] > layers, "its embedding is not tied"
     assert bytes_read(manifest, calls) == 2 * layers + head
     assert bytes_read(manifest, [Call("segment", 1, 1, 256)]) == layers > 2 * 64 * 64 * 4 * 4
+
+
+def test_the_share_of_heads_is_that_of_the_time_of_their_calls(tiny_bundle: Path) -> None:
+    """What an exit costs beside layers: its graph and head, its gate, its own layer; not the K/V of those that left."""
+    layers, own, head, debt = Call("segment", 0, 1, 256), Call("block", 0, 1, 256), Call("exit", 0, 1), Call("kv", 1, 2, 256)
+    timing = Timings(rounds=[1.0], prefills=[1.0], token_seconds=[1.0], depths=[2], calls=[layers, own, head, debt])
+    speed = make_speed(timing, timing, {layers: 0.5, own: 0.1, head: 0.3, debt: 0.1}, LLM(tiny_bundle))
+    assert speed.head_share == pytest.approx(0.4)
 
 
 def test_a_perplexity_beyond_all_measure_is_a_power_of_ten() -> None:
