@@ -38,7 +38,7 @@ class Plot:
 MARKERS = {"recompute": "o", "propagate": "s", "verify": "^"}
 
 
-def trade(tables: dict[str, Sequence[Row]], legend: str = "best") -> Draw:
+def trade(tables: dict[str, Sequence[Row]]) -> Draw:
     """Perplexity against measured speed-up: a colour a table, a mark a catch-up; bars are the range over rounds."""
 
     def draw(axes: Any, colours: tuple[str, ...]) -> None:
@@ -54,7 +54,7 @@ def trade(tables: dict[str, Sequence[Row]], legend: str = "best") -> Draw:
         axes.plot([1.0], [0.0], marker="*", markersize=12, color=colours[-1], linestyle="none", label="full depth")
         axes.set_xlabel("measured speed-up over full depth")
         axes.set_ylabel("perplexity, % more")
-        axes.legend(fontsize="small", loc=legend)
+        axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
     return draw
 
@@ -173,7 +173,7 @@ def smollm2_curve(found: Row) -> Draw:
 
 
 def smollm2_speed(*found: Row) -> Draw:
-    return trade({text: [named(row) for row in one["rows"]] for text, one in zip(TEXTS.values(), found, strict=True)}, "upper left")
+    return trade({text: [named(row) for row in one["rows"]] for text, one in zip(TEXTS.values(), found, strict=True)})
 
 
 PLOTS = {
