@@ -368,20 +368,17 @@ def test_recompute_runs_each_position_once_and_batched() -> None:
     assert not [c for c in stack.trace if c.graph == "kv"]
 
 
-BATCHES = {"any": 0, "unequal": 0, "holes": 0}  # passes that the next test has seen, over all its examples
-
-
-def at_random(dice: random.Random):
-    """A `choose` that picks any rows that fit together, and notes what it saw."""
+def at_random(dice: random.Random, seen: dict[str, int]):
+    """A `choose` that picks any rows that fit together, and counts what it saw."""
 
     def choose(works: Batch, prefill_turn: bool, chunk: int) -> Batch:
         kind, segment = dice.choice([(work.kind, work.segment) for _, work in works])
         fitting = [(s, work) for s, work in works if (work.kind, work.segment) == (kind, segment)]
         chosen = [pair for pair in fitting if dice.random() < 0.6] or [dice.choice(fitting)]
-        BATCHES["any"] += len(chosen) > 1
-        BATCHES["unequal"] += kind != "head" and len({work.stop - work.start for _, work in chosen}) > 1
+        seen["any"] += len(chosen) > 1
+        seen["unequal"] += kind != "head" and len({work.stop - work.start for _, work in chosen}) > 1
         slots = [s.slot for s, _ in chosen]
-        BATCHES["holes"] += slots[-1] - slots[0] >= len(slots)
+        seen["holes"] += slots[-1] - slots[0] >= len(slots)
         return chosen
 
     return choose
@@ -424,21 +421,23 @@ def mixes(draw: st.DrawFn) -> list[tuple[Case, str]]:
     return draw(st.lists(one, min_size=2, max_size=7))
 
 
-@settings(max_examples=120, deadline=None)
-@given(requests=mixes(), num_slots=st.integers(1, 5), cap=st.integers(1, 9), seed=st.integers(0, 2**32))
-def test_rows_of_a_batch_do_not_meet(requests: list[tuple[Case, str]], num_slots: int, cap: int, seed: int) -> None:
-    """Whatever runs together: no token, depth or confidence depends on the other rows, and nobody leaves or stays for them."""
-    dice = random.Random(seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "choose", at_random(dice))
-        run_mix(requests, num_slots, cap, dice)
+def test_rows_of_a_batch_do_not_meet() -> None:
+    """Whatever runs together: no token, depth or confidence depends on the other rows, and nobody leaves or stays for them.
 
+    What that says is worth something: rows with unequal work ran together, and passes stepped over others' slots.
+    """
+    seen = {"any": 0, "unequal": 0, "holes": 0}
 
-def test_such_batches_were_seen() -> None:
-    """What the test above says is worth something: rows with unequal work ran together, and passes stepped over others' slots."""
-    if not BATCHES["any"]:
-        pytest.skip("runs after test_rows_of_a_batch_do_not_meet")
-    assert min(BATCHES.values()) > 20, BATCHES
+    @settings(max_examples=120, deadline=None)
+    @given(requests=mixes(), num_slots=st.integers(1, 5), cap=st.integers(1, 9), seed=st.integers(0, 2**32))
+    def as_if_alone(requests: list[tuple[Case, str]], num_slots: int, cap: int, seed: int) -> None:
+        dice = random.Random(seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_module, "choose", at_random(dice, seen))
+            run_mix(requests, num_slots, cap, dice)
+
+    as_if_alone()
+    assert min(seen.values()) > 20, seen
 
 
 @settings(max_examples=60, deadline=None)
