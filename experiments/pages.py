@@ -11,6 +11,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -343,14 +344,26 @@ def mean_of(values: dict[int, float], seeds: Sequence[int], what: str, digits: i
     return f"{statistics.mean(values.values()):.{digits}f} ± {half:.{digits}f}"
 
 
-def within(points: Sequence[Row], tolerance: float, key: str, best: Callable[[Iterable[float]], float]) -> float:
-    """The best that some points give at a perplexity that is at most so much above full depth's (0.05: 5 %)."""
-    return best(point[key] for point in points if point["ppl_ratio"] <= 1 + tolerance)
+Column = tuple[Callable[[Row], float | None], int]  # of a run, and digits; None where a run has no such figure
+
+
+def study_means(runs: Sequence[Row], columns: dict[str, Column], methods: Iterable[str]) -> list[list[str]]:
+    """A line a method: means over the seeds of each column, a dash where a method has no such figure. Raises PageError."""
+    from methods import SEEDS  # experiments/methods.py
+
+    lines = []
+    for method in methods:
+        mine, line = [run for run in runs if run["method"] == method], [method]
+        for value, digits in columns.values():
+            known = {run["seed"]: found for run in mine if (found := value(run)) is not None}
+            line.append("–" if mine and not known else mean_of(known, SEEDS, method, digits))
+        lines.append(line)
+    return lines
 
 
 def curve(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """The best perplexity for a time a token, exact keys and values: times as shares of full depth's, ascending, and perplexities."""
-    points = sorted((1 / row["speedup"], row["ppl"]) for row in rows if row["threshold"] is None or row["catch_up"] == "recompute")
+    """The best perplexity for a time a token: times as shares of full depth's, ascending, and perplexities."""
+    points = sorted((1 / row["speedup"], row["ppl"]) for row in rows)
     best = [min(ppl for _, ppl in points[: i + 1]) for i in range(len(points))]
     return [time for time, _ in points], best
 
@@ -361,78 +374,144 @@ def area(rows: Sequence[Row], fastest: float) -> float:
     return float(np.interp(times, *curve(rows)).mean())
 
 
-def study_means(
-    runs: Sequence[Row], columns: dict[str, tuple[Callable[[Row], float | None], int]], methods: Iterable[str]
-) -> list[list[str]]:
-    """A line a method: means over the seeds of each column, a dash where a method has no such figure."""
-    from methods import SEEDS  # experiments/methods.py
-
-    lines = []
-    for method in methods:
-        mine, line = [run for run in runs if run["method"] == method], [method]
-        for value, digits in columns.values():
-            values = {run["seed"]: value(run) for run in mine}
-            known = {seed: found for seed, found in values.items() if found is not None}
-            line.append(mean_of(known, SEEDS, method, digits) if known or not values else "–")
-        lines.append(line)
-    return lines
+def exits_early(run: Row) -> bool:
+    return len(run["rows"]) > 1
 
 
-def exact(run: Row) -> list[Row]:
-    """Full depth and the rows with exact keys and values."""
-    return [row for row in run["rows"] if row["threshold"] is None or row["catch_up"] == "recompute"]
+def least_depth(run: Row, tolerance: float, criterion: str | None = None) -> float | None:
+    """The least mean depth whose perplexity is at most so much above full depth's (0.05: 5 %), by one criterion or the best of them."""
+    if not exits_early(run):
+        return None
+    points = [point for point in run["criteria"] if criterion in (None, point["criterion"])]
+    full = {"ppl_ratio": 1.0, "mean_depth": run["rows"][0]["mean_depth"]}
+    return min(point["mean_depth"] for point in [full, *points] if point["ppl_ratio"] <= 1 + tolerance)
 
 
-def study_columns(runs: Sequence[Row]) -> dict[str, tuple[Callable[[Row], float | None], int]]:
-    """The columns of both studies. Dashes for models without early exits."""
-    fastest = max(curve(run["rows"])[0][0] for run in runs if len(run["rows"]) > 1)
+def best_speed(run: Row, tolerance: float) -> float | None:
+    """The largest measured speed-up at a perplexity that is at most so much above full depth's."""
+    return max(row["speedup"] for row in run["rows"] if row["ppl_ratio"] <= 1 + tolerance) if exits_early(run) else None
 
-    def early(value: Callable[[Row], float]) -> Callable[[Row], float | None]:
-        return lambda run: value(run) if len(run["rows"]) > 1 else None
 
-    return {
-        "test perplexity": (lambda run: run["rows"][0]["ppl"], 2),
-        f"mean of the curve from {fastest:.2f}": (early(lambda run: area(run["rows"], fastest)), 2),
-        "depth at 1 %": (early(lambda run: within(run["criteria"], 0.01, "mean_depth", min)), 2),
-        "depth at 5 %": (early(lambda run: within(run["criteria"], 0.05, "mean_depth", min)), 2),
-        "speed-up at 1 %": (early(lambda run: within(exact(run), 0.01, "speedup", max)), 2),
-        "speed-up at 5 %": (early(lambda run: within(exact(run), 0.05, "speedup", max)), 2),
-    }
+def trials_table(runs: Sequence[Row], names: Iterable[str]) -> str:
+    """Validation perplexity at full depth of the runs that chose the learning rates."""
+    tried = {run["method"]: run["trials"] for run in runs}
+    return table(["", *runs[0]["trials"]], [[name, *(f"{ppl:.1f}" for ppl in tried[name].values())] for name in names])
 
 
 def methods_tables() -> dict[str, str]:
     """Means over three seeds."""
     from methods import CRITERIA, METHODS  # experiments/methods.py
 
-    runs = load("methods.json")["runs"]
-    columns = study_columns(runs)
-    exits_of = {name: method.early for name, method in METHODS.methods.items()}
-    layers: dict[str, tuple[Callable[[Row], float | None], int]] = {
-        f"layer {layer}": (lambda run, layer=layer: run["validation"].get(str(layer)), 2) for layer in (3, 6, 9)
+    runs, names = load("methods.json")["runs"], list(METHODS.methods)
+    early = [name for name, method in METHODS.methods.items() if method.early]
+    fastest = max(curve(run["rows"])[0][0] for run in runs if exits_early(run))
+    columns: dict[str, Column] = {
+        "perplexity": (lambda run: run["rows"][0]["ppl"], 2),
+        f"mean of the curve from {fastest:.2f}": (lambda run: area(run["rows"], fastest) if exits_early(run) else None, 2),
+        "depth at 1 %": (lambda run: least_depth(run, 0.01), 2),
+        "depth at 5 %": (lambda run: least_depth(run, 0.05), 2),
+        "speed-up at 1 %": (lambda run: best_speed(run, 0.01), 2),
+        "speed-up at 5 %": (lambda run: best_speed(run, 0.05), 2),
+    }
+    layers: dict[str, Column] = {
+        f"layer {layer}": (partial(lambda run, layer: run["validation"].get(layer), layer=str(layer)), 2) for layer in (3, 6, 9)
+    }
+    by_criterion: dict[str, Column] = {name: (partial(least_depth, tolerance=0.05, criterion=name), 2) for name in CRITERIA}
+    rates = {run["method"]: f"{run['learning_rate']:g}" for run in runs}
+    minutes: Column = (lambda run: run["minutes"], 1)
+    exits = study_means(runs, {**layers, "minutes": minutes}, names)
+    return {
+        "methods": table(["method", *columns], study_means(runs, columns, names)),
+        "exits": table(["method", "learning rate", *layers, "minutes"], [[name, rates[name], *line] for name, *line in exits]),
+        "criteria": table(["method", *by_criterion], study_means(runs, by_criterion, early)),
+        "routed": routed_table(runs, early),
+        "trials": trials_table(runs, names),
     }
 
-    def depth_by(criterion: str) -> Callable[[Row], float | None]:
-        def depth(run: Row) -> float | None:
-            points = [point for point in run["criteria"] if point["criterion"] == criterion]
-            return within([*points, {"ppl_ratio": 1.0, "mean_depth": 9.0}], 0.05, "mean_depth", min) if points else None
 
-        return depth
+ROUTED = "Mixture-of-Depths"
 
-    by_criterion = {name: (depth_by(name), 2) for name in CRITERIA}
-    rates = {run["method"]: run["learning_rate"] for run in runs}
-    trials = [
-        [name, *(f"{run['trials'][rate]:.1f}" for rate in run["trials"])]
-        for name in exits_of
-        for run in runs
-        if run["method"] == name and run["seed"] == 42
+
+def routed_table(runs: Sequence[Row], early: Sequence[str]) -> str:
+    """Mixture-of-Depths beside early exits that leave as deep as it runs layers, or take as long."""
+    routed = {run["seed"]: run["rows"][0] for run in runs if run["method"] == ROUTED}
+
+    def at_its_depth(run: Row) -> float | None:
+        limit = routed[run["seed"]]["layers_run"]
+        return float(run["rows"][0]["ppl"] * min(point["ppl_ratio"] for point in run["criteria"] if point["mean_depth"] <= limit))
+
+    def at_its_time(run: Row) -> float | None:
+        speed = routed[run["seed"]]["tokens_per_second"]
+        return min((float(row["ppl"]) for row in run["rows"] if row["tokens_per_second"] >= speed), default=None)
+
+    columns: dict[str, Column] = {
+        "perplexity": (lambda run: run["rows"][0]["ppl"], 2),
+        "layers run": (lambda run: run["rows"][0]["layers_run"], 2),
+        "tokens/s": (lambda run: run["rows"][0]["tokens_per_second"], 0),
+        "at its depth": (lambda run: at_its_depth(run) if exits_early(run) else None, 2),
+        "at its time": (lambda run: at_its_time(run) if exits_early(run) else None, 2),
+    }
+    return table(["method", *columns], study_means(runs, columns, ["standard", ROUTED, *early]))
+
+
+def depth_tables() -> dict[str, str]:
+    """Means over three seeds; the first early exit is at a third of the layers, the second at two thirds."""
+    from methods import DEPTH  # experiments/methods.py
+
+    runs, names = load("depth.json")["runs"], list(DEPTH.methods)
+
+    def exit_at(run: Row, third: int) -> float:
+        return float(run["exits"][third - 1]["ppl"] / run["exits"][-1]["ppl"] - 1) * 100
+
+    def share(run: Row, tolerance: float) -> float | None:
+        depth = least_depth(run, tolerance)
+        return depth and 100 * depth / run["rows"][0]["mean_depth"]
+
+    columns: dict[str, Column] = {
+        "perplexity": (lambda run: run["rows"][0]["ppl"], 2),
+        "at a third, % more": (partial(exit_at, third=1), 1),
+        "at two thirds": (partial(exit_at, third=2), 1),
+        "depth at 1 %, % of the layers": (partial(share, tolerance=0.01), 1),
+        "depth at 5 %": (partial(share, tolerance=0.05), 1),
+        "speed-up at 1 %": (partial(best_speed, tolerance=0.01), 2),
+        "speed-up at 5 %": (partial(best_speed, tolerance=0.05), 2),
+        "bound at a third": (lambda run: next(row["speedup"] for row in run["rows"] if row["threshold"] == 0.0), 2),
+    }
+    return {"depth": table(["layers", *columns], study_means(runs, columns, names)), "trials": trials_table(runs, names)}
+
+
+def along_the_sequence(rows: Sequence[Row]) -> str:
+    """Perplexity over full depth's in each stretch of the sequences, and mean depth."""
+    rows = [named(row) for row in rows]
+    stretches = dict.fromkeys(f"{row['from']}–{row['to']}" for row in rows)
+    full = {row["to"]: row["ppl"] for row in rows if row["threshold"] is None}
+    lines = []
+    for setting in dict.fromkeys((row["named"], row["catch_up"]) for row in rows if row["threshold"] is not None):
+        mine = [row for row in rows if (row["named"], row["catch_up"]) == setting]
+        lines.append([*setting, *(f"{100 * (row['ppl'] / full[row['to']] - 1):+.1f} % at {row['mean_depth']:.1f}" for row in mine)])
+    return table(["threshold", "catch-up", *stretches], lines)
+
+
+def catch_up_tables() -> dict[str, str]:
+    """Perplexity over full depth's by position, and times by length."""
+    found = load("catch-up.json")
+    speed, times = [named(row) for row in found["speed"]["rows"]], []
+    lengths = list(dict.fromkeys(row["length"] for row in speed))
+    for setting in dict.fromkeys((row["named"], row["catch_up"]) for row in speed if row["threshold"] is not None):
+        mine = [row for row in speed if (row["named"], row["catch_up"]) == setting]
+        times.append([*setting, *(f"{row['speedup']:.2f} ({row['speedup_range'][0]:.2f}–{row['speedup_range'][1]:.2f})" for row in mine)])
+    off = [row for row in speed if row["threshold"] is None]
+    times.insert(0, ["off, tokens/s", "", *(f"{row['tokens_per_second']:.0f}" for row in off)])
+    verified = [row for row in speed if row["catch_up"] == "verify"]
+    drafts = [
+        [name, *(f"{row['accepted']} of {row['drafted']}" for row in verified if row["named"] == name)]
+        for name in dict.fromkeys(row["named"] for row in verified)
     ]
     return {
-        "methods": table(["method", *columns], study_means(runs, columns, exits_of)),
-        "exits": table(
-            ["method", "learning rate", *layers], [[name, f"{rates[name]:g}", *line] for name, *line in study_means(runs, layers, exits_of)]
-        ),
-        "criteria": table(["method", *by_criterion], study_means(runs, by_criterion, [name for name, early in exits_of.items() if early])),
-        "trials": table(["method", *runs[0]["trials"]], trials),
+        "quality": along_the_sequence(found["quality"]["rows"]),
+        "unprepared": along_the_sequence(found["unprepared"]["rows"]),
+        "speed": table(["threshold", "catch-up", *map(str, lengths)], times),
+        "drafts": table(["threshold", *map(str, lengths)], drafts),
     }
 
 
@@ -514,6 +593,8 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "precisions.md": precision_tables,
     "original.md": original_tables,
     "smollm2-exits.md": smollm2_tables,
+    "methods.md": methods_tables,
+    "catch-up.md": catch_up_tables,
 }
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n+)((?:\|.*\n)*)\n*")
 

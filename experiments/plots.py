@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-from pages import FOLDER, KINDS, LAYERS, RECORDED, STUDENT_T, TEXTS, load, named
+from pages import FOLDER, KINDS, LAYERS, RECORDED, STUDENT_T, TEXTS, exits_early, load, named
 
 from ease_eval.figures import Draw, drawn, svg
 
@@ -176,7 +176,67 @@ def smollm2_speed(*found: Row) -> Draw:
     return trade({text: [named(row) for row in one["rows"]] for text, one in zip(TEXTS.values(), found, strict=True)})
 
 
+def study(figure_of: Callable[[Row], float], y_label: str) -> Callable[[Row], Draw]:
+    """A figure of each row against its measured speed-up: a line a method, means over the seeds, from threshold 0 to full depth."""
+
+    def means(runs: Sequence[Row], value: Callable[[Row], float]) -> list[float]:
+        """Of each threshold; full depth, which is the first row, last."""
+        each = [statistics.mean(map(value, rows)) for rows in zip(*(run["rows"] for run in runs), strict=True)]
+        return [*each[1:], each[0]]
+
+    def figure(found: Row) -> Draw:
+        def draw(axes: Any, colours: tuple[str, ...]) -> None:
+            for i, name in enumerate(dict.fromkeys(run["method"] for run in found["runs"] if exits_early(run))):
+                runs = [run for run in found["runs"] if run["method"] == name]
+                x, y = means(runs, lambda row: row["speedup"]), means(runs, figure_of)
+                axes.plot(x, y, color=colours[i % len(colours)], marker="osD^vPX"[i], markersize=4, label=name)
+            axes.set_xlabel("measured speed-up over its own full depth")
+            axes.set_ylabel(y_label)
+            axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+        return draw
+
+    return figure
+
+
+def catch_up(part: str, place: str, value: Callable[[Row, Row], float], x_label: str, y_label: str) -> Callable[[Row], Draw]:
+    """A line a catch-up and threshold, over full depth, along the sequence."""
+
+    def figure(found: Row) -> Draw:
+        def draw(axes: Any, colours: tuple[str, ...]) -> None:
+            rows = [named(row) for row in found[part]["rows"]]
+            full = {row[place]: row for row in rows if row["threshold"] is None}
+            settings = list(dict.fromkeys((row["catch_up"], row["named"]) for row in rows if row["threshold"] is not None))
+            thresholds = list(dict.fromkeys(threshold for _, threshold in settings))
+            for way, threshold in settings:
+                mine = [row for row in rows if (row["catch_up"], row["named"]) == (way, threshold)]
+                style = ("-", "--", ":")[thresholds.index(threshold)]
+                line = [(row[place], value(row, full[row[place]])) for row in mine]
+                colour = colours[list(MARKERS).index(way)]
+                axes.plot(*zip(*line, strict=True), color=colour, marker=MARKERS[way], linestyle=style, label=f"{way}, {threshold}")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(list(full), list(map(str, full)))
+            axes.set_xlabel(x_label)
+            axes.set_ylabel(y_label)
+            axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+        return draw
+
+    return figure
+
+
 PLOTS = {
+    "methods": Plot("methods.md", ("methods.json",), study(lambda row: row["ppl"], "perplexity")),
+    "catch-up-quality": Plot(
+        "catch-up.md",
+        ("catch-up.json",),
+        catch_up("quality", "to", lambda row, full: 100 * (row["ppl"] / full["ppl"] - 1), "up to this position", "perplexity, % more"),
+    ),
+    "catch-up-speed": Plot(
+        "catch-up.md",
+        ("catch-up.json",),
+        catch_up("speed", "length", lambda row, _: row["speedup"], "length of the sequence", "measured speed-up over full depth"),
+    ),
     "small": Plot("small.md", ("small-gate.json",), small),
     "engine": Plot("engine.md", ("engine.json",), engine),
     "cost-model": Plot("cost-model.md", ("advise-small.json", "advise-smollm2.json"), cost_model),

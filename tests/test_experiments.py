@@ -102,3 +102,33 @@ def test_a_figure_that_no_page_shows_is_found(plots: ModuleType) -> None:
     page = plots.FOLDER / "scale.md"
     page.write_text(page.read_text(encoding="utf-8").replace("](scale.svg)", "]()"), encoding="utf-8")
     assert "scale.md does not show scale.svg" in check(plots)[1]
+
+
+def rows_of(*points: tuple[float, float, float]) -> list[dict[str, float | None]]:
+    """Rows of a table by speed-up, perplexity over full depth's 20, and threshold; full depth first."""
+    return [{"speedup": 1.0, "ppl": 20.0, "ppl_ratio": 1.0, "mean_depth": 9.0, "threshold": None}] + [
+        {"speedup": speedup, "ppl": 20.0 * ratio, "ppl_ratio": ratio, "threshold": threshold} for speedup, ratio, threshold in points
+    ]
+
+
+def test_the_area_under_a_curve_is_that_of_its_best_points(pages: ModuleType) -> None:
+    """Half the time costs 22: 21 on average from there. A point that is slower and worse than another changes nothing."""
+    rows = rows_of((2.0, 1.1, 0.0))
+    assert pages.area(rows, 0.5) == pytest.approx(21.0)
+    assert pages.area([*rows, *rows_of((1.0, 1.4, 0.9))], 0.5) == pytest.approx(21.0)
+    assert pages.area(rows, 0.75) == pytest.approx(20.5)
+
+
+def test_the_least_depth_within_a_tolerance(pages: ModuleType) -> None:
+    """By one criterion or the best of them; full depth where nothing else is good enough; nothing for a model without early exits."""
+    points = [
+        {"criterion": "max-prob", "ppl_ratio": 1.04, "mean_depth": 5.0},
+        {"criterion": "max-prob", "ppl_ratio": 1.2, "mean_depth": 3.0},
+        {"criterion": "entropy", "ppl_ratio": 1.05, "mean_depth": 4.5},
+    ]
+    run = {"rows": rows_of((2.0, 1.04, 0.0)), "criteria": points}
+    assert pages.least_depth(run, 0.05) == 4.5
+    assert pages.least_depth(run, 0.05, "max-prob") == 5.0
+    assert pages.least_depth(run, 0.01) == 9.0
+    assert pages.least_depth({"rows": rows_of(), "criteria": []}, 0.05) is None
+    assert (pages.best_speed(run, 0.05), pages.best_speed(run, 0.01)) == (2.0, 1.0)
