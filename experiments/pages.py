@@ -594,6 +594,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "original.md": original_tables,
     "smollm2-exits.md": smollm2_tables,
     "methods.md": methods_tables,
+    "depth.md": depth_tables,
     "catch-up.md": catch_up_tables,
 }
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n+)((?:\|.*\n)*)\n*")

@@ -227,6 +227,7 @@ def catch_up(part: str, place: str, value: Callable[[Row, Row], float], x_label:
 
 PLOTS = {
     "methods": Plot("methods.md", ("methods.json",), study(lambda row: row["ppl"], "perplexity")),
+    "depth": Plot("depth.md", ("depth.json",), study(lambda row: 100 * (row["ppl_ratio"] - 1), "perplexity, % more")),
     "catch-up-quality": Plot(
         "catch-up.md",
         ("catch-up.json",),
