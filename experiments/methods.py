@@ -2,7 +2,7 @@
 
     python experiments/methods.py train       # learning rates on one seed, then every run, gates and bundles; hours, goes on
     python experiments/methods.py criteria    # how deep each criterion must go for the same perplexity; no clock
-    python experiments/methods.py measure     # tables with the clock: nothing else should run meanwhile
+    python experiments/methods.py measure     # tables with the clock, after criteria: nothing else should run meanwhile
     python experiments/methods.py collect     # docs/experiments/methods.json
 
 Byte-level BPE of 2048 words, WikiText-2, width 96. Methods: nine layers, early exits after layers 3 and 6 (after 3 alone where the
@@ -184,13 +184,23 @@ def bundles(study: Study) -> Iterator[tuple[Method, Path]]:
 @main.command()
 @click.pass_obj
 def measure(study: Study) -> None:
-    """What each bundle says and how fast, with max-prob and exact keys and values."""
+    """What each bundle says and how fast, with max-prob and with gates, exact keys and values. Needs the criteria."""
     for method, folder in bundles(study):
-        amounts = ("--scored-tokens", str(SCORED_TOKENS), "--texts", "4", "--new-tokens", "96", "--rounds", "3")
-        thresholds = ",".join(map(str, THRESHOLDS)) if method.early else "off"
-        asked = (*amounts, "--thresholds", thresholds, "--catch-up", "recompute")
-        if not (folder / "table.json").is_file():
-            call("ease-eval", "table", str(folder / "bundle"), "--data", DATA, *asked, "--json", str(folder / "table.json"))
+        asked = {"table": ("max-prob", ",".join(map(str, THRESHOLDS)) if method.early else "off")}
+        if method.early:
+            asked["gate-table"] = ("gate", ",".join(f"{threshold:.6f}" for threshold in gate_thresholds(folder)))
+        for name, (policy, thresholds) in asked.items():
+            amounts = ("--scored-tokens", str(SCORED_TOKENS), "--texts", "4", "--new-tokens", "96", "--rounds", "3")
+            settings = ("--policy", policy, "--thresholds", thresholds, "--catch-up", "recompute")
+            out = folder / f"{name}.json"
+            if not out.is_file():
+                call("ease-eval", "table", str(folder / "bundle"), "--data", DATA, *amounts, *settings, "--json", str(out))
+
+
+def gate_thresholds(folder: Path) -> list[float]:
+    """Some of those that the gate was tried with: every fourth."""
+    found = json.loads((folder / "criteria.json").read_text(encoding="utf-8"))
+    return [point["threshold"] for point in found if point["criterion"] == "gate"][::4]
 
 
 @main.command()
@@ -240,6 +250,7 @@ def collect(study: Study) -> None:
             if not (folder / "table.json").is_file():
                 continue
             table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+            gated = json.loads((folder / "gate-table.json").read_text(encoding="utf-8")) if method.early else {"rows": []}
             rates = [line["tokens_per_second"] for line in metrics(folder / "checkpoint") if "tokens_per_second" in line]
             runs.append(
                 {
@@ -250,6 +261,7 @@ def collect(study: Study) -> None:
                     "validation": validation(folder / "checkpoint"),
                     "minutes": STEPS * TOKENS_A_STEP / float(np.median(rates)) / 60,
                     "rows": [{key: row[key] for key in kept} for row in table["rows"]],
+                    "gate_rows": [{key: row[key] for key in kept} for row in gated["rows"]],
                     "exits": table["exits"],
                     "versions": table["versions"],
                     "criteria": json.loads((folder / "criteria.json").read_text(encoding="utf-8")) if method.early else [],
