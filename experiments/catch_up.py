@@ -98,9 +98,10 @@ def speed(bundle: Path, data: str, split: str, thresholds: tuple[Any, ...], thre
     """Time by catch-up and length."""
     llm = LLM(bundle, num_threads=threads)
     settings = make_settings(POLICY, thresholds, CATCH_UPS, llm.stack.exit_layers)
+    longest = sequences(llm, data, split, number, LENGTHS[-1])
     rows: list[dict[str, Any]] = []
     for length in LENGTHS:
-        texts = [Text(tuple(ids[:length]), length - DECODED_TOKENS) for ids in sequences(llm, data, split, number, LENGTHS[-1])]
+        texts = [Text(tuple(ids[:length]), length - DECODED_TOKENS) for ids in longest]
         timings, seconds = measure(llm.engine, settings, texts, rounds)
         for setting, timing in zip(settings, timings, strict=True):
             rows.append({"length": length, **named(setting), **asdict(make_speed(timing, timings[0], seconds, llm))})

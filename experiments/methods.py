@@ -185,12 +185,12 @@ def bundles(study: Study) -> Iterator[tuple[Method, Path]]:
 @click.pass_obj
 def measure(study: Study) -> None:
     """What each bundle says and how fast, with max-prob and with gates, exact keys and values. Needs the criteria."""
+    amounts = ("--scored-tokens", str(SCORED_TOKENS), "--texts", "4", "--new-tokens", "96", "--rounds", "3")
     for method, folder in bundles(study):
         asked = {"table": ("max-prob", ",".join(map(str, THRESHOLDS)) if method.early else "off")}
         if method.early:
             asked["gate-table"] = ("gate", ",".join(f"{threshold:.6f}" for threshold in gate_thresholds(folder)))
         for name, (policy, thresholds) in asked.items():
-            amounts = ("--scored-tokens", str(SCORED_TOKENS), "--texts", "4", "--new-tokens", "96", "--rounds", "3")
             settings = ("--policy", policy, "--thresholds", thresholds, "--catch-up", "recompute")
             out = folder / f"{name}.json"
             if not out.is_file():

@@ -228,7 +228,7 @@ def distilled_table() -> str:
             each = load(f"smollm2-speed-{exits}-{kind}.json")["exits"]
             agreements = (f"{100 * one['agreement']:.1f}" for one in each[:-1])
             rows.append([text, name, *agreements, ", ".join(perplexity(one["ppl"]) for one in each)])
-    return table(["text", "exits", *(f"layer {layer}" for layer in LAYERS), "perplexity (10, 15, 20, 30)"], rows)
+    return table(["text", "exits", *(f"layer {layer}" for layer in LAYERS), "perplexity (10, 15, 20, 30)"], rows, 2)
 
 
 def smollm2_tables() -> dict[str, str]:
@@ -392,6 +392,14 @@ def best_speed(run: Row, tolerance: float, rows: str = "rows") -> float | None:
     return max(row["speedup"] for row in run[rows] if row["ppl_ratio"] <= 1 + tolerance) if exits_early(run) else None
 
 
+SPEEDS: dict[str, Column] = {
+    "max-prob, 1 %": (partial(best_speed, tolerance=0.01), 2),
+    "max-prob, 5 %": (partial(best_speed, tolerance=0.05), 2),
+    "gate, 1 %": (partial(best_speed, tolerance=0.01, rows="gate_rows"), 2),
+    "gate, 5 %": (partial(best_speed, tolerance=0.05, rows="gate_rows"), 2),
+}
+
+
 def trials_table(runs: Sequence[Row], names: Iterable[str]) -> str:
     """Validation perplexity at full depth of the runs that chose the learning rates."""
     tried = {run["method"]: run["trials"] for run in runs}
@@ -410,10 +418,7 @@ def methods_tables() -> dict[str, str]:
         f"mean of the curve from {fastest:.2f}": (lambda run: area(run["rows"], fastest) if exits_early(run) else None, 2),
         "depth at 1 %": (lambda run: least_depth(run, 0.01), 2),
         "depth at 5 %": (lambda run: least_depth(run, 0.05), 2),
-        "max-prob, 1 %": (partial(best_speed, tolerance=0.01), 2),
-        "max-prob, 5 %": (partial(best_speed, tolerance=0.05), 2),
-        "gate, 1 %": (partial(best_speed, tolerance=0.01, rows="gate_rows"), 2),
-        "gate, 5 %": (partial(best_speed, tolerance=0.05, rows="gate_rows"), 2),
+        **SPEEDS,
     }
     layers: dict[str, Column] = {
         f"layer {layer}": (partial(lambda run, layer: run["validation"].get(layer), layer=str(layer)), 2) for layer in (3, 6, 9)
@@ -475,10 +480,7 @@ def depth_tables() -> dict[str, str]:
         "at two thirds": (partial(exit_at, third=2), 1),
         "depth at 1 %, % of the layers": (partial(share, tolerance=0.01), 1),
         "depth at 5 %": (partial(share, tolerance=0.05), 1),
-        "max-prob, 1 %": (partial(best_speed, tolerance=0.01), 2),
-        "max-prob, 5 %": (partial(best_speed, tolerance=0.05), 2),
-        "gate, 1 %": (partial(best_speed, tolerance=0.01, rows="gate_rows"), 2),
-        "gate, 5 %": (partial(best_speed, tolerance=0.05, rows="gate_rows"), 2),
+        **SPEEDS,
         "bound at a third": (lambda run: next(row["speedup"] for row in run["rows"] if row["threshold"] == 0.0), 2),
     }
     return {"depth": table(["layers", *columns], study_means(runs, columns, names)), "trials": trials_table(runs, names)}
@@ -493,7 +495,7 @@ def along_the_sequence(rows: Sequence[Row]) -> str:
     for setting in dict.fromkeys((row["named"], row["catch_up"]) for row in rows if row["threshold"] is not None):
         mine = [row for row in rows if (row["named"], row["catch_up"]) == setting]
         lines.append([*setting, *(f"{100 * (row['ppl'] / full[row['to']] - 1):+.1f} % at {row['mean_depth']:.1f}" for row in mine)])
-    return table(["threshold", "catch-up", *stretches], lines)
+    return table(["threshold", "catch-up", *stretches], lines, 2)
 
 
 def catch_up_tables() -> dict[str, str]:
@@ -514,7 +516,7 @@ def catch_up_tables() -> dict[str, str]:
     return {
         "quality": along_the_sequence(found["quality"]["rows"]),
         "unprepared": along_the_sequence(found["unprepared"]["rows"]),
-        "speed": table(["threshold", "catch-up", *map(str, lengths)], times),
+        "speed": table(["threshold", "catch-up", *map(str, lengths)], times, 2),
         "drafts": table(["threshold", *map(str, lengths)], drafts),
     }
 
