@@ -109,10 +109,15 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
         tokenizer = _load_tokenizer(path / "tokenizer.json")
         state = _load_state(path / STATE_FILE) if resume else None
         conventions = _read_conventions(config, path) or Conventions.of(tokenizer)
-        metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        metrics = read_metrics(path)
     except (KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
     return Checkpoint(recipe, model, tokenizer, config["step"], config["data"], metrics, state, conventions)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """What the run at `path` logged: a line a log step or evaluation. Raises OSError or ValueError for a missing or damaged file."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

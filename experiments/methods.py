@@ -6,7 +6,7 @@
     python experiments/methods.py collect     # docs/experiments/methods.json
 
 Byte-level BPE of 2048 words, WikiText-2, width 96. Methods: nine layers, early exits after layers 3 and 6 (after 3 alone where the
-method has one). With --study depth: 3, 6 and 12 layers, deep supervision, early exits after a third and two thirds (depth.json).
+method has one). With --study depth: 3, 6, 12 and 24 layers, deep supervision, early exits after a third and two thirds (depth.json).
 Everything in a study chooses among the same learning rates by the validation perplexity of full depth, on one seed and a fifth of the
 steps.
 """
@@ -27,6 +27,7 @@ from ease_eval.perplexity import record_exits, score_documents
 from ease_eval.table import first_tokens
 from ease_runtime.llm import LLM
 from ease_runtime.policy import ExitPolicy
+from ease_train.checkpoint import read_metrics
 from ease_train.corpora import load_documents
 
 DATA, SEEDS, LEARNING_RATES = "wikitext-2", (42, 43, 44), (2e-3, 4e-3, 8e-3)
@@ -104,7 +105,7 @@ DEPTH = Study(
         f"{depth} layers": Method(
             "deep-supervision", ("--num-layers", str(depth), *exits(depth // 3, 2 * depth // 3, depth)), (depth // 3, 2 * depth // 3)
         )
-        for depth in (3, 6, 12)
+        for depth in (3, 6, 12, 24)
     },
     (),
 )
@@ -122,17 +123,13 @@ def fit(study: Study, method: Method, folder: Path, seed: int, steps: int, rate:
     if not folder.is_dir():
         settings = (*SHAPE, *study.options, *TOKENS, *LOOKS, "--steps", str(steps), "--learning-rate", str(rate), "--seed", str(seed))
         call("ease-train", "fit", method.recipe, "--data", DATA, *place, *settings, *method.options)
-    elif metrics(folder)[-1]["step"] < steps:
+    elif read_metrics(folder)[-1]["step"] < steps:
         call("ease-train", "fit", method.recipe, *place, "--resume")
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def validation(folder: Path) -> dict[str, float]:
     """The last validation perplexity of each exit, the last layer's last."""
-    return dict([line["perplexity"] for line in metrics(folder) if "perplexity" in line][-1])
+    return dict([line["perplexity"] for line in read_metrics(folder) if "perplexity" in line][-1])
 
 
 def full_depth(folder: Path) -> float:
@@ -251,7 +248,7 @@ def collect(study: Study) -> None:
                 continue
             table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
             gated = json.loads((folder / "gate-table.json").read_text(encoding="utf-8")) if method.early else {"rows": []}
-            rates = [line["tokens_per_second"] for line in metrics(folder / "checkpoint") if "tokens_per_second" in line]
+            rates = [line["tokens_per_second"] for line in read_metrics(folder / "checkpoint") if "tokens_per_second" in line]
             runs.append(
                 {
                     "method": name,

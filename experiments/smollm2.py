@@ -13,6 +13,7 @@ import onnxruntime
 import torch
 
 from ease_eval.files import write_whole
+from ease_train.checkpoint import read_metrics
 
 RUNS, OUT = Path("runs/llm"), Path("docs/experiments/smollm2-exits.json")
 NAMES = ("exits-low-rank", "exits-block", "exits-block-distilled", "layerskip")
@@ -21,7 +22,7 @@ NAMES = ("exits-low-rank", "exits-block", "exits-block-distilled", "layerskip")
 def run_of(folder: Path) -> dict[str, Any]:
     """A training run: its settings, what each evaluation said, and its speed."""
     recipe = json.loads((folder / "config.json").read_text(encoding="utf-8"))["recipe"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(folder)
     rates = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
     train, steps = recipe["train"], lines[-1]["step"]
     tokens = steps * train["batch_size"] * train["sequence_length"] * train["accumulate"]
