@@ -6,54 +6,17 @@
 In a page a table stands behind a line `<!-- table: NAME -->`. A table of means fails when a row has fewer seeds than it should have.
 """
 
-import json
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
-import numpy as np
+from tables import FOLDER, PageError, Row, figures, load, measured, named, table
+from training_tables import depth_tables, methods_tables, original_tables
 
-FOLDER = Path("docs/experiments")
-STUDENT_T = {3: 4.303, 5: 2.776}  # 97.5 % point of Student's t at n - 1 degrees of freedom, by n
-Row = dict[str, Any]
 NAMED = {"threshold": "{named}", "catch-up": "{catch_up}"}
 RANGE = "{speedup_range[0]:.2f}–{speedup_range[1]:.2f}"  # the slowest and the fastest round
-
-
-class PageError(Exception):
-    """What is wrong with a page."""
-
-
-def load(name: str) -> Any:
-    if not (FOLDER / name).is_file():
-        raise PageError(f"{FOLDER / name} is missing")
-    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table; all columns but the first ones are numbers."""
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return (
-        "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)).replace("| --- ", "|---").replace("| ---: ", "|---:")
-    )
-
-
-class Dash:
-    """Stands for a field without a value, whatever its format."""
-
-    def __format__(self, form: str) -> str:
-        return "–"
-
-
-def figures(rows: Iterable[Row], columns: dict[str, str], text_columns: int = 1) -> str:
-    """A table with a line a row; `columns` are templates of its fields by their headings."""
-    dashed = ({name: Dash() if value is None else value for name, value in row.items()} for row in rows)
-    return table(list(columns), [[template.format(**row) for template in columns.values()] for row in dashed], text_columns)
 
 
 def engine_tables() -> dict[str, str]:
@@ -158,18 +121,6 @@ def small_tables() -> dict[str, str]:
     }
     rows = [measured(row) for row in load("small-gate.json")["rows"]]
     return {"gate": figures(rows, columns, 2), "readme": figures([row for row in rows if row["named"] in IN_README], columns, 2)}
-
-
-def named(row: Row) -> Row:
-    """A row of `ease-eval`, its setting as it is asked for on the command line."""
-    thresholds = row["threshold"] if isinstance(row["threshold"], list) else [row["threshold"]]
-    asked = ",".join("off" if value is None else str(value) for value in thresholds)
-    return {**row, "named": asked, "catch_up": "–" if row["threshold"] is None else row["catch_up"]}
-
-
-def measured(row: Row) -> Row:
-    """A row of `ease-eval table`, with the change of its perplexity in percent."""
-    return {**named(row), "change": 100 * (row["ppl_ratio"] - 1)}
 
 
 LAYERS = ("10", "15", "20")
@@ -323,169 +274,6 @@ def precision_tables() -> dict[str, str]:
     }
 
 
-RECORDED = {  # by the original: perplexity, share that leaves early and compute in percent
-    "discriminative": (18.52, None, None),
-    "reverse discriminative": (21.14, None, None),
-    "asymmetric 0.7": (22.95, 52.4, 65.0),
-    "auxiliary loss": (23.98, 52.3, 65.2),
-    "asymmetric 0.3": (24.88, 72.0, 52.0),
-    "deep supervision, routed": (28.13, None, 46.6),
-    "deep supervision": (30.54, 0.0, 100.0),
-    "asymmetric with layer 2": (32.07, 86.3, 42.5),
-    "standard": (34.86, 0.0, 100.0),
-}
-
-
-def mean_of(values: dict[int, float], seeds: Sequence[int], what: str, digits: int = 2) -> str:
-    """The mean over seeds, with half its 95 % interval. Raises PageError where a seed is missing."""
-    if set(values) != set(seeds):
-        raise PageError(f"{what} has the seeds {sorted(values)}, expected {list(seeds)}")
-    half = STUDENT_T[len(values)] * statistics.stdev(values.values()) / len(values) ** 0.5
-    return f"{statistics.mean(values.values()):.{digits}f} ± {half:.{digits}f}"
-
-
-Column = tuple[Callable[[Row], float | None], int]  # of a run, and digits; None where a run has no such figure
-
-
-def study_means(runs: Sequence[Row], columns: dict[str, Column], methods: Iterable[str]) -> list[list[str]]:
-    """A line a method: means over the seeds of each column, a dash where a method has no such figure. Raises PageError."""
-    from methods import SEEDS  # experiments/methods.py
-
-    lines = []
-    for method in methods:
-        mine, line = [run for run in runs if run["method"] == method], [method]
-        for value, digits in columns.values():
-            known = {run["seed"]: found for run in mine if (found := value(run)) is not None}
-            line.append("–" if mine and not known else mean_of(known, SEEDS, method, digits))
-        lines.append(line)
-    return lines
-
-
-def curve(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """The best perplexity for a time a token: times as shares of full depth's, ascending, and perplexities."""
-    points = sorted((1 / row["speedup"], row["ppl"]) for row in rows)
-    best = [min(ppl for _, ppl in points[: i + 1]) for i in range(len(points))]
-    return [time for time, _ in points], best
-
-
-def area(rows: Sequence[Row], fastest: float) -> float:
-    """Mean perplexity of the curve from `fastest` to full depth's time: the area under it over its width."""
-    times = np.linspace(fastest, 1.0, 501)
-    return float(np.interp(times, *curve(rows)).mean())
-
-
-def exits_early(run: Row) -> bool:
-    return len(run["rows"]) > 1
-
-
-def least_depth(run: Row, tolerance: float, criterion: str | None = None) -> float | None:
-    """The least mean depth whose perplexity is at most so much above full depth's (0.05: 5 %), by one criterion or the best of them."""
-    if not exits_early(run):
-        return None
-    points = [point for point in run["criteria"] if criterion in (None, point["criterion"])]
-    full = {"ppl_ratio": 1.0, "mean_depth": run["rows"][0]["mean_depth"]}
-    return min(point["mean_depth"] for point in [full, *points] if point["ppl_ratio"] <= 1 + tolerance)
-
-
-def best_speed(run: Row, tolerance: float, rows: str = "rows") -> float | None:
-    """The largest measured speed-up at a perplexity that is at most so much above full depth's; `gate_rows` are those of the gate."""
-    return max(row["speedup"] for row in run[rows] if row["ppl_ratio"] <= 1 + tolerance) if exits_early(run) else None
-
-
-SPEEDS: dict[str, Column] = {
-    "max-prob, 1 %": (partial(best_speed, tolerance=0.01), 2),
-    "max-prob, 5 %": (partial(best_speed, tolerance=0.05), 2),
-    "gate, 1 %": (partial(best_speed, tolerance=0.01, rows="gate_rows"), 2),
-    "gate, 5 %": (partial(best_speed, tolerance=0.05, rows="gate_rows"), 2),
-}
-
-
-def trials_table(runs: Sequence[Row], names: Iterable[str]) -> str:
-    """Validation perplexity at full depth of the runs that chose the learning rates."""
-    tried = {run["method"]: run["trials"] for run in runs}
-    return table(["", *runs[0]["trials"]], [[name, *(f"{ppl:.1f}" for ppl in tried[name].values())] for name in names])
-
-
-def methods_tables() -> dict[str, str]:
-    """Means over three seeds."""
-    from methods import CRITERIA, METHODS  # experiments/methods.py
-
-    runs, names = load("methods.json")["runs"], list(METHODS.methods)
-    early = [name for name, method in METHODS.methods.items() if method.early]
-    fastest = max(curve(run["rows"])[0][0] for run in runs if exits_early(run))
-    columns: dict[str, Column] = {
-        "perplexity": (lambda run: run["rows"][0]["ppl"], 2),
-        f"mean of the curve from {fastest:.2f}": (lambda run: area(run["rows"], fastest) if exits_early(run) else None, 2),
-        "depth at 1 %": (lambda run: least_depth(run, 0.01), 2),
-        "depth at 5 %": (lambda run: least_depth(run, 0.05), 2),
-        **SPEEDS,
-    }
-    layers: dict[str, Column] = {
-        f"layer {layer}": (partial(lambda run, layer: run["validation"].get(layer), layer=str(layer)), 2) for layer in (3, 6, 9)
-    }
-    by_criterion: dict[str, Column] = {name: (partial(least_depth, tolerance=0.05, criterion=name), 2) for name in CRITERIA}
-    rates = {run["method"]: f"{run['learning_rate']:g}" for run in runs}
-    minutes: Column = (lambda run: run["minutes"], 1)
-    exits = study_means(runs, {**layers, "minutes": minutes}, names)
-    return {
-        "methods": table(["method", *columns], study_means(runs, columns, names)),
-        "exits": table(["method", "learning rate", *layers, "minutes"], [[name, rates[name], *line] for name, *line in exits]),
-        "criteria": table(["method", *by_criterion], study_means(runs, by_criterion, early)),
-        "routed": routed_table(runs, early),
-        "trials": trials_table(runs, names),
-    }
-
-
-ROUTED = "Mixture-of-Depths"
-
-
-def routed_table(runs: Sequence[Row], early: Sequence[str]) -> str:
-    """Mixture-of-Depths beside early exits that leave as deep as it runs layers, or take as long."""
-    routed = {run["seed"]: run["rows"][0] for run in runs if run["method"] == ROUTED}
-
-    def at_its_depth(run: Row) -> float | None:
-        limit = routed[run["seed"]]["layers_run"]
-        return float(run["rows"][0]["ppl"] * min(point["ppl_ratio"] for point in run["criteria"] if point["mean_depth"] <= limit))
-
-    def at_its_time(run: Row) -> float | None:
-        speed = routed[run["seed"]]["tokens_per_second"]
-        return min((float(row["ppl"]) for row in run["rows"] if row["tokens_per_second"] >= speed), default=None)
-
-    columns: dict[str, Column] = {
-        "perplexity": (lambda run: run["rows"][0]["ppl"], 2),
-        "layers run": (lambda run: run["rows"][0]["layers_run"], 2),
-        "tokens/s": (lambda run: run["rows"][0]["tokens_per_second"], 0),
-        "at its depth": (lambda run: at_its_depth(run) if exits_early(run) else None, 2),
-        "at its time": (lambda run: at_its_time(run) if exits_early(run) else None, 2),
-    }
-    return table(["method", *columns], study_means(runs, columns, ["standard", ROUTED, *early]))
-
-
-def depth_tables() -> dict[str, str]:
-    """Means over three seeds; the first early exit is at a third of the layers, the second at two thirds."""
-    from methods import DEPTH  # experiments/methods.py
-
-    runs, names = load("depth.json")["runs"], list(DEPTH.methods)
-
-    def exit_at(run: Row, third: int) -> float:
-        return float(run["exits"][third - 1]["ppl"] / run["exits"][-1]["ppl"] - 1) * 100
-
-    def share(run: Row, tolerance: float) -> float | None:
-        depth = least_depth(run, tolerance)
-        return depth and 100 * depth / run["rows"][0]["mean_depth"]
-
-    columns: dict[str, Column] = {
-        "perplexity": (lambda run: run["rows"][0]["ppl"], 2),
-        "at a third, % more": (partial(exit_at, third=1), 1),
-        "at two thirds": (partial(exit_at, third=2), 1),
-        "depth at 1 %, % of the layers": (partial(share, tolerance=0.01), 1),
-        "depth at 5 %": (partial(share, tolerance=0.05), 1),
-        **SPEEDS,
-        "bound at a third": (lambda run: next(row["speedup"] for row in run["rows"] if row["threshold"] == 0.0), 2),
-    }
-    return {"depth": table(["layers", *columns], study_means(runs, columns, names)), "trials": trials_table(runs, names)}
-
-
 def along_the_sequence(rows: Sequence[Row]) -> str:
     """Perplexity over full depth's in each stretch of the sequences, and mean depth."""
     rows = [named(row) for row in rows]
@@ -519,70 +307,6 @@ def catch_up_tables() -> dict[str, str]:
         "speed": table(["threshold", "catch-up", *map(str, lengths)], times, 2),
         "drafts": table(["threshold", *map(str, lengths)], drafts),
     }
-
-
-def original_tables() -> dict[str, str]:
-    """Means over the seeds, with 95 % intervals of the mean (Student's t)."""
-    from original import COMPARED, EXTREMES, FEW_SEEDS, METHODS, ORIGINAL, OVERFITTED, SEEDS  # experiments/original.py
-
-    runs = load("original.json")["runs"]
-
-    def mean(method: str, protocol: str, value: Callable[[Row], float], digits: int = 2) -> str:
-        values = {row["seed"]: value(row) for row in runs if (row["method"], row["protocol"]["name"]) == (method, protocol)}
-        return mean_of(values, FEW_SEEDS if protocol == OVERFITTED.name else SEEDS, f"{method} under '{protocol}'", digits)
-
-    at_stop = {(row["method"], row["seed"]): row["epochs"][-1]["ppl"] for row in runs if row["protocol"]["name"] == ORIGINAL.name}
-
-    def above_standard(row: Row) -> float:
-        return float(row["epochs"][-1]["ppl"] - at_stop["standard", row["seed"]])
-
-    def first_at_record(row: Row) -> tuple[int, Row]:
-        return next((number, epoch) for number, epoch in enumerate(row["epochs"], 1) if epoch["ppl"] <= RECORDED[row["method"]][0])
-
-    def last(figure: str, factor: float = 1.0) -> Callable[[Row], float]:
-        return lambda row: factor * row["epochs"][-1][figure]
-
-    first = [
-        [
-            method,
-            f"{RECORDED[method][0]:.2f}",
-            mean(method, ORIGINAL.name, last("ppl")),
-            "–" if method == "standard" else mean(method, ORIGINAL.name, above_standard),
-            mean(method, ORIGINAL.name, lambda row: row["more_validation"]),
-            mean(method, ORIGINAL.name, lambda row: row["more_validation_full_depth"]),
-            mean(method, ORIGINAL.name, lambda row: len(row["epochs"]), 1),
-            mean(method, ORIGINAL.name, last("compute_cost", 100), 1),
-        ]
-        for method in METHODS
-    ]
-    header = ["method", "recorded", "at the stop", "above standard", "more text", "at full depth", "epochs", "compute %"]
-    levels = [
-        [
-            method,
-            f"{RECORDED[method][0]:.2f}",
-            f"{Dash() if RECORDED[method][1] is None else RECORDED[method][1]:.1f}",
-            mean(method, ORIGINAL.name, lambda row: first_at_record(row)[0], 1),
-            mean(method, ORIGINAL.name, lambda row: 100 * first_at_record(row)[1]["shallow_ratio"], 1),
-            mean(method, ORIGINAL.name, last("shallow_ratio", 100), 1),
-        ]
-        for method in METHODS
-    ]
-    level_header = ["method", "recorded", "early %, recorded", "epoch of that perplexity here", "early % at it", "early % at the stop"]
-    tables = {"original": table(header, first), "levels": table(level_header, levels)}
-    names = list(dict.fromkeys(row["protocol"]["name"] for row in runs))
-    if (changed := [name for name in names if name != OVERFITTED.name]) != [ORIGINAL.name]:
-        rows = [[name, *(mean(method, name, lambda row: row["more_validation"]) for method in COMPARED)] for name in changed]
-        tables["changed"] = table(["protocol", *COMPARED], rows)
-    if OVERFITTED.name in names:
-        columns: dict[str, tuple[Callable[[Row], float], int]] = {
-            "best": (lambda row: min(epoch["ppl"] for epoch in row["epochs"]), 2),
-            "its epoch": (lambda row: 1 + min(range(len(row["epochs"])), key=lambda epoch: row["epochs"][epoch]["ppl"]), 0),
-            "last": (last("ppl"), 2),
-            "early %, last": (last("shallow_ratio", 100), 1),
-        }
-        rows = [[method, *(mean(method, OVERFITTED.name, value, digits) for value, digits in columns.values())] for method in EXTREMES]
-        tables["overfitted"] = table(["method", *columns], rows)
-    return tables
 
 
 def only(tables: dict[str, str], name: str) -> dict[str, str]:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-from pages import FOLDER, KINDS, LAYERS, RECORDED, STUDENT_T, TEXTS, exits_early, load, named
+from original import FEW_SEEDS, OVERFITTED
+from pages import KINDS, LAYERS, TEXTS
+from tables import FOLDER, Row, interval, load, named
+from training_tables import MORE_TEXT, RECORDED, STOP_TEXT, Originals, exits_early
 
 from ease_eval.figures import Draw, drawn, svg
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,6 @@ def precisions(found: Row) -> Draw:
     return draw
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the 95 % interval of the mean."""
-    return statistics.mean(values), STUDENT_T[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-
-
 def original(found: Row) -> Draw:
     def draw(axes: Any, colours: tuple[str, ...]) -> None:
         methods = list(RECORDED)
@@ -153,6 +149,48 @@ def original(found: Row) -> Draw:
         axes.set_xlim(0)
         axes.set_xlabel("validation perplexity at the stop, characters")
         axes.legend()
+
+    return draw
+
+
+def original_changes(found: Row) -> Draw:
+    """The difference between two methods, under each protocol."""
+
+    def draw(axes: Any, colours: tuple[str, ...]) -> None:
+        runs = Originals(found["runs"])
+        changes = runs.changes()
+        for colour, shift, (label, value) in zip(colours, (-0.12, 0.12), {"10,000": STOP_TEXT, "200,000": MORE_TEXT}.items(), strict=False):
+            each = [interval(runs.above_standard("discriminative", tuned, plain, value).values()) for plain, tuned in changes.values()]
+            means, halves = zip(*each, strict=True)
+            places = [place + shift for place in range(len(changes))]
+            name = f"on {label} characters"
+            axes.errorbar(means, places, xerr=halves, color=colour, marker="o", linestyle="none", capsize=3, label=name)
+        axes.axvline(0, color=colours[-1], linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(changes)), list(changes))
+        axes.invert_yaxis()
+        axes.set_xlabel("perplexity, discriminative above standard, five seeds, 95 %")
+        axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    return draw
+
+
+def overfitting(found: Row) -> Draw:
+    """Validation perplexity over the epochs, a line a method, one seed."""
+
+    def draw(axes: Any, colours: tuple[str, ...]) -> None:
+        runs = Originals(found["runs"]).runs
+        for i, method in enumerate(RECORDED):
+            perplexities = [epoch["ppl"] for epoch in runs[method, OVERFITTED.name, FEW_SEEDS[0]]["epochs"]]
+            epochs, style = range(1, len(perplexities) + 1), ("-", "--")[i // len(colours)] + "osD^vPXh*"[i]
+            axes.plot(epochs, perplexities, style, color=colours[i % len(colours)], markevery=20, markersize=4, label=method)
+        recorded = [perplexity for perplexity, _, _ in RECORDED.values()]
+        axes.axhspan(min(recorded), max(recorded), color=colours[-1], alpha=0.15, linewidth=0)
+        axes.set_yscale("log")
+        axes.set_yticks([8, 10, 20, 40, 80], ["8", "10", "20", "40", "80"])
+        axes.minorticks_off()
+        axes.set_xlabel("epoch; shaded: the perplexities that the original records")
+        axes.set_ylabel("validation perplexity, characters")
+        axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
     return draw
 
@@ -244,6 +282,8 @@ PLOTS = {
     "scale": Plot("scale.md", ("scale.json",), scale),
     "precisions": Plot("precisions.md", ("precisions.json",), precisions),
     "original": Plot("original.md", ("original.json",), original),
+    "original-changes": Plot("original.md", ("original.json",), original_changes),
+    "original-overfitting": Plot("original.md", ("original.json",), overfitting),
     "smollm2-curve": Plot("smollm2-exits.md", ("smollm2-exits.json",), smollm2_curve),
     "smollm2-speed": Plot("smollm2-exits.md", tuple(f"smollm2-speed-distilled-{kind}.json" for kind in TEXTS), smollm2_speed),
 }
