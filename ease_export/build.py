@@ -30,7 +30,7 @@ def export_bundle(checkpoint_path: Path, bundle: Path, precision: str = "fp32") 
     """Export a checkpoint in one of manifest.PRECISIONS.
 
     Raises CheckpointError, ExportError when something is at `bundle` that is no bundle."""
-    if bundle.exists() and not (bundle / MANIFEST_FILE).is_file():
+    if bundle.exists() and not is_bundle(bundle):
         raise ExportError(f"{bundle} is there already and is no bundle; choose another name, or remove it")
     checkpoint = load_checkpoint(checkpoint_path)
     model = checkpoint.model.eval().half() if precision == "fp16" else checkpoint.model.eval()
@@ -48,6 +48,15 @@ def export_bundle(checkpoint_path: Path, bundle: Path, precision: str = "fp32") 
     except OSError as error:
         raise ExportError(f"could not write {bundle}: {error.strerror or error}; no half bundle is left there") from None
     return manifest
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a directory's manifest is that of a bundle, of this format or an older one; web applications have a `manifest.json`, too."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "format_version" in manifest
 
 
 def write_graph(plan: Plan, tracer: Tracer, files: WeightFiles, quantizer: WeightQuantizer | None = None) -> None:

@@ -67,7 +67,10 @@ def verify_bundle(bundle: Path, checkpoint_path: Path, num_generated: int = 200)
     checkpoint, stack = load_checkpoint(checkpoint_path), OrtStack(bundle)
     model = checkpoint.model.eval()
     config = model.config
-    if (config.exits, config.vocab_size, config.dim) != (stack.exit_layers, stack.vocab_size, stack.manifest.dim):
+    described = (config.exits, config.vocab_size, config.dim, {*config.gates}, {*config.routed_layers})
+    gates = {leave.layer for leave in stack.manifest.exits if leave.gate}
+    routed = {segment.first_layer for segment in stack.manifest.segments if segment.route_graph}
+    if described != (stack.exit_layers, stack.vocab_size, stack.manifest.dim, gates, routed):
         raise ExportError(f"{bundle} was not exported from {checkpoint_path}; export it: ease-export build {checkpoint_path} {bundle}")
     precision = stack.manifest.precision
     if precision in BITS:

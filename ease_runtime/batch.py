@@ -131,10 +131,13 @@ def count_answers(out: Path) -> int:
     """How many lines an earlier run has answered; cuts off a last line that is not whole. Raises RequestError for another file."""
     if not out.exists():
         return 0
+    if not out.is_file():
+        raise RequestError(f"{out} is no file that a stopped run could go on in; give the name of one")
     number, end = 0, 0
     with out.open("rb+") as file:
         for line in file:
-            if not line.endswith(b"\n"):
+            begun = f'{{"line": {number + 1}'.encode()
+            if not line.endswith(b"\n") and line[: len(begun)] == begun[: len(line)]:
                 break
             if not _is_answer(line, number + 1):
                 raise RequestError(f"{out} has something else at line {number + 1} than answer {number + 1} of a batch; give another file")
@@ -160,7 +163,9 @@ def numbered_lines(path: Path, first: int) -> Iterator[tuple[int, bytes]]:
 
 
 def count_lines(path: Path) -> int:
-    """How many there are, the last one with or without its end."""
+    """How many there are, the last one with or without its end. Raises RequestError for what can be read once only."""
+    if not path.is_file():
+        raise RequestError(f"{path} is no regular file, and a batch reads it twice; write it to one first")
     with path.open("rb") as file:
         return sum(1 for _ in file)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ease_runtime.device import Device, DeviceArray
 
+MOST_PADS = 256  # of a row: what a pass has of other rows' prompts, schedule.CHUNK
 CACHE_STEP = 128  # Attention costs with the buffer's length, so it grows with the text, in these steps
 GROWTH = 8  # and by at least this fraction of its length: growing several rows copies them
 POOL_ROWS = 256  # rows of the hidden pool to begin with
@@ -97,7 +98,7 @@ class DeviceCache:
     ) -> None:
         self.num_slots, self.kv_dim, self.copied_bytes = num_slots, kv_dim, 0
         self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
-        self.length = max_positions if num_slots == 1 else max_positions + CACHE_STEP  # with several rows, pads past the end
+        self.length = max_positions if num_slots == 1 else max_positions + MOST_PADS  # with several rows, pads past the end
         self.serial, shape = next(RowCache.serials), (num_slots, self.length, kv_dim)
         self.buffers = [(DeviceArray(shape, dtype, device), DeviceArray(shape, dtype, device)) for _ in range(sum(layers_per_segment))]
 

@@ -147,14 +147,14 @@ def answer(conversation: Conversation, line: str, exit_layers: tuple[int, ...] |
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
-@click.option("--port", default=8000, show_default=True, help="Port to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on.")
 @click.option("--model-name", help="What clients call the model; the bundle's directory by default.")
 @click.option("--api-key", envvar="EASE_API_KEY", show_envvar=True, help="Answer only requests with this key.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Completions that run together.")
 @click.option("--max-queued", type=click.IntRange(0), default=64, show_default=True, help="Completions that wait; more get 429.")
 @click.option("--max-body", type=click.IntRange(1), default=Settings.max_body_bytes, show_default=True, help="Largest body, in bytes.")
 @click.option("--max-prompt", type=click.IntRange(1), help="Longest prompt, in tokens; what the model takes by default.")
-@click.option("--grace", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds for what runs when told to stop.")
+@click.option("--grace", type=click.FloatRange(0, 86400), default=30.0, show_default=True, help="Seconds for what runs when told to stop.")
 @click.option("--shadow", type=click.FloatRange(0, 1), default=0.0, help="Share of the early answers to compare with full depth.")
 @option_flags(without=("seed", "n", "stop", "logprobs", "logit_bias"))
 @model_flags
@@ -195,7 +195,11 @@ def batch(bundle: Path, prompts: Path, out: Path, batch_size: int, ray: str | No
     cannot be answered gets an "error" in its place. Run again after an interruption, it goes on where it stopped.
     """
     place, options = take_place(given), read_flags(given)
-    num_done, total = count_answers(out), count_lines(prompts)
+    if not out.parent.is_dir():
+        raise RequestError(f"{out.parent}, where {out.name} should go, is no directory; make it first")
+    if out.exists() and out.samefile(prompts):
+        raise RequestError(f"{out} is the file of the prompts; give another file for the answers")
+    total, num_done = count_lines(prompts), count_answers(out)
     if num_done > total:
         raise RequestError(f"{out} has {num_done} answers, but {prompts} only {total} lines; give another file")
     lines = numbered_lines(prompts, num_done + 1)

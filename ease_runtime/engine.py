@@ -230,6 +230,8 @@ class Engine:
         while self.waiting and None in self.slots:
             self._seat(self.waiting.pop(0), self.slots.index(None))
         running = self.running
+        if not running and self.waiting:
+            raise RequestError("every slot is kept by a sequence that has ended; release one, or give the model more slots")
         if not running:
             return []
         works = [(sequence, schedule(sequence, self.cap, self.chunk)) for sequence in running]

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from ease_runtime.errors import RequestError
 
 LONGEST_NAME = 80  # characters
+LONGEST_ID = 20  # digits of a token
 Thresholds = tuple[float | None, ...]
 
 
@@ -54,9 +55,12 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 def _thresholds(name: str, value: Any) -> Thresholds:
     values = value if isinstance(value, list | tuple) else [value]
-    if not values or not all(item is None or (type(item) in (int, float) and math.isfinite(item)) for item in values):
+    if not values or not all(item is None or type(item) in (int, float) for item in values):
         _refuse(name, value, "a number, or a list of numbers and nulls, one for each early exit")
-    return tuple(None if item is None else float(item) for item in values)
+    thresholds = tuple(None if item is None else _float(name, item) for item in values)
+    if not all(item is None or math.isfinite(item) for item in thresholds):
+        _refuse(name, value, "a finite number, or a list of such")
+    return thresholds
 
 
 def _bias(name: str, value: Any) -> dict[int, float]:
@@ -65,7 +69,7 @@ def _bias(name: str, value: Any) -> dict[int, float]:
         _refuse(name, value, expected)
     bias = {}
     for token, number in value.items():
-        if type(number) not in (int, float) or not str(token).isdecimal():
+        if type(number) not in (int, float) or not str(token).isdecimal() or len(str(token)) > LONGEST_ID:
             _refuse(name, value, expected)
         bias[int(token)] = _float(name, number)
     return bias

@@ -227,8 +227,10 @@ class LLM(TextEngine):
 
     def notes(self, options: Options) -> list[str]:
         found = self.manifest.calibration
-        if not found or (options.policy, options.threshold) != (found["policy"], tuple(found["thresholds"])):
+        if not found or options.catch_up not in (found["catch_up"], "verify"):
             return []
+        if self.policy(options) != ExitPolicy(found["policy"], tuple(found["thresholds"])):
+            return []  # other thresholds, or these moved by a decay, a budget, a first exit
         promise = f"{found['risk']} at most {found['delta']:g} with probability {1 - found['epsilon']:g}, on {found['data']}"
         return [f"thresholds from the bundle's calibration: {promise} (--threshold off for full depth)"]
 

@@ -28,6 +28,7 @@ from ease_runtime.errors import RequestError, did_you_mean
 POLICIES = ("max-prob", "margin", "entropy", "similarity", "patience", "gate", "fixed")
 NO_HEAD = {"gate": "gate", "similarity": "similarity"}  # policies that ask something cheaper than a head
 BUDGET_GAIN = 0.25  # how far thresholds move for a token that used all layers too many
+MOST_PATIENCE = 10_000  # agreeing exits, more than any model has
 BUDGET_START = 0.5  # the thresholds of a budget without thresholds
 
 
@@ -178,8 +179,8 @@ def _check_options(
             raise RequestError(f"threshold {value} is outside [0, 1]")
     if (thresholds is not None or exit_layer is not None) and not early:
         raise RequestError("this bundle has no early exit: its only exit is after the last layer; leave the threshold away")
-    if patience < 1:
-        raise RequestError(f"patience {patience} is below 1 agreeing exit")
+    if not 1 <= patience <= MOST_PATIENCE:
+        raise RequestError(f"patience {str(patience)[:20]} is outside 1..{MOST_PATIENCE} agreeing exits")
     if decay is not None and not 0.0 <= decay < math.inf:
         raise RequestError(f"decay {decay} is not a finite number of at least 0")
     if (exit_layer is not None) != (name == "fixed"):

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from ease_runtime.errors import RequestError
 
+LARGEST = 1e6  # penalty or bias: beyond any logit, and far from where arithmetic overflows
+COLDEST = 1e-100  # temperatures below are greedy, too, and would overflow
 SORTED_AT_FIRST = 256  # tokens that top-p looks at, before it looks at more
 
 
@@ -63,14 +65,16 @@ class Adjustments:
     num_prompt: int = 0  # tokens of the history that are the prompt
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.repetition_penalty < math.inf:
-            raise RequestError(f"repetition_penalty {self.repetition_penalty} is not a number above 0 (1 changes nothing)")
+        if not 1 / LARGEST <= self.repetition_penalty <= LARGEST:
+            raise RequestError(
+                f"repetition_penalty {self.repetition_penalty} is outside [{1 / LARGEST:g}, {LARGEST:g}] (1 changes nothing)"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise RequestError(f"{name} {getattr(self, name)} is not a finite number (0 changes nothing)")
+            if not abs(getattr(self, name)) <= LARGEST:
+                raise RequestError(f"{name} {getattr(self, name)} is outside [{-LARGEST:g}, {LARGEST:g}] (0 changes nothing)")
         for token, bias in self.logit_bias:
-            if token < 0 or not math.isfinite(bias):
-                raise RequestError(f"logit_bias {token}={bias} is not a token id with a finite number to add to its logit")
+            if token < 0 or not abs(bias) <= LARGEST:
+                raise RequestError(f"logit_bias {token}={bias} is not a token id with a number in [{-LARGEST:g}, {LARGEST:g}] to add")
 
     @property
     def change_nothing(self) -> bool:
@@ -126,7 +130,7 @@ class GumbelSampler:
             raise RequestError(f"seed {self.seed} is outside [0, 2**64)")
 
     def pick(self, logits: NDArray[np.float32], top_id: int, tokens: Sequence[int], position: int) -> int:
-        scaled = self.adjustments.apply(logits, tokens, position) / self.temperature
+        scaled = self.adjustments.apply(logits, tokens, position) / max(self.temperature, COLDEST)
         kept = self.kept(scaled)
         return int(kept[np.argmax(scaled[kept] + gumbel_noise(self.seed, position, kept))])
 

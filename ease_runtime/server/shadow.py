@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ease_runtime.engine import Engine
+from ease_runtime.policy import ExitPolicy
 from ease_runtime.sampling import Given, Greedy
 from ease_runtime.sequence import Sequence
 
@@ -57,8 +58,9 @@ class Shadow:
         if self.kind == "disagreement" and not isinstance(answer.sampler, Greedy):
             return False
         known = self.certificate
-        given = (answer.policy.name, list(answer.policy.thresholds), answer.catch_up)
-        return known is None or given == (known["policy"], known["thresholds"], known["catch_up"])
+        if known is None:
+            return True
+        return answer.policy == ExitPolicy(known["policy"], tuple(known["thresholds"])) and answer.catch_up == known["catch_up"]
 
     def look(self) -> bool:
         """After a pass: whether a comparison has come to its end, and counts."""

@@ -285,6 +285,8 @@ def advise(
     layers = llm.stack.exit_layers
     if len(layers) == 1:
         raise RequestError("this bundle has no early exit; put some in first: ease-train import --exits, or ease-train tune")
+    if len(settings) < 2:
+        raise RequestError("advice needs a setting beside full depth to compare with; give a threshold: --thresholds 0.5")
     if not 0.0 <= tolerance <= 1.0:
         raise RequestError(f"tolerance {tolerance} is outside [0, 1]")
     policy, catch_up = settings[1].policy, settings[1].catch_up

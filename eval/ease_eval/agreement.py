@@ -5,6 +5,7 @@ For `verify` every prompt must agree: that is its promise. For the other catch-u
 
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,12 @@ def read_prompts(path: Path, limit: int) -> list[str]:
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read prompts from {path}: {error}") from None
-    lines = [line for line in text.splitlines() if line.strip()][:limit]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()][:limit]
     if not lines:
         raise RequestError(f"{path} has no prompts")
-    return [_prompt_of(line, path, number) if ".jsonl" in path.suffixes else line for number, line in enumerate(lines, 1)]
+    return [_prompt_of(line, path, number) if ".jsonl" in path.suffixes else line.rstrip("\r") for number, line in lines]
 
 
 def _prompt_of(line: str, path: Path, number: int) -> str:
@@ -51,7 +52,9 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
         row = json.loads(line)
     except ValueError:
         raise RequestError(f"{path}, line {number}: no JSON") from None
-    values = [*(row.get("turns") or [])[:1], *(row.get(key) for key in QUESTION_KEYS)] if isinstance(row, dict) else []
+    turns = row.get("turns") if isinstance(row, dict) else None
+    values = [*turns[:1]] if isinstance(turns, list) else []
+    values += [row.get(key) for key in QUESTION_KEYS] if isinstance(row, dict) else []
     for value in values:
         if isinstance(value, str) and value:
             return value

@@ -35,6 +35,7 @@ from ease_eval.table import (
 )
 from ease_runtime.commands import ThresholdList
 from ease_runtime.engine import CATCH_UPS
+from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.policy import POLICIES, threshold_text
 from ease_train.corpora import load_documents
@@ -291,8 +292,12 @@ def report(bundle: Path, out: Path, **given: Any) -> None:
     """Measure as table does, and write one HTML file: figures, tables, a passage coloured by depth."""
     from ease_eval.report import make_report  # matplotlib takes a second to import
 
+    if not out.suffix or out.with_suffix("").is_file():
+        raise RequestError(f"the figures of {out} would go to a folder {out.with_suffix('')}; give a free name that ends in .html")
     asked = Asked.of(bundle, **given)
     shown = [ids for ids in asked.documents if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
+    if not shown:
+        raise RequestError(f"no document has more than {PASSAGE_LEAST} tokens to show a passage of; give longer ones: --data")
     write_whole(out, make_report(asked.llm, asked.table(), shown, out))
     click.echo(f"{out}: written, with its figures in {out.with_suffix('')}")
 

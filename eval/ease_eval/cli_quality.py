@@ -38,8 +38,14 @@ from ease_train.corpora import load_documents
 )
 @click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
 @click.option("--catch-up", default="recompute", show_default=True, help="propagate or recompute.")
-@click.option("--documents", default=300, show_default=True, help="Documents at most; a third fits candidates, the others test them.")
-@click.option("--tokens", default=256, show_default=True, help="Tokens of each document at most.")
+@click.option(
+    "--documents",
+    type=click.IntRange(1),
+    default=300,
+    show_default=True,
+    help="Documents at most; a third fits candidates, the others test them.",
+)
+@click.option("--tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of each document at most.")
 @click.option("--seed", default=0, show_default=True, help="Of the division into documents to fit and to test.")
 @click.option("--dry-run", is_flag=True, help="Only show it; leave the bundle as it is.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate here, too.")

@@ -12,6 +12,7 @@ end in .gz.
 import gzip
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -93,7 +94,7 @@ def read_tasks(path: Path, limit: int) -> TaskFile:
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read tasks from {path}: {error}") from None
     items: list[Item] = []
     faults = []

@@ -7,6 +7,7 @@ Continuations are scored where their tokens leave, with the K/V that the catch-u
 same way. Nothing is scored at full depth but the column that says so. Intervals are 95 %, bootstrap over items.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -107,7 +108,8 @@ def run_task(llm: LLM, task: TaskFile, options: Options, journal: Journal, shots
     else:
         check_scorable(llm.engine, [policy], options.catch_up)
     asking = Asking(llm, options, policy, before, chat)
-    answers = [Answer(**journal.once(f"{task.path}:{item.line}", _asker(asking, item))) for item in items]
+    said = hashlib.sha256(repr(task.items).encode()).hexdigest()[:16]  # answers to a file that has changed since are asked for anew
+    answers = [Answer(**journal.once(f"{task.path}:{item.line}:{said}", _asker(asking, item))) for item in items]
     return summarise(task, answers, shots)
 
 

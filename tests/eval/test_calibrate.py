@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,8 +142,12 @@ def test_a_bundle_is_calibrated_and_says_so(tiny_bundle: Path, documents: list[l
     assert "thresholds from the bundle's calibration: disagreement at most 0.5 with probability 0.9, on made up" in sequence.notes[0]
     off = llm.submit("And the king", Options(max_tokens=20, threshold=(None,)))
     assert off.choices[0].sequence.policy.thresholds is None
-    own = llm.submit("And the king", Options(max_tokens=20, threshold=(0.3,)))
-    assert own.choices[0].sequence.notes == []
+    same = tuple(certificate.thresholds)
+    promised = Options(threshold=same, catch_up=catch_up)
+    assert llm.notes(promised)
+    others: list[dict[str, Any]] = [{"threshold": (0.3,)}, {"depth_budget": 3.0}, {"decay": 50.0}, {"min_exit": 4}]
+    others.append({"catch_up": "propagate" if catch_up == "recompute" else "recompute"})
+    assert [llm.notes(replace(promised, **other)) for other in others] == [[]] * len(others)
 
 
 def test_a_calibration_that_nobody_wrote_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:

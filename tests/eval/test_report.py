@@ -1,5 +1,6 @@
 """The report: one file, nothing from elsewhere, and the statistics in it by hand."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from ease_eval.cli import main
+from ease_eval.files import write_whole
 from ease_eval.reliability import bins, expected_error, fit_temperature, scale
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -79,3 +81,24 @@ def test_a_known_temperature_is_found() -> None:
     overconfident = scale(truth, 0.5)  # log-odds doubled
     assert fit_temperature(overconfident, agrees) == pytest.approx(2.0, rel=0.08)
     assert expected_error(scale(overconfident, 2.0), agrees) < 0.02 < expected_error(overconfident, agrees)
+
+
+def test_a_report_without_a_suffix_is_refused_before_anything_is_measured(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Its figures would take the name of the file."""
+    result = CliRunner().invoke(main, ["report", str(tiny_bundle), "--data", "kjv", "--out", str(tmp_path / "report")])
+    assert result.exit_code != 0
+    assert "give a free name that ends in .html" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_and_a_pipe_stay_what_they_are(tmp_path: Path) -> None:
+    real, link, pipe = tmp_path / "real.json", tmp_path / "link.json", tmp_path / "pipe"
+    real.write_text("old", encoding="utf-8")
+    link.symlink_to(real)
+    write_whole(link, "new")
+    assert (real.read_text(encoding="utf-8"), link.is_symlink()) == ("new", True)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "through")
+    assert (os.read(reader, 100), pipe.is_fifo()) == (b"through", True)
+    os.close(reader)

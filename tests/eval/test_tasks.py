@@ -1,5 +1,6 @@
 """Task files: what is read, that answers are the engine's, that a killed run ends in the same JSON, and bad input."""
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
@@ -241,3 +242,15 @@ def test_a_text_without_a_context_follows_the_start_token(llm: LLM) -> None:
     assert first == [llm.start_id]
     with pytest.raises(RequestError, match="nothing follows the context"):
         encode_pair(llm, "And", "")
+
+
+def test_an_answer_to_an_item_that_has_changed_is_not_taken_from_a_journal(tiny_bundle: Path, tmp_path: Path) -> None:
+    llm, options, file = LLM(tiny_bundle), Options(max_tokens=4), tmp_path / "items.jsonl"
+    said = []
+    for choices in (["aa", "bb"], ["aa", "bb"], ["cc", "dd"]):
+        task = read_tasks(write(file, [{"context": "the king", "choices": choices, "answer": 0}]), 9)
+        with contextlib.suppress(KeyboardInterrupt), Journal(tmp_path / "out.json", {}) as journal:
+            said.append(run_task(llm, task, options, journal).items[0].said)
+            raise KeyboardInterrupt
+    assert said[0] == said[1] in ("aa", "bb")
+    assert said[2] in ("cc", "dd")

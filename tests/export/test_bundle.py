@@ -3,6 +3,7 @@
 import errno
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -18,7 +19,8 @@ from ease_export.verify import TOLERANCE, torch_greedy, verify_bundle
 from ease_runtime.engine import Engine
 from ease_runtime.manifest import load_manifest
 from ease_runtime.stack import OrtStack
-from ease_train.checkpoint import load_checkpoint
+from ease_train.checkpoint import load_checkpoint, save_checkpoint
+from ease_train.model import Decoder
 
 NUM_GREEDY = 200
 
@@ -133,6 +135,17 @@ def test_a_failed_export_keeps_the_older_bundle(
 def test_export_does_not_replace_what_is_no_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mine.txt").write_text("dear")
+    (tmp_path / "letters" / "manifest.json").write_text('{"name": "my web application"}')
     with pytest.raises(ExportError, match="is no bundle"):
         export_bundle(tiny_checkpoint, tmp_path / "letters")
     assert (tmp_path / "letters" / "mine.txt").read_text() == "dear"
+
+
+def test_a_checkpoint_without_the_gates_of_a_bundle_is_told(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    gated = replace(checkpoint.model.config, gates=checkpoint.model.config.exits[:1])
+    recipe = replace(checkpoint.recipe, model=gated)
+    save_checkpoint(replace(checkpoint, recipe=recipe, model=Decoder(gated)), tmp_path / "gated")
+    export_bundle(tmp_path / "gated", tmp_path / "bundle")
+    with pytest.raises(ExportError, match="was not exported from"):
+        verify_bundle(tmp_path / "bundle", tiny_checkpoint, 8)

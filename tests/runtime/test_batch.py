@@ -1,13 +1,14 @@
 """Batches: an answer a line, in order, whatever happens in between."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import toy_text
-from ease_runtime.batch import answer_lines, count_answers, numbered_lines, write_answers
+from ease_runtime.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import TextEngine
 from ease_runtime.mock import MockStack
@@ -93,12 +94,19 @@ def test_what_is_written_stays_and_what_was_cut_off_is_written_anew(tmp_path: Pa
 
 
 def test_another_file_is_not_touched(tmp_path: Path) -> None:
-    for text in ("a poem\n", '{"line": 2}\n', '{"line": 1}\n{"line": 3}\n', "[1]\n"):
+    for text in ('{"my": "notes, with no line end"}', "a poem\n", '{"line": 2}\n', '{"line": 1}\n{"line": 3}\n', "[1]\n"):
         other = tmp_path / "other.jsonl"
         other.write_text(text, encoding="utf-8")
         with pytest.raises(RequestError, match="give another file"):
             count_answers(other)
         assert other.read_text(encoding="utf-8") == text
+
+
+def test_a_pipe_is_refused_since_it_can_be_read_once_only(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (count_lines, count_answers):
+        with pytest.raises(RequestError, match="pipe is no"):
+            read(tmp_path / "pipe")
 
 
 def test_a_late_line_does_not_hold_up_the_others_and_is_not_run_away_from() -> None:

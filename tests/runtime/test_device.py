@@ -98,3 +98,19 @@ def test_cuda_says_what_the_cpu_says(tiny_bundle: Path, tiny_stack: OrtStack) ->
 def _greedy(stack: OrtStack, prompt: list[int]) -> list[Token]:
     engine = Engine(stack)
     return list(engine.generate(engine.start(prompt, max_new_tokens=40)))
+
+
+def test_a_row_near_the_end_beside_long_prompts(tiny_bundle: Path) -> None:
+    """Its pads, as many as the others' tokens in that pass, go past the last position."""
+    engine = Engine(OrtStack(tiny_bundle, device=ELSEWHERE), num_slots=3)
+    last = engine.stack.max_positions - 8
+    engine.start([1], max_new_tokens=1)
+    row = engine.start([2] * last, max_new_tokens=8)
+    engine.start([1], max_new_tokens=1)
+    while not row.produced:
+        engine.step()
+    for count in (150, 106):
+        engine.start([5] * count, max_new_tokens=1)
+    while engine.busy:
+        engine.step()
+    assert len(row.produced) == 8

@@ -733,3 +733,11 @@ def test_requests_that_cannot_be_run(change: dict[str, object], message: str) ->
 def test_a_cap_below_1_is_refused() -> None:
     with pytest.raises(RequestError, match="cap 0 is below 1"):
         Engine(MockStack(), cap=0)
+
+
+def test_a_request_that_no_slot_will_ever_take_is_told_so() -> None:
+    engine = Engine(MockStack((2, 4)))
+    list(engine.generate(engine.start([1, 2], max_new_tokens=2, keep=True)))
+    with pytest.raises(RequestError, match="every slot is kept by a sequence that has ended"):
+        list(engine.generate(engine.start([3], max_new_tokens=2)))
+    assert not engine.waiting

@@ -262,6 +262,8 @@ def test_a_chat_keeps_its_history_in_the_cache(stop: tuple[str, ...]) -> None:
         ({"patience": 1.5}, "patience 1.5 is not a whole number"),
         ({"policy": None}, "policy None is not a text"),
         ({"seed": -1}, "seed -1 is outside"),
+        ({"threshold": 10**400}, "threshold 10+... is not a number that fits"),
+        ({"logit_bias": {"1" * 5000: 1.0}}, "is not an object of token ids"),
     ],
 )
 def test_options_that_cannot_be_used(values: dict[str, Any], message: str) -> None:

@@ -323,11 +323,22 @@ def test_no_adjustment_changes_no_draw() -> None:
         ({"frequency_penalty": math.inf}, "frequency_penalty inf"),
         ({"logit_bias": ((-1, 2.0),)}, "logit_bias -1=2.0"),
         ({"logit_bias": ((4, math.nan),)}, "logit_bias 4=nan"),
+        ({"logit_bias": ((4, 1e308),)}, "logit_bias 4=1e[+]308 is not"),
+        ({"repetition_penalty": 1e-310}, "repetition_penalty 1e-310 is outside"),
+        ({"presence_penalty": -1e300}, "presence_penalty -1e[+]300 is outside"),
     ],
 )
 def test_adjustments_outside_their_range(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Adjustments(**values)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_the_lowest_temperature_is_greedy(filters: dict[str, Any]) -> None:
+    """Logits over 1e-310 are no numbers; the largest is still the largest."""
+    logits = some_logits(30, 1)
+    sampler = GumbelSampler(**{"temperature": 1e-310, "top_k": 0, "top_p": 1.0, "seed": 3, **filters})
+    assert sampler.pick(logits, int(logits.argmax()), [], 0) == logits.argmax()
 
 
 def test_completions_draw_from_streams_of_their_own() -> None:
