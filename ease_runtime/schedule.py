@@ -100,13 +100,18 @@ def _prompts(group: Batch, chunk: int) -> Batch:
 
 
 def near(batch: Batch, costs: Costs | None) -> Batch:
-    """The first rows of a batch without a gap that costs more to step over, slot by slot, than a pass of their own."""
+    """Rows of a batch without a gap that costs more to step over, slot by slot, than a pass of their own.
+
+    Of the groups between such gaps the one whose row has waited longest; the first among equals.
+    """
     kind, segment = batch[0][1].kind, batch[0][1].segment
     if costs is None or kind != "segment":
         return batch
     length = max(len(sequence.tokens) for sequence, _ in batch)
     slots = [sequence.slot or 0 for sequence, _ in batch]
+    groups, first = list[Batch](), 0
     for place, gap in enumerate(np.diff(slots).tolist(), 1):
         if costs.over_slots(segment, gap - 1, length) > costs.seconds("segment", segment, 1):
-            return batch[:place]
-    return batch
+            groups.append(batch[first:place])
+            first = place
+    return max([*groups, batch[first:]], key=lambda group: max(sequence.waited for sequence, _ in group))

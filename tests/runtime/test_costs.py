@@ -133,6 +133,8 @@ def test_rows_far_apart_run_apart() -> None:
     batch = [(s, work) for s in (sequences[0], sequences[2], sequences[7]) for work in [schedule(s)]]
     assert [s for s, _ in near(batch, costs)] == [sequences[0], sequences[2]]
     assert near(batch, None) == batch
+    sequences[7].waited = 1 + max(s.waited for s in sequences)
+    assert [s for s, _ in near(batch, costs)] == [sequences[7]], "who has waited longest goes next"
 
 
 def test_measured_costs_are_sane(tiny_stack: OrtStack) -> None:
