@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from rich.console import Console
@@ -15,6 +16,7 @@ from ease_eval.perplexity import score_documents
 from ease_export.build import export_bundle
 from ease_export.cli import render_manifest
 from ease_export.verify import TOLERANCE, verify_bundle
+from ease_runtime.device import Device
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, RequestError
 from ease_runtime.manifest import load_manifest, parse_manifest
@@ -73,6 +75,16 @@ def test_every_graph_equals_torch(name: str, request: pytest.FixtureRequest) -> 
     manifest = load_manifest(bundle)
     assert compared >= {s.graph for s in manifest.segments}
     assert compared >= {e.gate for e in manifest.exits if e.gate} | {s.route_graph for s in manifest.segments if s.route_graph}
+
+
+@pytest.mark.parametrize("name", ["gated", "blocks", "routed", "routed_with_exits"])
+def test_no_node_computes_on_a_shape(name: str, request: pytest.FixtureRequest) -> None:
+    """ONNX Runtime would move it to the CPU. And every graph runs where buffers are bound by address."""
+    bundle = request.getfixturevalue(name)[1]
+    for path in sorted(bundle.glob("*.onnx")):
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        assert "Shape" not in {node.op_type for node in nodes}, path.name
+    OrtStack(bundle, device=Device("cpu", "CPUExecutionProvider", own_memory=True))
 
 
 @pytest.mark.parametrize(
