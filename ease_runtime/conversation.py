@@ -52,4 +52,4 @@ class Conversation:
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         if self.llm.template is not None:
             return self.llm.encode_chat(messages)
-        return self.llm.encode(PlainTemplate().render(messages))
+        return self.llm.encode_text(PlainTemplate().render(messages))

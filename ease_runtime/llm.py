@@ -30,6 +30,7 @@ from ease_runtime.options import Options
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.schedule import DEFAULT_CAP
 from ease_runtime.sequence import Sequence
+from ease_runtime.special import SpecialTokens, check_unicode
 from ease_runtime.stack import Stack, open_stack
 from ease_runtime.text import StopPattern, TextWriter
 
@@ -51,6 +52,7 @@ class TextEngine:
     ) -> None:
         self.stack, self.tokenizer = stack, tokenizer
         self.start_id, self.stop_ids, self.template = start_id, stop_ids, template
+        self.special = SpecialTokens(tokenizer)
         self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt)
         self.choices: dict[Sequence, Choice] = {}
 
@@ -59,20 +61,29 @@ class TextEngine:
         """Whether some request has not finished."""
         return self.engine.busy
 
-    def encode(self, text: str, *, raw: bool = True) -> list[int]:
-        """A text's ids; before a raw one comes the token that stands before every text in training. Raises RequestError."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the text is no valid Unicode: half of a surrogate pair at character {error.start}") from None
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return [self.start_id, *ids] if raw and self.start_id is not None else ids
+    def encode(self, text: str) -> list[int]:
+        """A prompt's ids, special tokens that are written in it being real; the start token comes first, unless it is written there.
+
+        Raises RequestError.
+        """
+        check_unicode(text)
+        return self._started(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_text(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """A document's ids, as training reads it: special tokens that it mentions are text, unless `parse_special`. Raises RequestError."""
+        return self.encode(text) if parse_special else self._started(self.special.encode_text(text))
+
+    def _started(self, ids: list[int]) -> list[int]:
+        return ids if self.start_id is None or ids[:1] == [self.start_id] else [self.start_id, *ids]
 
     def encode_chat(self, messages: Many[Message]) -> list[int]:
-        """The ids of a conversation, up to where the answer begins. Raises RequestError, also where the bundle has no template."""
+        """The ids of a conversation, up to where the answer begins; special tokens that a message mentions are text.
+
+        Raises RequestError, also where the bundle has no template.
+        """
         if self.template is None:
             raise RequestError("this bundle has no chat template (a base model); give a prompt to continue instead of messages")
-        return self.encode(self.template.render(messages), raw=False)
+        return self.special.encode_chat(self.template, messages)
 
     def token_text(self, token: int) -> str:
         """A token by itself, special tokens too."""
@@ -111,7 +122,8 @@ class TextEngine:
         options = self.prepare(options)
         self.check(options)
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        patterns, policy = [StopPattern(stop) for stop in options.stop], self.policy(options)
+        patterns = [StopPattern(form) for stop in options.stop for form in dict.fromkeys((tuple(stop), self.special.split(stop)))]
+        policy = self.policy(options)
         choices = []
         for index in range(options.n):
             sequence = self.engine.start(
@@ -125,7 +137,7 @@ class TextEngine:
                 keep=keep,
                 after=after.choices[0].sequence if after else None,
             )
-            choices.append(Choice(index, sequence, TextWriter(self.tokenizer, ids, patterns)))
+            choices.append(Choice(index, sequence, TextWriter(self.tokenizer, ids, patterns, self.special.tokens)))
             self.choices[sequence] = choices[-1]
             sequence.notes += self.notes(options)
         return Generation(ids, choices)
@@ -236,11 +248,16 @@ class LLM(TextEngine):
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises BundleError when the file is none."""
+    """A tokenizer without the truncation and padding that its file may ask for. Raises BundleError when the file is none."""
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise BundleError(f"{path} cannot be read: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
 
 
 def load_template(bundle: Path, manifest: Manifest, tokenizer: Tokenizer) -> ChatTemplate | None:

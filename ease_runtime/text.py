@@ -8,7 +8,7 @@ Knows nothing about models or requests.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -69,9 +69,12 @@ def _whole(text: str) -> str:
 
 
 class StopPattern:
-    """A stop string with its failure table (Knuth, Morris and Pratt 1977): however long it is, a character costs a step or two."""
+    """A stop string with its failure table (Knuth, Morris and Pratt 1977): however long it is, a character costs a step or two.
 
-    def __init__(self, text: str) -> None:
+    Special tokens, which have no text, stand in it and in what it is looked for in as their ids.
+    """
+
+    def __init__(self, text: Sequence[str | int]) -> None:
         self.text = text
         self.fallback = [0] * len(text)  # [i]: the longest beginning of the text that also ends its first i + 1 characters
         length = 0
@@ -81,7 +84,7 @@ class StopPattern:
             length += text[i] == text[length]
             self.fallback[i] = length
 
-    def advance(self, length: int, character: str) -> int:
+    def advance(self, length: int, character: str | int) -> int:
         """How much of the stop string the text ends with after one more character, from how much before it."""
         while length and self.text[length] != character:
             length = self.fallback[length - 1]
@@ -101,7 +104,7 @@ class StopMatcher:
         """How many characters at the text's end may be the beginning of a stop string."""
         return max(self.matched, default=0)
 
-    def feed(self, text: str) -> int | None:
+    def feed(self, text: Sequence[str | int]) -> int | None:
         """Where the first stop string to be completed begins in the whole text, if one is; of two that end together, the longer."""
         if not self.patterns:
             self.length += len(text)
@@ -121,14 +124,22 @@ class Piece:
 
     token: Token
     text: str
+    length: int  # of what stop strings are looked for in: the text, and one for a special token
 
 
 class TextWriter:
     """Tokens in, pieces out, as soon as it is certain that their text belongs to the answer. Once `stopped` it takes no more."""
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], patterns: Sequence[StopPattern] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        context: Sequence[int],
+        patterns: Sequence[StopPattern] = (),
+        special: Container[int] = (),
+    ) -> None:
         self.detokenizer = Detokenizer(tokenizer, context)
         self.matcher = StopMatcher(patterns)
+        self.special = special  # the ids of the tokens that have no text
         self.held: deque[Piece] = deque()
         self.num_out = 0  # characters given away
         self.stopped = False
@@ -138,8 +149,9 @@ class TextWriter:
         text = self.detokenizer.step(token.id)
         if last:
             text += self.detokenizer.flush()
-        self.held.append(Piece(token, text))
-        start = self.matcher.feed(text)
+        seen = (*text, token.id) if token.id in self.special else text
+        self.held.append(Piece(token, text, len(seen)))
+        start = self.matcher.feed(seen)
         if start is not None:
             self.stopped = True
             return self._cut(start)
@@ -154,15 +166,15 @@ class TextWriter:
     def _release(self, end: int) -> list[Piece]:
         """The pieces whose text ends before character `end` of the answer, or there."""
         pieces = []
-        while self.held and self.num_out + len(self.held[0].text) <= end:
+        while self.held and self.num_out + self.held[0].length <= end:
             pieces.append(self.held.popleft())
-            self.num_out += len(pieces[-1].text)
+            self.num_out += pieces[-1].length
         return pieces
 
     def _cut(self, start: int) -> list[Piece]:
         """Every piece that is held, without the text from character `start` on."""
         pieces, out = [], self.num_out
         for piece in self.rest():
-            pieces.append(Piece(piece.token, piece.text[: max(0, start - out)]))
-            out += len(piece.text)
+            pieces.append(Piece(piece.token, piece.text[: max(0, start - out)], piece.length))
+            out += piece.length
         return pieces

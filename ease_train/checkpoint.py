@@ -32,6 +32,7 @@ from ease_train.errors import CheckpointError
 from ease_train.files import restore_interrupted, written_aside
 from ease_train.logs import metrics_csv
 from ease_train.model import Decoder
+from ease_train.tokens import settled
 
 FORMAT_VERSION = 1
 UNKNOWN_DATA = "unknown"  # what a foreign model was trained on
@@ -134,7 +135,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _load_tokenizer(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        return settled(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises nothing more special
         raise CheckpointError(f"{path.name}: {error}") from None
 

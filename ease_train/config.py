@@ -144,6 +144,7 @@ class TrainConfig(Section):
     steps: int = setting(1000, "optimizer steps in all")
     batch_size: int = setting(8, "sequences in a step")
     sequence_length: int = setting(256, "tokens in a sequence")
+    parse_special: bool = setting(False, "special tokens written in the text are real ones (chats); otherwise they are text")
     learning_rate: float = setting(2e-3, "peak learning rate of AdamW")
     min_lr_ratio: float = setting(0.05, "learning rate at the end, as a share of the peak (cosine)")
     warmup_steps: int = setting(100, "steps of linear warm-up")

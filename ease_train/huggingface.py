@@ -8,6 +8,7 @@ Reading safetensors needs no transformers; a tokenizer that is not in the form o
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from ease_train.checkpoint import UNKNOWN_DATA, Checkpoint, filled
@@ -26,12 +28,14 @@ from ease_train.errors import CheckpointError, ForeignError
 from ease_train.files import written_aside
 from ease_train.foreign import ROTARY_BUFFER, Foreign, foreign_config, foreign_name, model_config
 from ease_train.model import Decoder
+from ease_train.tokens import settled
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXITS, EXIT_WEIGHTS = "ease.json", "ease_exits.safetensors"  # what transformers has no place for
 DRAFT_HEAD = "draft_head.weight"
 NEEDED_OF_HUB = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 GENERATION = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "bos_token_id", "eos_token_id", "pad_token_id")
+NAMED = ("bos_token", "eos_token")
 WITH_TRANSFORMERS = "needs transformers: pip install 'ease-lm[hf]'"
 
 
@@ -75,8 +79,8 @@ def read_directory(folder: Path) -> Foreign:
         raise ForeignError(f"{folder} is no Hugging Face model: config.json is missing")
     if "recipe" in config:
         raise ForeignError(f"{folder} is a checkpoint of this project already; nothing to import")
-    tokenizer = read_tokenizer(folder)
-    return Foreign(config, Shards(folder), tokenizer, read_conventions(folder, config, tokenizer))
+    tokenizer, names = read_named_tokenizer(folder)
+    return Foreign(config, Shards(folder), tokenizer, read_conventions(folder, config, tokenizer, names))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -129,56 +133,92 @@ def _opened(path: Path) -> Any:
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model directory. Raises ForeignError."""
-    if not (folder / "tokenizer.json").is_file():
-        return _converted_tokenizer(folder)
+    return read_named_tokenizer(folder)[0]
+
+
+def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]]:
+    """The tokenizer of a model directory, and the texts of its `bos_token` and `eos_token`. Raises ForeignError.
+
+    It is as transformers reads it, where that is installed: what else the directory says may add tokens, or change how texts are cut.
+    """
+    described = tokenizer_settings(folder)
+    if described.get("split_special_tokens"):
+        raise ForeignError(f"{folder} has split_special_tokens = true: its chat template would be read as plain text; set it to false")
     try:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        import transformers
+    except ImportError:
+        tokenizer, names = _tokenizer_alone(folder, described), described
+    else:
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity(logging.ERROR)
+        try:
+            known = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer, names = known.backend_tokenizer, {name: getattr(known, name) for name in NAMED}
+        except Exception as error:  # whatever its many tokenizers raise
+            raise ForeignError(f"{folder} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}") from None
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+    return settled(tokenizer), {name: _text_of(names.get(name)) for name in NAMED}
+
+
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """What stands beside a tokenizer, of which tokenizer.json knows nothing. Raises ForeignError."""
+    return {**(read_json(folder / "special_tokens_map.json") or {}), **(read_json(folder / "tokenizer_config.json") or {})}
+
+
+def _tokenizer_alone(folder: Path, described: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer.json by itself, where it is all there is to know. Raises ForeignError."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ForeignError(f"{folder} has no tokenizer.json, and converting another form {WITH_TRANSFORMERS}")
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises nothing more special
         raise ForeignError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+    named = [value for name, value in described.items() if name.endswith("_token")]
+    texts = [_text_of(token) for token in (*named, *described.get("added_tokens_decoder", {}).values())]
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if more := sorted({text for text in texts if text is not None} - added):
+        raise ForeignError(f"{folder} names tokens that tokenizer.json has not ({more[0]}); adding them {WITH_TRANSFORMERS}")
+    return tokenizer
 
 
-def _converted_tokenizer(folder: Path) -> Tokenizer:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ForeignError(f"{folder} has no tokenizer.json, and converting another form {WITH_TRANSFORMERS}") from None
-    try:
-        return AutoTokenizer.from_pretrained(folder).backend_tokenizer
-    except Exception as error:  # whatever its many tokenizers raise
-        raise ForeignError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+def _text_of(token: Any) -> str | None:
+    """The text of a special token, which is named by it or by an object that holds it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
-def read_conventions(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> Conventions:
-    """How the model's texts begin and end, and its template: from the files beside its weights. Raises ForeignError."""
-    named, generation = read_json(folder / "tokenizer_config.json") or {}, read_json(folder / "generation_config.json") or {}
-    named = {**(read_json(folder / "special_tokens_map.json") or {}), **named}
-    begin, end = (_token_id(named.get(name), tokenizer) for name in ("bos_token", "eos_token"))
+def read_conventions(
+    folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, names: Mapping[str, str | None] | None = None
+) -> Conventions:
+    """How the model's texts begin and end, and its template: from the files beside its weights. Raises ForeignError.
+
+    `names`: the tokenizer's `bos_token` and `eos_token`, where they are known already.
+    """
+    described, generation = tokenizer_settings(folder), read_json(folder / "generation_config.json") or {}
+    names = names or {name: _text_of(described.get(name)) for name in NAMED}
+    begin, end = (None if (text := names[name]) is None else tokenizer.token_to_id(text) for name in NAMED)
     stops = [end, *_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
     stop_ids = tuple(dict.fromkeys(token for token in stops if token is not None))
     kept = {name: generation[name] for name in GENERATION if generation.get(name) is not None}
-    if begin is not None:
-        kept["bos_token_id"] = begin
-    return Conventions(_start_id(named, begin, tokenizer), stop_ids, _template(folder, named), kept)
+    kept["bos_token_id"] = begin  # the tokenizer's, for templates and likelihoods: generation_config.json may name another
+    return Conventions(start_id(tokenizer), stop_ids, _template(folder, described), kept)
 
 
 def _ids(value: Any) -> list[int]:
     return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]
 
 
-def _token_id(token: Any, tokenizer: Tokenizer) -> int | None:
-    """The id of a special token, which is named by its text or by an object that holds the text."""
-    text = token.get("content") if isinstance(token, dict) else token
-    found: int | None = tokenizer.token_to_id(text) if isinstance(text, str) else None
-    return found
-
-
-def _start_id(named: Mapping[str, Any], begin: int | None, tokenizer: Tokenizer) -> int | None:
-    """The token that the tokenizer puts before every text: as its configuration says, else as it does."""
-    if (says := named.get("add_bos_token")) is not None:
-        return begin if says else None
-    ids = tokenizer.encode("a").ids
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    return ids[0] if len(ids) > len(plain) and ids[0] != plain[0] else None
+def start_id(tokenizer: Tokenizer) -> int | None:
+    """The token that the tokenizer puts before every text, whatever its configuration says of it. Raises ForeignError."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    if whole.ids == plain.ids:
+        return None
+    if whole.ids[1:] != plain.ids:
+        expected = "expected nothing more than one token before the text: change post_processor in tokenizer.json"
+        raise ForeignError(f"the tokenizer makes {' '.join(whole.tokens)} of the text 'a'; {expected}")
+    first: int = whole.ids[0]
+    return first
 
 
 def _template(folder: Path, named: Mapping[str, Any]) -> str | None:
@@ -300,15 +340,33 @@ def export_model(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def write_tokenizer(checkpoint: Checkpoint, begin: int | None, folder: Path) -> None:
-    """The tokenizer's files, in the form that transformers' AutoTokenizer reads."""
+    """The tokenizer's files, in the form that transformers' AutoTokenizer obeys."""
     conventions, tokenizer = checkpoint.conventions, checkpoint.tokenizer
     special = {"bos_token": begin, "eos_token": conventions.stop_ids[0] if conventions.stop_ids else None}
-    tokens = {name: tokenizer.id_to_token(token) for name, token in special.items() if token is not None}
-    starts = conventions.start_id is not None
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": starts, **tokens})
+    described: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": conventions.start_id is not None,  # for llama.cpp's converter; transformers obeys the post-processor
+        "clean_up_tokenization_spaces": False,
+        **{name: tokenizer.id_to_token(token) for name, token in special.items() if token is not None},
+    }
+    with_start(tokenizer, conventions.start_id).save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", described)
     if conventions.chat_template is not None:
         (folder / "chat_template.jinja").write_text(conventions.chat_template, encoding="utf-8")
+
+
+def with_start(tokenizer: Tokenizer, start: int | None) -> Tokenizer:
+    """A tokenizer whose post-processor puts the token `start` before every text; the same one where it does already."""
+    if start_id(tokenizer) == start:
+        return tokenizer
+    before = [] if start is None else [tokenizer.id_to_token(start)]
+    changed = Tokenizer.from_str(tokenizer.to_str())
+    changed.post_processor = TemplateProcessing(
+        single=[*before, "$A"],
+        pair=[*before, "$A", *(f"{token}:1" for token in before), "$B:1"],
+        special_tokens=[(token, start) for token in before],
+    )
+    return changed
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

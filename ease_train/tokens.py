@@ -38,21 +38,50 @@ def train_tokenizer(documents: list[str], config: TokenizerConfig) -> Tokenizer:
     return tokenizer
 
 
-def encode_stream(tokenizer: Tokenizer, documents: list[str], separator: int | None = None) -> NDArray[np.int32]:
-    """All documents as one stream of ids, `separator` (END by default) before each. Shape: (tokens,)."""
+def settled(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer without what its file may hold from a training script: truncation, padding, dropout of merges."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def encode_stream(
+    tokenizer: Tokenizer,
+    documents: list[str],
+    separator: int | None = None,
+    *,
+    parse_special: bool = False,
+) -> NDArray[np.int32]:
+    """All documents as one stream of ids, `separator` (END by default) before each. Shape: (tokens,).
+
+    Special tokens that a document mentions are text, unless `parse_special`.
+    """
     end = tokenizer.token_to_id(END) if separator is None else separator
-    encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    tokenizer.encode_special_tokens = not parse_special
+    try:
+        encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    finally:
+        tokenizer.encode_special_tokens = False
     return np.concatenate([np.array([end, *encoding.ids], dtype=np.int32) for encoding in encodings])
 
 
-def cached_stream(tokenizer: Tokenizer, documents: list[str], folder: Path | None, separator: int | None = None) -> NDArray[np.int32]:
+def cached_stream(
+    tokenizer: Tokenizer,
+    documents: list[str],
+    folder: Path | None,
+    separator: int | None = None,
+    *,
+    parse_special: bool = False,
+) -> NDArray[np.int32]:
     """`encode_stream`, kept in `folder` under the sum of what goes in, and read from there the next time.
 
     A file found there is mapped, not read. Without a folder nothing is kept.
     """
     if folder is None:
-        return encode_stream(tokenizer, documents, separator)
-    digest = hashlib.sha256(f"{separator}:{tokenizer.to_str()}".encode())
+        return encode_stream(tokenizer, documents, separator, parse_special=parse_special)
+    digest = hashlib.sha256(f"{separator}:{parse_special}:{tokenizer.to_str()}".encode())
     for text in documents:
         digest.update(f"{len(text)}:".encode() + text.encode("utf-8", "surrogatepass"))
     path = folder / f"{digest.hexdigest()[:32]}.npy"
@@ -60,7 +89,7 @@ def cached_stream(tokenizer: Tokenizer, documents: list[str], folder: Path | Non
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         with partial.open("wb") as file:
-            np.save(file, encode_stream(tokenizer, documents, separator))
+            np.save(file, encode_stream(tokenizer, documents, separator, parse_special=parse_special))
         partial.replace(path)
     stream: NDArray[np.int32] = np.load(path, mmap_mode="r")
     return stream

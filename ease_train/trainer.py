@@ -125,7 +125,13 @@ def layers_rest(recipe: Recipe) -> bool:
 def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDArray[np.int32]:
     """A split of a checkpoint's data as its model reads it, kept in `cache`. Shape: (tokens,). Raises DataError."""
     documents = load_documents(checkpoint.data, split)
-    return cached_stream(checkpoint.tokenizer, documents, cache, checkpoint.conventions.separator)
+    return cached_stream(
+        checkpoint.tokenizer,
+        documents,
+        cache,
+        checkpoint.conventions.separator,
+        parse_special=checkpoint.recipe.train.parse_special,
+    )
 
 
 def token_counts(checkpoint: Checkpoint, cache: Path | None) -> Tensor:

@@ -34,7 +34,7 @@ POLICY = "max-prob"
 
 def sequences(llm: LLM, data: str, split: str, number: int, length: int) -> list[list[int]]:
     """The documents' tokens one after another, cut. Shape: number lists of length + 1."""
-    stream = [token for text in load_documents(data, split) for token in llm.encode(text)]
+    stream = [token for text in load_documents(data, split) for token in llm.encode_text(text)]
     found = [stream[start : start + length + 1] for start in range(0, number * (length + 1), length + 1)]
     if len(found[-1]) <= length:
         raise click.ClickException(f"{data} has {len(stream)} tokens, expected {number * (length + 1)}")

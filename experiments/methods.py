@@ -214,7 +214,7 @@ def criteria(study: Study, threads: int) -> None:
 
 def criteria_of(llm: LLM) -> list[dict[str, Any]]:
     """For each criterion and threshold, with exact keys and values: perplexity over full depth's, and mean depth."""
-    documents = list(first_tokens([llm.encode(text) for text in load_documents(DATA, "test")], SCORED_TOKENS))
+    documents = list(first_tokens([llm.encode_text(text) for text in load_documents(DATA, "test")], SCORED_TOKENS))
     tried = [(name, *pair) for name in CRITERIA for pair in policies(llm, documents, name)]
     off, *scores = score_documents(llm.engine, documents, [ExitPolicy(), *(policy for _, policy, _ in tried)], "recompute")
     return [

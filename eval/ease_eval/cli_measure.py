@@ -46,11 +46,15 @@ NARROW_COLUMNS = ("at", "catch-up", "ppl", "vs off", "depth", "tok/s", "p50\nms"
 REPORT_DOCUMENTS = 24  # that depth by position and reliability are drawn from
 PASSAGE_LEAST = 32  # tokens of a document that the passage may begin with
 
+PARSE_SPECIAL = click.option(
+    "--parse-special", is_flag=True, help="Special tokens written in the documents are real ones (chats); otherwise they are text."
+)
 MEASURE_FLAGS = (
     click.option(
         "--data", default="kjv", show_default=True, help="kjv, wikitext-2, a local .txt/.jsonl/.parquet file, or a data set on the hub."
     ),
     click.option("--split", default="test", show_default=True, help="train, validation or test."),
+    PARSE_SPECIAL,
     click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}."),
     click.option(
         "--thresholds", type=ThresholdList(), default="0.5,0.7,0.9", show_default=True, help="A row each; each for every early exit."
@@ -108,6 +112,7 @@ class Asked:
         *,
         data: str,
         split: str,
+        parse_special: bool,
         policy: str,
         thresholds: tuple[float | None, ...],
         exit_thresholds: tuple[tuple[float | None, ...], ...],
@@ -123,7 +128,7 @@ class Asked:
         """From the flags of a command."""
         amounts = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds)
         llm = LLM(bundle, device=device, num_threads=threads)
-        documents = [llm.encode(text) for text in load_documents(data, split)]
+        documents = [llm.encode_text(text, parse_special=parse_special) for text in load_documents(data, split)]
         rows: list[float | Sequence[float | None]] = [
             *(t for t in thresholds if t is not None),
             *exit_thresholds,

@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from ease_eval.agreement import compare, read_prompts
 from ease_eval.calibrate import RISKS, Certificate, write_certificate
 from ease_eval.calibrate import calibrate as run_calibration
+from ease_eval.cli_measure import PARSE_SPECIAL
 from ease_eval.files import write_whole
 from ease_eval.journal import Journal
 from ease_eval.provenance import provenance
@@ -32,6 +33,7 @@ from ease_train.corpora import load_documents
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", default="kjv", show_default=True, help="A corpus, as for table.")
 @click.option("--split", default="validation", show_default=True, help="Documents to calibrate on; not those of the table.")
+@PARSE_SPECIAL
 @click.option("--delta", default=0.05, show_default=True, help="The risk to hold, in (0, 1).")
 @click.option("--epsilon", default=0.05, show_default=True, help="The chance to be wrong about that.")
 @click.option(
@@ -56,6 +58,7 @@ def calibrate(
     bundle: Path,
     data: str,
     split: str,
+    parse_special: bool,
     delta: float,
     epsilon: float,
     risk: str,
@@ -72,7 +75,8 @@ def calibrate(
     """Find thresholds that hold a tolerance with a guarantee, and write them into the bundle."""
     llm = LLM(bundle, device=device, num_threads=threads)
     length = min(tokens, llm.stack.max_positions)
-    encoded = [ids[: length + 1] for text in load_documents(data, split)[:documents] if len(ids := llm.encode(text)) > 1]
+    texts = load_documents(data, split)[:documents]
+    encoded = [ids[: length + 1] for text in texts if len(ids := llm.encode_text(text, parse_special=parse_special)) > 1]
     certificate = run_calibration(
         llm.engine, encoded, policy=policy, catch_up=catch_up, risk=risk, delta=delta, epsilon=epsilon, data=data, split=split, seed=seed
     )

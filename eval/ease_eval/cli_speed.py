@@ -84,7 +84,7 @@ def compare(
         asked = [llm.encode(text)[:prompt_tokens] for text in read_prompts(prompts, texts)]
     else:
         amounts = Amounts(num_texts=texts, prompt_tokens=prompt_tokens, new_tokens=plan.new_tokens)
-        documents = [llm.encode(text) for text in load_documents(data, split)]
+        documents = [llm.encode_text(text) for text in load_documents(data, split)]
         asked = [list(text.tokens[:prompt_tokens]) for text in choose_texts(documents, amounts, llm.stack.max_positions)]
     del llm  # its memory is for the others
     result = compare_peers(plan, asked, tell=lambda line: click.echo(line, err=True))

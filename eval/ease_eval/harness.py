@@ -58,7 +58,6 @@ class EaseLM(LM):  # type: ignore[misc]
         self.policy = self.llm.policy(self.options)
         self.llm.check(self.options)
         self.source = provenance(Path(bundle), self.llm, threads)
-        self.templated = False  # whether prompts come from the chat template, which writes the start token itself
         self.num_tokens = self.num_layers = 0
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -66,7 +65,7 @@ class EaseLM(LM):  # type: ignore[misc]
         check_scorable(self.llm.engine, [self.policy], self.options.catch_up)
         found = []
         for request in requests:
-            context, continuation = encode_pair(self.llm, *request.args, raw=not self.templated)
+            context, continuation = encode_pair(self.llm, *request.args)
             (scores,) = score_continuation(self.llm.engine, context, continuation, [self.policy], self.options.catch_up)
             self._count(scores)
             found.append((float(scores.logprobs.sum()), scores.says.tolist() == continuation))
@@ -78,9 +77,8 @@ class EaseLM(LM):  # type: ignore[misc]
         found = []
         for request in requests:
             (text,) = request.args
-            ids = self.llm.encode(text)
-            if self.llm.start_id is None:
-                ids = [prefix_id(self.llm), *ids]
+            ids, first = self.llm.encode(text), prefix_id(self.llm)
+            ids = ids if ids[:1] == [first] else [first, *ids]
             total = 0.0
             if len(ids) > 1:
                 (scores,) = score_documents(self.llm.engine, [ids], [self.policy], self.options.catch_up)
@@ -107,7 +105,7 @@ class EaseLM(LM):  # type: ignore[misc]
         generations, texts = [], {}
         for context, wanted in asked:
             options = self._read(wanted)
-            prompt = self.llm.encode(context, raw=not self.templated) or [prefix_id(self.llm)]
+            prompt = self.llm.encode(context) or [prefix_id(self.llm)]
             generations.append(self.llm.submit(prompt[options.max_tokens - self.llm.stack.max_positions :], options))
             texts[generations[-1].choices[0]] = ""
         while self.llm.busy:
@@ -170,7 +168,6 @@ class EaseLM(LM):  # type: ignore[misc]
             raise RequestError("this bundle has no chat template (a base model); leave --apply_chat_template away")
         if not add_generation_prompt:
             raise RequestError("this model cannot go on with an answer that a task has begun (a gen_prefix)")
-        self.templated = True
         return self.llm.template.render(chat_history)
 
 

@@ -16,28 +16,29 @@ from ease_runtime.policy import ExitPolicy
 
 
 def prefix_id(llm: LLM) -> int:
-    """The token that a text without a context follows: the start token, or the end token of a bundle that has none.
+    """The token that a text without a context follows, as in lm_eval's own models: the tokenizer's start token, else its end token.
 
     Raises RequestError where there is neither.
     """
-    if llm.start_id is not None:
-        return llm.start_id
-    if not llm.stop_ids:
+    begin = llm.manifest.generation.get("bos_token_id", llm.start_id)
+    if begin is not None:
+        return int(begin)
+    if not llm.manifest.stop_ids:
         raise RequestError("this bundle has no start token and no end token: a text needs a context that it can follow")
-    return min(llm.stop_ids)
+    return llm.manifest.stop_ids[0]
 
 
-def encode_pair(llm: LLM, context: str, continuation: str, *, raw: bool = True) -> tuple[list[int], list[int]]:
+def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """A context's ids, and those of what follows it, so that both together are the ids of the whole text.
 
-    Spaces at the end of the context belong to the continuation, as tokenizers have it. A text that is not raw comes from a
-    chat template. Raises RequestError.
+    Spaces at the end of the context belong to the continuation, as tokenizers have it. Raises RequestError.
     """
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
-    first = llm.encode(kept, raw=raw) if kept else []
-    whole = llm.encode(kept + continuation, raw=raw)
-    if not first:
+    whole = llm.encode(kept + continuation)
+    if kept:
+        first = llm.encode(kept)
+    else:
         first = [prefix_id(llm)]
         whole = whole if whole[:1] == first else [*first, *whole]
     if len(whole) <= len(first):

@@ -104,7 +104,7 @@ def test_openai_chat(client: Any) -> None:
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "a"}]},
     ]
     whole = client.chat.completions.create(model="toy", messages=messages, max_completion_tokens=8, logprobs=True, top_logprobs=3)
-    ids = text_engine().encode("debaabc", raw=False)
+    ids = text_engine().tokenizer.encode("debaabc").ids
     assert whole.choices[0].message.content == said(ids, max_tokens=8)
     content = whole.choices[0].logprobs.content
     assert "".join(bytes(token.bytes).decode() for token in content) == whole.choices[0].message.content
