@@ -91,6 +91,7 @@ def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precis
             for n, layer in enumerate(config.exits)
         ),
         chat_template=TEMPLATE_FILE if checkpoint.conventions.chat_template is not None else None,
+        special_tokens=checkpoint.conventions.special_tokens,
         generation=checkpoint.conventions.generation,
         files={path.name: FileInfo(sha256_of(path), path.stat().st_size) for path in sorted(folder.iterdir())},
         source=_source(checkpoint, checkpoint_path),

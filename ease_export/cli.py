@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ease_runtime.chat import ChatTemplate
 from ease_runtime.commands import ErrorGroup
 from ease_runtime.errors import EaseError
 from ease_runtime.manifest import PRECISIONS, Manifest, load_manifest
@@ -43,6 +44,8 @@ def build(checkpoint: Path, bundle: Path, precision: str) -> None:
         manifest = export_bundle(checkpoint, bundle, precision)
     size = sum(info.num_bytes for info in manifest.files.values())
     console.print(f"{bundle}: {len(manifest.segments)} segments, {len(manifest.files)} files, {size / 1e6:.1f} MB")
+    if manifest.chat_template and (problem := ChatTemplate((bundle / manifest.chat_template).read_bytes()).problem):
+        click.echo(f"warning: {problem}", err=True)
 
 
 @main.command()

@@ -20,6 +20,8 @@ class Conversation:
     def __init__(self, llm: TextEngine, options: Options, system: str | None = None) -> None:
         if options.n != 1:
             raise RequestError(f"n {options.n}: a chat has one answer")
+        if llm.template is not None and llm.template.problem is not None:
+            raise RequestError(llm.template.problem)
         self.llm, self.options = llm, options
         self.opening = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.opening)

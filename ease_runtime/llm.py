@@ -261,10 +261,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def load_template(bundle: Path, manifest: Manifest, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The bundle's chat template, if it has one. Raises BundleError."""
+    """The bundle's chat template, if it has one."""
     if manifest.chat_template is None:
         return None
-    begin, end = manifest.generation.get("bos_token_id", manifest.start_id), manifest.stop_ids[0] if manifest.stop_ids else None
-    names = [tokenizer.id_to_token(token) or "" if type(token) is int else "" for token in (begin, end)]
-    source = (bundle / manifest.chat_template).read_text(encoding="utf-8")
-    return ChatTemplate(source, bos_token=names[0], eos_token=names[1])
+    return ChatTemplate((bundle / manifest.chat_template).read_bytes(), **special_tokens(manifest, tokenizer))
+
+
+def special_tokens(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, str]:
+    """The texts of a bundle's special tokens by their names; older bundles know two of them, by their ids."""
+    if manifest.special_tokens:
+        return manifest.special_tokens
+    ids = {"bos_token": manifest.generation.get("bos_token_id", manifest.start_id), "eos_token": next(iter(manifest.stop_ids), None)}
+    known = {name: token for name, token in ids.items() if type(token) is int and 0 <= token < manifest.vocab_size}
+    texts = {name: tokenizer.id_to_token(token) for name, token in known.items()}
+    return {name: text for name, text in texts.items() if text is not None}

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ease_runtime.chat import SPECIAL_TOKENS
 from ease_runtime.errors import BundleError
 
 FORMAT_VERSION = 4  # 2: tokens of several rows in one pass, ragged; 3: start and stop tokens; 4: exits with a layer of their own
@@ -73,7 +74,8 @@ class Manifest:
     first in training.
 
     `similarity` is the graph that compares two hidden states; `chat_template` a jinja2 file, for models that have one;
-    `generation` what the model's makers sample with, never used unasked.
+    `special_tokens` the texts of its special tokens by their names (`bos_token`, ...), which templates write; `generation` what
+    the model's makers sample with, never used unasked.
     """
 
     format_version: int
@@ -91,6 +93,7 @@ class Manifest:
     exits: tuple[ExitInfo, ...]
     files: dict[str, FileInfo]
     chat_template: str | None = None
+    special_tokens: dict[str, str] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)  # thresholds that hold a tolerance, and their certificate
     source: dict[str, Any] = field(default_factory=dict)  # where it came from: checkpoint, metrics, versions
@@ -152,12 +155,20 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         exits=tuple(_exit(t) for t in table.tables("exits")),
         files={name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0)) for name, t in table.named_tables("files")},
         chat_template=table.optional_file("chat_template"),
+        special_tokens=_special_tokens(table),
         generation=table.mapping("generation"),
         calibration=table.mapping("calibration"),
         source=table.mapping("source"),
     )
     _check_shape(manifest, table)
     return manifest
+
+
+def _special_tokens(table: "_Table") -> dict[str, str]:
+    found = table.mapping("special_tokens")
+    if not found.keys() <= set(SPECIAL_TOKENS) or not all(isinstance(text, str) for text in found.values()):
+        table.fail(f"special_tokens = {str(found)[:80]}, expected texts by the names {', '.join(SPECIAL_TOKENS)}")
+    return found
 
 
 def _segment(table: "_Table") -> SegmentInfo:

@@ -7,9 +7,13 @@
 Knows nothing about models or requests.
 """
 
+import json
+import re
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -18,54 +22,101 @@ from ease_runtime.sequence import Token
 CONTEXT_TOKENS = 8  # before the answer: some decoders treat the first token of a text unlike the others
 LONGEST_WINDOW = 32  # tokens that are decoded together at most
 BROKEN = "\ufffd"  # what stands for bytes that are no character (yet)
-LONGEST_BROKEN = 3  # bytes of a character that lacks its last
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class Detokenizer:
-    """The text of tokens, a piece a token: '' while a character is incomplete. Special tokens have no text.
+    """The text of tokens, a piece a token: '' while later tokens may still change it. Special tokens have no text.
 
-    Only the last few tokens are decoded anew for each, and what they had shown before is taken away.
+    The pieces together are what one decode of prompt and answer adds to the prompt's text; a character that the prompt
+    began belongs to the answer that completes it. Only the last few tokens are decoded anew for each.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int]) -> None:
         self.tokenizer = tokenizer
-        self.window = list(context[-CONTEXT_TOKENS:])
+        self.special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        steps = list(_steps(tokenizer))
+        self.byte_tokens = any(step["type"] == "ByteFallback" for step in steps)
+        self.at_once = _rewrites(steps)
+        spoken = [token for token in context if not self._silent(token)]
+        start = 0 if self.at_once else max(0, len(spoken) - CONTEXT_TOKENS)
+        while start > 0 and self._is_byte(spoken[start]):
+            start -= 1
+        self.window = spoken[start:]
         self.num_old = len(self.window)  # tokens of the window that were complete when the last one came
-        self.shown = _whole(self._decode(self.window))
+        self.shown = self._decode(self.window)
 
     def step(self, token: int) -> str:
-        """The text that became complete with a token."""
+        """The text that became certain with a token."""
+        if self._silent(token):
+            return ""
         self.window.append(token)
+        if self.at_once or self._is_byte(token):  # bytes in a row become characters together, or none does
+            return ""
         text = self._decode(self.window)
-        whole = _whole(text)
-        piece = whole[len(self.shown) :]
-        self.shown = max(self.shown, whole, key=len)
-        if whole == text or len(self.window) > LONGEST_WINDOW:
+        piece = self._show(text.removesuffix(BROKEN))
+        if not text.endswith(BROKEN) or len(self.window) > LONGEST_WINDOW:
             self._forget()
         return piece
 
     def flush(self) -> str:
-        """What is left of a character that was never completed, as replacement characters."""
-        return self._decode(self.window)[len(self.shown) :]
+        """The text that waited for later tokens, now that none will come."""
+        return self._show(self._decode(self.window))
+
+    def _show(self, text: str) -> str:
+        """What a text adds to what was shown of it; the end of the prompt's may read otherwise by now."""
+        if self.shown.startswith(text):
+            return ""
+        piece = text[num_shared(self.shown, text) :]
+        self.shown = text
+        return piece
 
     def _forget(self) -> None:
         """Let go of the tokens that the next one's text cannot depend on."""
         recent = self.window[max(self.num_old, len(self.window) - CONTEXT_TOKENS) :]
-        if text := _whole(self._decode(recent)):
+        if text := self._decode(recent).removesuffix(BROKEN):
             self.window, self.shown = recent, text
         self.num_old = len(self.window)
+
+    def _silent(self, token: int) -> bool:
+        return token in self.special or self.tokenizer.id_to_token(token) is None
+
+    def _is_byte(self, token: int) -> bool:
+        return self.byte_tokens and BYTE_TOKEN.fullmatch(str(self.tokenizer.id_to_token(token))) is not None
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
-def _whole(text: str) -> str:
-    """A text without the characters at its end that may be incomplete."""
-    end = len(text)
-    while end > max(0, len(text) - LONGEST_BROKEN) and text[end - 1] == BROKEN:
-        end -= 1
-    return text[:end]
+def num_shared(first: str, second: str) -> int:
+    """How many characters two texts begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _steps(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    """What the decoder does, step by step, as tokenizer.json says it."""
+    waiting = [] if tokenizer.decoder is None else [json.loads(tokenizer.decoder.__getstate__())]
+    while waiting:
+        step = waiting.pop(0)
+        if step["type"] == "Sequence":
+            waiting = step["decoders"] + waiting
+        else:
+            yield step
+
+
+def _rewrites(steps: Sequence[dict[str, Any]]) -> bool:
+    """Whether a decoder reads the fused text again, so that any token may change what stands before it."""
+    kinds = [step["type"] for step in steps]
+    fused = min((kinds.index(kind) + 1 for kind in ("ByteLevel", "Fuse") if kind in kinds), default=len(steps))
+    return not all(_keeps_beginnings(step) for step in steps[fused:])
+
+
+def _keeps_beginnings(step: dict[str, Any]) -> bool:
+    """Whether a longer text, decoded, begins as the shorter one does."""
+    if step["type"] == "Replace":
+        return len(step["pattern"].get("String", "")) == 1
+    return step["type"] in ("Fuse", "Strip", "Metaspace")
 
 
 class StopPattern:

@@ -12,13 +12,15 @@ from ease_train.tokens import END
 class Conventions:
     """`start_id` stands before a text (None: nothing does), each of `stop_ids` ends one; the first is the one that stands there.
 
-    `chat_template` is jinja2's source, `generation` what the model's makers sample with, by transformers' names.
+    `chat_template` is jinja2's source, `special_tokens` the texts that it may write by their names (`bos_token`, ...), `generation`
+    what the model's makers sample with, by transformers' names.
     """
 
     start_id: int | None
     stop_ids: tuple[int, ...]
     chat_template: str | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    special_tokens: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Self:
@@ -28,11 +30,13 @@ class Conventions:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], chat_template: str | None) -> Self:
-        return cls(values["start_id"], tuple(values["stop_ids"]), chat_template, values["generation"])
+        special_tokens = values.get("special_tokens", {})
+        return cls(values["start_id"], tuple(values["stop_ids"]), chat_template, values["generation"], special_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the template, which is a file of its own."""
-        return {"start_id": self.start_id, "stop_ids": list(self.stop_ids), "generation": self.generation}
+        values = {"start_id": self.start_id, "stop_ids": list(self.stop_ids), "generation": self.generation}
+        return {**values, "special_tokens": self.special_tokens}
 
     @property
     def separator(self) -> int:

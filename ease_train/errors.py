@@ -37,7 +37,7 @@ class DivergenceError(TrainError):
 
 
 class SettingWarning(UserWarning):
-    """A setting that has no effect."""
+    """A setting that has no effect, or a part of a foreign model that cannot be used."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ Reading safetensors needs no transformers; a tokenizer that is not in the form o
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,10 +22,11 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
+from ease_runtime.chat import SPECIAL_TOKENS, ChatTemplate
 from ease_train.checkpoint import UNKNOWN_DATA, Checkpoint, filled
 from ease_train.config import OF_THE_EXITS, ModelConfig, Recipe, TokenizerConfig, TrainConfig
 from ease_train.conventions import Conventions
-from ease_train.errors import CheckpointError, ForeignError
+from ease_train.errors import CheckpointError, ForeignError, SettingWarning
 from ease_train.files import written_aside
 from ease_train.foreign import ROTARY_BUFFER, Foreign, foreign_config, foreign_name, model_config
 from ease_train.model import Decoder
@@ -202,7 +204,7 @@ def read_conventions(
     stop_ids = tuple(dict.fromkeys(token for token in stops if token is not None))
     kept = {name: generation[name] for name in GENERATION if generation.get(name) is not None}
     kept["bos_token_id"] = begin  # the tokenizer's, for templates and likelihoods: generation_config.json may name another
-    return Conventions(start_id(tokenizer), stop_ids, _template(folder, described), kept)
+    return Conventions(start_id(tokenizer), stop_ids, _template(folder, described), kept, _special_tokens(described))
 
 
 def _ids(value: Any) -> list[int]:
@@ -223,12 +225,35 @@ def start_id(tokenizer: Tokenizer) -> int | None:
 
 def _template(folder: Path, named: Mapping[str, Any]) -> str | None:
     """The chat template: a file of its own, or in the tokenizer's configuration, alone or as the one named 'default'."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = named.get("chat_template")
+    path = folder / "chat_template.jinja"
+    template = path.read_bytes() if path.is_file() else named.get("chat_template")
     if isinstance(template, list):
-        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
+        named_so = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        if "default" not in named_so:
+            warn(f"no chat template is named 'default' (there are: {', '.join(map(str, named_so))}); imported without one")
+        template = named_so.get("default")
+    return read_template(template) if isinstance(template, str | bytes) else None
+
+
+def read_template(source: str | bytes) -> str | None:
+    """A template's text; None where it has none. One that cannot be read is warned of: it costs chat only."""
+    if (problem := ChatTemplate(source).problem) is not None:
+        warn(problem)
+    try:
+        return source if isinstance(source, str) else source.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def warn(message: str) -> None:
+    warnings.warn(message, SettingWarning, stacklevel=2)
+
+
+def _special_tokens(named: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of the special tokens that a tokenizer's configuration names, for templates."""
+    given = {name: named.get(name) for name in SPECIAL_TOKENS}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def adopt(foreign: Foreign, exits: tuple[int, ...], max_positions: int | None, source: str) -> Checkpoint:
@@ -348,6 +373,7 @@ def write_tokenizer(checkpoint: Checkpoint, begin: int | None, folder: Path) -> 
         "add_bos_token": conventions.start_id is not None,  # for llama.cpp's converter; transformers obeys the post-processor
         "clean_up_tokenization_spaces": False,
         **{name: tokenizer.id_to_token(token) for name, token in special.items() if token is not None},
+        **conventions.special_tokens,
     }
     with_start(tokenizer, conventions.start_id).save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", described)

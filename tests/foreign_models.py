@@ -50,8 +50,8 @@ def make_tokenizer(start: bool) -> Tokenizer:
 
 
 def make_model(family: str, **changes: Any) -> Any:
-    """A random model whose every weight matters: norms and biases are not what they start as."""
-    kind, fields = FAMILIES[family]
+    """A random model of a family, or of a class by its name, whose every weight matters: norms and biases are not what they start as."""
+    kind, fields = FAMILIES.get(family, (family, {}))
     torch.manual_seed(3)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **fields, **changes})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()

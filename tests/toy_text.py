@@ -3,6 +3,27 @@
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 END = "<|end|>"
+REPLACE = decoders.Replace("▁", " ")
+WORDS = "▁the ▁king ▁a ▁good ▁ ing a b . n't ##ing ##s abc</w> x</w> é 日 👍 | <pad> Ġa âĤ ¬!"
+DECODERS = {
+    "llama 2": decoders.Sequence([REPLACE, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+    "gemma": decoders.Sequence([REPLACE, decoders.ByteFallback(), decoders.Fuse()]),
+    "byte fallback": decoders.ByteFallback(),
+    "byte fallback, then words": decoders.Sequence([decoders.ByteFallback(), decoders.WordPiece()]),
+    "byte level": decoders.ByteLevel(),
+    "metaspace": decoders.Metaspace(),
+    "metaspace, never first": decoders.Metaspace(prepend_scheme="never"),
+    "wordpiece": decoders.WordPiece(),
+    "wordpiece, untidied": decoders.WordPiece(cleanup=False),
+    "end of word": decoders.BPEDecoder(),
+    "ctc": decoders.CTC(),
+    "char": decoders.Fuse(),
+    "strip two": decoders.Sequence([REPLACE, decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
+    "strip each": decoders.Strip("a", 1, 0),
+    "rewritten": decoders.Sequence([decoders.Fuse(), decoders.Replace("a b", "c")]),
+    "bytes rewritten": decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")]),
+    "none": None,
+}
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "a"), ("â", "Ĥ"), ("¬", "!")]  # the last two hold parts of a euro sign, "â Ĥ ¬"
 
 
@@ -33,4 +54,16 @@ def piece_tokenizer() -> Tokenizer:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in words[:3]])
+    return tokenizer
+
+
+def decoder_tokenizer(kind: str) -> Tokenizer:
+    """One of DECODERS over a vocabulary for all of them: 0..2 are special, 3..258 the bytes, then WORDS and ByteLevel's alphabet."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), " ", "\ufffd", *WORDS.split()]
+    words += [letter for letter in sorted(pre_tokenizers.ByteLevel.alphabet()) if letter not in words]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    if (decoder := DECODERS[kind]) is not None:
+        tokenizer.decoder = decoder
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in words[:3]])
+    tokenizer.add_tokens(["<|user|>"])
     return tokenizer

@@ -161,7 +161,8 @@ class Service:
         """The model, for /v1/models; `ease` says what a client may ask of it."""
         stack = self.llm.stack
         ease = {"exit_layers": list(stack.exit_layers), "max_positions": stack.max_positions}
-        ease |= {"chat": self.llm.template is not None, "gates": stack.has_gates}
+        template = self.llm.template
+        ease |= {"chat": template is not None and template.problem is None, "gates": stack.has_gates}
         return {"id": self.settings.model, "object": "model", "created": self.started, "owned_by": "ease", "ease": ease}
 
 

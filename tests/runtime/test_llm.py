@@ -10,7 +10,7 @@ import pytest
 import toy_text
 from ease_runtime.chat import ChatTemplate
 from ease_runtime.conversation import Conversation
-from ease_runtime.errors import BundleError, DeviceError, RequestError
+from ease_runtime.errors import DeviceError, RequestError
 from ease_runtime.generation import Timing, TokenEvent
 from ease_runtime.llm import TextEngine
 from ease_runtime.mock import MockStack
@@ -336,7 +336,13 @@ def test_templates_are_kept_in_their_box() -> None:
     ):
         with pytest.raises(RequestError, match="the chat template cannot take"):
             ChatTemplate(source).render(messages)
-    with pytest.raises(BundleError, match="no jinja2"):
-        ChatTemplate("{% for %}")
+    for source in ("{% for %}", "{% blink %}", "{{ messages|blink }}", b"\xff\xfe"):
+        template = ChatTemplate(source)
+        assert template.problem is not None
+        assert len(template.problem.splitlines()) == 1
+        with pytest.raises(RequestError, match=r"the chat template cannot be read .*; chat is refused, all else works"):
+            text_engine(template=template).encode_chat(messages)
+        with pytest.raises(RequestError, match="cannot be read"):
+            Conversation(text_engine(template=template), Options())
     now = ChatTemplate("{{ strftime_now('%Y') }}{{ messages | tojson }}").render(messages)
     assert now.endswith('[{"role": "user", "content": "x"}]')

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 import toy_text
 from ease_runtime.sequence import Token
-from ease_runtime.text import Detokenizer, Piece, StopMatcher, StopPattern, TextWriter
+from ease_runtime.text import Detokenizer, Piece, StopMatcher, StopPattern, TextWriter, num_shared
 
 BYTES, PIECES = toy_text.byte_tokenizer(), toy_text.piece_tokenizer()
 
@@ -65,7 +65,50 @@ def test_special_tokens_have_no_text_and_spaces_stay() -> None:
     assert pieces_of(PIECES, [the, a, ing, 1, the], [])[:-1] == ["the", " a", "ing", "", " the"]
     assert pieces_of(PIECES, [the, a], [0, ing])[:-1] == [" the", " a"]
     euro = [7 + byte for byte in "€".encode()]
-    assert pieces_of(PIECES, [*euro, a], [ing]) == ["", "", "€", " a", ""]
+    assert pieces_of(PIECES, [*euro, a], [ing]) == ["", "", "", "€ a", ""]
+    assert pieces_of(PIECES, [*euro, *euro], [ing])[-1] == "€€"
+
+
+OF_ANY_KIND = {kind: toy_text.decoder_tokenizer(kind) for kind in toy_text.DECODERS}
+IN_BYTES = [[3 + byte for byte in character.encode()] for character in "é日本👍ß€\n\tz"]
+WORDS = [[259 + place] for place in range(len(toy_text.WORDS.split()) + 2)]
+OTHERS = [[token] for token in (0, 1, 2, 10_000, *range(3, OF_ANY_KIND["none"].get_vocab_size()))]
+GROUPS = st.lists(st.one_of(st.sampled_from(groups) for groups in (IN_BYTES, WORDS, OTHERS)), max_size=25)
+TOKENS = GROUPS.map(lambda groups: [token for group in groups for token in group])
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompt=TOKENS, answer=TOKENS)
+def test_the_pieces_are_one_decode_of_the_whole(prompt: list[int], answer: list[int]) -> None:
+    """Whatever the decoder and wherever the prompt ends: what prompt and answer read, after what the prompt reads."""
+    for kind, tokenizer in OF_ANY_KIND.items():
+        whole, before = tokenizer.decode(prompt + answer), tokenizer.decode(prompt)
+        pieces = pieces_of(tokenizer, answer, prompt)
+        assert "".join(pieces) == whole[num_shared(before, whole) :], kind
+        assert len(pieces) == len(answer) + 1
+
+
+@pytest.mark.parametrize("kind", ["llama 2", "gemma"])
+def test_characters_in_bytes_and_a_prompt_that_ends_inside_one(kind: str) -> None:
+    tokenizer = toy_text.decoder_tokenizer(kind)
+    euro, hand = ([3 + byte for byte in character.encode()] for character in "€👍")
+    the, broken = tokenizer.token_to_id("▁the"), 3 + 0xFF
+    assert pieces_of(tokenizer, [*euro, *hand, *euro, the], [the]) == [*[""] * 10, "€👍€ the", ""]
+    assert "".join(pieces_of(tokenizer, [the], [the, *euro, *hand, *euro])) == " the", "nothing of the prompt's own bytes"
+    assert "".join(pieces_of(tokenizer, [*euro[1:], the], [the, euro[0]])) == "€ the"
+    assert "".join(pieces_of(tokenizer, [the], [the, *euro[:2]])) == " the"
+    assert "".join(pieces_of(tokenizer, [*euro, broken, the], [the])) == "\ufffd" * 4 + " the"
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_stop_string_is_looked_for_in_the_text_as_it_reads(last: bool) -> None:
+    """Characters in bytes read only together, whether the text ends with them or goes on."""
+    tokenizer = toy_text.decoder_tokenizer("llama 2")
+    the, ids = tokenizer.token_to_id("▁the"), [3 + byte for byte in "a€👍b".encode()]
+    given, writer = write([the, *ids, *([] if last else [the])], ["👍b"], tokenizer)
+    assert (text_of(given), writer.stopped) == ("thea€", True)
+    given, writer = write([the, *ids[:-2], the], ["€"], tokenizer)
+    assert (text_of(given), writer.stopped) == ("the" + "\ufffd" * 7 + " the", False), "a byte is missing, so none of them reads"
 
 
 def test_a_long_run_of_broken_bytes_costs_no_more_than_a_text() -> None:
