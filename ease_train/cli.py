@@ -237,7 +237,7 @@ def import_(source: str, out: Path, layers: tuple[int, ...], with_exits: Path | 
         raise TrainError(f"{out} is there already; choose another --out")
     if layers and with_exits:
         raise TrainError(f"--exits {layers[0]} and --with-exits {with_exits}: trained exits are where they were trained; leave one out")
-    checkpoint = import_model(source, layers, max_positions, with_exits)
+    checkpoint = import_model(source, layers, max_positions, with_exits, report=click.echo)
     save_checkpoint(checkpoint, out)
     config, parameters = checkpoint.recipe.model, sum(p.numel() for p in checkpoint.model.parameters())
     shape = f"{config.num_layers} layers of width {config.dim}, vocabulary {config.vocab_size}, context {config.max_positions}"

@@ -48,12 +48,16 @@ ROTARY_BUFFER = ".rotary_emb.inv_freq"  # which old files hold beside the weight
 
 @dataclass(frozen=True)
 class Foreign:
-    """A Hugging Face model: the values of its config.json, its weights by their names there, and what comes along."""
+    """A Hugging Face model: the values of its config.json, its weights by their names there, and what comes along.
+
+    `report` says line by line what of the source was used, where its reader counts that.
+    """
 
     config: dict[str, Any]
     weights: Mapping[str, Tensor]
     tokenizer: Tokenizer
     conventions: Conventions
+    report: tuple[str, ...] = ()
 
 
 def foreign_name(name: str) -> str | None:

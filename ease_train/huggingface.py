@@ -4,13 +4,14 @@
     export_model(checkpoint, Path("smollm2-hf"))     # transformers loads it; what belongs to the exits lies in files beside
     export_exits(checkpoint, Path("smollm2-exits"))     # these files alone, small enough to share
 
-Reading safetensors needs no transformers; a tokenizer that is not in the form of tokenizer.json does, and .gguf files.
+Reading safetensors and .gguf files needs no transformers (the latter need the package gguf); a tokenizer that is not in the form
+of tokenizer.json does.
 """
 
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,22 @@ NAMED = ("bos_token", "eos_token")
 WITH_TRANSFORMERS = "needs transformers: pip install 'ease-lm[hf]'"
 
 
-def import_model(source: str, exits: tuple[int, ...] = (), max_positions: int | None = None, with_exits: Path | None = None) -> Checkpoint:
+def import_model(
+    source: str,
+    exits: tuple[int, ...] = (),
+    max_positions: int | None = None,
+    with_exits: Path | None = None,
+    report: Callable[[str], object] | None = None,
+) -> Checkpoint:
     """A foreign model as a checkpoint with untrained exits, whose norms start as the final norm. Raises ForeignError, ConfigError.
 
-    Without `exits` it has those in the folder `with_exits`, or those that `export_model` wrote beside it, if any.
+    Without `exits` it has those in the folder `with_exits`, or those that `export_model` wrote beside it, if any. `report` is
+    called with each line of what of a .gguf file was used.
     """
     if source.endswith(".gguf"):
-        from ease_train.gguf import read_gguf
-
-        foreign, folder = read_gguf(Path(source)), None
+        foreign, folder = read_gguf_file(Path(source)), None
+        for line in foreign.report if report else ():
+            report(line)
     else:
         folder = Path(source) if Path(source).is_dir() else download(source)
         foreign = read_directory(folder)
@@ -58,6 +66,17 @@ def import_model(source: str, exits: tuple[int, ...] = (), max_positions: int | 
     if with_exits is not None:
         return adopt_with_exits(foreign, with_exits, max_positions, source)
     return adopt(foreign, exits, max_positions, source)
+
+
+def read_gguf_file(path: Path) -> Foreign:
+    """The model of a .gguf file. Raises ForeignError."""
+    if not path.is_file():
+        raise ForeignError(f"no file at {path}")
+    try:
+        from ease_train.gguf import read_gguf
+    except ImportError:
+        raise ForeignError(f"reading {path.name} needs gguf: pip install 'ease-lm[hf]'") from None
+    return read_gguf(path)
 
 
 def download(name: str) -> Path:

@@ -247,6 +247,8 @@ def test_a_hub_id_without_network_and_no_id_at_all(tmp_path: Path) -> None:
 
 def test_without_transformers_only_some_files_are_out_of_reach(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "ease_train.gguf", raising=False)
     assert import_model(str(llama), (2,)).recipe.model.exits == (2, 4)
     (edited(llama, tmp_path / "hf") / "tokenizer.json").unlink()
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
