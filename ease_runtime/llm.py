@@ -66,6 +66,9 @@ class TextEngine:
         except UnicodeEncodeError as error:
             raise RequestError(f"the text is no valid Unicode: half of a surrogate pair at character {error.start}") from None
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if (last := max(ids, default=0)) >= self.stack.vocab_size:
+            found = f"the text has {self.token_text(last)!r}, the token {last}"
+            raise RequestError(f"{found}, for which this model has no row: its vocabulary has {self.stack.vocab_size}")
         return [self.start_id, *ids] if raw and self.start_id is not None else ids
 
     def encode_chat(self, messages: Many[Message]) -> list[int]:
