@@ -19,35 +19,66 @@ from ease_export.plan import SIMILARITY_FILE, Cut, Plan, block_file, cut_layers,
 from ease_export.quantize import BITS, WeightQuantizer, add_contrib_domain
 from ease_export.trace import Tracer
 from ease_export.weights import WeightFiles
+from ease_runtime.errors import EaseError
 from ease_runtime.manifest import FORMAT_VERSION, MANIFEST_FILE, ExitInfo, FileInfo, Manifest, SegmentInfo, sha256_of
-from ease_train.checkpoint import TEMPLATE_FILE, Checkpoint, load_checkpoint
+from ease_runtime.stack import OrtStack
+from ease_train.checkpoint import TEMPLATE_FILE, Checkpoint, load_checkpoint, not_finite
 from ease_train.files import written_aside
+from ease_train.model import Decoder
 
 TOKENIZER_FILE = "tokenizer.json"
 
 
 def export_bundle(checkpoint_path: Path, bundle: Path, precision: str = "fp32") -> Manifest:
-    """Export a checkpoint in one of manifest.PRECISIONS.
+    """Export a checkpoint in one of manifest.PRECISIONS, and load what was written before it gets its name.
 
-    Raises CheckpointError, ExportError when something is at `bundle` that is no bundle."""
+    Raises CheckpointError; ExportError when something is at `bundle` that is no bundle, when a weight is no finite number, or when
+    onnxruntime does not run the graphs. A bundle of before is then still there.
+    """
     if bundle.exists() and not is_bundle(bundle):
         raise ExportError(f"{bundle} is there already and is no bundle; choose another name, or remove it")
-    checkpoint = load_checkpoint(checkpoint_path)
-    model = checkpoint.model.eval().half() if precision == "fp16" else checkpoint.model.eval()
-    quantizer = WeightQuantizer(model, precision) if precision in BITS else None
     try:
         with written_aside(bundle) as folder:
-            tracer, files = Tracer(), WeightFiles(folder)
-            for plan in plan_graphs(model):
-                write_graph(plan, tracer, files, quantizer)
-            checkpoint.tokenizer.save(str(folder / TOKENIZER_FILE))
-            if (template := checkpoint.conventions.chat_template) is not None:
-                (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-            manifest = describe(checkpoint, checkpoint_path, folder, precision)
-            (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+            manifest = write_bundle(checkpoint_path, folder, precision)
+            check_runs(folder, checkpoint_path, precision)
     except OSError as error:
         raise ExportError(f"could not write {bundle}: {error.strerror or error}; no half bundle is left there") from None
     return manifest
+
+
+def write_bundle(checkpoint_path: Path, folder: Path, precision: str) -> Manifest:
+    """Write all files of a bundle into an empty folder. Raises CheckpointError, ExportError, OSError."""
+    checkpoint = load_checkpoint(checkpoint_path)
+    check_finite(checkpoint.model, str(checkpoint_path))
+    model = checkpoint.model.eval()
+    if precision == "fp16":
+        check_finite(model.half(), f"{checkpoint_path} in fp16")
+    quantizer = WeightQuantizer(model, precision) if precision in BITS else None
+    tracer, files = Tracer(), WeightFiles(folder)
+    for plan in plan_graphs(model):
+        write_graph(plan, tracer, files, quantizer)
+    checkpoint.tokenizer.save(str(folder / TOKENIZER_FILE))
+    if (template := checkpoint.conventions.chat_template) is not None:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    manifest = describe(checkpoint, checkpoint_path, folder, precision)
+    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def check_finite(model: Decoder, what: str) -> None:
+    """Raise ExportError for the first weight that holds NaN or infinity."""
+    for name, weight in model.state_dict().items():
+        if where := not_finite(weight):
+            raise ExportError(f"{what}: {name} {where}; nothing that it says would mean anything")
+
+
+def check_runs(folder: Path, checkpoint_path: Path, precision: str) -> None:
+    """Load a bundle as whoever uses it will, and run each graph once. Raises ExportError when onnxruntime does not."""
+    try:
+        OrtStack(folder).run_every_graph()
+    except (EaseError, RuntimeError) as error:  # the latter is ONNX Runtime's
+        reason = str(error).splitlines()[0].replace(f"{folder}/", "")
+        raise ExportError(f"{checkpoint_path} in {precision} gives graphs that do not run: {reason}") from None
 
 
 def is_bundle(folder: Path) -> bool:

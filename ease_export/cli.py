@@ -53,7 +53,10 @@ def build(checkpoint: Path, bundle: Path, precision: str) -> None:
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="The checkpoint that the bundle was exported from.")
 @click.option("--tokens", default=200, show_default=True, help="Greedy tokens to compare.")
 def verify(bundle: Path, checkpoint: Path, tokens: int) -> None:
-    """Compare every graph with torch, and the whole by greedy generation. Exit code 1 when they differ."""
+    """Compare every graph with torch, and the whole by greedy generation. Exit code 1 when they differ.
+
+    An int8 or int4 bundle is judged by its graphs without the rounding of activations, whose effect is told beside.
+    """
     from ease_export.verify import verify_bundle
 
     report = verify_bundle(bundle, checkpoint, tokens)
@@ -65,12 +68,17 @@ def verify(bundle: Path, checkpoint: Path, tokens: int) -> None:
 
 def render_report(report: "Report", console: Console) -> None:
     """The differences, graph by graph, and the greedy agreement."""
-    table = Table("graph", "output", "largest difference", "")
+    table = Table("graph", "output", "largest difference", "allowed", "")
     for difference in report.differences:
-        verdict = "ok" if difference.relative <= report.tolerance else "[red]too large[/red]"
-        table.add_row(difference.graph, difference.output, f"{difference.relative:.1e}", verdict)
+        figures = [f"{difference.relative:.1e}", f"{difference.limit:.0e}"]
+        table.add_row(difference.graph, difference.output, *figures, "ok" if difference.ok else "[red]too large[/red]")
     console.print(table)
-    console.print(f"greedy tokens equal to torch's: {report.agreed} of {report.num_generated}")
+    tie = "; the next two are equally likely" if report.is_tie else ""
+    console.print(f"greedy tokens equal to torch's: {report.agreed} of {report.num_generated}{tie}")
+    for exit_ in report.rounding:
+        low, high = exit_.interval
+        said = f"the exit at layer {exit_.layer} says the same token at {exit_.agreed} of {exit_.num_places} places"
+        console.print(f"with activations rounded to int8, {said} ({low:.1%} to {high:.1%}, 95 % interval)")
 
 
 @main.command()

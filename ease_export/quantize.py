@@ -1,8 +1,9 @@
 """int8 and int4 weights, by ONNX Runtime's own quantizer: a scale and a zero point for every 32 numbers of a row.
 
-Products become MatMulNBits, lookups in the embedding GatherBlockQuantized. The two read the same bytes, so a tied embedding is
-stored once. In int4, too, the embedding and the LM heads have 8 bits: with 4, SmolLM2-135M lost twice as much perplexity. Norms,
-exits' adapters, gates and routers, which are small and decide, stay fp32.
+Products become MatMulNBits, lookups in the embedding GatherBlockQuantized. The two read the same bytes, so a tied
+embedding is stored once; where blocks of 32 do not fill its rows, the lookup cuts off what is behind their end. In int4,
+too, the embedding and the LM heads have 8 bits: with 4, SmolLM2-135M lost twice as much perplexity. Norms, exits'
+adapters, gates and routers, which are small and decide, stay fp32.
 
 Shapes: O outputs (or words), I inputs, K blocks of a row.
 """
@@ -30,15 +31,14 @@ Weights = dict[str, NDArray[Any]]
 
 
 def matrices(model: Decoder, precision: str) -> Iterator[tuple[nn.Linear | nn.Embedding, int]]:
-    """The modules whose weights are quantised, with their bits: layers, LM heads, and the embedding where blocks of 32 fill its rows."""
+    """The modules whose weights are quantised, with their bits: layers, LM heads and the embedding."""
     own = [block for exit_layer in model.config.exits if (block := model.exit_block(exit_layer)) is not None]
     for layer in (*model.layers, *own):
         block = layer.block if isinstance(layer, RoutedBlock) else layer
         yield from ((module, BITS[precision]) for module in block.modules() if isinstance(module, nn.Linear))
     heads = (model.lm_head, model.draft_head, *model.exit_heads.values())
     yield from ((module, OUTER_BITS) for module in heads if isinstance(module, nn.Linear))
-    if model.config.dim % BLOCK_SIZE == 0:
-        yield model.embed, OUTER_BITS
+    yield model.embed, OUTER_BITS
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,22 @@ class WeightQuantizer:
     def rewrite(self, graph: onnx.GraphProto, weights: Weights) -> Weights:
         """Let a graph use quantised matrices. Returns the weights that its nodes name now."""
         added: Weights = {}
+        nodes = list[onnx.NodeProto]()
         for node in graph.node:
             place = {"Gemm": 1, "Gather": 0}.get(node.op_type)
             name = None if place is None else node.input[place]
-            if name in weights and weights[name].ctypes.data in self.bits:
-                found, width = self.quantized(weights[name]), weights[name].shape[1]
-                rewritten = _product(node, name, found, width) if place else _lookup(node, name, found)
-                values = found.values if place else found.values.reshape(len(found.values), -1)
-                added |= {f"{name}/values": values, f"{name}/scales": found.scales, f"{name}/zero_points": found.zero_points}
-                node.CopyFrom(rewritten)
+            if name not in weights or weights[name].ctypes.data not in self.bits:
+                nodes.append(node)
+                continue
+            found, width = self.quantized(weights[name]), weights[name].shape[1]
+            nodes += [_product(node, name, found, width)] if place else _lookup(node, name, found, width)
+            values = found.values if place else found.values.reshape(len(found.values), -1)
+            added |= {f"{name}/values": values, f"{name}/scales": found.scales, f"{name}/zero_points": found.zero_points}
+            if not place:
+                added |= {f"{name}/{bound}": np.array([number]) for bound, number in (("first", 0), ("width", width), ("axis", 1))}
+        rewritten = onnx.GraphProto(node=nodes)
+        del graph.node[:]
+        graph.node.extend(rewritten.node)
         return {**weights, **added}
 
 
@@ -104,10 +111,17 @@ def _product(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> o
     return onnx.helper.make_node("MatMulNBits", inputs, list(node.output), node.name, domain=CONTRIB, **attributes)
 
 
-def _lookup(node: onnx.NodeProto, name: str, found: Quantized) -> onnx.NodeProto:
+def _lookup(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> list[onnx.NodeProto]:
+    """The lookup, whose rows are as many whole blocks; where `width` does not fill the last, the rest is cut off."""
     inputs = [f"{name}/values", node.input[1], f"{name}/scales", f"{name}/zero_points"]
     attributes: Any = {"bits": found.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
-    return onnx.helper.make_node("GatherBlockQuantized", inputs, list(node.output), node.name, domain=CONTRIB, **attributes)
+    full = width % BLOCK_SIZE == 0
+    rows = list(node.output) if full else [f"{node.output[0]}/blocks"]
+    lookup = onnx.helper.make_node("GatherBlockQuantized", inputs, rows, node.name, domain=CONTRIB, **attributes)
+    if full:
+        return [lookup]
+    bounds = [f"{name}/{bound}" for bound in ("first", "width", "axis")]
+    return [lookup, onnx.helper.make_node("Slice", [*rows, *bounds], list(node.output), f"{node.name}/cut")]
 
 
 def round_trip(model: Decoder, precision: str) -> None:

@@ -121,8 +121,7 @@ class Engine:
             raise RequestError("the prompt is empty; give at least one token")
         if len(prompt) >= limit:
             raise RequestError(f"the prompt has {len(prompt)} tokens; this model's context of {limit} leaves no room for an answer")
-        if not all(0 <= token < self.stack.vocab_size for token in prompt):
-            raise RequestError(f"the prompt has token ids outside the vocabulary of {self.stack.vocab_size}")
+        self.check_ids(prompt)
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens {max_new_tokens} is below 1")
         self.check(policy, catch_up)
@@ -143,6 +142,12 @@ class Engine:
         """Measure what passes cost, once, when nothing is running: the passes that are timed run over the pool."""
         if self.costs is None and not self.sequences:
             self.costs = Costs(self.stack)
+
+    def check_ids(self, tokens: Many[int]) -> None:
+        """Raises RequestError for an id that the model has no row for: not every kernel would refuse it."""
+        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < self.stack.vocab_size:
+            token = next(token for token in tokens if not 0 <= token < self.stack.vocab_size)
+            raise RequestError(f"the token id {token} is outside the vocabulary of {self.stack.vocab_size}")
 
     def check(self, policy: ExitPolicy, catch_up: str) -> None:
         """Raises RequestError for a catch-up that is unknown, or a setting that this bundle cannot run."""
@@ -180,7 +185,11 @@ class Engine:
         )
 
     def open(self, tokens: Many[int], policy: ExitPolicy | None = None, catch_up: str = "recompute") -> Sequence:
-        """A sequence in a slot whose tokens have not run yet, unchecked: for whoever runs the segments with `advance`."""
+        """A sequence in a slot whose tokens have not run yet: for whoever runs the segments with `advance`.
+
+        Its policy and catch-up are unchecked. Raises RequestError for ids outside the vocabulary.
+        """
+        self.check_ids(tokens)
         sequence = self._new(tokens, policy or ExitPolicy(), catch_up)
         assert None in self.slots, "every slot is taken"
         self._seat(sequence, self.slots.index(None))

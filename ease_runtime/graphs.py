@@ -41,8 +41,8 @@ def share_arena() -> None:
     ort.create_and_register_allocator(memory, None)
 
 
-def load_session(path: Path, log_level: int, device: Device = CPU) -> ort.InferenceSession:
-    """Open a graph. Raises BundleError when ONNX Runtime cannot."""
+def load_session(path: Path, log_level: int, device: Device = CPU, changed: bytes | None = None) -> ort.InferenceSession:
+    """Open a graph, or a `changed` form of it over the same files of weights. Raises BundleError when ONNX Runtime cannot."""
     options = ort.SessionOptions()
     if device.provider != CPU.provider:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # a node left on the CPU would be a silent copy
@@ -50,8 +50,10 @@ def load_session(path: Path, log_level: int, device: Device = CPU) -> ort.Infere
     share_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = log_level
+    if changed is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return ort.InferenceSession(str(path), options, providers=[device.provider], enable_fallback=0)
+        return ort.InferenceSession(changed or str(path), options, providers=[device.provider], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         raise BundleError(f"{path} cannot be loaded by onnxruntime {ort.__version__}: {str(error).splitlines()[0]}") from None
 

@@ -74,7 +74,13 @@ class TextEngine:
         return self.encode(text) if parse_special else self._started(self.special.encode_text(text))
 
     def _started(self, ids: list[int]) -> list[int]:
+        self._check_rows(ids)
         return ids if self.start_id is None or ids[:1] == [self.start_id] else [self.start_id, *ids]
+
+    def _check_rows(self, ids: list[int]) -> None:
+        if (last := max(ids, default=0)) >= self.stack.vocab_size:
+            found = f"the text has {self.token_text(last)!r}, the token {last}"
+            raise RequestError(f"{found}, for which this model has no row: its vocabulary has {self.stack.vocab_size}")
 
     def encode_chat(self, messages: Many[Message]) -> list[int]:
         """The ids of a conversation, up to where the answer begins; special tokens that a message mentions are text.
@@ -83,7 +89,9 @@ class TextEngine:
         """
         if self.template is None:
             raise RequestError("this bundle has no chat template (a base model); give a prompt to continue instead of messages")
-        return self.special.encode_chat(self.template, messages)
+        ids = self.special.encode_chat(self.template, messages)
+        self._check_rows(ids)
+        return ids
 
     def token_text(self, token: int) -> str:
         """A token by itself, special tokens too."""

@@ -196,6 +196,8 @@ def _exit(table: "_Table") -> ExitInfo:
 def _check_shape(manifest: Manifest, table: "_Table") -> None:
     """Segments must cover the layers without a gap, exits must stand at their ends, and every file named must have a sum."""
     _check_calibration(manifest, table)
+    if manifest.start_id is not None and manifest.start_id >= manifest.vocab_size:
+        table.fail(f"start_id = {manifest.start_id} is outside the vocabulary of {manifest.vocab_size}")
     expected = 1
     for segment in manifest.segments:
         if segment.first_layer != expected or segment.last_layer < expected:

@@ -28,6 +28,7 @@ from ease_runtime.signatures import Signature, of_block, of_exit, of_gate, of_he
 log = logging.getLogger(__name__)
 
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
+NOT_FINITE = "its weights hold NaN or infinity, or overflow: get the model's own weights again, then export them"
 ROUNDING = {"fp32": 1, "fp16": 20, "int8": 50, "int4": 50}  # times that, by precision: int8 and int4 round activations within products
 
 
@@ -160,14 +161,17 @@ class OrtStack:
         try:
             self._self_test()
             if device.own_memory:
-                self._run_every_graph()
+                self.run_every_graph()
         except RuntimeError as error:  # ONNX Runtime's
             raise BundleError(f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; export the bundle again") from None
 
     def _load(self, name: str, signature: Signature, bind: Callable[..., None]) -> Graph:
-        session = load_session(self.bundle / name, self.log_level, self.device)
+        session = self._session(self.bundle / name)
         check_signature(session, self.bundle / name, signature, "tensor(float16)" if self.dtype is np.float16 else "tensor(float)")
         return Graph(session, bind, self.device)
+
+    def _session(self, path: Path) -> ort.InferenceSession:
+        return load_session(path, self.log_level, self.device)
 
     def open_cache(self, num_slots: int = 1) -> RowCache | DeviceCache:
         shape = (self.layers_cached, num_slots, self.manifest.kv_dim, self.max_positions)
@@ -367,6 +371,8 @@ class OrtStack:
             self.run_segment(0, single, [Span(0, i, i + 1)], ids[i : i + 1], first + length + i)
         states = self.pool.read(np.arange(first, first + 2 * length)).astype(np.float32)
         together, apart = states[:length], states[length:]
+        if not np.isfinite(states).all():
+            raise BundleError(f"{self.bundle}: its first segment gives no finite numbers; {NOT_FINITE}")
         scale = float(np.abs(apart).max())
         difference, self.exact = float(np.abs(together - apart).max()), bool((together == apart).all())
         if not difference <= SELF_TEST_TOLERANCE * scale * ROUNDING[self.manifest.precision]:
@@ -375,8 +381,8 @@ class OrtStack:
                 f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install 'onnxruntime>=1.31'"
             )
 
-    def _run_every_graph(self) -> None:
-        """One token through each graph, so that a device that cannot run one is found before a request is."""
+    def run_every_graph(self) -> None:
+        """One token through each graph, so that one that cannot run here is found before a request is."""
         rows, span = np.zeros(1, np.int64), [Span(0, 0, 1)]
         cache, row = self.open_cache(), self.reserve_rows(2 + 2 * len(self.layout), [])
         for number, shape in enumerate(self.layout):

@@ -152,6 +152,14 @@ def _read_conventions(config: dict[str, Any], path: Path) -> Conventions | None:
     return Conventions.from_dict(config["conventions"], source) if "conventions" in config else None
 
 
+def not_finite(weight: Tensor) -> str | None:
+    """What to say of a weight that holds NaN or infinity: the first, and how many there are. None for a sound one."""
+    if not weight.is_floating_point() or (finite := weight.isfinite()).all():
+        return None
+    places = (~finite).nonzero().tolist()
+    return f"holds {weight[tuple(places[0])].item()} at {places[0]} ({len(places)} of {weight.numel()} numbers are not finite)"
+
+
 def load_weights(config: ModelConfig, path: Path) -> Decoder:
     """A decoder with the weights of a file, which are in memory once. Raises CheckpointError when they do not fit."""
     with safetensors.safe_open(path, framework="pt") as file:

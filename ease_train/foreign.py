@@ -3,6 +3,7 @@
 Llama 2 and 3, SmolLM2, Mistral (without its sliding window), Qwen2 and 2.5, Qwen3. Knows nothing about files.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,21 @@ CONFIG = {
     "tie_embeddings": "tie_word_embeddings",
 }
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+UNSAID = {  # what transformers takes where config.json does not name a field; None follows from other fields
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+}
+UNSAID_BY_KIND: dict[str, dict[str, int]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+}
+MOST_POSITIONS = 1 << 22  # whose rotary tables take 2 GB
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROTARY_BUFFER = ".rotary_emb.inv_freq"  # which old files hold beside the weights
@@ -71,21 +87,29 @@ def foreign_name(name: str) -> str | None:
 
 
 def model_config(values: Mapping[str, Any], exits: tuple[int, ...], max_positions: int | None, tied: bool) -> ModelConfig:
-    """A config.json as ours; `tied` says whether the weights lack an LM head. Raises ForeignError for what would compute otherwise."""
+    """A config.json as ours; `tied` says whether embedding and LM head are one matrix.
+
+    Raises ForeignError for what would compute otherwise.
+    """
     kind = values.get("model_type")
     _refuse_features(values, kind)
     if missing := [name for name in NEEDED if name not in values]:
         raise ForeignError(f"config.json lacks {', '.join(missing)}: it describes no decoder of the Llama family")
-    given = {ours: values[theirs] for ours, theirs in CONFIG.items() if values.get(theirs) is not None}
+    values = {**UNSAID, **UNSAID_BY_KIND[str(kind)], **values}
+    for name in CONFIG.values():
+        _check_field(name, values[name])
+    given = {ours: values[theirs] for ours, theirs in CONFIG.items() if values[theirs] is not None}
     positions = _positions(values, kind)
+    positions = min(max_positions or positions, positions)
+    if positions > MOST_POSITIONS:
+        raise ForeignError(f"config.json has a context of {positions} tokens, expected at most {MOST_POSITIONS}; cut it: --max-positions N")
     return ModelConfig.from_dict(
         {
             "num_kv_heads": given["num_heads"],
-            "norm_eps": 1e-6,
-            "tie_embeddings": tied,
             **given,
             **rotary_settings(values),
-            "max_positions": min(max_positions or positions, positions),
+            "tie_embeddings": tied,
+            "max_positions": positions,
             "attention_bias": kind == "qwen2",
             "qk_norm": kind == "qwen3",
             "exits": exits,
@@ -94,14 +118,27 @@ def model_config(values: Mapping[str, Any], exits: tuple[int, ...], max_position
     )
 
 
+def _check_field(name: str, value: Any) -> None:
+    """Raise ForeignError unless a field of config.json holds what transformers would take."""
+    if name == "tie_word_embeddings":
+        sound, expected = type(value) is bool, "true or false"
+    elif name == "rms_norm_eps":
+        sound, expected = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to 1"
+    else:
+        follows = value is None and UNSAID.get(name, 0) is None
+        sound, expected = follows or (type(value) is int and value >= 1), "a whole number of at least 1"
+    if not sound:
+        raise ForeignError(f"config.json has {name} = {value!r}, expected {expected}")
+
+
 def _refuse_features(values: Mapping[str, Any], kind: Any) -> None:
     """Raise ForeignError, in one line, for an architecture or a feature that this decoder has not."""
     if kind not in ARCHITECTURES:
         raise ForeignError(f"models of the type '{kind}' cannot be imported; expected one of: {', '.join(ARCHITECTURES)}")
     unsupported = {
-        "hidden_act": values.get("hidden_act", "silu") != "silu",
-        "attention_bias": bool(values.get("attention_bias")),  # Llama's and Qwen3's, on the output projection too
-        "mlp_bias": bool(values.get("mlp_bias")),
+        "hidden_act": values.get("hidden_act", "silu") not in ("silu", "swish"),  # two names of one function
+        "attention_bias": kind in ("llama", "qwen3") and bool(values.get("attention_bias")),  # on the output projection, too
+        "mlp_bias": kind == "llama" and bool(values.get("mlp_bias")),
         "quantization_config": values.get("quantization_config") is not None,
     }
     for name, found in unsupported.items():
@@ -111,22 +148,35 @@ def _refuse_features(values: Mapping[str, Any], kind: Any) -> None:
 
 def _positions(values: Mapping[str, Any], kind: Any) -> int:
     """The longest text that this model attends to as a whole: past its sliding window, where it has one, it would not."""
-    longest = int(values.get("max_position_embeddings", 2048))
-    slides = kind == "mistral" or values.get("use_sliding_window")
-    window = values.get("sliding_window") if slides else None
-    return min(longest, window) if window else longest
+    longest: int = values["max_position_embeddings"]
+    slides = kind == "mistral" or (kind != "llama" and values.get("use_sliding_window"))
+    window = values["sliding_window"] if slides else None
+    if window is not None:
+        _check_field("sliding_window", window)
+    return longest if window is None else min(longest, window)
 
 
 def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, in the form of transformers 5 (rope_parameters) or of those before. Raises ForeignError."""
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
+    """`rope_theta` and `rope_scaling`, in the form of transformers before version 5, or of 5 (rope_parameters).
+
+    Where a file has both, transformers reads the first. Raises ForeignError.
+    """
+    found = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(found, Mapping):
+        raise ForeignError(f"config.json has rope_scaling = {found!r}, expected an object")
+    rope = dict(found)
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = values.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
     if kind not in ("default", "linear", "llama3") or share != 1.0:
         raise ForeignError(f"rotary embeddings of the kind '{kind}' (share {share}) cannot be imported; expected: default, linear, llama3")
     names = {"default": (), "linear": LLAMA3_SCALING[:1], "llama3": LLAMA3_SCALING}[kind]
-    return {"rope_theta": theta, "rope_scaling": tuple(float(rope[name]) for name in names)}
+    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    for name in ("rope_theta", *names):
+        value: Any = rope.get(name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ForeignError(f"config.json has rotary embeddings of the kind '{kind}' with {name} = {value!r}, expected a number above 0")
+    return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": tuple(float(rope[name]) for name in names)}
 
 
 def foreign_config(config: ModelConfig) -> dict[str, Any]:

@@ -24,18 +24,20 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from ease_runtime.chat import SPECIAL_TOKENS, ChatTemplate
-from ease_train.checkpoint import UNKNOWN_DATA, Checkpoint, filled
+from ease_train.checkpoint import UNKNOWN_DATA, Checkpoint, filled, not_finite
 from ease_train.config import OF_THE_EXITS, ModelConfig, Recipe, TokenizerConfig, TrainConfig
 from ease_train.conventions import Conventions
 from ease_train.errors import CheckpointError, ForeignError, SettingWarning
 from ease_train.files import written_aside
 from ease_train.foreign import ROTARY_BUFFER, Foreign, foreign_config, foreign_name, model_config
 from ease_train.model import Decoder
-from ease_train.tokens import settled
+from ease_train.tokens import settled, tokens_without_row
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXITS, EXIT_WEIGHTS = "ease.json", "ease_exits.safetensors"  # what transformers has no place for
 DRAFT_HEAD = "draft_head.weight"
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+OF_THE_EMBEDDING = EMBEDDING.removeprefix("model.")
 NEEDED_OF_HUB = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 GENERATION = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "bos_token_id", "eos_token_id", "pad_token_id")
 NAMED = ("bos_token", "eos_token")
@@ -118,31 +120,63 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors of a directory's safetensors files as fp32, read when they are asked for. Raises ForeignError."""
+    """The tensors of a directory's safetensors files as fp32, read when they are asked for. Raises ForeignError.
+
+    As transformers has it, `model.safetensors` goes before an index, and names may lack the prefix of the decoder.
+    """
 
     def __init__(self, folder: Path) -> None:
-        index = read_json(folder / INDEX)
-        files = sorted(set(index.get("weight_map", {}).values())) if index else [WEIGHTS]
-        if missing := [name for name in files if not (folder / name).is_file()]:
-            hint = f" ({len(missing)} of {len(files)} shards)" if index else "; weights in another form (.bin, .pt) are not read"
-            raise ForeignError(f"{folder} lacks {', '.join(missing)}{hint}")
-        self.path_of: dict[str, Path] = {}
-        for name in files:
+        names = dict[str, Path]()
+        for name in _weight_files(folder):
             with _opened(folder / name) as file:
-                self.path_of |= dict.fromkeys(file.keys(), folder / name)
+                names |= dict.fromkeys(file.keys(), folder / name)
+        bare = OF_THE_EMBEDDING in names
+        self.places = {f"model.{name}" if bare and name != LM_HEAD else name: (path, name) for name, path in names.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        with _opened(self.path_of[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
+        path, stored = self.places[name]
+        with _opened(path) as file:
+            tensor: Tensor = file.get_tensor(stored)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ForeignError(f"{self.path_of[name].name}: {name} is stored as {tensor.dtype}; quantised weights cannot be imported")
+            raise ForeignError(f"{path.name}: {name} is stored as {tensor.dtype}; quantised weights cannot be imported")
         return tensor.to(torch.float32, copy=True)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self.path_of)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self.path_of)
+        return len(self.places)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of a directory's safetensors files, which are all there. Raises ForeignError."""
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    index = read_json(folder / INDEX)
+    if index is None:
+        raise ForeignError(f"{folder} lacks {WEIGHTS}{_instead(folder)}")
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ForeignError(f"{folder / INDEX} is damaged: weight_map should name a file for each tensor")
+    files = sorted(set(places.values()))
+    if outside := [name for name in files if Path(name).name != name]:
+        raise ForeignError(f"{folder / INDEX} names {outside[0]!r}, which is no file of its own directory")
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise ForeignError(f"{folder} lacks {', '.join(missing)} ({len(missing)} of {len(files)} shards)")
+    return files
+
+
+def _instead(folder: Path) -> str:
+    """What a directory without weights that can be read holds in their place, and what to do about it."""
+    if (folder / "adapter_config.json").is_file():
+        return ": it is an adapter of peft; merge it into its model and save that (merge_and_unload, save_pretrained)"
+    if others := sorted(path.name for path in folder.glob("*.safetensors")):
+        return f" and {INDEX}; is {others[0]} meant? Give it the first name"
+    remedy = "transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(OTHER) writes them so"
+    return f"; weights in another form (.bin, .pt) are not read: {remedy}"
 
 
 def _opened(path: Path) -> Any:
@@ -277,8 +311,28 @@ def _special_tokens(named: Mapping[str, Any]) -> dict[str, str]:
 
 def adopt(foreign: Foreign, exits: tuple[int, ...], max_positions: int | None, source: str) -> Checkpoint:
     """A foreign model as a checkpoint. Raises ForeignError, ConfigError."""
-    config = model_config(foreign.config, exits, max_positions, tied="lm_head.weight" not in foreign.weights)
-    return _checkpoint(foreign, config, {}, source)
+    return _checkpoint(foreign, read_config(foreign, exits, max_positions), {}, source)
+
+
+def read_config(foreign: Foreign, exits: tuple[int, ...], max_positions: int | None) -> ModelConfig:
+    """A foreign model's configuration; where config.json and the tensors disagree, as transformers reads it.
+
+    Raises ForeignError, ConfigError.
+    """
+    num_layers = foreign.config.get("num_hidden_layers")
+    if type(num_layers) is int and num_layers > len(foreign.weights):
+        found = f"the model's files hold {len(foreign.weights)} tensors in all"
+        raise ForeignError(f"config.json has num_hidden_layers = {num_layers}, but {found}")
+    return model_config(foreign.config, exits, max_positions, is_tied(foreign))
+
+
+def is_tied(foreign: Foreign) -> bool:
+    """Whether embedding and LM head are one matrix: config.json says so, and the files hold no two that differ."""
+    if foreign.config.get("tie_word_embeddings", False) is not True:
+        return False
+    if not {EMBEDDING, LM_HEAD} <= foreign.weights.keys():
+        return True
+    return torch.equal(foreign.weights[EMBEDDING], foreign.weights[LM_HEAD])
 
 
 def _checkpoint(foreign: Foreign, config: ModelConfig, exit_weights: Mapping[str, Tensor], source: str) -> Checkpoint:
@@ -290,26 +344,41 @@ def _checkpoint(foreign: Foreign, config: ModelConfig, exit_weights: Mapping[str
         tokenizer=TokenizerConfig(),
         train=TrainConfig(layer_weights={config.num_layers: 1.0}, sequence_length=min(256, config.max_positions)),
     )
+    start = foreign.conventions.start_id
+    if start is not None and start >= config.vocab_size:
+        token = foreign.tokenizer.id_to_token(start)
+        raise ForeignError(f"{token!r} (id {start}) stands before every text, but the embedding has {config.vocab_size} rows")
     model = converted(foreign.weights, config, exit_weights)
+    if without := tokens_without_row(foreign.tokenizer, config.vocab_size):
+        warnings.warn(without, SettingWarning, stacklevel=2)
     return Checkpoint(recipe, model, foreign.tokenizer, 0, UNKNOWN_DATA, conventions=foreign.conventions)
 
 
 def converted(foreign: Mapping[str, Tensor], config: ModelConfig, exit_weights: Mapping[str, Tensor]) -> Decoder:
-    """A decoder with the foreign weights. Raises ForeignError when some lack, do not fit, or belong to nothing here."""
+    """A decoder with the foreign weights, each of which it uses (but the rotary tables of old files).
+
+    Raises ForeignError when some lack, do not fit, belong to nothing here or are no finite numbers.
+    """
     with torch.device("meta"):
-        names = list(Decoder(config).state_dict())
-    theirs = {name: known for name in names if (known := foreign_name(name)) is not None}
+        expected = Decoder(config).state_dict()
+    theirs = {name: known for name in expected if (known := foreign_name(name)) is not None}
+    used = set(theirs.values())
     if config.tie_embeddings:
         del theirs["lm_head.weight"]
+        theirs["embed.weight"] = EMBEDDING if EMBEDDING in foreign else LM_HEAD  # one of them, or two that are equal
     if missing := sorted({*theirs.values()} - foreign.keys()):
-        raise ForeignError(f"the model's files lack {len(missing)} weights, the first is {missing[0]}")
-    strange = [name for name in foreign if name not in theirs.values() and not name.endswith(ROTARY_BUFFER) and name != "lm_head.weight"]
-    if strange:
-        raise ForeignError(f"the model's files hold {len(strange)} weights that this decoder has no place for, the first is {strange[0]}")
-    weights = {name: foreign[known] for name, known in theirs.items()} | dict(exit_weights)
+        untied = f"; config.json ties no {LM_HEAD} to the embedding (tie_word_embeddings)" if missing[0] == LM_HEAD else ""
+        raise ForeignError(f"the model's files lack {len(missing)} weights, the first is {missing[0]}{untied}")
+    if strange := [name for name in foreign if name not in used and not name.endswith(ROTARY_BUFFER)]:
+        found = f"the model's files hold {len(strange)} weights that this decoder has no place for"
+        raise ForeignError(f"{found}, the first is {strange[0]}")
+    weights = dict[str, Tensor]()
+    for name, known in theirs.items():
+        weights[name] = _checked(known, foreign[known], expected[name].shape)
+    weights |= {name: _checked(name, value, value.shape) for name, value in exit_weights.items()}
     if "draft_ids" in weights and DRAFT_HEAD not in weights:
         weights[DRAFT_HEAD] = weights["embed.weight" if config.tie_embeddings else "lm_head.weight"][weights["draft_ids"]]
-    for name in names:
+    for name in expected:
         if name.startswith("exit_norms.") and name not in weights:
             weights[name] = weights["norm.weight"].clone()
     try:
@@ -318,13 +387,22 @@ def converted(foreign: Mapping[str, Tensor], config: ModelConfig, exit_weights: 
         raise ForeignError(str(error)) from None
 
 
+def _checked(name: str, weight: Tensor, shape: torch.Size) -> Tensor:
+    """A foreign weight that has this shape, and numbers that are finite. Raises ForeignError."""
+    if weight.shape != shape:
+        raise ForeignError(f"{name} has the shape {[*weight.shape]}, but config.json makes it {[*shape]}")
+    if where := not_finite(weight):
+        raise ForeignError(f"{name} {where}: the model is damaged, and would say nothing; get its files again")
+    return weight
+
+
 def adopt_with_exits(foreign: Foreign, folder: Path, max_positions: int | None, source: str) -> Checkpoint:
     """A foreign model with the exits that `export_model` or `export_exits` wrote. Raises ForeignError, ConfigError."""
     values = (read_json(folder / EXITS) or {}).get("model")
     if values is None:
         raise ForeignError(f"{folder} holds no exits: expected {EXITS} and {EXIT_WEIGHTS}, as `ease-train export-exits` writes them")
     theirs = ModelConfig.from_dict(values, EXITS)
-    config = model_config(foreign.config, theirs.exits, max_positions, tied="lm_head.weight" not in foreign.weights)
+    config = read_config(foreign, theirs.exits, max_positions)
     config = replace(config, **{name: getattr(theirs, name) for name in (*OF_THE_EXITS, "gates", "gate_width")})
     for name, value in asdict(replace(theirs, max_positions=config.max_positions)).items():
         if value != getattr(config, name):

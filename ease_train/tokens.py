@@ -47,6 +47,29 @@ def settled(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def num_ids(tokenizer: Tokenizer) -> int:
+    """How many rows an embedding needs for every id that a tokenizer gives."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def tokens_without_row(tokenizer: Tokenizer, vocab_size: int) -> str | None:
+    """What to say of a tokenizer that gives ids past the end of an embedding of `vocab_size` rows; None for one that does not."""
+    if num_ids(tokenizer) <= vocab_size:
+        return None
+    beyond = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size)
+    named = ", ".join(repr(token) for _, token in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
+    lacks = f"the tokenizer has {len(beyond)} tokens that the model, of {vocab_size} rows, knows nothing of"
+    return f"{lacks} (ids from {beyond[0][0]}: {named}); a text with one of them is refused"
+
+
+def check_rows(stream: NDArray[np.int32], tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
+    """Raise DataError when a text has tokens past the end of an embedding of `vocab_size` rows."""
+    if num_ids(tokenizer) > vocab_size and len(beyond := stream[stream >= vocab_size]):
+        token = f"{tokenizer.id_to_token(int(beyond[0]))!r} (id {beyond[0]})"
+        remedy = "take it out of the text, or give the model rows for it"
+        raise DataError(f"{what} has {len(beyond)} tokens past the model's vocabulary of {vocab_size}, the first is {token}; {remedy}")
+
+
 def encode_stream(
     tokenizer: Tokenizer,
     documents: list[str],

@@ -33,7 +33,7 @@ from ease_train.optimizer import create_optimizer, learning_rate, train_exits_on
 from ease_train.parallel import Workers, load_optimizer, whole
 from ease_train.schedules import drop_rates, exit_weights
 from ease_train.states import StateCache, States
-from ease_train.tokens import cached_stream, pack, train_tokenizer
+from ease_train.tokens import cached_stream, check_rows, num_ids, pack, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,16 @@ def layers_rest(recipe: Recipe) -> bool:
 
 def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDArray[np.int32]:
     """A split of a checkpoint's data as its model reads it, kept in `cache`. Shape: (tokens,). Raises DataError."""
-    documents = load_documents(checkpoint.data, split)
-    return cached_stream(
-        checkpoint.tokenizer,
+    documents, tokenizer = load_documents(checkpoint.data, split), checkpoint.tokenizer
+    stream = cached_stream(
+        tokenizer,
         documents,
         cache,
         checkpoint.conventions.separator,
         parse_special=checkpoint.recipe.train.parse_special,
     )
+    check_rows(stream, tokenizer, checkpoint.recipe.model.vocab_size, f"{checkpoint.data} ({split})")
+    return stream
 
 
 def token_counts(checkpoint: Checkpoint, cache: Path | None) -> Tensor:
@@ -192,8 +194,11 @@ class Trainer:
         workers = Workers.join(device, sharded)
         tokenizer = train_tokenizer(load_documents(source, "train"), recipe.tokenizer)
         tokenizer = Tokenizer.from_str(workers.share(tokenizer.to_str())) if workers.count > 1 else tokenizer
-        if recipe.model.vocab_size == 0:
-            recipe = replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.get_vocab_size()))
+        size, needed = recipe.model.vocab_size, num_ids(tokenizer)
+        if 0 < size < needed:
+            raise ConfigError(f"model: vocab_size = {size}, expected 0 (the tokenizer's size) or at least that: {needed}")
+        if size == 0:
+            recipe = replace(recipe, model=replace(recipe.model, vocab_size=needed))
         torch.manual_seed(recipe.train.seed)
         begun = Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source)
         if begun.model.draft_head is not None:

@@ -157,6 +157,7 @@ def _run_segments(
     num_prompt: int = 1,
 ) -> None:
     """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes one policy."""
+    engine.check_ids(targets.tolist())
     sequence, active = engine.open(inputs), np.ones(len(inputs), np.bool_)
     early = range(len(engine.stack.exit_layers) - 1)
     sequence.asked = frozenset(k for k in early if any(decision.policy.tests(k) for decision in decisions))
