@@ -33,6 +33,7 @@ from ease_runtime.schedule import DEFAULT_CAP
 from ease_runtime.sequence import Sequence
 from ease_runtime.stack import OrtStack, Stack
 from ease_runtime.text import StopPattern, TextWriter
+from ease_runtime.unknown import unknown_note
 
 
 class TextEngine:
@@ -128,7 +129,7 @@ class TextEngine:
             )
             choices.append(Choice(index, sequence, TextWriter(self.tokenizer, ids, patterns)))
             self.choices[sequence] = choices[-1]
-            sequence.notes += self.notes(options)
+            sequence.notes += self.notes(options) + unknown_note(self.tokenizer, ids)
         return Generation(ids, choices)
 
     def step(self) -> list[tuple[Choice, list[TokenEvent]]]:

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from ease_eval.documents import Document, first_tokens
 from ease_eval.files import write_whole
 from ease_eval.journal import Journal
 from ease_eval.latency import Setting
@@ -25,7 +26,6 @@ from ease_eval.table import (
     Table,
     cells,
     choose_texts,
-    first_tokens,
     make_settings,
     make_table,
     measure_quality,
@@ -87,11 +87,11 @@ def measure_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Asked:
-    """A bundle, a corpus's documents as its ids, and what is to be measured of them."""
+    """A bundle, a corpus's documents with its ids, and what is to be measured of them."""
 
     bundle: Path
     llm: LLM
-    documents: list[list[int]]
+    documents: list[Document]
     data: str
     split: str
     policy: str
@@ -120,12 +120,17 @@ class Asked:
     ) -> "Asked":
         """From the flags of a command."""
         amounts, llm = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds), LLM(bundle, num_threads=threads)
-        documents = [llm.encode(text) for text in load_documents(data, split)]
+        documents = [Document.of(llm, text) for text in load_documents(data, split)]
         rows: list[float | Sequence[float | None]] = [
             *(t for t in thresholds if t is not None),
             *exit_thresholds,
         ]  # off is always the first row
         return cls(bundle, llm, documents, data, split, policy, rows, catch_ups, amounts, threads)
+
+    @property
+    def encoded(self) -> list[Sequence[int]]:
+        """The documents' ids."""
+        return [document.ids for document in self.documents]
 
     @property
     def source(self) -> dict[str, Any]:
@@ -183,6 +188,7 @@ def table(bundles: tuple[Path, ...], batches: tuple[int, ...], json_file: Path |
             if journal.num_read:
                 click.echo(f"{journal.num_read} parts of {bundle} are there from a run before", err=True)
             tables.append(asked.table(journal, batches))
+            warn_of_unknown(tables[-1].rows[0])
             render(tables[-1], Console())
         whole = tables[0].to_json() if len(tables) == 1 else json.dumps({"tables": [asdict(one) for one in tables]}, indent=2) + "\n"
         for file, text in ((json_file, whole), (markdown_file, "\n".join(one.markdown() for one in tables))):
@@ -198,6 +204,7 @@ def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """Perplexity under each threshold, off first, without the clock."""
     asked = Asked.of(bundle, **given)
     rows = asked.qualities()
+    warn_of_unknown(rows[0])
     write_rows(asked, rows, json_file)
     shown = narrow_table("at", "catch-up", "ppl", "vs off", "95 %", "bits/byte", "depth")
     for row in rows:
@@ -239,7 +246,7 @@ def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """What tokens take under each threshold on the wall clock, prefill and decoding apart."""
     asked = Asked.of(bundle, **given)
     settings, amounts = asked.settings(), asked.amounts
-    texts = choose_texts(asked.documents, amounts, asked.llm.stack.max_positions)
+    texts = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
     found = [speed for speed, _ in measure_speed(asked.llm, settings, texts, amounts.num_rounds, Journal(None, {}))]
     rows = [TimedSetting(s.policy.name, threshold_of(s), s.catch_up, **vars(speed)) for s, speed in zip(settings, found, strict=True)]
     write_rows(asked, rows, json_file)
@@ -265,6 +272,13 @@ def write_rows(asked: Asked, rows: Sequence[Quality | TimedSetting], json_file: 
     """A command's rows as JSON, with where they come from."""
     if json_file:
         write_whole(json_file, json.dumps({**asked.source, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+
+
+def warn_of_unknown(off: Quality) -> None:
+    """Say that the text has characters which the tokenizer does not know, where it has."""
+    if off.unknown_share:
+        text = f"{off.unknown_share:.1%} of the scored tokens stand for characters that this tokenizer does not know"
+        click.echo(f"warning: {text}: perplexity counts them as any other token; bits a byte are over the bytes of the text", err=True)
 
 
 def label(row: Quality | TimedSetting) -> tuple[str, str]:
@@ -295,10 +309,12 @@ def report(bundle: Path, out: Path, **given: Any) -> None:
     if not out.suffix or out.with_suffix("").is_file():
         raise RequestError(f"the figures of {out} would go to a folder {out.with_suffix('')}; give a free name that ends in .html")
     asked = Asked.of(bundle, **given)
-    shown = [ids for ids in asked.documents if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
+    shown = [ids for ids in asked.encoded if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
     if not shown:
         raise RequestError(f"no document has more than {PASSAGE_LEAST} tokens to show a passage of; give longer ones: --data")
-    write_whole(out, make_report(asked.llm, asked.table(), shown, out))
+    result = asked.table()
+    warn_of_unknown(result.rows[0])
+    write_whole(out, make_report(asked.llm, result, shown, out))
     click.echo(f"{out}: written, with its figures in {out.with_suffix('')}")
 
 

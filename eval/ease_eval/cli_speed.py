@@ -15,9 +15,10 @@ from ease_eval.advice import advise as make_advice
 from ease_eval.agreement import read_prompts
 from ease_eval.cli_measure import JSON_FLAG, Asked, measure_flags, narrow_table
 from ease_eval.compare import Comparison, Plan, cells, compare_peers
+from ease_eval.documents import first_tokens
 from ease_eval.files import write_whole
 from ease_eval.provenance import provenance
-from ease_eval.table import Amounts, choose_texts, first_tokens, quality_cells
+from ease_eval.table import Amounts, choose_texts, quality_cells
 from ease_runtime.commands import ThresholdList
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.llm import LLM
@@ -123,8 +124,8 @@ def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **
     """
     asked = Asked.of(bundle, **given)
     amounts, settings = asked.amounts, asked.settings()
-    chosen = choose_texts(asked.documents, amounts, asked.llm.stack.max_positions)
-    scored = list(first_tokens(asked.documents, amounts.scored_tokens))
+    chosen = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
+    scored = [document.ids for document in first_tokens(asked.documents, amounts.scored_tokens)]
     advice = make_advice(asked.llm, scored, chosen, settings, tolerance, amounts.num_rounds)
     if json_file:
         source = {**provenance(bundle, asked.llm, asked.threads), "data": asked.data, "split": asked.split, **asdict(amounts)}
