@@ -95,17 +95,21 @@ class Placement:
     """Where the new tokens of each row go: their positions, and the length of the row's cache once they are written.
 
     Positions follow from where the tokens are written, unless they are given, as (N): a routed layer's cache has gaps.
+    Places are counted by sums over ones: ONNX Runtime moves what computes on a Shape to the CPU, and then no graph loads
+    on CUDA.
     """
 
     def __init__(self, ragged: Ragged, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> None:
         self.spread, self.write_indices, self.cos, self.sin = ragged.spread, ragged.write_indices, cos, sin
-        num_places, limit = ragged.spread.shape[1], cos.shape[0] - 1
-        self.lengths = ragged.write_indices + num_places  # (B)
-        dense = ragged.write_indices[:, None] + torch.arange(num_places) if positions is None else torch.take(positions, ragged.spread)
+        limit = cos.shape[0] - 1
+        ones = (ragged.spread == ragged.spread).long()  # (B, S)
+        self.lengths = ragged.write_indices + ones.sum(dim=1)  # (B)
+        dense = ragged.write_indices[:, None] + ones.cumsum(dim=1) - 1 if positions is None else torch.take(positions, ragged.spread)
         self.positions = dense.clamp(max=limit - 1)  # (B, S); pads may reach past the limit
         self.query_positions = torch.cat((self.positions[:, :1], self.positions), dim=1)  # (B, S+1), as the queries
         self.query_spread = torch.cat((ragged.spread[:, :1], ragged.spread), dim=1)
-        self.query_places = ragged.places + ragged.places // num_places + 1
+        copies = gather(ones.cumsum(dim=0).flatten(), ragged.places, 0, ragged.places.shape)  # (N): of first queries before a token
+        self.query_places = ragged.places + copies
 
     def spread_out(self, x: Tensor) -> Tensor:
         """Tokens in their rows. Shape: (N, X) -> (B, S, X)."""

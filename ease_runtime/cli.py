@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ease_runtime.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
-from ease_runtime.commands import ErrorGroup
+from ease_runtime.commands import DEVICE_FLAG, ErrorGroup
 from ease_runtime.conversation import Conversation
-from ease_runtime.device import DEVICES
 from ease_runtime.errors import EaseError, RequestError
 from ease_runtime.flags import option_flags, read_flags
 from ease_runtime.generation import Timing
@@ -39,7 +38,7 @@ def model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     text = "Measure what passes cost, and leave early only where it pays (but for verify, tokens then depend on the machine)."
     command = click.option("--adapt", is_flag=True, help=text)(command)
     command = click.option("--threads", "num_threads", default=0, help="CPU threads; 0 takes all.")(command)
-    return click.option("--device", default="auto", show_default=True, help=f"One of: {', '.join(DEVICES)}.")(command)
+    return DEVICE_FLAG(command)
 
 
 def take_place(given: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,15 @@ from typing import Any
 
 import click
 
+from ease_runtime.device import DEVICES
 from ease_runtime.errors import EaseError
+
+DEVICE_FLAG = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help=f"One of: {', '.join(DEVICES)}; auto is CUDA where it can run the bundle.",
+)
 
 
 class ErrorGroup(click.Group):

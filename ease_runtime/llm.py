@@ -22,7 +22,6 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ease_runtime.chat import ChatTemplate, Message
-from ease_runtime.device import choose_device
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, DeviceError, RequestError
 from ease_runtime.generation import Choice, Generation, Timing, TokenEvent
@@ -31,7 +30,7 @@ from ease_runtime.options import Options
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.schedule import DEFAULT_CAP
 from ease_runtime.sequence import Sequence
-from ease_runtime.stack import OrtStack, Stack
+from ease_runtime.stack import Stack, open_stack
 from ease_runtime.text import StopPattern, TextWriter
 from ease_runtime.unknown import unknown_note
 
@@ -202,7 +201,8 @@ class LLM(TextEngine):
         num_slots: int = 1,
         adapt: bool = False,
     ) -> None:
-        bundle, stack = Path(bundle), OrtStack(Path(bundle), num_threads=num_threads, device=choose_device(device))
+        bundle = Path(bundle)
+        stack = open_stack(bundle, device=device, num_threads=num_threads)
         self.manifest = stack.manifest
         tokenizer = load_tokenizer(bundle / self.manifest.tokenizer)
         super().__init__(

@@ -7,6 +7,7 @@ Shapes: N new tokens in all, B neighbouring slots of the cache, S new tokens of 
 buffer, M rows of the pool, D width, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ease_runtime.buffers import DeviceCache, DevicePool, HiddenPool, Int64s, RowCache
-from ease_runtime.device import CPU, Device, DeviceArray
+from ease_runtime.device import CPU, SILENT, Device, DeviceArray, choose_device
 from ease_runtime.errors import BundleError, DeviceError
 from ease_runtime.graphs import Binding, Graph, check_signature, load_session, start_thread_pool
 from ease_runtime.manifest import Manifest, load_manifest
 from ease_runtime.policy import HeadOutput
 from ease_runtime.signatures import Signature, of_block, of_exit, of_gate, of_head, of_kv, of_route, of_segment, of_similarity
+
+log = logging.getLogger(__name__)
 
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
 ROUNDING = {"fp32": 1, "fp16": 20, "int8": 50, "int4": 50}  # times that, by precision: int8 and int4 round activations within products
@@ -156,8 +159,10 @@ class OrtStack:
         self.at_head: tuple[int, ...] | None = None  # exit and rows whose states stand before the head, after a gate
         try:
             self._self_test()
+            if device.own_memory:
+                self._run_every_graph()
         except RuntimeError as error:  # ONNX Runtime's
-            raise BundleError(f"{bundle} does not run: {str(error).splitlines()[0]}; export the bundle again") from None
+            raise BundleError(f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; export the bundle again") from None
 
     def _load(self, name: str, signature: Signature, bind: Callable[..., None]) -> Graph:
         session = load_session(self.bundle / name, self.log_level, self.device)
@@ -369,6 +374,49 @@ class OrtStack:
                 f"self-test failed: several tokens in one pass differ by {difference:.2g} (of {scale:.2g}) from one at a time; "
                 f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install 'onnxruntime>=1.31'"
             )
+
+    def _run_every_graph(self) -> None:
+        """One token through each graph, so that a device that cannot run one is found before a request is."""
+        rows, span = np.zeros(1, np.int64), [Span(0, 0, 1)]
+        cache, row = self.open_cache(), self.reserve_rows(2 + 2 * len(self.layout), [])
+        for number, shape in enumerate(self.layout):
+            out_row = row + 2 * number
+            if shape.routed:
+                self.run_route(number, rows)
+                self.run_routed(number, cache, span, np.zeros(1, np.int64), rows, out_row)
+            else:
+                if self.kvs[number]:
+                    self.run_kv(number, cache, span, rows)
+                self.run_segment(number, cache, span, rows, out_row)
+            rows = np.array([out_row])
+            if (exit_index := shape.exit_index) is None:
+                continue
+            if self.blocks[exit_index]:
+                self.run_block(exit_index, cache, span, rows, row + 2 * len(self.layout))
+            if self.gates[exit_index]:
+                self.run_gate(exit_index, rows)
+            self.run_exit(exit_index, rows)
+        self.run_similarity(rows, rows)
+
+
+def open_stack(bundle: Path, *, device: str = "auto", num_threads: int = 0) -> OrtStack:
+    """A bundle's graphs on a device by its name.
+
+    "auto" is CUDA where it works and can run this bundle, else the CPU, with one line in the log that says why. Raises
+    BundleError, DeviceError.
+    """
+    chosen = choose_device(device)
+    if chosen is CPU:
+        return OrtStack(bundle, num_threads=num_threads)
+    try:
+        return OrtStack(bundle, num_threads=num_threads, log_level=SILENT, device=chosen)
+    except (BundleError, DeviceError) as error:
+        if device != "auto":
+            raise
+        reason = str(error)
+    stack = OrtStack(bundle, num_threads=num_threads)  # a bundle that is broken everywhere says so here
+    log.warning("%s cannot run this bundle, so it runs on the CPU: %s", chosen.name, reason)
+    return stack
 
 
 def _layout(manifest: Manifest) -> tuple[SegmentShape, ...]:

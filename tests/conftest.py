@@ -55,3 +55,56 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     path = tmp_path_factory.mktemp("tiny_bundle") / "bundle"
     export_bundle(tiny_checkpoint, path)
     return path
+
+
+def export_kind(folder: Path, exits: tuple[int, ...], **fields: object) -> tuple[Path, Path]:
+    """A checkpoint of `tiny_model` with some fields, and its bundle."""
+    from ease_export.build import export_bundle
+
+    tiny_model.write_checkpoint(folder / "checkpoint", exits, **fields)
+    export_bundle(folder / "checkpoint", folder / "bundle")
+    return folder / "checkpoint", folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Exits with an MLP adapter, a head of their own and a gate."""
+    own: dict[str, object] = {"exit_adapter": "mlp", "exit_head": "own"}
+    return export_kind(tmp_path_factory.mktemp("gated"), (2, 4, 6), gates=(2, 4), gate_width=8, **own)
+
+
+@pytest.fixture(scope="session")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Exits with a layer of their own, a reduced head that they share, and gates."""
+    own: dict[str, object] = {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 90}
+    return export_kind(tmp_path_factory.mktemp("blocks"), (2, 4, 6), gates=(2, 4), **own)
+
+
+@pytest.fixture(scope="session")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Layers 2, 4 and 6 are Mixture-of-Depths layers; one exit, at the end."""
+    return export_kind(tmp_path_factory.mktemp("routed"), (6,), routed_layers=(2, 4, 6), capacity=0.5)
+
+
+@pytest.fixture(scope="session")
+def routed_with_exits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One routed layer below an early exit and one above."""
+    return export_kind(tmp_path_factory.mktemp("both"), (3, 6), routed_layers=(2, 5), capacity=0.5)
+
+
+@pytest.fixture(scope="session")
+def precisions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """A checkpoint and its bundle in each precision.
+
+    Tied, with biases and normed queries, so that every kind of product is there; grouped heads wider than dim / heads.
+    """
+    from ease_export.build import export_bundle
+    from ease_runtime.manifest import PRECISIONS
+
+    path = tmp_path_factory.mktemp("tied")
+    fields = {"tie_embeddings": True, "attention_bias": True, "qk_norm": True, "head_dim": 24}
+    tiny_model.write_checkpoint(path / "checkpoint", (3, 6), **fields)
+    bundles = {precision: path / precision for precision in PRECISIONS}
+    for precision, bundle in bundles.items():
+        export_bundle(path / "checkpoint", bundle, precision)
+    return path / "checkpoint", bundles

@@ -33,7 +33,7 @@ from ease_eval.table import (
     quality_cells,
     threshold_of,
 )
-from ease_runtime.commands import ThresholdList
+from ease_runtime.commands import DEVICE_FLAG, ThresholdList
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
@@ -72,6 +72,7 @@ MEASURE_FLAGS = (
     click.option("--new-tokens", default=Amounts.new_tokens, show_default=True, help="Tokens decoded after each prompt."),
     click.option("--rounds", default=Amounts.num_rounds, show_default=True, help="Timed rounds, after one to warm up."),
     click.option("--threads", default=0, help="CPU threads; 0 takes all."),
+    DEVICE_FLAG,
 )
 
 
@@ -117,9 +118,11 @@ class Asked:
         new_tokens: int,
         rounds: int,
         threads: int,
+        device: str,
     ) -> "Asked":
         """From the flags of a command."""
-        amounts, llm = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds), LLM(bundle, num_threads=threads)
+        amounts = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds)
+        llm = LLM(bundle, device=device, num_threads=threads)
         documents = [Document.of(llm, text) for text in load_documents(data, split)]
         rows: list[float | Sequence[float | None]] = [
             *(t for t in thresholds if t is not None),

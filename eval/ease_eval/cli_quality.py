@@ -19,6 +19,7 @@ from ease_eval.journal import Journal
 from ease_eval.provenance import provenance
 from ease_eval.task_files import read_tasks
 from ease_eval.tasks import SEED, TaskResult, run_task
+from ease_runtime.commands import DEVICE_FLAG
 from ease_runtime.errors import RequestError
 from ease_runtime.flags import option_flags, read_flags
 from ease_runtime.llm import LLM
@@ -50,6 +51,7 @@ from ease_train.corpora import load_documents
 @click.option("--dry-run", is_flag=True, help="Only show it; leave the bundle as it is.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate here, too.")
 @click.option("--threads", default=0, help="CPU threads; 0 takes all.")
+@DEVICE_FLAG
 def calibrate(
     bundle: Path,
     data: str,
@@ -65,9 +67,10 @@ def calibrate(
     dry_run: bool,
     json_file: Path | None,
     threads: int,
+    device: str,
 ) -> None:
     """Find thresholds that hold a tolerance with a guarantee, and write them into the bundle."""
-    llm = LLM(bundle, num_threads=threads)
+    llm = LLM(bundle, device=device, num_threads=threads)
     length = min(tokens, llm.stack.max_positions)
     encoded = [ids[: length + 1] for text in load_documents(data, split)[:documents] if len(ids := llm.encode(text)) > 1]
     certificate = run_calibration(
@@ -112,11 +115,12 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
 @click.option("--limit", default=50, show_default=True, help="Prompts at most.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
 @click.option("--threads", default=0, help="CPU threads; 0 takes all.")
+@DEVICE_FLAG
 @option_flags(without=("n", "logprobs"))
-def agreement(bundle: Path, prompts: Path, limit: int, json_file: Path | None, threads: int, **flags: Any) -> None:
+def agreement(bundle: Path, prompts: Path, limit: int, json_file: Path | None, threads: int, device: str, **flags: Any) -> None:
     """Compare what early exits say with what full depth says, prompt by prompt. Exit code 1 when verify differs."""
     options = read_flags(flags)
-    llm, texts = LLM(bundle, num_threads=threads), read_prompts(prompts, limit)
+    llm, texts = LLM(bundle, device=device, num_threads=threads), read_prompts(prompts, limit)
     found = compare(llm, texts, options)
     if json_file:
         write_whole(json_file, json.dumps([asdict(one) for one in found], indent=2) + "\n")
@@ -139,9 +143,18 @@ def agreement(bundle: Path, prompts: Path, limit: int, json_file: Path | None, t
 @click.option("--chat", is_flag=True, help="Ask in the bundle's chat template, where an answer is generated.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Every figure and answer; a killed run goes on.")
 @click.option("--threads", default=0, help="CPU threads; 0 takes all.")
+@DEVICE_FLAG
 @option_flags(without=("n", "logprobs"))
 def tasks(
-    bundle: Path, files: tuple[Path, ...], limit: int, shots: int, chat: bool, json_file: Path | None, threads: int, **flags: Any
+    bundle: Path,
+    files: tuple[Path, ...],
+    limit: int,
+    shots: int,
+    chat: bool,
+    json_file: Path | None,
+    threads: int,
+    device: str,
+    **flags: Any,
 ) -> None:
     """Answer local task files through the exit policy, beside full depth: multiple choice, exact match, last word.
 
@@ -151,7 +164,7 @@ def tasks(
     options, found = read_flags(flags), [read_tasks(file, limit) for file in dict.fromkeys(files)]
     for fault in (fault for task in found for fault in task.faults):
         click.echo(f"warning: {fault}; left out", err=True)
-    llm = LLM(bundle, num_threads=threads)
+    llm = LLM(bundle, device=device, num_threads=threads)
     asked = {**provenance(bundle, llm, threads), "options": asdict(options), "shots": shots, "chat": chat, "limit": limit, "seed": SEED}
     with Journal(json_file, asked) as journal:
         if journal.num_read:

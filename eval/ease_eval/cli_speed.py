@@ -77,7 +77,7 @@ def compare(
     """
     settings = {"threshold": list(threshold), "policy": policy, "catch_up": catch_up} if threshold else None
     plan = Plan(bundle, settings=settings, answer_seconds=timeout, **given)
-    llm = LLM(bundle, num_threads=plan.threads)
+    llm = LLM(bundle, device="cpu", num_threads=plan.threads)
     if settings:
         llm.engine.check(llm.policy(Options.from_json(settings)), catch_up)
     source = provenance(bundle, llm, plan.threads)

@@ -6,15 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from rich.console import Console
 
-import tiny_model
 from ease_eval.perplexity import score_documents
-from ease_export.build import export_bundle
 from ease_export.cli import render_manifest
 from ease_export.verify import TOLERANCE, verify_bundle
+from ease_runtime.device import Device
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, RequestError
 from ease_runtime.manifest import load_manifest, parse_manifest
@@ -25,38 +25,7 @@ from ease_runtime.stack import OrtStack
 from ease_train.checkpoint import load_checkpoint
 from ease_train.model import Decoder, RoutedBlock
 
-Made = tuple[Path, Path]
-
-
-def make(folder: Path, exits: tuple[int, ...], **fields: object) -> Made:
-    tiny_model.write_checkpoint(folder / "checkpoint", exits, **fields)
-    export_bundle(folder / "checkpoint", folder / "bundle")
-    return folder / "checkpoint", folder / "bundle"
-
-
-@pytest.fixture(scope="module")
-def gated(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Exits with an MLP adapter, a head of their own and a gate."""
-    return make(tmp_path_factory.mktemp("gated"), (2, 4, 6), gates=(2, 4), gate_width=8, exit_adapter="mlp", exit_head="own")
-
-
-@pytest.fixture(scope="module")
-def blocks(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Exits with a layer of their own, a reduced head that they share, and gates."""
-    own: dict[str, object] = {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 90}
-    return make(tmp_path_factory.mktemp("blocks"), (2, 4, 6), gates=(2, 4), **own)
-
-
-@pytest.fixture(scope="module")
-def routed(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Layers 2, 4 and 6 are Mixture-of-Depths layers; one exit, at the end."""
-    return make(tmp_path_factory.mktemp("routed"), (6,), routed_layers=(2, 4, 6), capacity=0.5)
-
-
-@pytest.fixture(scope="module")
-def routed_with_exits(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """One routed layer below an early exit and one above."""
-    return make(tmp_path_factory.mktemp("both"), (3, 6), routed_layers=(2, 5), capacity=0.5)
+Made = tuple[Path, Path]  # a checkpoint and its bundle
 
 
 def text(length: int, seed: int) -> list[int]:
@@ -73,6 +42,16 @@ def test_every_graph_equals_torch(name: str, request: pytest.FixtureRequest) -> 
     manifest = load_manifest(bundle)
     assert compared >= {s.graph for s in manifest.segments}
     assert compared >= {e.gate for e in manifest.exits if e.gate} | {s.route_graph for s in manifest.segments if s.route_graph}
+
+
+@pytest.mark.parametrize("name", ["gated", "blocks", "routed", "routed_with_exits"])
+def test_no_node_computes_on_a_shape(name: str, request: pytest.FixtureRequest) -> None:
+    """ONNX Runtime would move it to the CPU. And every graph runs where buffers are bound by address."""
+    bundle = request.getfixturevalue(name)[1]
+    for path in sorted(bundle.glob("*.onnx")):
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        assert "Shape" not in {node.op_type for node in nodes}, path.name
+    OrtStack(bundle, device=Device("cpu", "CPUExecutionProvider", own_memory=True))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_graphs_hold_standard_operators_only(tiny_bundle: Path) -> None:
     for path in sorted(tiny_bundle.glob("*.onnx")):
         model = onnx.load(path, load_external_data=False)
         assert {node.domain for node in model.graph.node} == {""}, path.name
+        assert "Shape" not in {node.op_type for node in model.graph.node}, f"{path.name}: on CUDA, what follows would run on the CPU"
         assert [(o.domain, o.version) for o in model.opset_import] == [("", 24)], path.name
     operators = Counter(node.op_type for node in onnx.load(tiny_bundle / "segment_02.onnx", load_external_data=False).graph.node)
     assert operators["Attention"] == 2

@@ -8,8 +8,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import tiny_model
-from ease_export.build import export_bundle
 from ease_export.cli import main
 from ease_export.quantize import BITS, Quantized, matrices, round_trip
 from ease_export.verify import TOLERANCES, verify_bundle
@@ -18,22 +16,18 @@ from ease_runtime.stack import OrtStack, Span
 from ease_train.checkpoint import load_checkpoint
 
 PRECISIONS = ("fp32", "int8", "int4")
+Made = tuple[Path, dict[str, Path]]  # a checkpoint, and its bundles by precision
 NUM_TOKENS = 48
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tied, with biases and normed queries, so that every kind of product is there; grouped heads wider than dim / heads."""
-    path = tmp_path_factory.mktemp("tied") / "checkpoint"
-    tiny_model.write_checkpoint(path, (3, 6), tie_embeddings=True, attention_bias=True, qk_norm=True, head_dim=24)
-    return path
+@pytest.fixture
+def checkpoint(precisions: Made) -> Path:
+    return precisions[0]
 
 
-@pytest.fixture(scope="module")
-def bundles(checkpoint: Path) -> dict[str, Path]:
-    for precision in (*PRECISIONS, "fp16"):
-        export_bundle(checkpoint, checkpoint.parent / precision, precision)
-    return {precision: checkpoint.parent / precision for precision in (*PRECISIONS, "fp16")}
+@pytest.fixture
+def bundles(precisions: Made) -> dict[str, Path]:
+    return precisions[1]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -3,20 +3,22 @@
 Without a GPU the same code runs with ONNX Runtime's memory on the CPU; tests marked `cuda` run where there is one.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ease_runtime import device as device_module
+from ease_runtime import stack as stack_module
 from ease_runtime.costs import CallProbe
 from ease_runtime.device import CPU, CUDA, Device, DeviceArray, choose_device, why_no_cuda
 from ease_runtime.engine import CATCH_UPS, Engine
-from ease_runtime.errors import DeviceError
+from ease_runtime.errors import BundleError, DeviceError
 from ease_runtime.policy import ExitPolicy
 from ease_runtime.sampling import GumbelSampler
 from ease_runtime.sequence import Token
-from ease_runtime.stack import Call, OrtStack
+from ease_runtime.stack import Call, OrtStack, open_stack
 
 ELSEWHERE = Device("cpu", "CPUExecutionProvider", own_memory=True)  # bound by address, never a numpy array
 
@@ -114,3 +116,42 @@ def test_a_row_near_the_end_beside_long_prompts(tiny_bundle: Path) -> None:
     while engine.busy:
         engine.step()
     assert len(row.produced) == 8
+
+
+def test_auto_runs_on_the_cpu_what_cuda_cannot_run(
+    tiny_bundle: Path, tiny_stack: OrtStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CUDA looks usable and then loads no graph, as without its libraries; `cuda` itself says why."""
+    monkeypatch.setattr(device_module, "why_no_cuda", lambda: None)
+    stack = open_stack(tiny_bundle)
+    assert stack.device is CPU
+    (line,) = caplog.messages
+    assert line.startswith("cuda cannot run this bundle, so it runs on the CPU: ")
+    assert "\n" not in line
+    assert decode(stack) == decode(tiny_stack)
+    with pytest.raises(BundleError, match="cannot be loaded by onnxruntime") as caught:
+        open_stack(tiny_bundle, device="cuda")
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_tries_every_graph(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A kernel that fails only when it runs is found while the bundle is loaded."""
+
+    def run_kv(self: OrtStack, *_: object) -> None:
+        if self.device.own_memory:
+            raise RuntimeError("CUDA failure 2: out of memory\n at place")
+
+    monkeypatch.setattr(OrtStack, "run_kv", run_kv)
+    monkeypatch.setattr(stack_module, "choose_device", lambda name: ELSEWHERE)
+    assert open_stack(tiny_bundle).device is CPU
+    assert "does not run on cpu: CUDA failure 2: out of memory; " in caplog.text
+    with pytest.raises(BundleError, match="out of memory"):
+        open_stack(tiny_bundle, device="cuda")
+
+
+def test_a_broken_bundle_is_no_matter_of_the_device(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "why_no_cuda", lambda: None)
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (tmp_path / "bundle" / "head.onnx").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"head\.onnx"):
+        open_stack(tmp_path / "bundle")

@@ -1,0 +1,40 @@
+"""Decode over the stand-ins with scripted heads, so that exits are taken: prints the depths as a JSON list.
+
+python tests/cuda/decode.py BUNDLE CATCH_UP [CONFIDENCE...]    # of the first exit, token after token; other exits are never sure
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ease_runtime.engine import Engine
+from ease_runtime.policy import ExitPolicy, HeadOutput
+from ease_runtime.stack import OrtStack, open_stack
+
+PROMPT = [1, 5, 9]
+
+
+class ScriptedHeads:
+    """Stands in for `run_exit`: the head's graphs run, and what they would say is written by the script."""
+
+    def __init__(self, stack: OrtStack, confidences: list[float]) -> None:
+        self.run, self.confidences = stack.run_exit, iter(confidences)
+
+    def __call__(self, number: int, rows: np.ndarray) -> HeadOutput:
+        output = self.run(number, rows)
+        output.logits[:] = 0.0
+        output.top_id[:] = 7
+        output.logits[:, 7] = 1.0
+        output.top_prob[:] = next(self.confidences, 0.1) if number == 0 else 0.1
+        return output
+
+
+bundle, catch_up, *confidences = sys.argv[1:]
+stack = open_stack(Path(bundle), device="cuda")
+stack.run_exit = ScriptedHeads(stack, [float(value) for value in confidences])  # type: ignore[method-assign]
+engine = Engine(stack)
+policy = ExitPolicy.create("max-prob", [0.5], stack.exit_layers)
+request = engine.start(PROMPT, max_new_tokens=len(confidences), policy=policy, catch_up=catch_up)
+print(json.dumps([token.depth for token in engine.generate(request)]))

@@ -1,0 +1,76 @@
+"""What EASE's graphs and engine do on ONNX Runtime's own CUDA provider, over stand-ins for CUDA's libraries: no GPU is needed.
+
+Placement, refusals, launches and copies are the provider's own; results are not looked at, since no kernel runs.
+"""
+
+import json
+import platform
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="bundles are exported here")
+if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+    pytest.skip("the stand-ins are for Linux on x86-64", allow_module_level=True)
+
+from cuda import standin
+
+HERE = Path(__file__).parent
+Made = tuple[Path, Path]
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return standin.build(tmp_path_factory.mktemp("standin"))
+
+
+@pytest.fixture(scope="session")
+def bundles(
+    tiny_bundle: Path,
+    gated: Made,
+    blocks: Made,
+    routed: Made,
+    routed_with_exits: Made,
+    precisions: tuple[Path, dict[str, Path]],
+) -> list[Path]:
+    """Every kind of graph, and every precision."""
+    return [tiny_bundle, *(bundle for _, bundle in (gated, blocks, routed, routed_with_exits)), *precisions[1].values()]
+
+
+def test_every_node_of_every_graph_is_on_cuda(libraries: Path, bundles: list[Path]) -> None:
+    """And none is copied between providers."""
+    found = json.loads(standin.run_over(libraries, [str(HERE / "placement.py"), *map(str, bundles)]))
+    graphs = {Path(path).name for path in found}
+    assert graphs >= {"segment_01.onnx", "kv_02.onnx", "block_02.onnx", "gate_01.onnx", "route_02.onnx", "similarity.onnx"}
+    elsewhere = {path: where for path, where in found.items() if not isinstance(where, dict) or set(where) != {"CUDAExecutionProvider"}}
+    assert elsewhere == {}
+
+
+def decode(libraries: Path, bundle: Path, catch_up: str, confidences: list[float], log: Path) -> tuple[list[int], Counter[str]]:
+    """Depths of the tokens, and how often each kernel ran."""
+    arguments = [str(HERE / "decode.py"), str(bundle), catch_up, *map(str, confidences)]
+    depths = json.loads(standin.run_over(libraries, arguments, log))
+    return depths, Counter(event.what.split()[0] for event in standin.events(log) if event.kind == "kernel")
+
+
+@pytest.mark.parametrize("catch_up", ["propagate", "recompute", "verify"])
+def test_the_engines_own_loop_runs_and_leaves_early(
+    libraries: Path, precisions: tuple[Path, dict[str, Path]], catch_up: str, tmp_path: Path
+) -> None:
+    confidences = [0.9, 0.1, 0.9, 0.9, 0.1, 0.9]
+    depths, kernels = decode(libraries, precisions[1]["fp16"], catch_up, confidences, tmp_path / "log")
+    if catch_up == "verify":  # full depth says the same token every time, so that all drafts stand
+        assert len(depths) == len(confidences)
+        assert 3 in depths
+    else:
+        assert depths == [3 if confidence > 0.5 else 6 for confidence in confidences]
+    assert sum(kernels.values()) > 100
+    assert any("flash" in name for name in kernels), "fp16 takes Flash"
+
+
+def test_a_token_that_leaves_launches_less(libraries: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    _, full = decode(libraries, tiny_bundle, "propagate", [0.1] * 8, tmp_path / "full")
+    _, early = decode(libraries, tiny_bundle, "propagate", [0.1] + [0.9] * 7, tmp_path / "early")
+    assert sum(early.values()) < 0.75 * sum(full.values())
