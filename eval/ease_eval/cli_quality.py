@@ -15,6 +15,7 @@ from ease_eval.agreement import compare, read_prompts
 from ease_eval.calibrate import RISKS, Certificate, write_certificate
 from ease_eval.calibrate import calibrate as run_calibration
 from ease_eval.files import write_whole
+from ease_eval.grading import FILTERS
 from ease_eval.journal import Journal
 from ease_eval.provenance import provenance
 from ease_eval.task_files import read_tasks
@@ -166,12 +167,15 @@ def tasks(
         click.echo(f"warning: {fault}; left out", err=True)
     llm = LLM(bundle, device=device, num_threads=threads)
     asked = {**provenance(bundle, llm, threads), "options": asdict(options), "shots": shots, "chat": chat, "limit": limit, "seed": SEED}
+    asked["filters"] = FILTERS
     with Journal(json_file, asked) as journal:
         if journal.num_read:
             click.echo(f"{journal.num_read} answers are there from a run before", err=True)
         results = [run_task(llm, task, options, journal, shots, chat) for task in found]
         if json_file:
             write_whole(json_file, json.dumps({**asked, "tasks": [asdict(result) for result in results]}, indent=2) + "\n")
+    for fault in (fault for task, result in zip(found, results, strict=True) for fault in result.faults[len(task.faults) :]):
+        click.echo(f"warning: {fault}; left out", err=True)
     show_tasks(results, llm.stack.exit_layers[-1], Console())
     for note in llm.notes(llm.prepare(options)):
         click.echo(note)
@@ -187,6 +191,12 @@ def show_tasks(results: list[TaskResult], num_layers: int, console: Console) -> 
         figures = (f"{one.accuracy:.3f}", f"{low:.3f}-{high:.3f}", f"{one.full_depth_accuracy:.3f}", f"{one.agreement:.3f}")
         shown.add_row(Path(one.file).name, one.kind, str(one.num_items), *figures, f"{one.mean_depth:.2f}")
     console.print(shown)
+    for one in results:
+        if one.filters:
+            console.print(f"{Path(one.file).name}: answers found by {' and '.join(one.filters)} (lm_eval's gsm8k)", highlight=False)
+        if one.strict_accuracy is not None:
+            strict = f"by strict-match {one.strict_accuracy:.3f} are right, {one.full_depth_strict_accuracy:.3f} at full depth"
+            console.print(f"{Path(one.file).name}: {strict}", highlight=False)
 
 
 @click.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
