@@ -33,7 +33,7 @@ from ease_eval.table import (
     quality_cells,
     threshold_of,
 )
-from ease_runtime.commands import DEVICE_FLAG, ThresholdList
+from ease_runtime.commands import DEVICE_FLAG, ThresholdList, given_flags
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
@@ -46,12 +46,28 @@ NARROW_COLUMNS = ("at", "catch-up", "ppl", "vs off", "depth", "tok/s", "p50\nms"
 REPORT_DOCUMENTS = 24  # that depth by position and reliability are drawn from
 PASSAGE_LEAST = 32  # tokens of a document that the passage may begin with
 
+
+def refuse_fixed(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The policy of a command that sets thresholds. Raises RequestError for the one that has none."""
+    if value == "fixed":
+        raise RequestError("policy 'fixed' has no thresholds to measure; try it: ease-run generate --policy fixed --exit LAYER")
+    return value
+
+
+THRESHOLD_POLICIES = tuple(name for name in POLICIES if name != "fixed")
+POLICY_FLAG = click.option(
+    "--policy",
+    default="max-prob",
+    show_default=True,
+    callback=refuse_fixed,
+    help=f"What confidence is: {', '.join(THRESHOLD_POLICIES)}.",
+)
 MEASURE_FLAGS = (
     click.option(
         "--data", default="kjv", show_default=True, help="kjv, wikitext-2, a local .txt/.jsonl/.parquet file, or a data set on the hub."
     ),
     click.option("--split", default="test", show_default=True, help="train, validation or test."),
-    click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}."),
+    POLICY_FLAG,
     click.option(
         "--thresholds", type=ThresholdList(), default="0.5,0.7,0.9", show_default=True, help="A row each; each for every early exit."
     ),
@@ -128,6 +144,10 @@ class Asked:
             *(t for t in thresholds if t is not None),
             *exit_thresholds,
         ]  # off is always the first row
+        if any(set(row) == {None} for row in exit_thresholds):
+            raise RequestError("--exit-thresholds with off alone asks no exit; off is always the first row")
+        if len(llm.stack.exit_layers) == 1:
+            click.echo("note: this bundle has no early exit: full depth alone is measured", err=True)
         return cls(bundle, llm, documents, data, split, policy, rows, catch_ups, amounts, threads)
 
     @property
@@ -205,6 +225,9 @@ def table(bundles: tuple[Path, ...], batches: tuple[int, ...], json_file: Path |
 @JSON_FLAG
 def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """Perplexity under each threshold, off first, without the clock."""
+    note_unused("texts", "prompt_tokens", "new_tokens", "rounds")
+    if "verify" in given["catch_ups"]:
+        click.echo("note: verify says what full depth says: its perplexity is off's, and nothing is measured for it", err=True)
     asked = Asked.of(bundle, **given)
     rows = asked.qualities()
     warn_of_unknown(rows[0])
@@ -228,6 +251,9 @@ def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
 @JSON_FLAG
 def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """How deep tokens go under each threshold: mean, shares, and along a text."""
+    note_unused("texts", "prompt_tokens", "new_tokens", "rounds")
+    if "verify" in given["catch_ups"]:
+        raise RequestError("the depths of verify are those of its drafts, which are decoded, not scored: ease-eval latency or table")
     asked = Asked.of(bundle, **given)
     rows = asked.qualities()
     write_rows(asked, rows, json_file)
@@ -247,6 +273,7 @@ def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
 @JSON_FLAG
 def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """What tokens take under each threshold on the wall clock, prefill and decoding apart."""
+    note_unused("scored_tokens")
     asked = Asked.of(bundle, **given)
     settings, amounts = asked.settings(), asked.amounts
     texts = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
@@ -269,6 +296,12 @@ def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
 @dataclass(frozen=True)
 class TimedSetting(Speed, SettingName):
     """A row of `latency`."""
+
+
+def note_unused(*names: str) -> None:
+    """Say of flags that were given what the running command does not measure."""
+    for flag in given_flags(*names):
+        click.echo(f"note: {flag} has no effect on {click.get_current_context().info_name}", err=True)
 
 
 def write_rows(asked: Asked, rows: Sequence[Quality | TimedSetting], json_file: Path | None) -> None:

@@ -27,6 +27,13 @@ from ease_runtime.unknown import unknown_id
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one thing, the first counts
 SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
+OF_TASKS = {  # options of a request that are not this model's to set
+    "temperature": "tasks say how they sample; say it with --gen_kwargs do_sample=true,temperature=...",
+    "stop": "tasks say where an answer ends; say it with --gen_kwargs until=...",
+    "max_tokens": "its name here is max_gen_toks, for where a task says nothing",
+    "n": "the harness asks for one answer; it repeats requests by itself",
+    "logprobs": "the harness takes no log-probabilities of what is generated",
+}
 UNASKED = "cuda:0"  # the device that the harness's command names when nobody asked for one
 logger = logging.getLogger(__name__)
 
@@ -51,10 +58,12 @@ class EaseLM(LM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
-        num_slots = int(str(batch_size)) if str(batch_size).isdecimal() else 1
-        self.llm = LLM(
-            bundle, num_threads=threads, device="auto" if device in (None, UNASKED) else str(device), num_slots=max(1, num_slots)
-        )
+        num_slots = 1 if batch_size is None or str(batch_size).startswith("auto") else int(str(batch_size))
+        if num_slots < 1:
+            raise RequestError(f"batch_size {batch_size} is below 1")
+        self.llm = LLM(bundle, num_threads=threads, device="auto" if device in (None, UNASKED) else str(device), num_slots=num_slots)
+        for name in set(options) & OF_TASKS.keys():
+            raise RequestError(f"{name} in --model_args has no effect: {OF_TASKS[name]}")
         given = {**options, "max_tokens": max_gen_toks, **({} if threshold is None else {"threshold": read_threshold(threshold)})}
         self.options = self.llm.prepare(Options.from_json(given))
         self.policy = self.llm.policy(self.options)

@@ -195,3 +195,9 @@ def test_no_pair_ends_a_run(tiny_bundle: Path, instance: Any, caplog: pytest.Log
     (scores,) = score_documents(one.llm.engine, [one.llm.encode("And" + long)], [ExitPolicy()], "recompute")
     assert found[2][0] == pytest.approx(scores.logprobs[len(one.llm.encode("And")) - 1 :].sum())
     assert found[3] == one.loglikelihood([instance("loglikelihood", *PAIRS[0])])[0]
+
+
+@pytest.mark.parametrize("argument", ["temperature=0.7", "n=2", "logprobs=2", "max_tokens=5", "stop=x"])
+def test_arguments_that_are_the_tasks_are_refused(tiny_bundle: Path, argument: str) -> None:
+    with pytest.raises(RequestError, match=f"{argument.partition('=')[0]} in --model_args has no effect"):
+        model(tiny_bundle, f",{argument}")
