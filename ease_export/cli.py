@@ -51,7 +51,7 @@ def build(checkpoint: Path, bundle: Path, precision: str) -> None:
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="The checkpoint that the bundle was exported from.")
-@click.option("--tokens", default=200, show_default=True, help="Greedy tokens to compare.")
+@click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="Greedy tokens to compare.")
 def verify(bundle: Path, checkpoint: Path, tokens: int) -> None:
     """Compare every graph with torch, and the whole by greedy generation. Exit code 1 when they differ.
 

@@ -1,5 +1,9 @@
 """Run a bundle with ONNX Runtime; each token leaves as soon as it is sure. Imports no torch, onnx or transformers."""
 
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read by onnxruntime when it is imported, so before that
+
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, DeviceError, EaseError, RequestError
 from ease_runtime.generation import Timing, TokenEvent

@@ -4,6 +4,7 @@
     {"messages": [{"role": "user", "content": "Hello"}]}      {"line": 2, "choices": ...}
     {"prompt": 7}                                             {"line": 3, "error": {"message": ...}}
 
+With `logprobs`, a choice has `tokens`, each with its depth and log-probabilities. Options without effect are told in `notes`.
 A line may have an `id`, which comes back, and any field of Options, over those of the run. A run that was killed goes on
 where it stopped: the lines that are out stay, and a last one that was cut off is written anew.
 """
@@ -19,6 +20,7 @@ from ease_runtime.errors import RequestError
 from ease_runtime.generation import Choice, Generation
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
+from ease_runtime.show import token_object
 
 AHEAD = 8  # answers that wait for an earlier one, in batches
 
@@ -32,6 +34,8 @@ class Item:
     generation: Generation | None = None
     texts: list[str] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
+    tokens: list[list[dict[str, Any]]] | None = None  # of each completion, where log-probabilities are asked for
+    notes: list[str] = field(default_factory=list)
     error: str | None = None
 
     @property
@@ -45,9 +49,15 @@ class Item:
         if self.generation is None or self.error is not None:
             return {**named, "error": {"message": self.error}}
         reasons = [choice.finish_reason for choice in self.generation.choices]
-        choices = [{"text": text, "finish_reason": reason} for text, reason in zip(self.texts, reasons, strict=True)]
-        usage = {"prompt_tokens": len(self.generation.prompt), "completion_tokens": len(self.depths), "mean_depth": mean(self.depths)}
-        return {**named, "choices": choices, "usage": usage}
+        choices: list[dict[str, Any]] = [{"text": text, "finish_reason": reason} for text, reason in zip(self.texts, reasons, strict=True)]
+        for choice, tokens in zip(choices, self.tokens or (), strict=bool(self.tokens)):
+            choice["tokens"] = tokens
+        usage: dict[str, Any] = {
+            "prompt_tokens": len(self.generation.prompt),
+            "completion_tokens": len(self.depths),
+            "mean_depth": mean(self.depths),
+        }
+        return {**named, "choices": choices, "usage": usage, **({"notes": self.notes} if self.notes else {})}
 
 
 def mean(values: list[int]) -> float | None:
@@ -73,6 +83,8 @@ def answer_lines(llm: TextEngine, lines: Iterable[tuple[int, bytes]], options: O
             item, index = places[choice]
             item.texts[index] += "".join(event.text for event in events)
             item.depths += [event.depth for event in events]
+            if item.tokens is not None:
+                item.tokens[index] += [token_object(event, llm.token_text) for event in events]
             if choice.finish_reason is not None:
                 del places[choice]
                 item.error = item.error or choice.error
@@ -85,8 +97,10 @@ def start(llm: TextEngine, number: int, line: bytes, options: Options) -> Item:
         values = read_object(line)
         item.id = read_id(values)
         prompt = read_prompt(llm, values)
-        item.generation = llm.submit(prompt, Options.from_json(values, options))
-        item.texts = [""] * len(item.generation.choices)
+        asked = Options.from_json(values, options)
+        item.generation = llm.submit(prompt, asked)
+        item.texts, item.notes = [""] * asked.n, llm.remarks(asked, prompt)
+        item.tokens = [[] for _ in item.texts] if asked.logprobs else None
     except RequestError as error:
         item.error = str(error)
     return item

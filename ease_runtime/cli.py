@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ease_runtime.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
-from ease_runtime.commands import DEVICE_FLAG, ErrorGroup
+from ease_runtime.commands import DEVICE_FLAG, ErrorGroup, given_flags
 from ease_runtime.conversation import Conversation
 from ease_runtime.errors import EaseError, RequestError
 from ease_runtime.flags import option_flags, read_flags
@@ -58,6 +58,10 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
     """Continue a prompt."""
     place, options, text = take_place(given), read_flags(given), read_prompt(prompt)
     llm, timing = LLM(bundle, num_slots=options.n, **place), Timing()
+    if compare and not llm.leaves_early(options):
+        raise RequestError("--compare has nothing to compare: no token leaves early; give a threshold (--threshold 0.7)")
+    for flag in without_effect(llm, options, show_exits=show_exits, as_json=as_json):
+        click.echo(f"note: {flag}", err=True)
     if compare:  # warm both paths up, so that neither pays for first-time allocations
         for warm_up in (options, options.at_full_depth()):
             list(llm.generate(text, warm_up))
@@ -77,6 +81,18 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
     print_notes(timing)
     if show_exits or compare:
         print_summary(shown, timing, llm.stack.exit_layers, full_depth, console)
+
+
+def without_effect(llm: LLM, options: Options, *, show_exits: bool = False, as_json: bool = False) -> list[str]:
+    """What to tell of flags of a command that change nothing in what it says."""
+    notes = []
+    if llm.engine.adapt and not llm.leaves_early(options):
+        notes.append("--adapt has no effect at full depth; give a threshold (--threshold 0.7)")
+    if show_exits and as_json:
+        notes.append("--show-exits has no effect with --json, which tells each token's depth")
+    if options.logprobs and not as_json:
+        notes.append("--logprobs has no effect without --json")
+    return notes
 
 
 def time_full_depth(llm: LLM, prompt: str, options: Options) -> Timing:
@@ -99,7 +115,7 @@ def read_prompt(prompt: str) -> str:
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--system", help="What the model is told first.")
-@option_flags()
+@option_flags(without=("n", "logprobs"))
 @click.option("--show-exits", is_flag=True, help="Colour each token by its depth, with a legend and figures.")
 @model_flags
 def chat(bundle: Path, system: str | None, show_exits: bool, **given: Any) -> None:
@@ -107,6 +123,8 @@ def chat(bundle: Path, system: str | None, show_exits: bool, **given: Any) -> No
     place, options = take_place(given), read_flags(given)
     llm = LLM(bundle, **place)
     conversation, console = Conversation(llm, options, system), Console(highlight=False, soft_wrap=True)
+    for note in without_effect(llm, options):
+        click.echo(f"note: {note}", err=True)
     if llm.template is None:
         click.echo("this bundle has no chat template (a base model): your lines are continued as plain text", err=True)
     if show_exits:
@@ -173,7 +191,9 @@ def serve(
     place, options = take_place(given), read_flags(given)
     name = model_name or bundle.resolve().name
     llm = LLM(bundle, num_slots=batch_size, **place)
-    llm.check(options)
+    llm.check(llm.prepare(options))
+    if shadow and len(llm.stack.exit_layers) == 1:
+        raise RequestError(f"--shadow {shadow:g} has nothing to compare: this bundle has no early exit")
     settings = Settings(name, options, api_key, **limits, shadow=shadow, certificate=llm.manifest.calibration or None)
     run_server(llm, settings, host=host, port=port, grace_seconds=grace)
 
@@ -185,7 +205,7 @@ def serve(
 @option_flags()
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Requests that run together.")
 @click.option("--ray", metavar="ADDRESS", help="Spread the lines over a Ray cluster; 'local' starts one here.")
-@click.option("--ray-workers", type=click.IntRange(1), default=2, show_default=True, help="Copies of the model on the cluster.")
+@click.option("--ray-workers", type=click.IntRange(1), default=2, show_default=True, help="With --ray: copies of the model there.")
 @model_flags
 def batch(bundle: Path, prompts: Path, out: Path, batch_size: int, ray: str | None, ray_workers: int, **given: Any) -> None:
     """Answer every line of IN.jsonl, in order.
@@ -194,6 +214,8 @@ def batch(bundle: Path, prompts: Path, out: Path, batch_size: int, ray: str | No
     cannot be answered gets an "error" in its place. Run again after an interruption, it goes on where it stopped.
     """
     place, options = take_place(given), read_flags(given)
+    if ray is None and given_flags("ray_workers"):
+        raise RequestError(f"--ray-workers {ray_workers} has no effect without --ray ADDRESS")
     if not out.parent.is_dir():
         raise RequestError(f"{out.parent}, where {out.name} should go, is no directory; make it first")
     if out.exists() and out.samefile(prompts):

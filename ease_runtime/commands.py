@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ease_runtime.device import DEVICES
 from ease_runtime.errors import EaseError
@@ -29,6 +30,14 @@ class ErrorGroup(click.Group):
                 raise
             click.echo(f"error: {error}", err=True)
             sys.exit(1)
+
+
+def given_flags(*names: str) -> list[str]:
+    """Those of a running command's options, by the names of its parameters, that the user has given; as the flags say them."""
+    context = click.get_current_context()
+    sources = {parameter.name: parameter for parameter in context.command.params}
+    unasked = (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    return [sources[name].opts[0] for name in names if context.get_parameter_source(name) not in unasked]
 
 
 class ThresholdList(click.ParamType[tuple[float | None, ...]]):

@@ -9,10 +9,10 @@ import click
 
 from ease_runtime.commands import ThresholdList
 from ease_runtime.fields import Thresholds
-from ease_runtime.options import Options
+from ease_runtime.options import FLAGS, Options
 
 Command = Callable[..., Any]
-NAMES = {"exit_layer": "--exit"}  # where the flag is not the field's name
+NAMES = {field: f"--{flag}" for flag, field in FLAGS.items()}
 
 
 class IdBias(click.ParamType[tuple[int, float]]):

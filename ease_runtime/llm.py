@@ -22,6 +22,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ease_runtime.chat import ChatTemplate, Message
+from ease_runtime.effect import check_effect, effect_notes
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, DeviceError, RequestError
 from ease_runtime.generation import Choice, Generation, Timing, TokenEvent
@@ -33,6 +34,7 @@ from ease_runtime.sequence import Sequence
 from ease_runtime.special import SpecialTokens, check_unicode
 from ease_runtime.stack import Stack, open_stack
 from ease_runtime.text import StopPattern, TextWriter
+from ease_runtime.unknown import unknown_note
 
 
 class TextEngine:
@@ -106,13 +108,23 @@ class TextEngine:
         """What a request should be told that it did not ask for."""
         return []
 
+    def remarks(self, options: Options, prompt: Many[int]) -> list[str]:
+        """What a request should be told of itself: options without effect, characters that the tokenizer does not know."""
+        return effect_notes(options) + unknown_note(self.tokenizer, prompt)
+
+    def leaves_early(self, options: Options) -> bool:
+        """Whether a token may leave before the last layer. Raises RequestError."""
+        policy = self.policy(self.prepare(options))
+        return any(policy.tests(number) for number in range(len(self.stack.exit_layers) - 1))
+
     def prepare(self, options: Options) -> Options:
         """What a request's options become before it starts."""
         return options
 
     def check(self, options: Options) -> None:
-        """Raises RequestError for options that this bundle cannot run."""
+        """Raises RequestError for options that this bundle cannot run, or under which none could leave early as they ask."""
         self.engine.check(self.policy(options), options.catch_up)
+        check_effect(options, self.stack.exit_layers)
         for token in options.logit_bias:
             if token >= self.stack.vocab_size:
                 raise RequestError(f"logit_bias has the token id {token}, outside the vocabulary of {self.stack.vocab_size}")
@@ -147,7 +159,7 @@ class TextEngine:
             )
             choices.append(Choice(index, sequence, TextWriter(self.tokenizer, ids, patterns, self.special.tokens)))
             self.choices[sequence] = choices[-1]
-            sequence.notes += self.notes(options)
+            sequence.notes += self.notes(options) + self.remarks(options, ids)
         return Generation(ids, choices)
 
     def step(self) -> list[tuple[Choice, list[TokenEvent]]]:

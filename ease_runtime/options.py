@@ -17,6 +17,7 @@ from ease_runtime.sampling import AdjustedGreedy, Adjustments, Greedy, GumbelSam
 MAX_CHOICES = 64  # completions of one request
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+FLAGS = {"exit": "exit_layer"}  # a flag whose name is not the field's, which JSON may say, too
 MAX_STOP_LENGTH = 2**16  # characters of all stop strings together
 
 
@@ -80,10 +81,14 @@ class Options:
         """Options from JSON values, over those of `base`. Raises RequestError for an unknown name or a value of another kind."""
         hints = typing.get_type_hints(cls)
         merged = {} if base is None else {f.name: getattr(base, f.name) for f in fields(cls)}
-        for name, value in values.items():
+        if "exit" in values and "exit_layer" in values:
+            raise RequestError("exit and exit_layer are two names of one option; leave one out")
+        for said, value in values.items():
+            name = FLAGS.get(said, said)
             if name not in hints:
                 raise RequestError(f"unknown option {name[:80]!r}; {did_you_mean(name[:80], hints)}")
-            merged[name] = read_value(name, hints[name], value)
+            off = name == "threshold" and value is None  # as in a list: not asked
+            merged[name] = (None,) if off else read_value(name, hints[name], value)
         return cls(**merged)
 
     def sampler(self, num_prompt: int, choice: int = 0) -> Sampler:

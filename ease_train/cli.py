@@ -109,6 +109,23 @@ def run_place(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: fields.pop(name) for name in ("device", "cache", "sharded")}
 
 
+IDLE: dict[str, tuple[str, Callable[[Recipe], bool]]] = {  # an option -> when it has an effect
+    "bpe_vocab_size": ("--kind bpe", lambda recipe: recipe.tokenizer.kind == "bpe"),
+    "adapter_dim": ("--exit-adapter low-rank or mlp", lambda recipe: recipe.model.exit_adapter in ("low-rank", "mlp")),
+    "capacity": ("--routed-layers", lambda recipe: bool(recipe.model.routed_layers)),
+    "routing_rule": ("--routed-layers", lambda recipe: bool(recipe.model.routed_layers)),
+    "layer_weights": ("--weight-rule given", lambda recipe: recipe.method.weight_rule == "given"),
+}
+
+
+def warn_of_idle(options: dict[str, Any], recipe: Recipe) -> None:
+    """Warn of options that were given and change nothing in a recipe; what is a recipe's own it may carry along."""
+    for name in options.keys() & IDLE.keys():
+        partner, works = IDLE[name]
+        if not works(recipe):
+            warnings.warn(f"--{name.replace('_', '-')} has no effect without {partner}", SettingWarning, stacklevel=2)
+
+
 def given_options(fields: dict[str, Any]) -> dict[str, Any]:
     """The recipe fields that the command line sets; pairs become a dictionary."""
     given = {name: value for name, value in fields.items() if value not in (None, ())}
@@ -170,6 +187,7 @@ def fit_once(recipe: str, options: dict[str, Any], data: str, out: Path, resume:
     elif out.exists():
         raise TrainError(f"{out} is there already; go on with it (--resume) or choose another --out")
     else:
+        warn_of_idle(options, chosen)
         trainer = Trainer.begin(chosen, data, **place)
     run_with_progress(trainer, trainer.recipe, out)
 
@@ -193,8 +211,9 @@ def tune(checkpoint: Path, recipe: str, data: str | None, counted: str | None, o
         torch.set_num_threads(threads)
     if out.exists():
         raise TrainError(f"{out} is there already; choose another --out")
-    place = run_place(fields)
-    trainer = begin_tuning(load_checkpoint(checkpoint), load_recipe(recipe), given_options(fields), data, counted=counted, **place)
+    place, options = run_place(fields), given_options(fields)
+    trainer = begin_tuning(load_checkpoint(checkpoint), load_recipe(recipe), options, data, counted=counted, **place)
+    warn_of_idle(options, trainer.recipe)
     run_with_progress(trainer, trainer.recipe, out)
 
 

@@ -349,7 +349,9 @@ class GGUFFile:
         if model == "gpt2":
             split = split_of(read.value("tokenizer.ggml.pre", str))
         if read.value("tokenizer.ggml.add_eos_token", bool, model == "t5"):
-            raise ForeignError("tokenizer.ggml.add_eos_token is true (or left to t5's default): a token after every prompt is not known here")
+            raise ForeignError(
+                "tokenizer.ggml.add_eos_token is true (or left to t5's default): a token after every prompt is not known here"
+            )
         starts = read.value("tokenizer.ggml.add_bos_token", bool, split.starts)
         if starts and ids["bos"] is None:
             raise ForeignError("the file lacks tokenizer.ggml.bos_token_id, and a start token stands before every text")

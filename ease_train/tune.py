@@ -85,4 +85,6 @@ def begin_tuning(
     tuned = Checkpoint(chosen, model, trained.tokenizer, 0, source or known_data(trained), conventions=trained.conventions)
     if knows_no_draft(trained.model, model):
         model.choose_draft_ids(token_counts(replace(tuned, data=counted or tuned.data), cache))
+    elif counted is not None:
+        raise ConfigError(f"count data {counted} has no effect: no reduced head is to be chosen (--exit-head reduced)")
     return Trainer(tuned, workers, cache)

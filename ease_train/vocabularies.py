@@ -104,9 +104,7 @@ def byte_level(vocabulary: Vocabulary, merges: Sequence[str], split: Split) -> T
         ignore_merges=split.whole_words,
     )
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     return _with_added(tokenizer, vocabulary)
 

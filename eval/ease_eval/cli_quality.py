@@ -14,19 +14,23 @@ from rich.table import Table as RichTable
 from ease_eval.agreement import compare, read_prompts
 from ease_eval.calibrate import RISKS, Certificate, write_certificate
 from ease_eval.calibrate import calibrate as run_calibration
-from ease_eval.cli_measure import PARSE_SPECIAL
+from ease_eval.cli_measure import PARSE_SPECIAL, POLICY_FLAG
 from ease_eval.files import write_whole
+from ease_eval.grading import FILTERS
 from ease_eval.journal import Journal
 from ease_eval.provenance import provenance
-from ease_eval.task_files import read_tasks
+from ease_eval.task_files import Exact, TaskFile, read_tasks
 from ease_eval.tasks import SEED, TaskResult, run_task
-from ease_runtime.commands import DEVICE_FLAG
+from ease_runtime.commands import DEVICE_FLAG, given_flags
 from ease_runtime.errors import RequestError
 from ease_runtime.flags import option_flags, read_flags
 from ease_runtime.llm import LLM
 from ease_runtime.manifest import MANIFEST_FILE
-from ease_runtime.policy import POLICIES, threshold_text
+from ease_runtime.options import Options
+from ease_runtime.policy import threshold_text
 from ease_train.corpora import load_documents
+
+SAMPLING = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
 
 
 @click.command()
@@ -39,7 +43,7 @@ from ease_train.corpora import load_documents
 @click.option(
     "--risk", default="disagreement", show_default=True, help=f"{' or '.join(RISKS)}: tokens said differently, or nats lost a token."
 )
-@click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
+@POLICY_FLAG
 @click.option("--catch-up", default="recompute", show_default=True, help="propagate or recompute.")
 @click.option(
     "--documents",
@@ -125,6 +129,8 @@ def agreement(bundle: Path, prompts: Path, limit: int, json_file: Path | None, t
     """Compare what early exits say with what full depth says, prompt by prompt. Exit code 1 when verify differs."""
     options = read_flags(flags)
     llm, texts = LLM(bundle, device=device, num_threads=threads), read_prompts(prompts, limit)
+    if not llm.leaves_early(options):
+        raise RequestError("no token leaves early: both sides would be full depth; give a threshold (--threshold 0.7)")
     found = compare(llm, texts, options)
     if json_file:
         write_whole(json_file, json.dumps([asdict(one) for one in found], indent=2) + "\n")
@@ -170,15 +176,32 @@ def tasks(
         click.echo(f"warning: {fault}; left out", err=True)
     llm = LLM(bundle, device=device, num_threads=threads)
     asked = {**provenance(bundle, llm, threads), "options": asdict(options), "shots": shots, "chat": chat, "limit": limit, "seed": SEED}
+    asked["filters"] = FILTERS
+    for note in without_effect(found, options, chat):
+        click.echo(f"note: {note}", err=True)
     with Journal(json_file, asked) as journal:
         if journal.num_read:
             click.echo(f"{journal.num_read} answers are there from a run before", err=True)
         results = [run_task(llm, task, options, journal, shots, chat) for task in found]
         if json_file:
             write_whole(json_file, json.dumps({**asked, "tasks": [asdict(result) for result in results]}, indent=2) + "\n")
+    for fault in (fault for task, result in zip(found, results, strict=True) for fault in result.faults[len(task.faults) :]):
+        click.echo(f"warning: {fault}; left out", err=True)
     show_tasks(results, llm.stack.exit_layers[-1], Console())
     for note in llm.notes(llm.prepare(options)):
         click.echo(note)
+
+
+def without_effect(tasks: list[TaskFile], options: Options, chat: bool) -> list[str]:
+    """What to tell of flags that change nothing in the answers to some task files."""
+    kinds = {type(task.items[0]) for task in tasks}
+    notes = []
+    if Exact not in kinds:
+        of_answers = given_flags("max_tokens", "stop", *SAMPLING, *(["chat"] if chat else []))
+        notes = [f"{flag} has no effect: these files ask for likelihoods, and nothing is generated" for flag in of_answers]
+    if options.catch_up == "verify" and kinds - {Exact}:
+        notes.append("verify says what full depth says: likelihoods under it are full depth's, and nothing is measured for it")
+    return notes
 
 
 def show_tasks(results: list[TaskResult], num_layers: int, console: Console) -> None:
@@ -191,6 +214,12 @@ def show_tasks(results: list[TaskResult], num_layers: int, console: Console) -> 
         figures = (f"{one.accuracy:.3f}", f"{low:.3f}-{high:.3f}", f"{one.full_depth_accuracy:.3f}", f"{one.agreement:.3f}")
         shown.add_row(Path(one.file).name, one.kind, str(one.num_items), *figures, f"{one.mean_depth:.2f}")
     console.print(shown)
+    for one in results:
+        if one.filters:
+            console.print(f"{Path(one.file).name}: answers found by {' and '.join(one.filters)} (lm_eval's gsm8k)", highlight=False)
+        if one.strict_accuracy is not None:
+            strict = f"by strict-match {one.strict_accuracy:.3f} are right, {one.full_depth_strict_accuracy:.3f} at full depth"
+            console.print(f"{Path(one.file).name}: {strict}", highlight=False)
 
 
 @click.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})

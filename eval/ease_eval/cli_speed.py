@@ -13,16 +13,18 @@ from rich.table import Table as RichTable
 from ease_eval.advice import Advice
 from ease_eval.advice import advise as make_advice
 from ease_eval.agreement import read_prompts
-from ease_eval.cli_measure import JSON_FLAG, Asked, measure_flags, narrow_table
+from ease_eval.cli_measure import JSON_FLAG, POLICY_FLAG, Asked, measure_flags, narrow_table
 from ease_eval.compare import Comparison, Plan, cells, compare_peers
+from ease_eval.documents import first_tokens
 from ease_eval.files import write_whole
 from ease_eval.provenance import provenance
-from ease_eval.table import Amounts, choose_texts, first_tokens, quality_cells
-from ease_runtime.commands import ThresholdList
+from ease_eval.table import Amounts, choose_texts, quality_cells
+from ease_runtime.commands import ThresholdList, given_flags
 from ease_runtime.engine import CATCH_UPS
+from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.policy import POLICIES, threshold_text
+from ease_runtime.policy import threshold_text
 from ease_train.corpora import load_documents
 
 # COLUMNS of a comparison for a terminal of 80 columns
@@ -35,7 +37,7 @@ NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB"
 @click.option("--gguf", type=click.Path(path_type=Path), help="The same model for llama.cpp.")
 @click.option("--python", type=click.Path(path_type=Path), default=".venv-peers/bin/python", show_default=True, help="That of the peers.")
 @click.option("--threshold", type=ThresholdList(), help="One more row of ours: early exits at this threshold, or one an exit.")
-@click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
+@POLICY_FLAG
 @click.option("--catch-up", default="recompute", show_default=True, help=f"{', '.join(CATCH_UPS)}.")
 @click.option("--exit", "exit_layer", type=int, help="Layer of transformers' assistant_early_exit; the bundle's middle exit by default.")
 @click.option("--data", default="kjv", show_default=True, help="A corpus, as for table, whose texts' beginnings are the prompts.")
@@ -74,6 +76,12 @@ def compare(
     The other runtimes live in a virtual environment of their own: make peers. One that is not there, or fails, is named and
     left out.
     """
+    for unused in given_flags("policy", "catch_up") if threshold is None else ():
+        raise RequestError(f"{unused} has no effect without --threshold, which asks for a row of early exits")
+    for unused in given_flags("data", "split") if prompts else ():
+        raise RequestError(f"{unused} has no effect beside --prompts; leave one out")
+    if threshold and set(threshold) == {None}:
+        raise RequestError("--threshold off asks no exit; EASE at full depth is always a row")
     settings = {"threshold": list(threshold), "policy": policy, "catch_up": catch_up} if threshold else None
     plan = Plan(bundle, settings=settings, answer_seconds=timeout, **given)
     llm = LLM(bundle, device="cpu", num_threads=plan.threads)
@@ -123,8 +131,8 @@ def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **
     """
     asked = Asked.of(bundle, **given)
     amounts, settings = asked.amounts, asked.settings()
-    chosen = choose_texts(asked.documents, amounts, asked.llm.stack.max_positions)
-    scored = list(first_tokens(asked.documents, amounts.scored_tokens))
+    chosen = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
+    scored = [document.ids for document in first_tokens(asked.documents, amounts.scored_tokens)]
     advice = make_advice(asked.llm, scored, chosen, settings, tolerance, amounts.num_rounds)
     if json_file:
         source = {**provenance(bundle, asked.llm, asked.threads), "data": asked.data, "split": asked.split, **asdict(amounts)}

@@ -8,6 +8,7 @@ generation is the engine's. Under `verify`, and without a threshold, all is full
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +17,23 @@ from typing import Any
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from ease_eval.likelihood import encode_pair, prefix_id, score_continuation
+from ease_eval.likelihood import NoTokensError, encode_pair, prefix_id, score_continuation
 from ease_eval.perplexity import Scores, check_scorable, score_documents
 from ease_eval.provenance import provenance
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
+from ease_runtime.unknown import unknown_id
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one thing, the first counts
 SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
+OF_TASKS = {  # options of a request that are not this model's to set
+    "temperature": "tasks say how they sample; say it with --gen_kwargs do_sample=true,temperature=...",
+    "stop": "tasks say where an answer ends; say it with --gen_kwargs until=...",
+    "max_tokens": "its name here is max_gen_toks, for where a task says nothing",
+    "n": "the harness asks for one answer; it repeats requests by itself",
+    "logprobs": "the harness takes no log-probabilities of what is generated",
+}
 UNASKED = "cuda:0"  # the device that the harness's command names when nobody asked for one
 logger = logging.getLogger(__name__)
 
@@ -49,28 +58,40 @@ class EaseLM(LM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
-        num_slots = int(str(batch_size)) if str(batch_size).isdecimal() else 1
-        self.llm = LLM(
-            bundle, num_threads=threads, device="auto" if device in (None, UNASKED) else str(device), num_slots=max(1, num_slots)
-        )
+        num_slots = 1 if batch_size is None or str(batch_size).startswith("auto") else int(str(batch_size))
+        if num_slots < 1:
+            raise RequestError(f"batch_size {batch_size} is below 1")
+        self.llm = LLM(bundle, num_threads=threads, device="auto" if device in (None, UNASKED) else str(device), num_slots=num_slots)
+        for name in set(options) & OF_TASKS.keys():
+            raise RequestError(f"{name} in --model_args has no effect: {OF_TASKS[name]}")
         given = {**options, "max_tokens": max_gen_toks, **({} if threshold is None else {"threshold": read_threshold(threshold)})}
         self.options = self.llm.prepare(Options.from_json(given))
         self.policy = self.llm.policy(self.options)
         self.llm.check(self.options)
         self.source = provenance(Path(bundle), self.llm, threads)
-        self.num_tokens = self.num_layers = 0
+        self.num_tokens = self.num_layers = self.num_unknown = 0
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether each of its tokens is the most probable one."""
         check_scorable(self.llm.engine, [self.policy], self.options.catch_up)
         found = []
         for request in requests:
-            context, continuation = encode_pair(self.llm, *request.args)
-            (scores,) = score_continuation(self.llm.engine, context, continuation, [self.policy], self.options.catch_up)
-            self._count(scores)
-            found.append((float(scores.logprobs.sum()), scores.says.tolist() == continuation))
+            found.append(self._loglikelihood(*request.args))
             self.cache_hook.add_partial("loglikelihood", request.args, found[-1])
         return found
+
+    def _loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        if not continuation:
+            return 0.0, True  # nothing is certain to follow
+        try:
+            before, after = encode_pair(self.llm, context, continuation)
+        except NoTokensError as error:
+            logger.warning("%s; its likelihood is 0", error)
+            return -math.inf, False
+        self._note_unknown(after)
+        (scores,) = score_continuation(self.llm.engine, before, after, [self.policy], self.options.catch_up)
+        self._count(scores)
+        return float(scores.logprobs.sum()), scores.says.tolist() == after
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in the windows of `ease-eval table`: overlapping by half of the context."""
@@ -80,6 +101,7 @@ class EaseLM(LM):  # type: ignore[misc]
             ids, first = self.llm.encode(text), prefix_id(self.llm)
             ids = ids if ids[:1] == [first] else [first, *ids]
             total = 0.0
+            self._note_unknown(ids[1:])
             if len(ids) > 1:
                 (scores,) = score_documents(self.llm.engine, [ids], [self.policy], self.options.catch_up)
                 self._count(scores)
@@ -106,6 +128,7 @@ class EaseLM(LM):  # type: ignore[misc]
         for context, wanted in asked:
             options = self._read(wanted)
             prompt = self.llm.encode(context) or [prefix_id(self.llm)]
+            self._note_unknown(prompt)
             generations.append(self.llm.submit(prompt[options.max_tokens - self.llm.stack.max_positions :], options))
             texts[generations[-1].choices[0]] = ""
         while self.llm.busy:
@@ -137,6 +160,13 @@ class EaseLM(LM):  # type: ignore[misc]
         room = self.llm.stack.max_positions - 1
         return replace(options, max_tokens=room) if options.max_tokens > room else options
 
+    def _note_unknown(self, ids: Sequence[int]) -> None:
+        """Count tokens for characters that the tokenizer does not know, and warn of the first."""
+        count = list(ids).count(unknown) if (unknown := unknown_id(self.llm.tokenizer)) is not None else 0
+        if count and not self.num_unknown:
+            logger.warning("a text has characters that this tokenizer does not know; the results' config counts their tokens")
+        self.num_unknown += count
+
     def _count(self, scores: Scores) -> None:
         self.num_tokens += len(scores.depths)
         self.num_layers += int(scores.depths.sum())
@@ -150,6 +180,7 @@ class EaseLM(LM):  # type: ignore[misc]
             "threshold": None if thresholds is None else list(thresholds),
             "catch_up": self.options.catch_up,
             "mean_depth": self.num_layers / self.num_tokens if self.num_tokens else None,
+            "unknown_tokens": self.num_unknown,
             "num_layers": self.llm.stack.exit_layers[-1],
         }
 

@@ -8,11 +8,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ease_eval.perplexity import Scores, score_window
+from ease_eval.documents import encode_whole
+from ease_eval.perplexity import Scores, score_documents, score_window
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.policy import ExitPolicy
+
+
+class NoTokensError(RequestError):
+    """A text that the tokenizer has no tokens for, so that no model over it can say it."""
 
 
 def prefix_id(llm: LLM) -> int:
@@ -29,21 +34,27 @@ def prefix_id(llm: LLM) -> int:
 
 
 def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """A context's ids, and those of what follows it, so that both together are the ids of the whole text.
+    """A context's ids, and those of what follows it: together they are the ids of the whole text.
 
-    Spaces at the end of the context belong to the continuation, as tokenizers have it. Raises RequestError.
+    As in lm_eval, the whole is encoded and divided behind the context, and spaces at the end of the context belong to the
+    continuation. A token that spans the join is the continuation's first: tokenizers write "end." and "\\n" together as one
+    token, say. Raises NoTokensError where nothing follows in tokens, and
+    RequestError where there is no token to begin with.
     """
-    kept = context.rstrip()
-    continuation = context[len(kept) :] + continuation
-    whole = llm.encode(kept + continuation)
-    if kept:
-        first = llm.encode(kept)
-    else:
-        first = [prefix_id(llm)]
-        whole = whole if whole[:1] == first else [*first, *whole]
-    if len(whole) <= len(first):
-        raise RequestError(f"nothing follows the context: {continuation[:40]!r} adds no token to it")
-    return first, whole[len(first) :]
+    text, num_kept = context + continuation, len(context.rstrip())
+    try:
+        whole, own = llm.encode(text), encode_whole(llm.tokenizer, text, parse_special=True)
+    except RequestError as error:  # no valid Unicode
+        raise NoTokensError(str(error)) from None
+    num_context = len(whole) - len(own.ids)  # the start token
+    if num_kept:
+        num_context += sum(end <= num_kept for _, end in own.offsets)
+    if not num_context:
+        before = prefix_id(llm)
+        whole, num_context = whole if whole[:1] == [before] else [before, *whole], 1
+    if len(whole) <= num_context:
+        raise NoTokensError(f"nothing follows the context: {continuation[:40]!r} adds no token to it")
+    return whole[:num_context], whole[num_context:]
 
 
 def score_continuation(
@@ -51,11 +62,15 @@ def score_continuation(
 ) -> list[Scores]:
     """Score a continuation after a context of at least one token, whose beginning is left out where both are too long.
 
-    Shape: continuation (S) -> one Scores of S tokens for each policy. Raises RequestError for a continuation that is too long.
+    A continuation that is itself longer than the model's context is scored in windows, like a whole text.
+
+    Shape: continuation (S) -> one Scores of S tokens for each policy.
     """
     limit = engine.stack.max_positions
     if len(continuation) > limit:
-        raise RequestError(f"a continuation of {len(continuation)} tokens is longer than this model's context of {limit}")
+        ids = [*context[-limit:], *continuation]
+        whole = score_documents(engine, [ids], policies, catch_up)
+        return [scores.after(len(ids) - len(continuation) - 1) for scores in whole]
     ids = [*context, *continuation][-limit - 1 :]
     num_prompt = len(ids) - len(continuation)
     scores = score_window(engine, ids[:-1], np.array(ids[1:], np.int64), policies, catch_up, num_prompt)

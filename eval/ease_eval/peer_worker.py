@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of onnxruntime, which onnxruntime-genai brings along
+
 
 class Told:
     """The tokens of one answer, and when they came. `put` and `end` are what `generate` of transformers calls, first with the prompt."""

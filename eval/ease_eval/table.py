@@ -7,7 +7,7 @@ print(table.markdown())
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_eval.documents import Document, coverage, first_tokens
 from ease_eval.journal import Journal
 from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure, time_batches
 from ease_eval.perplexity import Scores, record_exits, score_documents
@@ -59,7 +60,8 @@ class Quality(SettingName):
     depth_fraction: float
     ppl_ratio: float  # against off
     ppl_ratio_interval: tuple[float, float]  # 95 %, bootstrap over documents, off's and this row's together
-    bits_per_byte: float  # of the scored text
+    bits_per_byte: float  # of the scored text itself, not of what its tokens decode to
+    unknown_share: float  # of the scored tokens: those for characters that the tokenizer does not know
     depth_counts: dict[int, int]  # tokens by depth
     depth_by_position: list[float]  # mean depth of each POSITION_BIN positions of the documents, up to the context
 
@@ -212,7 +214,7 @@ class Amounts:
 def make_table(
     bundle: Path,
     llm: LLM,
-    encoded: Sequence[Sequence[int]],
+    documents: Sequence[Document],
     *,
     source: str,
     split: str,
@@ -224,7 +226,7 @@ def make_table(
     batches: Sequence[int] = (),
     journal: Journal | None = None,
 ) -> Table:
-    """Measure a bundle, loaded as `llm`, on a corpus's documents, as ids. Raises RequestError.
+    """Measure a bundle, loaded as `llm`, on a corpus's documents. Raises RequestError.
 
     What a journal has of a run before is not measured again.
     """
@@ -235,11 +237,11 @@ def make_table(
     for batch in batches:
         if batch < 1:
             raise RequestError(f"batch {batch} is below 1")
-    documents = list(first_tokens(encoded, amounts.scored_tokens))
-    texts = choose_texts(encoded, amounts, llm.stack.max_positions)
-    qualities = measure_quality(llm, documents, settings, journal)
+    scored = list(first_tokens(documents, amounts.scored_tokens))
+    texts = choose_texts([document.ids for document in documents], amounts, llm.stack.max_positions)
+    qualities = measure_quality(llm, scored, settings, journal)
     speeds = measure_speed(llm, settings, texts, amounts.num_rounds, journal)
-    exits, oracle = journal.once("exits", lambda: exit_figures(llm, list(first_tokens(documents, EXIT_TOKENS))))
+    exits, oracle = journal.once("exits", lambda: exit_figures(llm, [d.ids for d in first_tokens(scored, EXIT_TOKENS)]))
     several = []
     for size in batches:
         several += journal.once(f"batch {size}", partial(measure_batch, llm, settings, texts, amounts.num_rounds, size))
@@ -247,7 +249,7 @@ def make_table(
         **provenance(bundle, llm, num_threads),
         data=source,
         split=split,
-        num_scored_tokens=sum(len(ids) - 1 for ids in documents),
+        num_scored_tokens=sum(len(document.ids) - 1 for document in scored),
         num_decoded_tokens=len(texts) * (amounts.new_tokens - 1),
         num_rounds=amounts.num_rounds,
         exits=tuple(ExitFigures(**one) for one in exits),
@@ -270,10 +272,11 @@ def make_row(quality: Quality, measured: tuple[Speed, dict[int, int]]) -> Row:
     return Row(**vars(quality), **vars(speed))
 
 
-def measure_quality(llm: LLM, documents: Sequence[Sequence[int]], settings: Sequence[Setting], journal: Journal) -> list[Quality]:
+def measure_quality(llm: LLM, documents: Sequence[Document], settings: Sequence[Setting], journal: Journal) -> list[Quality]:
     """Every setting's figures over the documents' tokens; off comes first."""
-    scored = Scored(documents, num_bytes(llm, documents))
-    found: list[list[Any]] = journal.once("scores", lambda: [s.to_lists() for s in score_settings(llm, documents, settings)])
+    encoded, covered = [document.ids for document in documents], coverage(llm.tokenizer, documents)
+    scored = Scored(encoded, covered.num_bytes, covered.unknown_share)
+    found: list[list[Any]] = journal.once("scores", lambda: [s.to_lists() for s in score_settings(llm, encoded, settings)])
     scores = [Scores.from_lists(lists) for lists in found]
     return [make_quality(s, q, scores[0], scored, llm.stack.max_positions) for s, q in zip(settings, scores, strict=True)]
 
@@ -291,6 +294,7 @@ def make_quality(setting: Setting, scores: Scores, off: Scores, scored: "Scored"
         ppl_ratio=scores.perplexity / off.perplexity,
         ppl_ratio_interval=scored.interval(off.logprobs - scores.logprobs),
         bits_per_byte=-float(scores.logprobs.sum()) / math.log(2) / scored.num_bytes,
+        unknown_share=scored.unknown_share,
         depth_counts=dict(zip(depths.tolist(), counts.tolist(), strict=True)),
         depth_by_position=scored.by_position(scores.depths, limit),
     )
@@ -389,17 +393,13 @@ def exit_figures(llm: LLM, documents: Sequence[Sequence[int]]) -> tuple[list[dic
     return figures, float(depths.mean())
 
 
-def num_bytes(llm: LLM, documents: Sequence[Sequence[int]]) -> int:
-    """UTF-8 bytes of the tokens that are scored: all of a document's but its first."""
-    return sum(len(llm.tokenizer.decode(list(ids[1:]), skip_special_tokens=False).encode()) for ids in documents)
-
-
 @dataclass(frozen=True)
 class Scored:
     """The text behind the scores, document by document."""
 
     documents: Sequence[Sequence[int]]
-    num_bytes: int
+    num_bytes: float
+    unknown_share: float = 0.0
 
     def interval(self, differences: NDArray[np.float64], draws: int = 1000) -> tuple[float, float]:
         """95 % bootstrap interval of exp(mean), documents drawn with their tokens. Shape: differences (tokens), in nats."""
@@ -429,17 +429,6 @@ def make_settings(
     lists = [[t] if isinstance(t, float | int) else list(t) for t in thresholds]
     policies = [ExitPolicy.create(policy, values, exit_layers) for values in lists]
     return [off, *(Setting(p, c) for c in catch_ups for p in policies)]
-
-
-def first_tokens(documents: Sequence[Sequence[int]], num_tokens: int) -> Iterator[Sequence[int]]:
-    """Whole documents until `num_tokens` targets are reached; the last one is cut there."""
-    left = num_tokens
-    for ids in documents:
-        if left < 1:
-            return
-        if len(ids) > 1:
-            yield ids[: left + 1]
-            left -= len(ids) - 1
 
 
 def choose_texts(documents: Sequence[Sequence[int]], amounts: Amounts, limit: int) -> list[Text]:

@@ -2,7 +2,7 @@
 
     {"question": "Is the sky blue?", "choices": ["yes", "no"], "answer": 0}      multiple choice; the answer is a number from 0,
                                                                                  a letter, or the choice itself
-    {"question": "How much is 6 x 7?", "answer": "6 x 7 = 42\\n#### 42"}          exact match of what stands after ####
+    {"question": "How much is 6 x 7?", "answer": "6 x 7 = 42\\n#### 42"}          exact match, by lm_eval's filters (grading)
     {"text": "And God said, Let there be light"}                                 last word
 
 "context" (or "prompt") in place of "question" is taken as it stands; a question becomes "Question: ...\\nAnswer:". Files may
@@ -11,18 +11,15 @@ end in .gz.
 
 import gzip
 import json
-import re
 import zlib
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from ease_eval.grading import MARK, filter_of
 from ease_runtime.errors import RequestError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MARK = "####"
-NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,18 @@ class Exact:
 
     line: int
     context: str
-    answer: str
-    worked: str  # with the way to it
+    answer: str  # with the way to it, where it is told
     kind = "exact match"
+
+    @property
+    def filter(self) -> str:
+        """What finds the answer in a generated text."""
+        return filter_of(self.answer)
 
     @property
     def solved(self) -> str:
         """The item with its answer, as an example for another."""
-        return f"{self.context} {self.worked}"
+        return f"{self.context} {self.answer}"
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,12 @@ def read_tasks(path: Path, limit: int) -> TaskFile:
     """The first `limit` good lines. Raises RequestError for a file that cannot be read, or that has none."""
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).split(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
         raise RequestError(f"cannot read tasks from {path}: {error}") from None
     items: list[Item] = []
     faults = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if len(items) == limit:
             break
         if not line.strip():
@@ -115,10 +116,15 @@ def read_tasks(path: Path, limit: int) -> TaskFile:
     return TaskFile(path, tuple(items), tuple(faults))
 
 
-def parse(line: str, number: int) -> Item:
+def parse(line: bytes, number: int) -> Item:
     """One line's item. Raises ValueError that says what is wrong."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is no character") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError):
         raise ValueError("no JSON") from None
     if not isinstance(row, dict):
@@ -126,10 +132,12 @@ def parse(line: str, number: int) -> Item:
     if "choices" in row:
         return Choice(number, _context(row), *_choices(row))
     if "answer" in row:
-        worked = row["answer"]
-        if not isinstance(worked, str) or not worked.strip():
+        answer = row["answer"]
+        if not isinstance(answer, str) or not answer.strip():
             raise ValueError('"answer" must be a text')
-        return Exact(number, _context(row), answer_of(worked), worked)
+        if MARK.strip() in answer and MARK not in answer:
+            raise ValueError(f'"answer" has "####" without a space behind it; expected "{MARK}42"')
+        return Exact(number, _context(row), answer)
     parts = row["text"].rsplit(maxsplit=1) if isinstance(row.get("text"), str) else []
     if len(parts) != 2:
         raise ValueError('expected "choices", "answer", or a "text" of two words or more')
@@ -156,22 +164,6 @@ def _choices(row: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     if isinstance(answer, str) and len(answer) == 1 and answer.upper() in LETTERS[: len(texts)]:
         return texts, LETTERS.index(answer.upper())
     raise ValueError(f'"answer" {str(answer)[:40]!r} is none of the {len(texts)} choices, by number from 0, letter or text')
-
-
-def answer_of(text: str) -> str:
-    """The answer in a text: what stands after ####, else its last number, else its first line."""
-    if MARK in text:
-        return _plain(text.split(MARK)[1].strip().split("\n")[0])
-    numbers = NUMBER.findall(text)
-    return _plain(numbers[-1] if numbers else text.strip().split("\n")[0])
-
-
-def _plain(answer: str) -> str:
-    """Numbers as numbers are written most simply, other texts without the case of their letters and a last full stop."""
-    found = NUMBER.fullmatch(answer.strip().strip("$%.").strip())
-    if found is None:
-        return answer.strip().rstrip(".").casefold()
-    return f"{Decimal(found[0].replace(',', '')).normalize():f}"
 
 
 def examples(items: tuple[Item, ...], shots: int) -> tuple[str, tuple[Item, ...]]:

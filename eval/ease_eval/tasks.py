@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_eval.grading import FIRST_LINE, STRICT, is_right
 from ease_eval.journal import Journal
-from ease_eval.likelihood import encode_pair, score_continuation
+from ease_eval.likelihood import NoTokensError, encode_pair, score_continuation
 from ease_eval.perplexity import Scores, check_scorable
-from ease_eval.task_files import Choice, Exact, Item, LastWord, TaskFile, answer_of, examples
+from ease_eval.task_files import Choice, Exact, Item, LastWord, TaskFile, examples
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
@@ -44,6 +45,9 @@ class Answer:
     full_depth_logprob: float | None = None
     normalised_correct: bool | None = None  # multiple choice: by log-probability a byte
     full_depth_normalised_correct: bool | None = None
+    filter: str | None = None  # exact match: what found the answers of `correct` in the texts
+    strict_correct: bool | None = None  # exact match of numbers: by lm_eval's strict-match
+    full_depth_strict_correct: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,9 @@ class TaskResult:
     full_depth_normalised_accuracy: float | None
     perplexity: float | None  # last word: of the word
     full_depth_perplexity: float | None
+    filters: list[str]  # exact match: which of lm_eval's filters found the answers that `accuracy` counts
+    strict_accuracy: float | None  # exact match of numbers: by lm_eval's strict-match
+    full_depth_strict_accuracy: float | None
     items: list[Answer]
 
 
@@ -109,8 +116,15 @@ def run_task(llm: LLM, task: TaskFile, options: Options, journal: Journal, shots
         check_scorable(llm.engine, [policy], options.catch_up)
     asking = Asking(llm, options, policy, before, chat)
     said = hashlib.sha256(repr(task.items).encode()).hexdigest()[:16]  # answers to a file that has changed since are asked for anew
-    answers = [Answer(**journal.once(f"{task.path}:{item.line}:{said}", _asker(asking, item))) for item in items]
-    return summarise(task, answers, shots)
+    answers, faults = [], list(task.faults)
+    for item in items:
+        try:
+            answers.append(Answer(**journal.once(f"{task.path}:{item.line}:{said}", _asker(asking, item))))
+        except NoTokensError as error:
+            faults.append(f"{task.path}:{item.line}: {error}")
+    if not answers:
+        raise RequestError(f"{faults[-1]}; no other line is good either")
+    return summarise(replace(task, faults=tuple(faults)), answers, shots)
 
 
 def _asker(asking: Asking, item: Item) -> Callable[[], dict[str, Any]]:
@@ -171,10 +185,13 @@ def ask_exact(asking: Asking, item: Exact) -> Answer:
         line=item.line,
         said=said,
         full_depth_said=full,
-        correct=answer_of(said) == item.answer,
-        full_depth_correct=answer_of(full) == item.answer,
+        correct=is_right(said, item.answer, item.filter),
+        full_depth_correct=is_right(full, item.answer, item.filter),
         tokens=len(depths),
         layers=sum(depths),
+        filter=item.filter,
+        strict_correct=None if item.filter == FIRST_LINE else is_right(said, item.answer, STRICT),
+        full_depth_strict_correct=None if item.filter == FIRST_LINE else is_right(full, item.answer, STRICT),
     )
 
 
@@ -199,6 +216,9 @@ def summarise(task: TaskFile, answers: Sequence[Answer], shots: int) -> TaskResu
         full_depth_normalised_accuracy=_mean([a.full_depth_normalised_correct for a in answers]),
         perplexity=_perplexity([a.logprob for a in answers], tokens) if word else None,
         full_depth_perplexity=_perplexity([a.full_depth_logprob for a in answers], tokens) if word else None,
+        filters=sorted({a.filter for a in answers if a.filter}),
+        strict_accuracy=_mean([a.strict_correct for a in answers]),
+        full_depth_strict_accuracy=_mean([a.full_depth_strict_correct for a in answers]),
         items=list(answers),
     )
 

@@ -183,3 +183,21 @@ def test_a_task_of_the_harness_runs_through_the_policy(tiny_bundle: Path, tmp_pa
     assert result["results"]["ease_local"]["acc,none"] == pytest.approx(np.mean(right))
     assert result["config"]["threshold"] == [0.4, 0.4]
     assert 2.0 < result["config"]["mean_depth"] < 6.0
+
+
+def test_no_pair_ends_a_run(tiny_bundle: Path, instance: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is certain to follow, what has no tokens cannot, and the others get what they get alone."""
+    one, long = model(tiny_bundle), TEXT * 12
+    asked = [("And the king", ""), ("And", "\ud83d"), ("And", long), PAIRS[0]]
+    found = one.loglikelihood([instance("loglikelihood", *pair) for pair in asked])
+    assert found[:2] == [(0.0, True), (-np.inf, False)]
+    assert "half of a surrogate pair" in caplog.text
+    (scores,) = score_documents(one.llm.engine, [one.llm.encode("And" + long)], [ExitPolicy()], "recompute")
+    assert found[2][0] == pytest.approx(scores.logprobs[len(one.llm.encode("And")) - 1 :].sum())
+    assert found[3] == one.loglikelihood([instance("loglikelihood", *PAIRS[0])])[0]
+
+
+@pytest.mark.parametrize("argument", ["temperature=0.7", "n=2", "logprobs=2", "max_tokens=5", "stop=x"])
+def test_arguments_that_are_the_tasks_are_refused(tiny_bundle: Path, argument: str) -> None:
+    with pytest.raises(RequestError, match=f"{argument.partition('=')[0]} in --model_args has no effect"):
+        model(tiny_bundle, f",{argument}")

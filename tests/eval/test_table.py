@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from ease_eval import table as table_module
 from ease_eval.cli import main
 from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure
-from ease_eval.table import Scored, make_speed, num_bytes, quality_cells
+from ease_eval.table import Scored, make_speed, quality_cells
 from ease_eval.weights import bytes_read
 from ease_runtime.engine import Engine
 from ease_runtime.llm import LLM
@@ -134,12 +134,6 @@ def test_the_interval_of_a_ratio_by_hand() -> None:
     assert Scored([range(5)], 1).interval(np.full(4, 0.5)) == pytest.approx((np.exp(0.5), np.exp(0.5)))
     low, high = Scored([range(3), range(5)], 1).interval(np.array([0.0, 0.0, 1.0, 1.0, 1.0, 1.0]))
     assert (low, high) == pytest.approx((1.0, np.e))
-
-
-def test_bits_per_byte_by_hand(tiny_bundle: Path) -> None:
-    llm = LLM(tiny_bundle)
-    ids = llm.encode("And the king went")
-    assert num_bytes(llm, [ids, ids]) == 2 * len("And the king went")
 
 
 def command(name: str, *arguments: object) -> Result:

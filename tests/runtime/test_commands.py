@@ -110,7 +110,7 @@ def test_chat_goes_on_resets_and_ends(tiny_bundle: Path) -> None:
     assert len(said) == 4
     assert said[:2] == said[2:]
     assert said[0] != said[1]
-    assert ease_run("chat", tiny_bundle, "--n", "2", text="").exit_code == 1
+    assert ease_run("chat", tiny_bundle, "--n", "2", text="").exit_code == 2
 
 
 def test_batch_answers_and_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
