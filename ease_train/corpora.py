@@ -27,6 +27,7 @@ from ease_train.text_files import EXPECTED, file_lines, json_rows
 
 SPLITS = ("train", "validation", "test")
 NAMED = ("kjv", "wikitext-2")
+SOURCES = f"{', '.join(NAMED)}, a .txt/.jsonl/.json/.parquet file, or a data set on the hub."
 DIVIDED = 20  # documents that a source needs to be split
 WIKITEXT_TITLE = re.compile(r" = [^=].* = \n?$")
 
@@ -48,7 +49,8 @@ def load_documents(source: str, split: str) -> Sequence[str]:
         texts = mapped_texts(Path(source))
         documents = Texts(texts.rows, own_split(len(texts), source, split))
     elif Path(source).suffix or Path(source).is_dir() or source.startswith((".", "/")):
-        raise DataError(f"no data file at {source}; expected {EXPECTED}, or one of: {', '.join(NAMED)}")
+        names = ", ".join(NAMED)
+        raise DataError(f"no data file at {source}; say with --data where it is ({EXPECTED}), or give one of: {names}")
     else:
         documents = _hub_documents(source, split)
     if not documents:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ease_runtime.flags import option_flags, read_flags
 from ease_runtime.llm import LLM
 from ease_runtime.manifest import MANIFEST_FILE
 from ease_runtime.policy import POLICIES, threshold_text
-from ease_train.corpora import load_documents
+from ease_train.corpora import load_documents, sum_of
 
 
 @click.command()
@@ -69,10 +69,12 @@ def calibrate(
     """Find thresholds that hold a tolerance with a guarantee, and write them into the bundle."""
     llm = LLM(bundle, num_threads=threads)
     length = min(tokens, llm.stack.max_positions)
-    encoded = [ids[: length + 1] for text in load_documents(data, split)[:documents] if len(ids := llm.encode(text)) > 1]
+    corpus = load_documents(data, split)
+    encoded = [ids[: length + 1] for text in corpus[:documents] if len(ids := llm.encode(text)) > 1]
     certificate = run_calibration(
         llm.engine, encoded, policy=policy, catch_up=catch_up, risk=risk, delta=delta, epsilon=epsilon, data=data, split=split, seed=seed
     )
+    certificate = replace(certificate, data_sha256=sum_of(corpus))
     if json_file:
         write_whole(json_file, json.dumps(asdict(certificate), indent=2) + "\n")
     show_certificate(certificate, Console())

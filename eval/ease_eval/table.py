@@ -136,6 +136,8 @@ class Table:
     peak_memory_mb: float | None  # of the process, with the text's tokens and all
     batches: tuple[BatchFigures, ...]
     rows: tuple[Row, ...]
+    data_sha256: str = ""  # of the split's documents, where it is known
+    num_documents: int = 0  # of the split
 
     def to_json(self) -> str:
         """The table as JSON text, every figure unrounded."""
@@ -223,6 +225,7 @@ def make_table(
     num_threads: int = 0,
     batches: Sequence[int] = (),
     journal: Journal | None = None,
+    data_sha256: str = "",
 ) -> Table:
     """Measure a bundle, loaded as `llm`, on a corpus's documents, as ids. Raises RequestError.
 
@@ -246,6 +249,8 @@ def make_table(
     return Table(
         **provenance(bundle, llm, num_threads),
         data=source,
+        data_sha256=data_sha256,
+        num_documents=len(encoded),
         split=split,
         num_scored_tokens=sum(len(ids) - 1 for ids in documents),
         num_decoded_tokens=len(texts) * (amounts.new_tokens - 1),

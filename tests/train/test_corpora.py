@@ -300,7 +300,9 @@ def test_strings_of_every_arrow_type(tmp_path: Path) -> None:
 
 
 def test_no_such_file_and_no_such_split(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no data file at .*missing\.txt; expected \.txt, .* or \.parquet, or one of: kjv, wikitext-2"):
+    with pytest.raises(
+        DataError, match=r"no data file at .*missing\.txt; say with --data where it is \(\.txt, .*\), or give one of: kjv, wikitext-2"
+    ):
         load_documents(str(tmp_path / "missing.txt"), "train")
     with pytest.raises(DataError, match="unknown split 'trian'; did you mean 'train'"):
         load_documents("kjv", "trian")
