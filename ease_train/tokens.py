@@ -1,7 +1,9 @@
 """Text to tokens to blocks: tokenizers trained on the corpus, and the packed blocks that training reads."""
 
 import hashlib
+import itertools
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,10 @@ from ease_train.errors import DataError
 
 END = "<|end|>"  # stands before every document, so that a document's first token is predicted too
 UNKNOWN = "<|unknown|>"
+DOCUMENTS_AT_ONCE = 1000  # that are encoded
 
 
-def train_tokenizer(documents: list[str], config: TokenizerConfig) -> Tokenizer:
+def train_tokenizer(documents: Sequence[str], config: TokenizerConfig) -> Tokenizer:
     """A tokenizer for these documents: byte-level BPE, or one token a character."""
     if config.kind == "bpe":
         tokenizer = Tokenizer(models.BPE())
@@ -29,8 +32,10 @@ def train_tokenizer(documents: list[str], config: TokenizerConfig) -> Tokenizer:
         )
         tokenizer.train_from_iterator(documents, trainer)
         return tokenizer
-    characters = sorted(set().union(*map(set, documents)))
-    vocabulary = {token: i for i, token in enumerate([END, UNKNOWN, *characters])}
+    characters: set[str] = set()
+    for text in documents:
+        characters.update(text)
+    vocabulary = {token: i for i, token in enumerate([END, UNKNOWN, *sorted(characters)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -72,7 +77,7 @@ def check_rows(stream: NDArray[np.int32], tokenizer: Tokenizer, vocab_size: int,
 
 def encode_stream(
     tokenizer: Tokenizer,
-    documents: list[str],
+    documents: Iterable[str],
     separator: int | None = None,
     *,
     parse_special: bool = False,
@@ -81,18 +86,31 @@ def encode_stream(
 
     Special tokens that a document mentions are text, unless `parse_special`.
     """
+    return np.concatenate(list(encoded_parts(tokenizer, documents, separator, parse_special=parse_special)))
+
+
+def encoded_parts(
+    tokenizer: Tokenizer,
+    documents: Iterable[str],
+    separator: int | None = None,
+    *,
+    parse_special: bool = False,
+) -> Iterator[NDArray[np.int32]]:
+    """The stream of `encode_stream`, some documents at a time. Shape of each: (tokens,)."""
     end = tokenizer.token_to_id(END) if separator is None else separator
-    tokenizer.encode_special_tokens = not parse_special
-    try:
-        encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-    finally:
-        tokenizer.encode_special_tokens = False
-    return np.concatenate([np.array([end, *encoding.ids], dtype=np.int32) for encoding in encodings])
+    rest = iter(documents)
+    while texts := list(itertools.islice(rest, DOCUMENTS_AT_ONCE)):
+        tokenizer.encode_special_tokens = not parse_special
+        try:
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        finally:
+            tokenizer.encode_special_tokens = False
+        yield np.concatenate([np.array([end, *encoding.ids], dtype=np.int32) for encoding in encodings])
 
 
 def cached_stream(
     tokenizer: Tokenizer,
-    documents: list[str],
+    documents: Sequence[str],
     folder: Path | None,
     separator: int | None = None,
     *,
@@ -100,22 +118,34 @@ def cached_stream(
 ) -> NDArray[np.int32]:
     """`encode_stream`, kept in `folder` under the sum of what goes in, and read from there the next time.
 
-    A file found there is mapped, not read. Without a folder nothing is kept.
+    A file there (plain int32) is written part by part, and mapped, not read. Without a folder nothing is kept.
+    Raises DataError when the folder cannot be written.
     """
     if folder is None:
         return encode_stream(tokenizer, documents, separator, parse_special=parse_special)
     digest = hashlib.sha256(f"{separator}:{parse_special}:{tokenizer.to_str()}".encode())
     for text in documents:
         digest.update(f"{len(text)}:".encode() + text.encode("utf-8", "surrogatepass"))
-    path = folder / f"{digest.hexdigest()[:32]}.npy"
+    path = folder / f"{digest.hexdigest()[:32]}.int32"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.save(file, encode_stream(tokenizer, documents, separator, parse_special=parse_special))
-        partial.replace(path)
-    stream: NDArray[np.int32] = np.load(path, mmap_mode="r")
+        _write_stream(path, encoded_parts(tokenizer, documents, separator, parse_special=parse_special))
+    stream: NDArray[np.int32] = np.memmap(path, dtype=np.int32, mode="r")
     return stream
+
+
+def _write_stream(path: Path, parts: Iterable[NDArray[np.int32]]) -> None:
+    """Write a stream whole or not at all."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            for part in parts:
+                file.write(part.data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise DataError(f"could not keep tokens in {path.parent}: {reason}; use another --cache, or none") from None
 
 
 def pack(stream: NDArray[np.int32], length: int, at_least: int, what: str) -> NDArray[np.int32]:

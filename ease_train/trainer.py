@@ -24,13 +24,14 @@ from torch import Tensor
 
 from ease_train.checkpoint import UNKNOWN_DATA, Checkpoint, filled, load_checkpoint, save_checkpoint
 from ease_train.config import ModelConfig, Recipe
-from ease_train.corpora import load_documents
-from ease_train.errors import ConfigError, DivergenceError
+from ease_train.corpora import load_documents, sum_of
+from ease_train.errors import ConfigError, DataError, DivergenceError
 from ease_train.lora import add_low_rank, merged
 from ease_train.losses import Objective, exit_figures, exit_loss, state_loss
 from ease_train.model import Decoder
 from ease_train.optimizer import create_optimizer, learning_rate, train_exits_only
 from ease_train.parallel import Workers, load_optimizer, whole
+from ease_train.resuming import Asked
 from ease_train.schedules import drop_rates, exit_weights
 from ease_train.states import StateCache, States
 from ease_train.tokens import cached_stream, check_rows, num_ids, pack, train_tokenizer
@@ -123,16 +124,26 @@ def layers_rest(recipe: Recipe) -> bool:
 
 
 def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDArray[np.int32]:
-    """A split of a checkpoint's data as its model reads it, kept in `cache`. Shape: (tokens,). Raises DataError."""
-    documents, tokenizer = load_documents(checkpoint.data, split), checkpoint.tokenizer
+    """A split of a checkpoint's data as its model reads it, kept in `cache`. Shape: (tokens,).
+
+    Notes the sum and number of its texts in the checkpoint. Raises DataError where another one is noted there already, or there is no text.
+    """
+    documents = load_documents(checkpoint.data, split)
+    found, noted = sum_of(documents), checkpoint.data_sha256.get(split)
+    if noted not in (None, found):
+        raise DataError(
+            f"{checkpoint.data} ({split}) holds other text than this checkpoint was trained on: its sha256 is {found[:16]}…, "
+            f"expected {noted[:16]}…; say with --data where that text is now, or train on another: ease-train tune CHECKPOINT --data TEXT"
+        )
+    checkpoint.data_sha256[split], checkpoint.num_documents[split] = found, len(documents)
     stream = cached_stream(
-        tokenizer,
+        checkpoint.tokenizer,
         documents,
         cache,
         checkpoint.conventions.separator,
         parse_special=checkpoint.recipe.train.parse_special,
     )
-    check_rows(stream, tokenizer, checkpoint.recipe.model.vocab_size, f"{checkpoint.data} ({split})")
+    check_rows(stream, checkpoint.tokenizer, checkpoint.recipe.model.vocab_size, f"{checkpoint.data} ({split})")
     return stream
 
 
@@ -189,8 +200,20 @@ class Trainer:
         self.train_states, self.validation_states = self._state_caches()
 
     @classmethod
-    def begin(cls, recipe: Recipe, source: str, device: str = "cpu", cache: Path | None = None, sharded: bool = False) -> Self:
-        """A new run: trains the tokenizer, builds the model; keeps tokens in `cache`. Raises DataError, ConfigError."""
+    def begin(
+        cls,
+        recipe: Recipe,
+        source: str,
+        device: str = "cpu",
+        cache: Path | None = None,
+        sharded: bool = False,
+        *,
+        base: Recipe | None = None,
+    ) -> Self:
+        """A new run: trains the tokenizer, builds the model; keeps tokens in `cache`. Raises DataError, ConfigError.
+
+        `base` is the recipe before the run's own options, by which a run that goes on knows whether it was changed.
+        """
         workers = Workers.join(device, sharded)
         tokenizer = train_tokenizer(load_documents(source, "train"), recipe.tokenizer)
         tokenizer = Tokenizer.from_str(workers.share(tokenizer.to_str())) if workers.count > 1 else tokenizer
@@ -200,16 +223,22 @@ class Trainer:
         if size == 0:
             recipe = replace(recipe, model=replace(recipe.model, vocab_size=needed))
         torch.manual_seed(recipe.train.seed)
-        begun = Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source)
+        begun = Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source, base=base)
         if begun.model.draft_head is not None:
             begun.model.choose_draft_ids(token_counts(begun, cache))
         return cls(begun, workers, cache)
 
     @classmethod
-    def resume(cls, path: Path, device: str = "cpu", cache: Path | None = None, sharded: bool = False) -> Self:
-        """Go on with the run saved at `path`, with as many processes as there are now. Raises CheckpointError, ConfigError."""
+    def resume(
+        cls, path: Path, device: str = "cpu", cache: Path | None = None, sharded: bool = False, *, asked: Asked | None = None
+    ) -> Self:
+        """Go on with the run saved at `path`, with as many processes as there are now, and with what is `asked` of it.
+
+        Raises CheckpointError, ConfigError, DataError.
+        """
         workers = Workers.join(device, sharded)
-        return cls(load_checkpoint(path, resume=True), workers, cache)
+        checkpoint = load_checkpoint(path, resume=True)
+        return cls(asked.of(checkpoint, path) if asked else checkpoint, workers, cache)
 
     def fit(self, out: Path) -> Iterator[Event]:
         """Train to the last step, or until patience ends; yield every step, evaluation and checkpoint. Raises DivergenceError.
@@ -217,7 +246,7 @@ class Trainer:
         Where the layers are frozen and there is a cache, their hidden states are computed before the first step.
         """
         yield from self.fill_states()
-        while self.checkpoint.step < self.settings.steps and not self.out_of_patience():
+        while not self.ended:
             yield self.log(self.train_step(self.next_batch()))
             step, last = self.checkpoint.step, self.checkpoint.step == self.settings.steps
             if step % self.settings.eval_every == 0 or last:
@@ -226,6 +255,11 @@ class Trainer:
             last = last or self.out_of_patience()
             if step % self.settings.save_every == 0 or last:
                 yield self.save(out)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all steps are done, or patience is at its end."""
+        return self.checkpoint.step >= self.settings.steps or self.out_of_patience()
 
     def _state_caches(self) -> tuple[StateCache | None, StateCache | None]:
         """Where the hidden states of the training and validation blocks are kept, if they are."""

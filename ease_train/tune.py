@@ -82,9 +82,11 @@ def begin_tuning(
     chosen = tuned_recipe(trained.recipe, recipe, options)
     torch.manual_seed(chosen.train.seed)
     model = with_exits(trained.model, chosen)
-    tuned = Checkpoint(chosen, model, trained.tokenizer, 0, source or known_data(trained), conventions=trained.conventions)
+    data, sums = (source, {}) if source else (known_data(trained), trained.data_sha256)
+    tuned = Checkpoint(chosen, model, trained.tokenizer, 0, data, conventions=trained.conventions, data_sha256=dict(sums), base=recipe)
     if knows_no_draft(trained.model, model):
-        model.choose_draft_ids(token_counts(replace(tuned, data=counted or tuned.data), cache))
+        text = replace(tuned, data=counted, data_sha256={}, num_documents={}) if counted else tuned
+        model.choose_draft_ids(token_counts(text, cache))
     elif counted is not None:
         raise ConfigError(f"count data {counted} has no effect: no reduced head is to be chosen (--exit-head reduced)")
     return Trainer(tuned, workers, cache)

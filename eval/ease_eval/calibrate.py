@@ -62,6 +62,7 @@ class Certificate:
     num_test_documents: int
     tokens_per_document: int
     tested: list[Candidate]
+    data_sha256: str = ""  # of the split's documents, where it is known
 
 
 def hoeffding_bentkus(risk: float, num_documents: int, delta: float) -> float:

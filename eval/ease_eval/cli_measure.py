@@ -38,7 +38,7 @@ from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.policy import POLICIES, threshold_text
-from ease_train.corpora import load_documents
+from ease_train.corpora import SOURCES, load_documents, sum_of
 
 # COLUMNS of the table for a terminal of 80 columns
 NARROW_COLUMNS = ("at", "catch-up", "ppl", "vs off", "depth", "tok/s", "p50\nms", "p95\nms", "speed\n-up", "ideal", "of\nideal")
@@ -67,9 +67,7 @@ POLICY_FLAG = click.option(
     help=f"What confidence is: {', '.join(THRESHOLD_POLICIES)}.",
 )
 MEASURE_FLAGS = (
-    click.option(
-        "--data", default="kjv", show_default=True, help="kjv, wikitext-2, a local .txt/.jsonl/.parquet file, or a data set on the hub."
-    ),
+    click.option("--data", default="kjv", show_default=True, help=SOURCES),
     click.option("--split", default="test", show_default=True, help="train, validation or test."),
     PARSE_SPECIAL,
     POLICY_FLAG,
@@ -121,6 +119,7 @@ class Asked:
     catch_ups: tuple[str, ...]
     amounts: Amounts
     threads: int
+    data_sha256: str  # of the split's documents, all of them
 
     @classmethod
     def of(
@@ -145,7 +144,8 @@ class Asked:
         """From the flags of a command."""
         amounts = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds)
         llm = LLM(bundle, device=device, num_threads=threads)
-        documents = [Document.of(llm, text, parse_special=parse_special) for text in load_documents(data, split)]
+        corpus = load_documents(data, split)
+        documents = [Document.of(llm, text, parse_special=parse_special) for text in corpus]
         rows: list[float | Sequence[float | None]] = [
             *(t for t in thresholds if t is not None),
             *exit_thresholds,
@@ -154,7 +154,12 @@ class Asked:
             raise RequestError("--exit-thresholds with off alone asks no exit; off is always the first row")
         if len(llm.stack.exit_layers) == 1:
             click.echo("note: this bundle has no early exit: full depth alone is measured", err=True)
-        return cls(bundle, llm, documents, data, split, policy, rows, catch_ups, amounts, threads)
+        return cls(bundle, llm, documents, data, split, policy, rows, catch_ups, amounts, threads, sum_of(corpus))
+
+    @property
+    def num_documents(self) -> int:
+        """Of the split, all of them."""
+        return len(self.documents)
 
     @property
     def encoded(self) -> list[Sequence[int]]:
@@ -164,7 +169,9 @@ class Asked:
     @property
     def source(self) -> dict[str, Any]:
         """Where figures come from, and what was asked for, as JSON has it."""
-        asked = {name: getattr(self, name) for name in ("data", "split", "policy", "thresholds", "catch_ups")}
+        asked = {
+            name: getattr(self, name) for name in ("data", "data_sha256", "num_documents", "split", "policy", "thresholds", "catch_ups")
+        }
         return {**provenance(self.bundle, self.llm, self.threads), **asked, "amounts": asdict(self.amounts), "seed": SEED}
 
     def table(self, journal: Journal | None = None, batches: Sequence[int] = ()) -> Table:
@@ -174,6 +181,7 @@ class Asked:
             self.llm,
             self.documents,
             source=self.data,
+            data_sha256=self.data_sha256,
             split=self.split,
             policy=self.policy,
             thresholds=self.thresholds,

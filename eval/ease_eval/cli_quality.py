@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ease_runtime.llm import LLM
 from ease_runtime.manifest import MANIFEST_FILE
 from ease_runtime.options import Options
 from ease_runtime.policy import threshold_text
-from ease_train.corpora import load_documents
+from ease_train.corpora import load_documents, sum_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
 
@@ -79,11 +79,13 @@ def calibrate(
     """Find thresholds that hold a tolerance with a guarantee, and write them into the bundle."""
     llm = LLM(bundle, device=device, num_threads=threads)
     length = min(tokens, llm.stack.max_positions)
-    texts = load_documents(data, split)[:documents]
+    corpus = load_documents(data, split)
+    texts = corpus[:documents]
     encoded = [ids[: length + 1] for text in texts if len(ids := llm.encode_text(text, parse_special=parse_special)) > 1]
     certificate = run_calibration(
         llm.engine, encoded, policy=policy, catch_up=catch_up, risk=risk, delta=delta, epsilon=epsilon, data=data, split=split, seed=seed
     )
+    certificate = replace(certificate, data_sha256=sum_of(corpus))
     if json_file:
         write_whole(json_file, json.dumps(asdict(certificate), indent=2) + "\n")
     show_certificate(certificate, Console())

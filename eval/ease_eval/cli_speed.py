@@ -25,7 +25,7 @@ from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.policy import threshold_text
-from ease_train.corpora import load_documents
+from ease_train.corpora import load_documents, sum_of
 
 # COLUMNS of a comparison for a terminal of 80 columns
 NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB", "same\ntexts", "agree")
@@ -92,7 +92,9 @@ def compare(
         asked = [llm.encode(text)[:prompt_tokens] for text in read_prompts(prompts, texts)]
     else:
         amounts = Amounts(num_texts=texts, prompt_tokens=prompt_tokens, new_tokens=plan.new_tokens)
-        documents = [llm.encode_text(text) for text in load_documents(data, split)]
+        corpus = load_documents(data, split)
+        documents = [llm.encode_text(text) for text in corpus]
+        source |= {"data_sha256": sum_of(corpus)}
         asked = [list(text.tokens[:prompt_tokens]) for text in choose_texts(documents, amounts, llm.stack.max_positions)]
     del llm  # its memory is for the others
     result = compare_peers(plan, asked, tell=lambda line: click.echo(line, err=True))
@@ -135,7 +137,8 @@ def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **
     scored = [document.ids for document in first_tokens(asked.documents, amounts.scored_tokens)]
     advice = make_advice(asked.llm, scored, chosen, settings, tolerance, amounts.num_rounds)
     if json_file:
-        source = {**provenance(bundle, asked.llm, asked.threads), "data": asked.data, "split": asked.split, **asdict(amounts)}
+        text = {"data": asked.data, "data_sha256": asked.data_sha256, "split": asked.split}
+        source = {**provenance(bundle, asked.llm, asked.threads), **text, **asdict(amounts)}
         write_whole(json_file, json.dumps({**source, **asdict(advice)}, indent=2) + "\n")
     show_advice(advice, show, Console())
 

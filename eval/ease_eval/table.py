@@ -138,6 +138,8 @@ class Table:
     peak_memory_mb: float | None  # of the process, with the text's tokens and all
     batches: tuple[BatchFigures, ...]
     rows: tuple[Row, ...]
+    data_sha256: str = ""  # of the split's documents, where it is known
+    num_documents: int = 0  # of the split
 
     def to_json(self) -> str:
         """The table as JSON text, every figure unrounded."""
@@ -225,6 +227,7 @@ def make_table(
     num_threads: int = 0,
     batches: Sequence[int] = (),
     journal: Journal | None = None,
+    data_sha256: str = "",
 ) -> Table:
     """Measure a bundle, loaded as `llm`, on a corpus's documents. Raises RequestError.
 
@@ -248,6 +251,8 @@ def make_table(
     return Table(
         **provenance(bundle, llm, num_threads),
         data=source,
+        data_sha256=data_sha256,
+        num_documents=len(documents),
         split=split,
         num_scored_tokens=sum(len(document.ids) - 1 for document in scored),
         num_decoded_tokens=len(texts) * (amounts.new_tokens - 1),

@@ -35,8 +35,16 @@ def test_fit_then_resume(small_corpus: str, tmp_path: Path) -> None:
     assert "step 4: validation perplexity layer 2" in result.output
     saved = load_checkpoint(out)
     assert (saved.step, saved.recipe.model.exits, saved.recipe.train.layer_weights) == (4, (2, 3), {2: 0.3, 3: 1.0})
-    again = run("fit", "demo", "--out", str(out), "--resume")
-    assert again.exit_code == 0, again.output
+    for command in (["fit", "demo"], ["fit"]):
+        again = run(*command, "--out", str(out), "--resume")
+        assert again.exit_code == 0, again.output
+        assert "nothing left to do, all 4 steps are done; train on with --resume --steps N" in again.output
+    assert "follows the recipe demo, not small" in one_line(run("fit", "small", "--out", str(out), "--resume"))
+    assert "only --steps may differ (train: seed = 3, was 42)" in one_line(fit(out, small_corpus, "--resume", "--seed", "3"))
+    longer = fit(out, small_corpus, "--resume", "--steps", "6")  # the last --steps holds
+    assert longer.exit_code == 0, longer.output
+    assert longer.stderr.startswith("warning: the schedules go on as those of 6 steps, not 4: the learning rate was ")
+    assert load_checkpoint(out).step == 6
 
 
 def one_line(result: Result) -> str:
@@ -78,9 +86,8 @@ def test_an_existing_out_is_not_overwritten(small_corpus: str, tmp_path: Path) -
     assert "is there already; go on with it (--resume) or choose another --out" in one_line(fit(tmp_path / "c", small_corpus))
 
 
-def test_resume_takes_no_options(tmp_path: Path) -> None:
-    message = one_line(run("fit", "demo", "--out", str(tmp_path / "c"), "--resume", "--steps", "9"))
-    assert "leave out: --steps" in message
+def test_a_run_needs_a_recipe_or_a_checkpoint(tmp_path: Path) -> None:
+    assert "no recipe is named; list them: ease-train recipes" in one_line(run("fit", "--out", str(tmp_path / "c")))
     assert "no checkpoint at" in one_line(run("fit", "demo", "--out", str(tmp_path / "c"), "--resume"))
 
 
@@ -123,7 +130,7 @@ def test_an_interrupted_run_is_saved_and_goes_on_bit_for_bit(small_corpus: str, 
 
     monkeypatch.setattr(Trainer, "train_step", step_with_ctrl_c)
     message = one_line(fit(tmp_path / "cut", small_corpus))
-    assert f"interrupted at step 3, saved; go on: ease-train fit demo --out {tmp_path}/cut --resume" in message
+    assert f"interrupted at step 3, saved; go on: ease-train fit --out {tmp_path}/cut --resume" in message
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "cut").step == 3
     assert run("fit", "demo", "--out", str(tmp_path / "cut"), "--resume", "--threads", "1").exit_code == 0
