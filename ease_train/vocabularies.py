@@ -164,8 +164,12 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Every pair whose union is a token, the best union first. Raises ForeignError where two unions score alike."""
-    symbols = {token: number for number, token in vocabulary.of(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)}
+    """Every pair whose union is a token, the best union first. Raises ForeignError where two unions score alike.
+
+    A user-defined token is found before anything is merged, but for one whose spaces are written as SentencePiece's.
+    """
+    symbols = {token: number for number, token in vocabulary.of(TokenType.NORMAL, TokenType.UNUSED)}
+    symbols |= {token: number for number, token in vocabulary.of(TokenType.USER_DEFINED) if SPACE in token}
     ways: dict[str, list[tuple[str, str]]] = {}
     for token in symbols:
         cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
