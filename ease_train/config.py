@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ease_train.errors import ConfigError, SettingWarning, did_you_mean
 from ease_train.method import MethodConfig
-from ease_train.sections import Section, one_of, setting
+from ease_train.sections import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Bounds, Section, one_of, setting
 
 TOKENIZERS = ("bpe", "char")
 OF_THE_EXITS = ("exits", "exit_norm", "exit_adapter", "adapter_dim", "exit_head", "exit_vocab_size")  # of a model's settings
@@ -28,47 +28,49 @@ OF_THE_EXITS = ("exits", "exit_norm", "exit_adapter", "adapter_dim", "exit_head"
 class ModelConfig(Section):
     """A Llama-family decoder with exits (layers are numbered from 1; the last layer is always an exit)."""
 
-    vocab_size: int = setting(0, "words in the vocabulary; 0 takes the tokenizer's size")
-    dim: int = setting(256, "width of the hidden state")
-    num_layers: int = setting(12, "transformer blocks")
-    num_heads: int = setting(4, "query heads")
-    num_kv_heads: int = setting(2, "key/value heads (grouped-query attention)")
-    head_dim: int = setting(0, "width of an attention head; 0 takes dim / num_heads")
-    ffn_dim: int = setting(0, "width of the gated linear unit; 0 takes 8/3 of dim, rounded up to a multiple of 64")
-    max_positions: int = setting(1024, "longest sequence the model may see, in tokens")
-    rope_theta: float = setting(10000.0, "base of the rotary position embedding")
-    rope_scaling: tuple[float, ...] = setting((), "stretch of that embedding: FACTOR, or Llama 3's FACTOR LOW HIGH POSITIONS; empty: none")
-    norm_eps: float = setting(1e-5, "epsilon of every RMSNorm")
+    table: ClassVar[str] = "model"
+
+    vocab_size: int = setting(0, "words in the vocabulary; 0 takes the tokenizer's size", AT_LEAST_0)
+    dim: int = setting(256, "width of the hidden state", AT_LEAST_1)
+    num_layers: int = setting(12, "transformer blocks", AT_LEAST_1)
+    num_heads: int = setting(4, "query heads", AT_LEAST_1)
+    num_kv_heads: int = setting(2, "key/value heads (grouped-query attention)", AT_LEAST_1)
+    head_dim: int = setting(0, "width of an attention head; 0 takes dim / num_heads", AT_LEAST_0)
+    ffn_dim: int = setting(0, "width of the gated linear unit; 0 takes 8/3 of dim, rounded up to a multiple of 64", AT_LEAST_0)
+    max_positions: int = setting(1024, "longest sequence the model may see, in tokens", AT_LEAST_1)
+    rope_theta: float = setting(10000.0, "base of the rotary position embedding", ABOVE_0)
+    rope_scaling: tuple[float, ...] = setting(
+        (), "stretch of that embedding: FACTOR, or Llama 3's FACTOR LOW HIGH POSITIONS; empty: none", ABOVE_0
+    )
+    norm_eps: float = setting(1e-5, "epsilon of every RMSNorm", SHARE)
     tie_embeddings: bool = setting(True, "one matrix for the embedding and the LM head")
     final_norm: bool = setting(True, "RMSNorm before the LM head (the original EASE has none)")
     attention_bias: bool = setting(False, "bias in the query, key and value projections (Qwen2)")
     qk_norm: bool = setting(False, "RMSNorm on each query and key head (Qwen3)")
-    exits: tuple[int, ...] = setting((4, 8, 12), "layers after which a token may leave; the last is always one")
+    exits: tuple[int, ...] = setting((4, 8, 12), "layers after which a token may leave; the last is always one", AT_LEAST_1)
     exit_norm: str = setting("own", "norm at an early exit: 'own' (one each) or 'shared' (the final norm)")
     exit_adapter: str = setting(
         "none", "before an early exit's norm: 'none', 'low-rank', 'mlp' (EE-Tuning) or 'block' (a layer of its own)"
     )
-    adapter_dim: int = setting(0, "inner width of a low-rank or MLP adapter; 0 takes a quarter of dim")
+    adapter_dim: int = setting(0, "inner width of a low-rank or MLP adapter; 0 takes a quarter of dim", AT_LEAST_0)
     exit_head: str = setting(
         "tied", "LM head of an early exit: 'tied' (the model's), 'own', or 'reduced' (one for all, frequent tokens only)"
     )
-    exit_vocab_size: int = setting(0, "tokens that a 'reduced' exit head knows: the most frequent of the training text")
-    gates: tuple[int, ...] = setting((), "early exits with a gate; set by `ease-train gates`")
-    gate_width: int = setting(0, "hidden width of a gate; 0 makes it linear")
-    routed_layers: tuple[int, ...] = setting((), "Mixture-of-Depths layers, which most tokens go around")
-    capacity: float = setting(0.125, "share of a sequence that a Mixture-of-Depths layer takes in training")
+    exit_vocab_size: int = setting(0, "tokens that a 'reduced' exit head knows: the most frequent of the training text", AT_LEAST_0)
+    gates: tuple[int, ...] = setting((), "early exits with a gate; set by `ease-train gates`", AT_LEAST_1)
+    gate_width: int = setting(0, "hidden width of a gate; 0 makes it linear", AT_LEAST_0)
+    routed_layers: tuple[int, ...] = setting((), "Mixture-of-Depths layers, which most tokens go around", AT_LEAST_1)
+    capacity: float = setting(0.125, "share of a sequence that a Mixture-of-Depths layer takes in training", Bounds(0, 1, open_low=True))
     routing_rule: str = setting("predictor", "who goes into such a layer at inference: 'predictor' or 'threshold' (of the router's scores)")
 
     def __post_init__(self) -> None:
-        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model: {name} = {getattr(self, name)}, expected at least 1")
+        super().__post_init__()
         if self.head_dim == 0 and self.dim % self.num_heads == 0:
             object.__setattr__(self, "head_dim", self.dim // self.num_heads)
         if self.head_dim < 1 or self.head_dim % 2:
             raise ConfigError(f"model: dim = {self.dim} does not give {self.num_heads} heads of an even width (head_dim = {self.head_dim})")
-        if len(self.rope_scaling) not in (0, 1, 4) or not all(number > 0 for number in self.rope_scaling):
-            raise ConfigError(f"model: rope_scaling = {list(self.rope_scaling)}, expected FACTOR or FACTOR LOW HIGH POSITIONS, above 0")
+        if len(self.rope_scaling) not in (0, 1, 4):
+            raise ConfigError(f"model: rope_scaling = {list(self.rope_scaling)}, expected FACTOR or FACTOR LOW HIGH POSITIONS")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
         one_of("model: exit_norm", self.exit_norm, ("shared", "own"))
@@ -76,7 +78,7 @@ class ModelConfig(Section):
         one_of("model: exit_head", self.exit_head, ("tied", "own", "reduced"))
         self._check_exit_vocabulary()
         exits = tuple(sorted({*self.exits, self.num_layers}))
-        if exits[0] < 1 or exits[-1] > self.num_layers:
+        if exits[-1] > self.num_layers:
             raise ConfigError(f"model: exits = {list(self.exits)}, expected layers from 1 to {self.num_layers}")
         object.__setattr__(self, "exits", exits)
         self._check_layers()
@@ -97,8 +99,6 @@ class ModelConfig(Section):
         if strange := sorted({*self.routed_layers} - {*range(1, self.num_layers + 1)}):
             raise ConfigError(f"model: routed_layers = {strange}, expected layers from 1 to {self.num_layers}")
         one_of("model: routing_rule", self.routing_rule, ("predictor", "threshold"))
-        if not 0 < self.capacity <= 1:
-            raise ConfigError(f"model: capacity = {self.capacity}, expected a share above 0 and up to 1")
 
     @property
     def adapter_width(self) -> int:
@@ -125,57 +125,53 @@ class ModelConfig(Section):
 class TokenizerConfig(Section):
     """How text becomes tokens."""
 
+    table: ClassVar[str] = "tokenizer"
+
     kind: str = setting("bpe", "'bpe' (byte-level, trained on the corpus) or 'char'")
-    bpe_vocab_size: int = setting(4096, "words that byte-level BPE learns")
+    bpe_vocab_size: int = setting(4096, "words that byte-level BPE learns, with those of the 256 bytes and the end", Bounds(257))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("tokenizer: kind", self.kind, TOKENIZERS)
-        if self.kind == "bpe" and self.bpe_vocab_size < 257:
-            raise ConfigError(f"tokenizer: bpe_vocab_size = {self.bpe_vocab_size}, expected at least 257 (256 bytes and the end)")
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
     """How the weights are found."""
 
+    table: ClassVar[str] = "train"
+
     layer_weights: dict[int, float] = field(
-        default_factory=lambda: {4: 0.2, 8: 0.3, 12: 1.0}, metadata={"help": "weight of each exit's loss, by layer (from 1)"}
+        default_factory=lambda: {4: 0.2, 8: 0.3, 12: 1.0},
+        metadata={"help": "weight of each exit's loss, by layer (from 1)", "bounds": AT_LEAST_0},
     )
-    steps: int = setting(1000, "optimizer steps in all")
-    batch_size: int = setting(8, "sequences in a step")
-    sequence_length: int = setting(256, "tokens in a sequence")
+    steps: int = setting(1000, "optimizer steps in all", AT_LEAST_1)
+    batch_size: int = setting(8, "sequences in a step", AT_LEAST_1)
+    sequence_length: int = setting(256, "tokens in a sequence", AT_LEAST_1)
     parse_special: bool = setting(False, "special tokens written in the text are real ones (chats); otherwise they are text")
-    learning_rate: float = setting(2e-3, "peak learning rate of AdamW")
-    min_lr_ratio: float = setting(0.05, "learning rate at the end, as a share of the peak (cosine)")
-    warmup_steps: int = setting(100, "steps of linear warm-up")
-    weight_decay: float = setting(0.1, "decoupled weight decay on matrices")
-    beta1: float = setting(0.9, "AdamW's first moment")
-    beta2: float = setting(0.95, "AdamW's second moment")
-    grad_clip: float = setting(1.0, "largest norm of the gradient")
-    seed: int = setting(42, "seed of the weights and of the order of the data")
-    log_every: int = setting(10, "steps between two lines of metrics.jsonl")
-    eval_every: int = setting(200, "steps between two looks at the validation perplexity")
-    eval_tokens: int = setting(20000, "validation tokens in each look")
-    save_every: int = setting(200, "steps between two checkpoints")
-    accumulate: int = setting(1, "batches whose gradients are averaged before a step")
+    learning_rate: float = setting(2e-3, "peak learning rate of AdamW", Bounds(0, 1, open_low=True))
+    min_lr_ratio: float = setting(0.05, "learning rate at the end, as a share of the peak (cosine)", SHARE)
+    warmup_steps: int = setting(100, "steps of linear warm-up", AT_LEAST_0)
+    weight_decay: float = setting(0.1, "decoupled weight decay on matrices", SHARE)
+    beta1: float = setting(0.9, "AdamW's first moment", Bounds(0, 1, open_high=True))
+    beta2: float = setting(0.95, "AdamW's second moment", Bounds(0, 1, open_high=True))
+    grad_clip: float = setting(1.0, "largest norm of the gradient", ABOVE_0)
+    seed: int = setting(42, "seed of the weights and of the order of the data", SEEDS)
+    log_every: int = setting(10, "steps between two lines of metrics.jsonl", AT_LEAST_1)
+    eval_every: int = setting(200, "steps between two looks at the validation perplexity", AT_LEAST_1)
+    eval_tokens: int = setting(20000, "validation tokens in each look", AT_LEAST_1)
+    save_every: int = setting(200, "steps between two checkpoints", AT_LEAST_1)
+    accumulate: int = setting(1, "batches whose gradients are averaged before a step", AT_LEAST_1)
     precision: str = setting("fp32", "of the matrix products: 'fp32', 'bf16' or 'fp16' (autocast; weights stay fp32)")
     recompute_activations: bool = setting(False, "in the backward pass, instead of keeping them: less memory, more time")
     patience: int = setting(
-        0, "stop after so many evaluations without a better perplexity at the last exit, keep the best model; 0 never stops"
+        0, "stop after so many evaluations without a better perplexity at the last exit, keep the best model; 0 never stops", AT_LEAST_0
     )
-    sample_tokens: int = setting(0, "tokens of greedy sample text at each evaluation")
+    sample_tokens: int = setting(0, "tokens of greedy sample text at each evaluation", AT_LEAST_0)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length", "log_every", "eval_every", "save_every", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train: {name} = {getattr(self, name)}, expected at least 1")
-        for name in ("patience", "sample_tokens", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train: {name} = {getattr(self, name)}, expected at least 0")
+        super().__post_init__()
         one_of("train: precision", self.precision, ("fp32", "bf16", "fp16"))
-        negative = {layer: weight for layer, weight in self.layer_weights.items() if weight < 0}
-        if negative:
-            raise ConfigError(f"train: layer_weights = {negative}, expected weights of at least 0")
         if not any(self.layer_weights.values()):
             raise ConfigError("train: layer_weights are all 0; nothing would be trained")
 

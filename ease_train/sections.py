@@ -1,18 +1,46 @@
-"""One table of a recipe as a frozen dataclass: names and types checked, plain dictionaries in and out."""
+"""One table of a recipe as a frozen dataclass: names, types and bounds checked, plain dictionaries in and out."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ease_train.errors import ConfigError, did_you_mean
 
 
-def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word the command line uses
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help})
+@dataclass(frozen=True)
+class Bounds:
+    """The finite numbers from `low` to `high`, without an end that is open."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        above = number > self.low if self.open_low else number >= self.low
+        return above and (number < self.high if self.open_high else number <= self.high) and math.isfinite(number)
+
+    def __str__(self) -> str:
+        if not (self.open_low or self.open_high or self.high == math.inf):
+            return f"a number from {self.low} to {self.high}"
+        low = f"{'more than' if self.open_low else 'at least'} {self.low}"
+        return low if self.high == math.inf else f"{low} and {'less than' if self.open_high else 'at most'} {self.high}"
+
+
+AT_LEAST_0 = Bounds(0)
+AT_LEAST_1 = Bounds(1)
+SHARE = Bounds(0, 1)
+ABOVE_0 = Bounds(0, open_low=True)
+SEEDS = Bounds(0, 2**63 - 1)
+
+
+def setting(default: Any, help: str, bounds: Bounds | None = None) -> Any:  # noqa: A002 - the word the command line uses
+    """A dataclass field with its help text and, for numbers, their bounds."""
+    return field(default=default, metadata={"help": help, "bounds": bounds})
 
 
 def one_of(where: str, value: str, known: tuple[str, ...]) -> None:
@@ -23,7 +51,16 @@ def one_of(where: str, value: str, known: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Section:
-    """One table of a recipe: built from and turned into a plain dictionary."""
+    """One table of a recipe: built from and turned into a plain dictionary. Raises ConfigError for a number out of its field's bounds."""
+
+    table: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, bounds = getattr(self, f.name), f.metadata.get("bounds")
+            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+            if bounds is not None and not all(number in bounds for number in numbers):
+                raise ConfigError(f"{self.table}: {f.name} = {list(value) if isinstance(value, tuple) else value}, expected {bounds}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:

@@ -110,6 +110,19 @@ def weights_may_rest(recipe: Recipe) -> bool:
     return moving or bool(model.gates) or set(exit_weights(0, recipe)) != set(model.exits)
 
 
+def check_warm_ups(recipe: Recipe) -> None:
+    """Raise ConfigError when a warm-up is longer than the run, which would then train something else."""
+    train, method = recipe.train, recipe.method
+    lengths = {
+        "train: warmup_steps": train.warmup_steps,
+        "method: exit_warmup_steps": method.exit_warmup_steps,
+        "method: routing_warmup_steps": method.routing_warmup_steps,
+    }
+    for name, length in lengths.items():
+        if length > train.steps:
+            raise ConfigError(f"{name} = {length}, expected at most steps = {train.steps}; set both")
+
+
 def known_data(checkpoint: Checkpoint) -> str:
     """What a checkpoint was trained on. Raises ConfigError for an imported one, which does not say."""
     if checkpoint.data == UNKNOWN_DATA:
@@ -175,6 +188,8 @@ class Trainer:
         self.workers, self.cache = workers or Workers(), cache
         self.device, state = self.workers.device, checkpoint.train_state
         self.best: Kept | None = None
+        if state is None:
+            check_warm_ups(self.recipe)
         if state is not None and "weights" in state and ("best" in state or not self.recipe.method.lora_rank):
             self.best = Kept.of(checkpoint.step, self.recipe.model, checkpoint.model.state_dict())
         if self.recipe.method.lora_rank:

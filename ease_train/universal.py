@@ -25,6 +25,7 @@ from ease_train.errors import ConfigError, DataError
 from ease_train.losses import Objective, exit_loss
 from ease_train.originals import LayeredDecoder
 from ease_train.schedules import AlphaSchedule, normalized, with_alpha
+from ease_train.sections import AT_LEAST_0
 
 Batch = tuple[Tensor, Tensor]
 
@@ -52,7 +53,7 @@ class UniversalConfig:
 
     def __post_init__(self) -> None:
         for name, values in (("layer_weights", self.layer_weights), ("layer_lr_scales", self.layer_lr_scales or {})):
-            if strange := {layer: value for layer, value in values.items() if layer < 1 or value < 0}:
+            if strange := {layer: value for layer, value in values.items() if layer < 1 or value not in AT_LEAST_0}:
                 raise ConfigError(f"{name} = {strange}, expected layers from 1 and numbers of at least 0")
         if not self.layer_weights:
             raise ConfigError("layer_weights is empty, expected a weight for each layer, like {1: 0.7, 2: 0, 3: 0.3}")

@@ -23,7 +23,7 @@ MODEL += ["--layer-weights", "4", "1", "--max-positions", "96", "--bpe-vocab-siz
 
 def test_train_export_run_evaluate(tmp_path: Path, corpus_file: Path) -> None:
     checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
-    steps = ["--steps", "30", "--eval-every", "30", "--learning-rate", "0.01", "--threads", "1"]
+    steps = ["--steps", "30", "--warmup-steps", "10", "--eval-every", "30", "--learning-rate", "0.01", "--threads", "1"]
     run("ease-train", "fit", "demo", "--data", corpus_file, "--out", checkpoint, *MODEL, *steps)
     run("ease-export", "build", checkpoint, bundle)
     assert "88 of 88" in run("ease-export", "verify", bundle, "--checkpoint", checkpoint, "--tokens", "88").stdout

@@ -1,7 +1,10 @@
 """Recipes: names, types and values are checked, and a wrong one is named with what was expected."""
 
+import dataclasses
 import json
+import math
 import tomllib
+import typing
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -9,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from ease_train.config import ModelConfig, Recipe, TokenizerConfig, load_recipe, recipe_names
+from ease_train.config import SECTIONS, ModelConfig, Recipe, TokenizerConfig, load_recipe, recipe_names
 from ease_train.errors import ConfigError
+from ease_train.method import GateConfig
+from ease_train.sections import Bounds, Section
 
 Maker = Callable[..., Recipe]
 
@@ -38,7 +43,7 @@ def test_a_recipe_survives_json(recipe: Recipe) -> None:
         ("model", {"exits": [2, "x"]}, "exits = 'x' is not of the type int"),
         ("model", {"tie_embeddings": 1}, "tie_embeddings = 1 is not of the type bool"),
         ("model", {"exits": [2, 9]}, "exits = [2, 9], expected layers from 1 to 4"),
-        ("model", {"exits": [0]}, "exits = [0], expected layers from 1 to 4"),
+        ("model", {"exits": [0]}, "exits = [0], expected at least 1"),
         ("model", {"dim": 18, "num_heads": 4}, "dim = 18 does not give 4 heads of an even width"),
         ("model", {"num_heads": 4, "num_kv_heads": 3}, "num_heads = 4 is no multiple of num_kv_heads = 3"),
         ("model", {"num_layers": 0}, "num_layers = 0, expected at least 1"),
@@ -46,7 +51,7 @@ def test_a_recipe_survives_json(recipe: Recipe) -> None:
         ("model", {"exit_norm": "owned"}, "exit_norm = 'owned'; did you mean 'own'?"),
         ("tokenizer", {"kind": "bqe"}, "kind = 'bqe'; did you mean 'bpe'?"),
         ("train", {"steps": 0}, "steps = 0, expected at least 1"),
-        ("train", {"layer_weights": {2: -1.0, 4: 1.0}}, "layer_weights = {2: -1.0}, expected weights of at least 0"),
+        ("train", {"layer_weights": {2: -1.0, 4: 1.0}}, "layer_weights = {2: -1.0, 4: 1.0}, expected at least 0"),
         ("train", {"layer_weights": {2: 0.0}}, "layer_weights are all 0; nothing would be trained"),
         ("train", {"layer_weights": {1: 1.0}}, "layer_weights names layer 1, which is no exit; exits = [2, 3, 4]"),
         ("train", {"sequence_length": 64}, "sequence_length = 64 is more than max_positions = 32"),
@@ -57,6 +62,53 @@ def test_wrong_field(make_recipe: Maker, table: str, fields: dict[str, Any], mes
         make_recipe(**{table: fields})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+NUMERIC = {int, float, tuple[int, ...], tuple[float, ...], dict[int, float]}
+
+
+def numeric_fields() -> list[tuple[type[Section], str]]:
+    """Every field of every section that holds numbers."""
+    sections = (*SECTIONS.values(), GateConfig)
+    hints = {section: typing.get_type_hints(section) for section in sections}
+    return [(section, f.name) for section in sections for f in dataclasses.fields(section) if hints[section][f.name] in NUMERIC]
+
+
+def just_outside(bounds: Bounds, whole: bool) -> list[float]:
+    """The nearest numbers that the bounds leave out, and those that none may hold."""
+    if whole:
+        return [int(bounds.low) - 1, *([int(bounds.high) + 1] if bounds.high != math.inf else [])]
+    low = float(bounds.low) if bounds.open_low else math.nextafter(bounds.low, -math.inf)
+    high = float(bounds.high) if bounds.open_high else math.nextafter(bounds.high, math.inf)
+    return [low, high, math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(("section", "name"), numeric_fields())
+def test_every_number_has_bounds_and_nothing_beyond_them_passes(section: type[Section], name: str) -> None:
+    hint = typing.get_type_hints(section)[name]
+    bounds = section.__dataclass_fields__[name].metadata.get("bounds")
+    assert isinstance(bounds, Bounds), f"{section.table}: {name} has no bounds"
+    for number in just_outside(bounds, whole=hint in (int, tuple[int, ...])):
+        value = {1: number} if hint == dict[int, float] else number if hint in (int, float) else [number]
+        with pytest.raises(ConfigError) as error:
+            section.from_dict({name: value}, "test")
+        assert str(error.value) == f"{section.table}: {name} = {value}, expected {bounds}"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        (Bounds(0), "at least 0"),
+        (Bounds(0, open_low=True), "more than 0"),
+        (Bounds(0, 1), "a number from 0 to 1"),
+        (Bounds(0, 1, open_high=True), "at least 0 and less than 1"),
+        (Bounds(0, 1, open_low=True), "more than 0 and at most 1"),
+    ],
+)
+def test_bounds_say_what_they_hold(bounds: Bounds, words: str) -> None:
+    assert str(bounds) == words
+    assert (0 in bounds, 0.5 in bounds) == ("more than" not in words, True)
+    assert (1 in bounds, 2 in bounds) == ("less than" not in words, "1" not in words)
 
 
 def test_bpe_needs_room_for_every_byte() -> None:

@@ -165,7 +165,8 @@ def test_an_imported_model_needs_its_data_named(trained: Checkpoint, small_corpu
     result = CliRunner().invoke(main, ["gates", str(tmp_path / "imported"), "--out", str(tmp_path / "gated")])
     assert result.exit_code == 1
     assert "no early exit" in result.stderr
-    numbers = "--exits 2 --layer-weights 2 1 --exit-vocab-size 9 --steps 2 --batch-size 2 --sequence-length 16 --eval-tokens 32 --threads 1"
+    numbers = "--exits 2 --layer-weights 2 1 --exit-vocab-size 9 --steps 2 --warmup-steps 1 --batch-size 2"
+    numbers += " --sequence-length 16 --eval-tokens 32 --threads 1"
     command = ["tune", str(tmp_path / "imported"), "--recipe", "kangaroo-fr-spec", "--out", str(tmp_path / "tuned"), *numbers.split()]
     assert "name the text to train on with --data" in CliRunner().invoke(main, command).stderr
     result = CliRunner().invoke(main, [*command, "--data", small_corpus, "--cache", str(tmp_path / "cache")])

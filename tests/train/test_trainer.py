@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from ease_train.checkpoint import load_checkpoint
 from ease_train.config import Recipe, TrainConfig
-from ease_train.errors import DataError, DivergenceError
+from ease_train.errors import ConfigError, DataError, DivergenceError
 from ease_train.losses import exit_losses
 from ease_train.optimizer import create_optimizer, learning_rate
 from ease_train.trainer import EvalEvent, SaveEvent, StepEvent, Trainer
@@ -248,6 +249,7 @@ def test_the_metrics_are_a_table_too(recipe: Recipe, small_corpus: str, tmp_path
 KILLED = """
 import json, sys
 from pathlib import Path
+from typing import Any
 import torch
 from ease_train.config import Recipe
 from ease_train.trainer import Trainer
@@ -281,3 +283,25 @@ def test_a_kill_at_any_moment_loses_nothing(make_recipe: Maker, small_corpus: st
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     after = [resumed.train_step(resumed.next_batch()).loss for _ in range(5)]
     assert after == [whole.train_step(whole.next_batch()).loss for _ in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"train": {"warmup_steps": 13}}, "train: warmup_steps = 13, expected at most steps = 12; set both"),
+        (
+            {"method": {"exit_warmup": "linear", "exit_warmup_steps": 99}},
+            "method: exit_warmup_steps = 99, expected at most steps = 12; set both",
+        ),
+        (
+            {"method": {"routing_threshold": 0.5, "routing_warmup_steps": 99}},
+            "method: routing_warmup_steps = 99, expected at most steps = 12; set both",
+        ),
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_refused(
+    make_recipe: Maker, small_corpus: str, tables: dict[str, dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        Trainer.begin(make_recipe(**tables), small_corpus)
+    assert str(error.value) == message

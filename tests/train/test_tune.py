@@ -124,7 +124,8 @@ def test_exits_without_parts_of_their_own_cannot_learn_alone(plain: Path) -> Non
 
 def test_the_command(plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
-    numbers = "--exits 2 --layer-weights 2 1 --steps 2 --batch-size 2 --sequence-length 16 --save-every 2 --eval-tokens 32 --threads 1"
+    numbers = "--exits 2 --layer-weights 2 1 --steps 2 --warmup-steps 1 --batch-size 2 --sequence-length 16"
+    numbers += " --save-every 2 --eval-tokens 32 --threads 1"
     result = CliRunner().invoke(main, ["tune", str(plain), "--out", str(out), *numbers.split()])
     assert result.exit_code == 0, result.output
     assert load_checkpoint(out, resume=True).recipe.method.trains == "exits"
