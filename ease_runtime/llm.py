@@ -33,7 +33,7 @@ from ease_runtime.schedule import DEFAULT_CAP
 from ease_runtime.sequence import Sequence
 from ease_runtime.stack import Stack, open_stack
 from ease_runtime.text import StopPattern, TextWriter
-from ease_runtime.unknown import unknown_note
+from ease_runtime.unknown import unknown_id
 
 
 class TextEngine:
@@ -91,7 +91,15 @@ class TextEngine:
 
     def remarks(self, options: Options, prompt: Many[int]) -> list[str]:
         """What a request should be told of itself: options without effect, characters that the tokenizer does not know."""
-        return effect_notes(options) + unknown_note(self.tokenizer, prompt)
+        notes, count = effect_notes(options), self.count_unknown(prompt)
+        if count:
+            notes.append(f"{count} of the prompt's {len(prompt)} tokens stand for characters that this tokenizer does not know")
+        return notes
+
+    def count_unknown(self, ids: Many[int]) -> int:
+        """How many tokens stand for characters that the tokenizer does not know; 0 where that token has another meaning, too."""
+        unknown = unknown_id(self.tokenizer)
+        return 0 if unknown is None or unknown in (self.start_id, *self.stop_ids) else list(ids).count(unknown)
 
     def leaves_early(self, options: Options) -> bool:
         """Whether a token may leave before the last layer. Raises RequestError."""
