@@ -113,7 +113,7 @@ class TextEngine:
     def check(self, options: Options) -> None:
         """Raises RequestError for options that this bundle cannot run, or under which none could leave early as they ask."""
         self.engine.check(self.policy(options), options.catch_up)
-        check_effect(options, self.stack.exit_layers)
+        check_effect(options, self.stack.exit_layers, has_gates=self.stack.has_gates)
         for token in options.logit_bias:
             if token >= self.stack.vocab_size:
                 raise RequestError(f"logit_bias has the token id {token}, outside the vocabulary of {self.stack.vocab_size}")
