@@ -58,6 +58,7 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
     """Continue a prompt."""
     place, options, text = take_place(given), read_flags(given), read_prompt(prompt)
     llm, timing = LLM(bundle, num_slots=options.n, **place), Timing()
+    llm.check(llm.prepare(options))
     if compare and not llm.leaves_early(options):
         raise RequestError("--compare has nothing to compare: no token leaves early; give a threshold (--threshold 0.7)")
     for flag in without_effect(llm, options, show_exits=show_exits, as_json=as_json):
@@ -122,6 +123,7 @@ def chat(bundle: Path, system: str | None, show_exits: bool, **given: Any) -> No
     """Talk to a model; what was said stays in its cache. /reset forgets it, /quit or Ctrl-D ends."""
     place, options = take_place(given), read_flags(given)
     llm = LLM(bundle, **place)
+    llm.check(llm.prepare(options))
     conversation, console = Conversation(llm, options, system), Console(highlight=False, soft_wrap=True)
     for note in without_effect(llm, options):
         click.echo(f"note: {note}", err=True)

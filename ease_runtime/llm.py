@@ -34,7 +34,7 @@ from ease_runtime.sequence import Sequence
 from ease_runtime.special import SpecialTokens, check_unicode
 from ease_runtime.stack import Stack, open_stack
 from ease_runtime.text import StopPattern, TextWriter
-from ease_runtime.unknown import unknown_note
+from ease_runtime.unknown import unknown_id
 
 
 class TextEngine:
@@ -110,7 +110,15 @@ class TextEngine:
 
     def remarks(self, options: Options, prompt: Many[int]) -> list[str]:
         """What a request should be told of itself: options without effect, characters that the tokenizer does not know."""
-        return effect_notes(options) + unknown_note(self.tokenizer, prompt)
+        notes, count = effect_notes(options), self.count_unknown(prompt)
+        if count:
+            notes.append(f"{count} of the prompt's {len(prompt)} tokens stand for characters that this tokenizer does not know")
+        return notes
+
+    def count_unknown(self, ids: Many[int]) -> int:
+        """How many tokens stand for characters that the tokenizer does not know; 0 where that token has another meaning, too."""
+        unknown = unknown_id(self.tokenizer)
+        return 0 if unknown is None or unknown in (self.start_id, *self.stop_ids) else list(ids).count(unknown)
 
     def leaves_early(self, options: Options) -> bool:
         """Whether a token may leave before the last layer. Raises RequestError."""
@@ -124,7 +132,7 @@ class TextEngine:
     def check(self, options: Options) -> None:
         """Raises RequestError for options that this bundle cannot run, or under which none could leave early as they ask."""
         self.engine.check(self.policy(options), options.catch_up)
-        check_effect(options, self.stack.exit_layers)
+        check_effect(options, self.stack.exit_layers, has_gates=self.stack.has_gates)
         for token in options.logit_bias:
             if token >= self.stack.vocab_size:
                 raise RequestError(f"logit_bias has the token id {token}, outside the vocabulary of {self.stack.vocab_size}")

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Sequence
 
 from tokenizers import Tokenizer, models
 
@@ -15,9 +14,3 @@ def unknown_id(tokenizer: Tokenizer) -> int | None:
         return None if found is None else int(found)
     token = tokenizer.model.unk_token
     return None if token is None else tokenizer.token_to_id(token)
-
-
-def unknown_note(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """What to tell of a prompt with such tokens."""
-    count = list(ids).count(unknown) if (unknown := unknown_id(tokenizer)) is not None else 0
-    return [f"{count} of the prompt's {len(ids)} tokens stand for characters that this tokenizer does not know"] if count else []

@@ -131,6 +131,7 @@ def agreement(bundle: Path, prompts: Path, limit: int, json_file: Path | None, t
     """Compare what early exits say with what full depth says, prompt by prompt. Exit code 1 when verify differs."""
     options = read_flags(flags)
     llm, texts = LLM(bundle, device=device, num_threads=threads), read_prompts(prompts, limit)
+    llm.check(llm.prepare(options))
     if not llm.leaves_early(options):
         raise RequestError("no token leaves early: both sides would be full depth; give a threshold (--threshold 0.7)")
     found = compare(llm, texts, options)

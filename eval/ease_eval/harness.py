@@ -23,7 +23,6 @@ from ease_eval.provenance import provenance
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.unknown import unknown_id
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one thing, the first counts
 SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -162,7 +161,7 @@ class EaseLM(LM):  # type: ignore[misc]
 
     def _note_unknown(self, ids: Sequence[int]) -> None:
         """Count tokens for characters that the tokenizer does not know, and warn of the first."""
-        count = list(ids).count(unknown) if (unknown := unknown_id(self.llm.tokenizer)) is not None else 0
+        count = self.llm.count_unknown(ids)
         if count and not self.num_unknown:
             logger.warning("a text has characters that this tokenizer does not know; the results' config counts their tokens")
         self.num_unknown += count

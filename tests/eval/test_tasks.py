@@ -174,7 +174,7 @@ def test_a_run_that_asks_for_something_else_begins_anew(tmp_path: Path) -> None:
         ('{"question": "?", "answer": 42}', '"answer" must be a text'),
         ('{"question": "?", "answer": "it is ####42"}', '"answer" has "####" without a space behind it; expected "#### 42"'),
         ('{"text": "a \\ud83d b"}', "half of a surrogate pair"),
-        ('{"text": "a \ud83d b"}', "no UTF-8: invalid continuation byte at byte 11"),
+        ('{"text": "a \ud83d b"}', "no UTF-8: invalid continuation byte at byte 12"),
         ('{"text": "word"}', 'expected "choices", "answer", or a "text" of two words or more'),
         ('{"text": null}', 'expected "choices", "answer", or a "text" of two words or more'),
     ],

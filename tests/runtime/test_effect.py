@@ -62,10 +62,12 @@ def test_sampling_that_greedy_ignores_is_told() -> None:
 
 
 @pytest.mark.parametrize("flags", ["--catch-up verify", "--policy gate", "--patience 2", "--decay 3", "--min-exit 4"])
-def test_a_command_ends_in_one_line(tiny_bundle: Path, flags: str) -> None:
-    result = CliRunner().invoke(main, ["generate", str(tiny_bundle), "--prompt", "And", "--show-exits", *flags.split()])
-    assert result.exit_code == 1
-    assert "has no effect without a threshold" in result.stderr
+@pytest.mark.parametrize("command", ["generate --prompt And --show-exits", "chat", "serve --port 0"])
+def test_a_command_ends_in_one_line(tiny_bundle: Path, command: str, flags: str) -> None:
+    name, *more = command.split()
+    result = CliRunner().invoke(main, [name, str(tiny_bundle), *more, *flags.split()])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert ("needs a gate" if "gate" in flags else "has no effect without a threshold") in result.stderr
     assert result.stderr.count("\n") == 1
 
 
