@@ -22,23 +22,24 @@ from rich.table import Table
 from ease_eval.latency import Setting, Text, ideal_seconds, measure
 from ease_runtime.costs import Costs, Pace
 from ease_runtime.engine import Engine
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, ThresholdPolicy, make_policy
 from ease_runtime.sampling import Greedy
 from ease_runtime.sequence import Sequence
 from ease_runtime.stack import OrtStack
+from ease_runtime.thresholds import Thresholds
 
 PROMPT, NEW, LONG, ROUNDS = 32, 48, 256, 3
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Coin(ExitPolicy):
+class Coin(ThresholdPolicy):
     """Leaves at each exit that is asked with a probability, whatever the exit says."""
 
     probability: float = 0.5
     dice: random.Random = field(default_factory=random.Random)
 
-    def leaves(self, exit_index: int, confidence: Any, progress: float = 0.0, offset: float = 0.0) -> Any:
+    def leaves(self, exit_index: int, confidence: Any, progress: float, state: Any) -> Any:
         return confidence >= (0.0 if self.dice.random() < self.probability else 2.0)
 
 
@@ -69,17 +70,17 @@ def half_exit(stack: OrtStack) -> int:
     return min(range(len(stack.exit_layers) - 1), key=lambda k: abs(stack.exit_layers[k] - stack.exit_layers[-1] / 2))
 
 
-def only(stack: OrtStack, exit_index: int) -> tuple[float | None, ...]:
+def only(stack: OrtStack, exit_index: int) -> Thresholds:
     """Thresholds that ask one exit."""
-    return tuple(0.5 if k == exit_index else None for k in range(len(stack.exit_layers) - 1))
+    return Thresholds(tuple(0.5 if k == exit_index else None for k in range(len(stack.exit_layers) - 1)))
 
 
 def depth(stack: OrtStack) -> list[Row]:
     """Every token leaves at one exit: measured against ideal, which counts heads and catch-up."""
     layers = stack.exit_layers
-    settings = [Setting(ExitPolicy(), "recompute")]
+    settings = [Setting(FULL_DEPTH, "recompute")]
     settings += [
-        Setting(ExitPolicy.create("fixed", None, layers, exit_layer=layer), catch_up)
+        Setting(make_policy("fixed", None, layers, exit_layer=layer), catch_up)
         for layer in layers[:-1]
         for catch_up in ("recompute", "propagate")
     ]
@@ -241,7 +242,7 @@ def batch(stack: OrtStack) -> list[Row]:
     return rows
 
 
-def involuntary(stack: OrtStack, num_requests: int, thresholds: tuple[float | None, ...], catch_up: str) -> int:
+def involuntary(stack: OrtStack, num_requests: int, thresholds: Thresholds, catch_up: str) -> int:
     """Tokens that left or stayed because of their neighbours: depths in the batch that are not those of the same request alone."""
     count = min(num_requests, 8)
     _, together = tokens_a_second(stack, count, 0, thresholds, catch_up)
@@ -255,13 +256,13 @@ def involuntary(stack: OrtStack, num_requests: int, thresholds: tuple[float | No
 
 
 def tokens_a_second(
-    stack: OrtStack, num_requests: int, seed: int, thresholds: tuple[float | None, ...] | None, catch_up: str, num_slots: int = 8
+    stack: OrtStack, num_requests: int, seed: int, thresholds: Thresholds | None, catch_up: str, num_slots: int = 8
 ) -> tuple[float, list[Sequence]]:
     """Decoding speed of a batch, and its rows. More requests than slots have different lengths."""
     engine, dice = Engine(stack, num_slots=num_slots), random.Random(seed)
     sequences = []
     for i in range(num_requests):
-        policy = ExitPolicy() if thresholds is None else Coin(thresholds=thresholds, dice=random.Random(1000 * seed + i))
+        policy = FULL_DEPTH if thresholds is None else Coin(thresholds=thresholds, dice=random.Random(1000 * seed + i))
         new = NEW if num_requests <= num_slots else dice.randint(NEW // 2, NEW)
         sequences.append(engine.start(prompt_ids(stack, i), max_new_tokens=new, policy=policy, catch_up=catch_up))
     seconds = run_to_end(engine, sequences)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ease_runtime.engine import Engine
 from ease_runtime.graphs import Binding
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import make_policy
 from ease_runtime.sampling import Given
 from ease_runtime.stack import OrtStack
 
@@ -51,7 +51,7 @@ def measure(bundle: Path, num_threads: int) -> list[dict[str, object]]:
     for name, threshold, catch_up in SETTINGS:
         rounds = []
         for _ in range(ROUNDS + 1):
-            policy = ExitPolicy.create("max-prob", None if threshold is None else [threshold], stack.exit_layers)
+            policy = make_policy("max-prob", None if threshold is None else [threshold], stack.exit_layers)
             sequence = engine.start(text[:16], max_new_tokens=length - 16, policy=policy, catch_up=catch_up, sampler=Given(text))
             tokens = engine.generate(sequence)
             next(tokens)

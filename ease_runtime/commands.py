@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from ease_runtime.errors import EaseError
+from ease_runtime.errors import EaseError, RequestError
+from ease_runtime.thresholds import Thresholds
 
 
 class ErrorGroup(click.Group):
@@ -23,15 +24,24 @@ class ErrorGroup(click.Group):
             sys.exit(1)
 
 
-class ThresholdList(click.ParamType[tuple[float | None, ...]]):
-    """Numbers separated by commas, or 'off' (None) for an exit that is not asked: 0.5 or off,0.7."""
+class ThresholdFlag(click.ParamType[Thresholds]):
+    """One threshold for every early exit, or one each: 0.5 or off,0.7."""
 
     name = "X[,X...]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float | None, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Thresholds:
+        try:
+            return Thresholds.of(value)
+        except RequestError as error:
+            self.fail(str(error), param, ctx)
+
+
+class ThresholdRows(click.ParamType[tuple[Thresholds, ...]]):
+    """Several settings, each one threshold for every early exit: 0.5,0.7,0.9."""
+
+    name = "X[,X...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Thresholds, ...]:
         if isinstance(value, tuple):
             return value
-        try:
-            return tuple(None if part.strip() == "off" else float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"'{value}' is not a list of numbers like 0.5 or off,0.7", param, ctx)
+        return tuple(ThresholdFlag().convert(part, param, ctx) for part in str(value).split(","))

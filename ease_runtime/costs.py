@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import ExitPolicy
 from ease_runtime.stack import Cache, Call, Span, Stack
 
 SIZES = (1, 2, 4, 8, 16)  # tokens of the passes that are timed
@@ -139,6 +139,10 @@ class Pace:
     def __post_init__(self) -> None:
         self.entered = [0.0] * len(self.costs.stack.layout)
 
+    def asks(self, exit_index: int) -> bool:
+        """Whether tokens are asked at an exit."""
+        return exit_index < len(self.costs.stack.exit_layers) - 1 and self.policy.thresholds.at(exit_index) is not None
+
     def judged(self, drafted: int, accepted: int) -> None:
         """Note what became of some drafts; what is long ago counts less."""
         self.drafted, self.accepted = 0.95 * self.drafted + drafted, 0.95 * self.accepted + accepted
@@ -198,7 +202,7 @@ class Pace:
             if self.catch_up == "propagate" and k:
                 seconds += passes * costs.seconds("kv", k, max(1.0, entering * (1.0 / reach[k] - 1.0)))
             exit_index = layout[k].exit_index
-            if exit_index is not None and self.policy.tests(exit_index):
+            if exit_index is not None and self.asks(exit_index):
                 seconds += passes * self._ask(exit_index, entering, reach[k] - reach[k + 1])
                 if costs.stack.blocks[exit_index]:
                     seconds += passes * costs.seconds("block", exit_index, entering / reach[k])

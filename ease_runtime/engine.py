@@ -1,7 +1,7 @@
 """The engine: schedule → choose → run → commit, one graph pass a step, over the rows of a batch.
 
     engine = Engine(stack, num_slots=8)
-    sequence = engine.start([5, 17, 3], max_new_tokens=50, policy=ExitPolicy.create("max-prob", [0.7], stack.exit_layers))
+    sequence = engine.start([5, 17, 3], max_new_tokens=50, policy=make_policy("max-prob", 0.7, stack.exit_layers))
     while engine.busy:
         for sequence in engine.step():       # those that got tokens in this pass, or ended
             ...
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ease_runtime.costs import FIRST_LOOK, Costs, Pace
 from ease_runtime.errors import RequestError, did_you_mean
-from ease_runtime.policy import BudgetKeeper, ExitPolicy, HeadOutput
+from ease_runtime.policies import FULL_DEPTH, ExitOutput, ExitPolicy, HeadOutput
 from ease_runtime.sampling import Greedy, Sampler
 from ease_runtime.schedule import CHUNK, DEFAULT_CAP, Batch, Work, choose, near, schedule
 from ease_runtime.sequence import Leaving, Sequence, Token
@@ -39,15 +39,6 @@ class Question:
 
     what: str
     start: int
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What an exit said of a sequence's positions from `start`: its head's output, or its gate's or a similarity's value."""
-
-    start: int
-    output: HeadOutput | None = None
-    value: NDArray[np.float32] | None = None
 
 
 class Engine:
@@ -116,7 +107,7 @@ class Engine:
         Raises RequestError when the prompt is empty, too long, or has ids outside the vocabulary, or when this bundle cannot
         run the policy or the catch-up.
         """
-        limit, policy = self.stack.max_positions, policy or ExitPolicy()
+        limit, policy = self.stack.max_positions, policy or FULL_DEPTH
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         if len(prompt) >= limit:
@@ -129,7 +120,7 @@ class Engine:
         sequence = self._new(prompt, policy, catch_up)
         if catch_up == "verify" and not self.stack.exact:
             sequence.notes.append("verify holds up to rounding here: passes of several tokens differ from single ones in their last bits")
-        if self.costs and policy.thresholds is not None and (self.adapt or catch_up == "verify"):
+        if self.costs and policy.thresholds and (self.adapt or catch_up == "verify"):
             sequence.pace = Pace(self.costs, policy, catch_up)
         sequence.max_length = min(limit, len(prompt) + max_new_tokens)
         sequence.sampler, sequence.stop_ids, sequence.num_logprobs, sequence.keep = sampler or Greedy(), stop_ids, num_logprobs, keep
@@ -148,8 +139,9 @@ class Engine:
         """Raises RequestError for a catch-up that is unknown, or a setting that this bundle cannot run."""
         if catch_up not in CATCH_UPS:
             raise RequestError(f"unknown catch-up '{catch_up}'; {did_you_mean(catch_up, CATCH_UPS)}")
-        if policy.thresholds is None:
+        if not policy.thresholds:
             return
+        policy.thresholds.for_exits(len(self.stack.exit_layers) - 1)
         routed = any(segment.routed for segment in self.stack.layout)
         if routed and catch_up == "propagate":
             raise RequestError("catch-up 'propagate' has no K/V for routed layers; use recompute")
@@ -160,7 +152,7 @@ class Engine:
 
     def _new(self, tokens: Many[int], policy: ExitPolicy, catch_up: str) -> Sequence:
         stack = self.stack
-        budget, early = policy.depth_budget, len(stack.exit_layers) - 1
+        early = len(stack.exit_layers) - 1
         return Sequence(
             tokens=list(tokens),
             num_prompt=len(tokens),
@@ -173,15 +165,15 @@ class Engine:
             done=[0] * len(stack.layout),
             rows=np.zeros(stack.max_positions, np.int64),
             inside=np.zeros((len(stack.layout), stack.max_positions), np.bool_),
-            asked=frozenset(k for k in range(early) if policy.tests(k)),
+            asked=frozenset(k for k in range(early) if policy.thresholds.at(k) is not None),
             block_done=[0] * early,
-            budget=None if budget is None else BudgetKeeper(budget, stack.exit_layers[-1]),
-            draft_length=self.draft_length if policy.thresholds is not None else 0,
+            policy_state=policy.begin(),
+            draft_length=self.draft_length if policy.thresholds else 0,
         )
 
     def open(self, tokens: Many[int], policy: ExitPolicy | None = None, catch_up: str = "recompute") -> Sequence:
         """A sequence in a slot whose tokens have not run yet, unchecked: for whoever runs the segments with `advance`."""
-        sequence = self._new(tokens, policy or ExitPolicy(), catch_up)
+        sequence = self._new(tokens, policy or FULL_DEPTH, catch_up)
         assert None in self.slots, "every slot is taken"
         self._seat(sequence, self.slots.index(None))
         return sequence
@@ -249,7 +241,7 @@ class Engine:
             self.cache.scrub()
         return changed
 
-    def run(self, batch: Batch) -> list[Seen | None]:
+    def run(self, batch: Batch) -> list[ExitOutput | None]:
         """Run a pass over some rows, and ask the exit behind it what it must say of each."""
         kind, segment = batch[0][1].kind, batch[0][1].segment
         parts = [(sequence, work.start, work.stop) for sequence, work in batch]
@@ -338,11 +330,11 @@ class Engine:
             sequence.rows[positions] = np.arange(out_row, out_row + len(positions))
             out_row += len(positions)
 
-    def ask(self, batch: Batch, exit_index: int) -> list[Seen | None]:
+    def ask(self, batch: Batch, exit_index: int) -> list[ExitOutput | None]:
         """Ask an exit about every row that it must say something of, in one call for each thing that it can say."""
-        stack = self.stack
+        stack, early = self.stack, exit_index < len(self.stack.exit_layers) - 1
         questions = [self.question(sequence, work, exit_index) for sequence, work in batch]
-        seen: list[Seen | None] = [None] * len(batch)
+        seen: list[ExitOutput | None] = [None] * len(batch)
         for what in sorted({question.what for question in questions if question}):
             asking = [i for i, question in enumerate(questions) if question and question.what == what]
             parts = [(batch[i][0], questions[i].start, batch[i][1].stop) for i in asking]  # type: ignore[union-attr]
@@ -353,7 +345,8 @@ class Engine:
             if what == "head":
                 output, first = stack.run_exit(exit_index, rows), 0
                 for i, (_, start, stop) in zip(asking, parts, strict=True):
-                    seen[i] = Seen(start, output.tokens(first, first + stop - start))
+                    said = output.tokens(first, first + stop - start)
+                    seen[i] = ExitOutput(exit_index, np.arange(start, stop), said, early=early)
                     first += stop - start
                 continue
             if what == "gate":
@@ -362,7 +355,8 @@ class Engine:
                 before = [sequence.entered[-1:] for sequence, _, _ in parts if sequence.entered is not None]
                 values = stack.run_similarity(rows, np.concatenate(before))
             for place, i in enumerate(asking):
-                seen[i] = Seen(batch[i][1].stop - 1, value=values[place : place + 1])
+                newest = np.array([batch[i][1].stop - 1])
+                seen[i] = ExitOutput(exit_index, newest, value=values[place : place + 1])
         return seen
 
     def exit_rows(self, sequence: Sequence, start: int, stop: int, exit_index: int) -> NDArray[np.int64]:
@@ -381,11 +375,11 @@ class Engine:
             return None
         if not early and sequence.catch_up == "verify":
             return Question("head", sequence.num_final - 1)
-        if early and not (sequence.policy.tests(exit_index) and sequence.may_draft):
+        if early and not (exit_index in sequence.asked and sequence.may_draft):
             return None
         return Question(sequence.policy.asks if early and work.kind == "segment" else "head", newest)
 
-    def commit(self, sequence: Sequence, work: Work, seen: Seen | None) -> bool:
+    def commit(self, sequence: Sequence, work: Work, seen: ExitOutput | None) -> bool:
         """Advance the counters; let the policy decide and the sampler choose. Whether tokens came out, or the sequence ended."""
         if work.kind != "head":
             sequence.done[work.segment] = work.stop
@@ -394,7 +388,7 @@ class Engine:
             sequence.pace.entered[work.segment] += 1
         if work.kind == "kv" or work.stop < len(sequence.tokens):
             return False
-        if seen is not None and seen.output is not None and not np.isfinite(seen.output.top_prob).all():
+        if seen is not None and seen.head is not None and not np.isfinite(seen.head.top_prob).all():
             return self.fail(sequence, f"the model's logits are no finite numbers at position {work.stop - 1}")
         if seen is not None:
             self.decide(sequence, work.segment, seen)
@@ -409,37 +403,25 @@ class Engine:
             return False
         return self.emit(sequence, sequence.decided)
 
-    def decide(self, sequence: Sequence, segment: int, seen: Seen) -> None:
+    def decide(self, sequence: Sequence, segment: int, seen: ExitOutput) -> None:
         """Let the newest token leave at the exit behind a segment, or not: sets `decided`, or `leaving` when a gate opens."""
-        exit_index, policy = self.stack.layout[segment].exit_index, sequence.policy
-        assert exit_index is not None, "only an exit says something"
-        early = exit_index < len(self.stack.exit_layers) - 1
-        offset = sequence.budget.offset if sequence.budget else 0.0
-        if seen.output is None:
-            assert seen.value is not None, "an exit has a head, or something that stands before it"
-            if policy.leaves(exit_index, seen.value, sequence.progress, offset)[0]:
-                rows = self.exit_rows(sequence, len(sequence.tokens) - 1, len(sequence.tokens), exit_index)
-                sequence.leaving = Leaving(segment, float(seen.value[0]), rows.copy() if self.stack.blocks[exit_index] else rows[:0])
+        policy, state = sequence.policy, sequence.policy_state
+        if seen.head is None:
+            confidence = policy.confidence(seen, state)
+            if policy.leaves(seen.exit_index, confidence, sequence.progress, state)[0]:
+                rows = self.exit_rows(sequence, len(sequence.tokens) - 1, len(sequence.tokens), seen.exit_index)
+                sequence.leaving = Leaving(segment, float(confidence[0]), rows.copy() if self.stack.blocks[seen.exit_index] else rows[:0])
             return
-        if not early and sequence.catch_up == "verify":
+        if not seen.early and sequence.catch_up == "verify":
             return  # `judge` looks at all positions
         if sequence.leaving is not None:
-            confidence, sequence.leaving = sequence.leaving.confidence, None
+            sure, sequence.leaving = sequence.leaving.confidence, None
         else:
-            values = self.confidence(sequence, seen.output, early)
-            if early and not policy.leaves(exit_index, values, sequence.progress, offset)[0]:
+            confidence = policy.confidence(seen, state)
+            if seen.early and not policy.leaves(seen.exit_index, confidence, sequence.progress, state)[0]:
                 return
-            confidence = float(values[0])
-        sequence.decided = self.token(sequence, segment, seen.output, len(sequence.tokens), confidence)
-
-    def confidence(self, sequence: Sequence, output: HeadOutput, early: bool) -> NDArray[np.float32]:
-        """The confidence of the newest token from its head, in [0, 1]. Shape: (1)."""
-        if sequence.policy.name != "patience" or not early:
-            return sequence.policy.confidence(output)
-        said, agreeing = sequence.agreement
-        now = int(output.top_id[0])
-        sequence.agreement = (now, agreeing + 1 if now == said else 0)
-        return sequence.policy.agreement(np.array([sequence.agreement[1]]))
+            sure = float(confidence[0])
+        sequence.decided = self.token(sequence, segment, seen.head, len(sequence.tokens), sure)
 
     def token(self, sequence: Sequence, segment: int, output: HeadOutput, position: int, confidence: float) -> Token:
         """The token that the sampler takes for `position` from a head's output for one token, after a segment."""
@@ -469,9 +451,9 @@ class Engine:
         self.keep_token(sequence, token)
         return True
 
-    def judge(self, sequence: Sequence, seen: Seen) -> bool:
+    def judge(self, sequence: Sequence, seen: ExitOutput) -> bool:
         """Let full depth say what follows each position: accept the drafts that say the same, and crop at the first that does not."""
-        start, output = seen.start, seen.output
+        start, output = int(seen.positions[0]), seen.head
         assert output is not None, "full depth has a head"
         drafts, last = sequence.drafts, len(sequence.done) - 1
         before = sequence.drafted, sequence.accepted
@@ -509,7 +491,7 @@ class Engine:
         """Stay at full depth for good once leaving early is seen to be slower."""
         if pace.pays(len(self.running)):
             return
-        sequence.policy, sequence.pace, sequence.budget, sequence.asked = ExitPolicy(), None, None, frozenset()
+        sequence.policy, sequence.pace, sequence.asked = FULL_DEPTH, None, frozenset()
         sequence.notes.append(
             f"leaving early does not pay here: full depth after {len(sequence.produced)} tokens (catch-up {sequence.catch_up})"
         )
@@ -519,8 +501,7 @@ class Engine:
         length = len(sequence.tokens) if length is None else length
         sequence.produced.append(token)
         sequence.set_out()
-        if sequence.budget:
-            sequence.budget.spend(token.depth)
+        sequence.policy.note_depth(token.depth, sequence.policy_state)
         if token.id in sequence.stop_ids:
             sequence.finish_reason = "stop"
         elif length >= sequence.max_length:

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ease_runtime.errors import BundleError
+from ease_runtime.errors import BundleError, RequestError
+from ease_runtime.thresholds import Thresholds
 
 FORMAT_VERSION = 4  # 2: tokens of several rows in one pass, ragged; 3: start and stop tokens; 4: exits with a layer of their own
 OLDEST_VERSION = 3
@@ -216,9 +217,10 @@ def _check_calibration(manifest: Manifest, table: "_Table") -> None:
     found = manifest.calibration
     names = [found.get(name) for name in ("policy", "catch_up", "risk", "data")]
     numbers = [found.get("delta"), found.get("epsilon")]
-    thresholds = found.get("thresholds")
-    sound = isinstance(thresholds, list) and len(thresholds) == len(manifest.exits) - 1
-    sound = sound and all(t is None or (type(t) in (int, float) and 0 <= t <= 1) for t in thresholds or [])
+    try:
+        sound = bool(Thresholds.of(found.get("thresholds")).for_exits(len(manifest.exits) - 1))
+    except RequestError:
+        sound = False
     if not (sound and all(isinstance(n, str) for n in names) and all(type(n) in (int, float) for n in numbers)):
         table.fail("its calibration is not what ease-eval calibrate writes")
 

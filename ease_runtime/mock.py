@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ease_runtime.buffers import Int64s
-from ease_runtime.policy import HeadOutput
+from ease_runtime.policies import HeadOutput
 from ease_runtime.stack import Cache, Call, SegmentShape, Span
 
 LARGEST_LOGIT = 12.0  # a token's logits spread over ±(a share of) this, so that confidences spread over (0, 1)

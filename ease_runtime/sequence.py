@@ -6,12 +6,13 @@ Under `verify` the last tokens may be drafts, which full depth has yet to accept
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ease_runtime.costs import Pace
-from ease_runtime.policy import BudgetKeeper, ExitPolicy
+from ease_runtime.policies import ExitPolicy
 from ease_runtime.sampling import Sampler
 
 
@@ -63,10 +64,9 @@ class Sequence:
     waited: int = 0  # passes of others since its own last
     level: int = 0
     entered: NDArray[np.int64] | None = None  # pool rows of the last pass's tokens before it, until the next pass
-    agreement: tuple[int, int] = (-1, 0)  # patience: what the last exit said of the newest token, and how many agreed so far
     leaving: Leaving | None = None
     decided: Token | None = None  # the prediction of the newest token, once an exit has made it
-    budget: BudgetKeeper | None = None
+    policy_state: Any = None
     pace: Pace | None = None  # whether leaving early pays, where the engine adapts
     drafts: list[Token] = field(default_factory=list)  # of the last tokens, until they are verified
     draft_length: int = 0  # drafts before full depth is asked; 0: none
@@ -124,4 +124,4 @@ class Sequence:
 
     def set_out(self) -> None:
         """The newest token is about to enter the first segment."""
-        self.level, self.leaving, self.decided, self.agreement = 0, None, None, (-1, 0)
+        self.level, self.leaving, self.decided = 0, None, None

@@ -21,7 +21,7 @@ from ease_runtime.device import CPU, Device, DeviceArray
 from ease_runtime.errors import BundleError, DeviceError
 from ease_runtime.graphs import Binding, Graph, check_signature, load_session, start_thread_pool
 from ease_runtime.manifest import Manifest, load_manifest
-from ease_runtime.policy import HeadOutput
+from ease_runtime.policies import HeadOutput
 from ease_runtime.signatures import Signature, of_block, of_exit, of_gate, of_head, of_kv, of_route, of_segment, of_similarity
 
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding

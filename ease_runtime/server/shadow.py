@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ease_runtime.engine import Engine
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import make_policy
 from ease_runtime.sampling import Given, Greedy
 from ease_runtime.sequence import Sequence
 
@@ -53,14 +53,17 @@ class Shadow:
 
     def concerns(self, answer: Sequence) -> bool:
         """Whether an answer left early, under the certificate's thresholds where there is one."""
-        if answer.policy.thresholds is None or answer.catch_up == "verify" or answer.error or not answer.produced:
+        if not answer.policy.thresholds or answer.catch_up == "verify" or answer.error or not answer.produced:
             return False
         if self.kind == "disagreement" and not isinstance(answer.sampler, Greedy):
             return False
         known = self.certificate
         if known is None:
             return True
-        return answer.policy == ExitPolicy(known["policy"], tuple(known["thresholds"])) and answer.catch_up == known["catch_up"]
+        if answer.policy.name != known["policy"]:  # before it is loaded: a bundle may name anything
+            return False
+        promised = make_policy(known["policy"], known["thresholds"], self.engine.stack.exit_layers)
+        return answer.policy == promised and answer.catch_up == known["catch_up"]
 
     def look(self) -> bool:
         """After a pass: whether a comparison has come to its end, and counts."""

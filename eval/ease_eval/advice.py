@@ -23,9 +23,10 @@ from ease_runtime.costs import SIZES, CallProbe
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, ExitPolicy, make_policy
 from ease_runtime.sampling import Given
 from ease_runtime.stack import Cache, Call, Stack
+from ease_runtime.thresholds import Thresholds
 
 Floats = NDArray[np.float64]
 Key = tuple[str, int]  # graph and number of a call
@@ -78,7 +79,7 @@ class CostModel:
         """
         keys, cap = self._keys(k, policy), self.engine.cap
         if k == 0:
-            again = again if policy.thresholds is not None else 0.0
+            again = again if policy.thresholds else 0.0
             return sum(self.one(key, again) for key in keys) + self.pass_seconds
         counts = np.arange(1.0, cap + 1)
         enters, settles = share * (1.0 - share) ** (counts - 1), (1.0 - share) ** cap
@@ -93,16 +94,20 @@ class CostModel:
         tokens = float((enters * counts).sum()) + settles * cap
         return (float((enters * entering).sum()) + settles * float(settling)) / tokens
 
+    def _asked(self, exit_index: int, policy: ExitPolicy) -> bool:
+        """Whether tokens are asked at an exit."""
+        return exit_index < len(self.engine.stack.exit_layers) - 1 and policy.thresholds.at(exit_index) is not None
+
     def _keys(self, k: int, policy: ExitPolicy) -> list[Key]:
         """A segment, and the layer of the exit behind it where that is asked."""
         exit_index = self.engine.stack.layout[k].exit_index
-        block = exit_index is not None and policy.tests(exit_index) and self.engine.stack.blocks[exit_index]
+        block = exit_index is not None and self._asked(exit_index, policy) and self.engine.stack.blocks[exit_index]
         return [("segment", k), *([("block", exit_index)] if block and exit_index is not None else [])]
 
     def _ask_seconds(self, k: int, reach: Sequence[float], policy: ExitPolicy) -> float:
         """What the exit behind a segment is asked, of a token's time; a head after a gate only for those that leave."""
         exit_index, leaving = self.engine.stack.layout[k].exit_index, reach[k] - reach[k + 1]
-        if exit_index is None or not policy.tests(exit_index):
+        if exit_index is None or not self._asked(exit_index, policy):
             return 0.0
         again = 1.0 - reach[1] if k == 0 else 0.0
         head = self.one(("exit", exit_index), again)
@@ -227,7 +232,7 @@ def reach_of(depths: NDArray[np.int64], stack: Stack) -> list[float]:
 class Prediction:
     """A setting's speed-up over full depth, predicted from the depths of its tokens, and measured."""
 
-    threshold: list[float | None]
+    threshold: Thresholds
     catch_up: str
     mean_depth: float
     predicted_speedup: float
@@ -299,7 +304,7 @@ def advise(
     probe = CostProbe(llm.engine, policy, texts[0])
     timings, _ = measure(llm.engine, settings, texts, num_rounds, between=probe.run)
     model = probe.model()
-    everything = ExitPolicy.create(policy.name, [1.0], layers)
+    everything = make_policy(policy.name, 1.0, layers)
     confidences, early, full = record_exits(llm.engine, documents, everything)
     agrees = np.array([scores.says == full.says for scores in early])
     figures = [suitability(layers[k], confidences[k], agrees[k], early[k].perplexity) for k in range(len(early))]
@@ -323,13 +328,10 @@ def advise(
 def predict(model: CostModel, setting: Setting, timing: Timings, off: Timings) -> Prediction:
     """The model's speed-up at the depths of a run's tokens, beside the run's."""
     depths = np.array(timing.depths)
-    full = model.token_seconds([1.0] * len(model.engine.stack.layout), ExitPolicy(), "recompute")
+    full = model.token_seconds([1.0] * len(model.engine.stack.layout), FULL_DEPTH, "recompute")
     predicted = full / model.token_seconds(reach_of(depths, model.engine.stack), setting.policy, setting.catch_up)
     measured = float(np.median([a / b for a, b in zip(off.rounds, timing.rounds, strict=True)]))
-    assert setting.policy.thresholds is not None, "off is what others are measured against"
-    return Prediction(
-        list(setting.policy.thresholds), setting.catch_up, float(depths.mean()), predicted, measured, predicted / measured - 1.0
-    )
+    return Prediction(setting.policy.thresholds, setting.catch_up, float(depths.mean()), predicted, measured, predicted / measured - 1.0)
 
 
 def suitability(layer: int, confidence: Floats, agrees: NDArray[np.bool_], perplexity: float) -> ExitSuitability:
@@ -374,10 +376,10 @@ def placements(
 ) -> list[Placement]:
     """Every set of exits, the fastest first. Shapes: (early exits, tokens)."""
     layers = model.engine.stack.exit_layers
-    full = model.token_seconds([1.0] * len(model.engine.stack.layout), ExitPolicy(), catch_up)
+    full = model.token_seconds([1.0] * len(model.engine.stack.layout), FULL_DEPTH, catch_up)
     found = []
     for chosen in exit_sets(len(agrees)):
-        policy = ExitPolicy(name, tuple(1.0 if k in chosen else None for k in range(len(agrees))))
+        policy = make_policy(name, [1.0 if k in chosen else None for k in range(len(agrees))], layers)
 
         def speedup(depths: NDArray[np.int64], policy: ExitPolicy = policy) -> float:
             return full / model.token_seconds(reach_of(depths, model.engine.stack), policy, catch_up)

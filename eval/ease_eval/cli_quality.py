@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from ease_eval.agreement import compare, read_prompts
 from ease_eval.calibrate import RISKS, Certificate, write_certificate
 from ease_eval.calibrate import calibrate as run_calibration
-from ease_eval.files import write_whole
+from ease_eval.files import as_json, write_whole
 from ease_eval.journal import Journal
 from ease_eval.provenance import provenance
 from ease_eval.task_files import read_tasks
@@ -23,7 +23,7 @@ from ease_runtime.errors import RequestError
 from ease_runtime.flags import option_flags, read_flags
 from ease_runtime.llm import LLM
 from ease_runtime.manifest import MANIFEST_FILE
-from ease_runtime.policy import POLICIES, threshold_text
+from ease_runtime.policies import POLICIES
 from ease_train.corpora import load_documents
 
 
@@ -36,7 +36,9 @@ from ease_train.corpora import load_documents
 @click.option(
     "--risk", default="disagreement", show_default=True, help=f"{' or '.join(RISKS)}: tokens said differently, or nats lost a token."
 )
-@click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
+@click.option(
+    "--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}, or your own module:Class."
+)
 @click.option("--catch-up", default="recompute", show_default=True, help="propagate or recompute.")
 @click.option(
     "--documents",
@@ -74,7 +76,7 @@ def calibrate(
         llm.engine, encoded, policy=policy, catch_up=catch_up, risk=risk, delta=delta, epsilon=epsilon, data=data, split=split, seed=seed
     )
     if json_file:
-        write_whole(json_file, json.dumps(asdict(certificate), indent=2) + "\n")
+        write_whole(json_file, json.dumps(as_json(certificate), indent=2) + "\n")
     show_certificate(certificate, Console())
     if not dry_run:
         write_certificate(bundle, certificate)
@@ -91,7 +93,7 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
     for candidate in certificate.tested:
         verdict = "holds" if candidate.p_value <= certificate.epsilon else "not shown"
         shown.add_row(
-            threshold_text(candidate.thresholds),
+            str(candidate.thresholds),
             f"{candidate.risk:.4f}",
             f"{candidate.p_value:.2g}",
             f"{candidate.mean_depth:.2f}",
@@ -152,7 +154,7 @@ def tasks(
     for fault in (fault for task in found for fault in task.faults):
         click.echo(f"warning: {fault}; left out", err=True)
     llm = LLM(bundle, num_threads=threads)
-    asked = {**provenance(bundle, llm, threads), "options": asdict(options), "shots": shots, "chat": chat, "limit": limit, "seed": SEED}
+    asked = {**provenance(bundle, llm, threads), "options": as_json(options), "shots": shots, "chat": chat, "limit": limit, "seed": SEED}
     with Journal(json_file, asked) as journal:
         if journal.num_read:
             click.echo(f"{journal.num_read} answers are there from a run before", err=True)

@@ -15,14 +15,15 @@ from ease_eval.advice import advise as make_advice
 from ease_eval.agreement import read_prompts
 from ease_eval.cli_measure import JSON_FLAG, Asked, measure_flags, narrow_table
 from ease_eval.compare import Comparison, Plan, cells, compare_peers
-from ease_eval.files import write_whole
+from ease_eval.files import as_json, write_whole
 from ease_eval.provenance import provenance
 from ease_eval.table import Amounts, choose_texts, first_tokens, quality_cells
-from ease_runtime.commands import ThresholdList
+from ease_runtime.commands import ThresholdFlag
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.policy import POLICIES, threshold_text
+from ease_runtime.policies import POLICIES
+from ease_runtime.thresholds import Thresholds
 from ease_train.corpora import load_documents
 
 # COLUMNS of a comparison for a terminal of 80 columns
@@ -34,8 +35,10 @@ NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB"
 @click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="The same model as a Hugging Face directory.")
 @click.option("--gguf", type=click.Path(path_type=Path), help="The same model for llama.cpp.")
 @click.option("--python", type=click.Path(path_type=Path), default=".venv-peers/bin/python", show_default=True, help="That of the peers.")
-@click.option("--threshold", type=ThresholdList(), help="One more row of ours: early exits at this threshold, or one an exit.")
-@click.option("--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}.")
+@click.option("--threshold", type=ThresholdFlag(), help="One more row of ours: early exits at this threshold, or one an exit.")
+@click.option(
+    "--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}, or your own module:Class."
+)
 @click.option("--catch-up", default="recompute", show_default=True, help=f"{', '.join(CATCH_UPS)}.")
 @click.option("--exit", "exit_layer", type=int, help="Layer of transformers' assistant_early_exit; the bundle's middle exit by default.")
 @click.option("--data", default="kjv", show_default=True, help="A corpus, as for table, whose texts' beginnings are the prompts.")
@@ -61,7 +64,7 @@ def compare(
     prompts: Path | None,
     texts: int,
     prompt_tokens: int,
-    threshold: tuple[float | None, ...] | None,
+    threshold: Thresholds | None,
     policy: str,
     catch_up: str,
     timeout: float,
@@ -74,11 +77,11 @@ def compare(
     The other runtimes live in a virtual environment of their own: make peers. One that is not there, or fails, is named and
     left out.
     """
-    settings = {"threshold": list(threshold), "policy": policy, "catch_up": catch_up} if threshold else None
+    settings: dict[str, Any] | None = {"threshold": threshold.to_json(), "policy": policy, "catch_up": catch_up} if threshold else None
     plan = Plan(bundle, settings=settings, answer_seconds=timeout, **given)
     llm = LLM(bundle, num_threads=plan.threads)
     if settings:
-        llm.engine.check(llm.policy(Options.from_json(settings)), catch_up)
+        llm.engine.check(llm.policy(Options(**settings)), catch_up)
     source = provenance(bundle, llm, plan.threads)
     if prompts:
         asked = [llm.encode(text)[:prompt_tokens] for text in read_prompts(prompts, texts)]
@@ -128,7 +131,7 @@ def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **
     advice = make_advice(asked.llm, scored, chosen, settings, tolerance, amounts.num_rounds)
     if json_file:
         source = {**provenance(bundle, asked.llm, asked.threads), "data": asked.data, "split": asked.split, **asdict(amounts)}
-        write_whole(json_file, json.dumps({**source, **asdict(advice)}, indent=2) + "\n")
+        write_whole(json_file, json.dumps({**source, **as_json(advice)}, indent=2) + "\n")
     show_advice(advice, show, Console())
 
 
@@ -147,7 +150,7 @@ def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
     checked = narrow_table("threshold", "catch-up", "depth", "predicted", "measured", "error")
     for row in advice.predictions:
         speeds = (f"{row.predicted_speedup:.2f}x", f"{row.measured_speedup:.2f}x", f"{row.error:+.1%}")
-        checked.add_row(threshold_text(tuple(dict.fromkeys(row.threshold))), row.catch_up, f"{row.mean_depth:.2f}", *speeds)
+        checked.add_row(str(row.threshold), row.catch_up, f"{row.mean_depth:.2f}", *speeds)
     console.print(checked)
     best = narrow_table("exits", "threshold", "unlike", "depth", "predicted", "oracle\ndepth", "oracle")
     for place in advice.placements[:num_shown]:

@@ -22,6 +22,7 @@ from ease_eval.provenance import provenance
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
+from ease_runtime.thresholds import Thresholds
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one thing, the first counts
 SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -31,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 @register_model("ease")
 class EaseLM(LM):  # type: ignore[misc]
-    """`bundle` is its directory; `threshold` a number, or one an exit like off/0.7; other arguments are fields of Options.
+    """`bundle` is its directory; `threshold` a number, or one an exit; other arguments are fields of Options.
+    `policy` may also be an object (docs/policies.md).
 
     `batch_size` requests are generated together. Raises an EaseError for a bundle or a setting that cannot run.
     """
@@ -53,10 +55,14 @@ class EaseLM(LM):  # type: ignore[misc]
         self.llm = LLM(
             bundle, num_threads=threads, device="auto" if device in (None, UNASKED) else str(device), num_slots=max(1, num_slots)
         )
+        policy = options.pop("policy", Options.policy)
+        own = Options(policy=policy if isinstance(policy, str) else Options.policy, sampler=options.pop("sampler", None))
         given = {**options, "max_tokens": max_gen_toks, **({} if threshold is None else {"threshold": read_threshold(threshold)})}
-        self.options = self.llm.prepare(Options.from_json(given))
-        self.policy = self.llm.policy(self.options)
-        self.llm.check(self.options)
+        self.options = Options.from_json(given, own)
+        if isinstance(policy, str):
+            self.options = self.llm.prepare(self.options)
+        self.policy = self.llm.policy(self.options) if isinstance(policy, str) else policy
+        self.llm.engine.check(self.policy, self.options.catch_up)
         self.source = provenance(Path(bundle), self.llm, threads)
         self.templated = False  # whether prompts come from the chat template, which writes the start token itself
         self.num_tokens = self.num_layers = 0
@@ -108,7 +114,7 @@ class EaseLM(LM):  # type: ignore[misc]
         for context, wanted in asked:
             options = self._read(wanted)
             prompt = self.llm.encode(context, raw=not self.templated) or [prefix_id(self.llm)]
-            generations.append(self.llm.submit(prompt[options.max_tokens - self.llm.stack.max_positions :], options))
+            generations.append(self.llm.submit(prompt[options.max_tokens - self.llm.stack.max_positions :], options, policy=self.policy))
             texts[generations[-1].choices[0]] = ""
         while self.llm.busy:
             for choice, events in self.llm.step():
@@ -145,11 +151,10 @@ class EaseLM(LM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """What stands beside the results: where they come from, and how deep the tokens went."""
-        thresholds = self.policy.thresholds
         return {
             **self.source,
             "policy": self.policy.name,
-            "threshold": None if thresholds is None else list(thresholds),
+            "threshold": self.policy.thresholds.to_json(),
             "catch_up": self.options.catch_up,
             "mean_depth": self.num_layers / self.num_tokens if self.num_tokens else None,
             "num_layers": self.llm.stack.exit_layers[-1],
@@ -174,9 +179,6 @@ class EaseLM(LM):  # type: ignore[misc]
         return self.llm.template.render(chat_history)
 
 
-def read_threshold(value: float | str) -> list[float | None]:
-    """A threshold of the harness's arguments, which know no lists: 0.7, off, or one an exit like off/0.7. Raises RequestError."""
-    try:
-        return [None if part == "off" else float(part) for part in str(value).split("/")]
-    except ValueError:
-        raise RequestError(f"threshold '{value}' is no number, and no list like off/0.7") from None
+def read_threshold(value: float | str) -> Thresholds:
+    """A threshold of the harness's arguments. Those end at a comma, so that a slash may stand for it there. Raises RequestError."""
+    return Thresholds.of(str(value).replace("/", ","))

@@ -17,7 +17,7 @@ import numpy as np
 
 from ease_runtime.costs import CallProbe
 from ease_runtime.engine import Engine
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import ExitPolicy
 from ease_runtime.sampling import Given, Greedy
 from ease_runtime.sequence import Sequence as SequenceState
 from ease_runtime.stack import Call, Stack

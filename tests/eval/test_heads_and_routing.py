@@ -18,7 +18,7 @@ from ease_export.verify import TOLERANCE, verify_bundle
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, RequestError
 from ease_runtime.manifest import load_manifest, parse_manifest
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, make_policy
 from ease_runtime.sampling import Given, GumbelSampler
 from ease_runtime.sequence import Sequence
 from ease_runtime.stack import OrtStack
@@ -95,7 +95,7 @@ def test_a_gate_decides_as_in_torch_and_the_head_runs_only_for_who_leaves(gated:
     checkpoint, bundle = gated
     model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
     engine, ids, threshold = Engine(stack), text(90, seed=4), 0.5
-    policy = ExitPolicy.create("gate", [threshold], stack.exit_layers)
+    policy = make_policy("gate", [threshold], stack.exit_layers)
     sequence = engine.start(ids[:1], max_new_tokens=89, policy=policy, sampler=Given(ids))
     stack.trace = []
     tokens = list(engine.generate(sequence))
@@ -134,10 +134,10 @@ def test_parallel_scores_equal_the_engines(name: str, policy: str, catch_up: str
     stack = OrtStack(request.getfixturevalue(name)[1])
     engine, ids = Engine(stack), text(120, seed=6)
     layers = stack.exit_layers
-    policies = [ExitPolicy.create(policy, [t], layers) for t in (0.0, 0.4, 0.6)] if len(layers) > 1 else []
-    policies.append(ExitPolicy())
+    policies = [make_policy(policy, [t], layers) for t in (0.0, 0.4, 0.6)] if len(layers) > 1 else []
+    policies.append(FULL_DEPTH)
     if catch_up == "propagate" and name.startswith("routed"):
-        policies = [ExitPolicy()]  # nothing leaves early: nothing is propagated
+        policies = [FULL_DEPTH]  # nothing leaves early: nothing is propagated
     scores = score_documents(engine, [ids], policies, catch_up)
     for chosen, score in zip(policies, scores, strict=True):
         sequence = engine.start(ids[:1], max_new_tokens=119, policy=chosen, catch_up=catch_up, sampler=Given(ids))
@@ -151,7 +151,7 @@ def test_an_exits_layer_and_reduced_head_say_what_they_say_in_torch(blocks: Made
     checkpoint, bundle = blocks
     model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
     engine, ids = Engine(stack), text(90, seed=5)
-    policy = ExitPolicy.create("fixed", None, stack.exit_layers, exit_layer=4)
+    policy = make_policy("fixed", None, stack.exit_layers, exit_layer=4)
     sequence = engine.start(ids[:7], max_new_tokens=83, policy=policy, sampler=Given(ids), num_logprobs=1)
     tokens = list(engine.generate(sequence))
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_verify_with_a_reduced_head_is_full_depth(blocks: Made) -> None:
     for sampler in (None, GumbelSampler(0.9, 0, 1.0, 3)):
         engine, prompt = Engine(stack, num_slots=2), text(20, seed=8)
         off = engine.start(prompt, max_new_tokens=60, sampler=sampler)
-        policy = ExitPolicy.create("max-prob", [0.0], stack.exit_layers)
+        policy = make_policy("max-prob", [0.0], stack.exit_layers)
         drafted = engine.start(prompt, max_new_tokens=60, policy=policy, catch_up="verify", sampler=sampler)
         while engine.busy:
             engine.step()
@@ -230,7 +230,7 @@ def test_keys_and_values_are_written_only_for_routed_tokens(routed: Made) -> Non
 def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRequest) -> None:
     """Rows with routes, lengths and catch-ups of their own, verify too: tokens, depths and figures as alone."""
     stack = OrtStack(request.getfixturevalue(name)[1])
-    policy = ExitPolicy.create("max-prob", [0.4], stack.exit_layers) if len(stack.exit_layers) > 1 else ExitPolicy()
+    policy = make_policy("max-prob", [0.4], stack.exit_layers) if len(stack.exit_layers) > 1 else FULL_DEPTH
 
     def begin(engine: Engine, i: int) -> Sequence:
         prompt, catch_up = text(10 + 9 * i, seed=i), ("recompute", "verify")[i % 2]
@@ -252,14 +252,14 @@ def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRe
 
 def test_what_a_bundle_cannot_do_is_said(routed_with_exits: Made, tiny_bundle: Path) -> None:
     engine = Engine(OrtStack(routed_with_exits[1]))
-    similarity = ExitPolicy.create("similarity", [0.5], engine.stack.exit_layers)
+    similarity = make_policy("similarity", [0.5], engine.stack.exit_layers)
     with pytest.raises(RequestError, match="policy 'similarity' compares the states around a segment"):
         engine.start([1], max_new_tokens=2, policy=similarity)
     with pytest.raises(RequestError, match="'propagate' has no K/V for routed layers; use recompute"):
-        engine.start([1], max_new_tokens=2, policy=ExitPolicy.create("max-prob", [0.5], engine.stack.exit_layers), catch_up="propagate")
+        engine.start([1], max_new_tokens=2, policy=make_policy("max-prob", [0.5], engine.stack.exit_layers), catch_up="propagate")
     plain = Engine(OrtStack(tiny_bundle))
     with pytest.raises(RequestError, match="policy 'gate' needs a gate at every early exit; train them: ease-train gates"):
-        plain.start([1], max_new_tokens=2, policy=ExitPolicy.create("gate", [0.5], plain.stack.exit_layers))
+        plain.start([1], max_new_tokens=2, policy=make_policy("gate", [0.5], plain.stack.exit_layers))
 
 
 def test_a_routed_segment_without_its_route_graph_is_refused(routed: Made) -> None:

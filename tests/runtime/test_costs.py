@@ -6,7 +6,7 @@ import pytest
 from ease_runtime.costs import SIZES, Costs, Pace
 from ease_runtime.engine import Engine
 from ease_runtime.mock import MockStack
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import make_policy
 from ease_runtime.schedule import near, schedule
 from ease_runtime.stack import OrtStack
 
@@ -25,7 +25,7 @@ def prices(stack: MockStack, segments: tuple[float, float], per_token: float = 0
 
 
 def pace(costs: Costs, entered: tuple[float, float], catch_up: str = "recompute", policy: str = "max-prob") -> Pace:
-    made = Pace(costs, ExitPolicy.create(policy, [0.5], LAYERS), catch_up)
+    made = Pace(costs, make_policy(policy, [0.5], LAYERS), catch_up)
     made.entered = list(entered)
     return made
 
@@ -85,7 +85,7 @@ def test_leaving_that_does_not_pay_stops_and_says_so() -> None:
     stack = MockStack(LAYERS, max_positions=200, confidence=lambda exit_index, position: float(position % 2))
     for head, stays in ((5.0, True), (0.01, False)):  # a head dearer than the layers it may save
         engine = adaptive(stack, prices(stack, (1.0, 1.0), head=head))
-        sequence = engine.start([1], max_new_tokens=100, policy=ExitPolicy.create("max-prob", [0.5], LAYERS))
+        sequence = engine.start([1], max_new_tokens=100, policy=make_policy("max-prob", [0.5], LAYERS))
         depths = [token.depth for token in engine.generate(sequence)]
         assert bool(sequence.notes) == stays
         assert set(depths[20:]) == ({4} if stays else {2, 4})
@@ -98,7 +98,7 @@ def test_verify_that_does_not_pay_turns_itself_off_and_says_so() -> None:
     """Drafts that are right one time in 23 cannot pay; drafts that always are must stay on."""
     stack = MockStack(LAYERS, max_positions=300, confidence=lambda exit_index, position: 1.0)
     engine = adaptive(stack, prices(stack, (1.0, 1.0), head=0.1))
-    policy = ExitPolicy.create("max-prob", [0.5], LAYERS)
+    policy = make_policy("max-prob", [0.5], LAYERS)
     off = list(engine.generate(engine.start([1], max_new_tokens=100)))
     sequence = engine.start([1], max_new_tokens=100, policy=policy, catch_up="verify")
     assert [token.id for token in engine.generate(sequence)] == [token.id for token in off]
@@ -115,7 +115,7 @@ class AlwaysOne:
 def test_verify_that_pays_stays_on_with_longer_drafts() -> None:
     stack = MockStack(LAYERS, max_positions=300, confidence=lambda exit_index, position: 1.0)
     engine = adaptive(stack, prices(stack, (1.0, 3.0), head=0.1))
-    policy = ExitPolicy.create("max-prob", [0.5], LAYERS)
+    policy = make_policy("max-prob", [0.5], LAYERS)
     sequence = engine.start([1], max_new_tokens=200, policy=policy, catch_up="verify", sampler=AlwaysOne())
     list(engine.generate(sequence))
     assert sequence.notes == []
@@ -140,7 +140,7 @@ def test_rows_far_apart_run_apart() -> None:
 def test_measured_costs_are_sane(tiny_stack: OrtStack) -> None:
     """On the real stack: every table rises, and an engine measures once, when nothing runs."""
     engine = Engine(tiny_stack)
-    policy = ExitPolicy.create("max-prob", [0.4], tiny_stack.exit_layers)
+    policy = make_policy("max-prob", [0.4], tiny_stack.exit_layers)
     first = engine.start([1, 2, 3], max_new_tokens=30, policy=policy, catch_up="verify")
     engine.step()
     engine.measure()

@@ -13,7 +13,7 @@ from ease_runtime import schedule as schedule_module
 from ease_runtime.engine import CATCH_UPS, Engine
 from ease_runtime.errors import RequestError
 from ease_runtime.mock import MockCache, MockStack
-from ease_runtime.policy import ExitPolicy, HeadOutput
+from ease_runtime.policies import FULL_DEPTH, ExitOutput, ExitPolicy, HeadOutput, make_policy
 from ease_runtime.sampling import Greedy, GumbelSampler, Sampler
 from ease_runtime.schedule import Batch, schedule
 from ease_runtime.sequence import Sequence, Token
@@ -49,7 +49,7 @@ class Case:
         return len(self.prompt) + self.num_new
 
     def exit_policy(self) -> ExitPolicy:
-        return ExitPolicy.create(self.policy, self.thresholds, self.exit_layers, decay=self.decay, patience=self.patience)
+        return make_policy(self.policy, self.thresholds, self.exit_layers, decay=self.decay, patience=self.patience)
 
     def sampler(self) -> Sampler:
         return Greedy() if self.seed is None else GumbelSampler(1.3, 7, 0.9, self.seed)
@@ -124,11 +124,11 @@ def reference(case: Case, catch_up: str) -> Reference:
             before = rows[-1:] if k else np.array([out + 2 * len(tokens) - 1])
             rows = np.arange(out, out + len(tokens))
             read = rows
-            if k in case.blocks and policy.tests(k):
+            if k in case.blocks and k < last and policy.thresholds.at(k) is not None:
                 first = stack.reserve_rows(len(tokens), [rows, before])
                 stack.run_block(k, cache, [Span(0, 0, len(tokens))], rows, first)
                 read = np.arange(first, first + len(tokens))
-            if left is not None or not (k == last or policy.tests(k)):
+            if left is not None or not (k == last or policy.thresholds.at(k) is not None):
                 continue
             if k < last and case.policy in ("gate", "similarity"):
                 ask = stack.run_gate(k, read[-1:]) if case.policy == "gate" else stack.run_similarity(rows[-1:], before)
@@ -136,11 +136,11 @@ def reference(case: Case, catch_up: str) -> Reference:
                 output = stack.run_exit(k, read[-1:])
             else:
                 output = stack.run_exit(k, read[-1:])
-                confidence = float(policy.confidence(output)[0])
+                confidence = float(policy.confidence(ExitOutput(k, np.array([newest]), output, early=k < last), policy.begin())[0])
                 if case.policy == "patience" and k < last:
                     agreeing = agreeing + 1 if output.top_id[0] == said else 0
                     confidence, said = float(np.float32(min(1.0, agreeing / case.patience))), output.top_id[0]
-            if k == last or confidence >= lowered(policy.thresholds[k], case, len(tokens)):
+            if k == last or confidence >= lowered(policy.thresholds.at(k), case, len(tokens)):
                 left = (k, confidence, sampler.pick(output.logits[0], int(output.top_id[0]), tokens, len(tokens)))
         assert left is not None
         exits.append(left[0])
@@ -257,9 +257,9 @@ def test_a_cap_settles_a_queue_that_nobody_needs(catch_up: str) -> None:
     for cap in (4, 1000):
         stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 1.0)
         engine = Engine(stack, cap=cap)
-        sequence = engine.start([1, 2, 3], max_new_tokens=20, policy=ExitPolicy.create("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up)
+        sequence = engine.start([1, 2, 3], max_new_tokens=20, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up)
         finish(engine, sequence)
-        sequence = engine.start([1, 2, 3], max_new_tokens=20, policy=ExitPolicy.create("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up)
+        sequence = engine.start([1, 2, 3], max_new_tokens=20, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up)
         assert engine.step() == []  # segment 1 of 3 of the prefill
         engine.step()
         engine.step()
@@ -305,14 +305,14 @@ def test_off_is_the_plain_model(catch_up: str, case: Case) -> None:
 @pytest.mark.parametrize("policy", ["max-prob", "margin", "entropy", "similarity", "patience", "gate"])
 def test_threshold_0_leaves_at_the_first_exit(catch_up: str, policy: str) -> None:
     engine = Engine(MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.0))
-    sequence = engine.start([5, 1], max_new_tokens=30, policy=ExitPolicy.create(policy, [0.0], (2, 4, 6)), catch_up=catch_up)
+    sequence = engine.start([5, 1], max_new_tokens=30, policy=make_policy(policy, [0.0], (2, 4, 6)), catch_up=catch_up)
     assert [t.depth for t in finish(engine, sequence)] == [2] * 30
 
 
 @pytest.mark.parametrize("catch_up", CATCH_UPS)
 def test_a_threshold_nobody_reaches_runs_every_layer(catch_up: str) -> None:
     engine = Engine(MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.999))
-    sequence = engine.start([5, 1], max_new_tokens=30, policy=ExitPolicy.create("max-prob", [1.0], (2, 4, 6)), catch_up=catch_up)
+    sequence = engine.start([5, 1], max_new_tokens=30, policy=make_policy("max-prob", [1.0], (2, 4, 6)), catch_up=catch_up)
     produced = finish(engine, sequence)
     off = engine.start([5, 1], max_new_tokens=30, catch_up=catch_up)
     assert [(t.id, t.depth) for t in produced] == [(t.id, 6) for t in finish(engine, off)]
@@ -322,7 +322,7 @@ def test_each_exit_has_its_own_threshold() -> None:
     engine = Engine(MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.5))
     depths = {}
     for thresholds in [(0.4, 0.6), (0.6, 0.4), (0.6, 0.6), (0.5, 0.5)]:
-        sequence = engine.start([5], max_new_tokens=4, policy=ExitPolicy.create("max-prob", thresholds, (2, 4, 6)))
+        sequence = engine.start([5], max_new_tokens=4, policy=make_policy("max-prob", thresholds, (2, 4, 6)))
         depths[thresholds] = {t.depth for t in finish(engine, sequence)}
     assert depths == {(0.4, 0.6): {2}, (0.6, 0.4): {4}, (0.6, 0.6): {6}, (0.5, 0.5): {2}}
 
@@ -333,9 +333,7 @@ def test_the_prefill_runs_every_segment(catch_up: str, thresholds: list[float] |
     """And the last prompt position is predicted at the exit that its policy says, with no head call after it."""
     stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.5)
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start(
-        [3, 1, 4, 1, 5], max_new_tokens=2, policy=ExitPolicy.create("max-prob", thresholds, (2, 4, 6)), catch_up=catch_up
-    )
+    sequence = engine.start([3, 1, 4, 1, 5], max_new_tokens=2, policy=make_policy("max-prob", thresholds, (2, 4, 6)), catch_up=catch_up)
     token = next(engine.generate(sequence))
     assert [(c.number, c.num_tokens) for c in stack.trace if c.graph == "segment"] == [(0, 5), (1, 5), (2, 5)]
     heads = [c.number for c in stack.trace if c.graph == "exit"]
@@ -347,7 +345,7 @@ def test_propagate_never_runs_a_segment_for_pending_tokens() -> None:
     """Decoding: every segment pass is of one token; the others' K/V come from `run_kv`, each position exactly once."""
     stack = MockStack((1, 3, 4), confidence=lambda exit_index, position: float(exit_index >= (position * 7) % 3))
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start([2, 7], max_new_tokens=40, policy=ExitPolicy.create("max-prob", [0.5], (2, 4, 6)), catch_up="propagate")
+    sequence = engine.start([2, 7], max_new_tokens=40, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up="propagate")
     finish(engine, sequence)
     decoding = [c for c in stack.trace if c.cache_length > 2]
     assert {c.num_tokens for c in decoding if c.graph == "segment"} == {1}
@@ -359,7 +357,7 @@ def test_propagate_never_runs_a_segment_for_pending_tokens() -> None:
 def test_recompute_runs_each_position_once_and_batched() -> None:
     stack = MockStack((1, 3, 4), confidence=lambda exit_index, position: float(exit_index >= (0 if position % 8 else 2)))
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start([2, 7], max_new_tokens=40, policy=ExitPolicy.create("max-prob", [0.5], (2, 4, 6)), catch_up="recompute")
+    sequence = engine.start([2, 7], max_new_tokens=40, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up="recompute")
     finish(engine, sequence)
     decoding = [(c.number, c.num_tokens) for c in stack.trace if c.graph == "segment" and c.cache_length > 2]
     assert [n for k, n in decoding if k == 1] == [7, 8, 8, 8, 8]  # positions 2..8, then 8 at a time
@@ -511,7 +509,7 @@ def test_crop_forgets_what_was_produced_past_it() -> None:
 def test_verify_takes_the_first_token_from_full_depth(thresholds: list[float] | None) -> None:
     stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.5)
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start([3, 1, 4], max_new_tokens=2, policy=ExitPolicy.create("max-prob", thresholds, (2, 4, 6)), catch_up="verify")
+    sequence = engine.start([3, 1, 4], max_new_tokens=2, policy=make_policy("max-prob", thresholds, (2, 4, 6)), catch_up="verify")
     while not sequence.produced:
         engine.step()
     assert sequence.produced[0].depth == 6
@@ -522,7 +520,7 @@ def test_verify_judges_draft_length_drafts_at_once() -> None:
     """Every token drafted at the first exit: the pass that judges takes the drafts, and one more that full depth says itself."""
     stack = MockStack((2, 4), vocab_size=2, confidence=lambda exit_index, position: 1.0)
     stack.trace, engine = [], Engine(stack, draft_length=3)
-    policy = ExitPolicy.create("max-prob", [0.5], (2, 4))
+    policy = make_policy("max-prob", [0.5], (2, 4))
     finish(engine, engine.start([1, 0], max_new_tokens=60, policy=policy, catch_up="verify"))
     deep = [c.num_tokens for c in stack.trace if c.graph == "segment" and c.number == 1][1:]
     assert set(deep[:-1]) == {4}
@@ -532,7 +530,7 @@ def test_verify_judges_draft_length_drafts_at_once() -> None:
 
 def test_a_drafted_stop_token_is_judged_before_it_ends() -> None:
     stack = MockStack((2, 4), vocab_size=3, confidence=lambda exit_index, position: 1.0)
-    policy, prompt = ExitPolicy.create("max-prob", [0.5], (2, 4)), [1, 0]
+    policy, prompt = make_policy("max-prob", [0.5], (2, 4)), [1, 0]
     for stop in range(3):
         engine = Engine(stack, draft_length=5)
         off = finish(engine, engine.start(prompt, max_new_tokens=40, stop_ids=frozenset({stop})))
@@ -548,7 +546,7 @@ def test_a_depth_budget_is_held() -> None:
     spread = [dice.random() for _ in range(500)]
     for budget in (2.5, 3.5, 5.0):
         engine = Engine(MockStack((2, 4, 6), max_positions=400, confidence=lambda exit_index, position: spread[position]))
-        policy = ExitPolicy.create("max-prob", [0.9], (2, 4, 6), depth_budget=budget)
+        policy = make_policy("max-prob", [0.9], (2, 4, 6), depth_budget=budget)
         depths = [t.depth for t in finish(engine, engine.start([1], max_new_tokens=300, policy=policy))]
         assert np.mean(depths) == pytest.approx(budget, abs=0.15)
 
@@ -581,7 +579,7 @@ def test_a_row_that_breaks_ends_alone() -> None:
 def test_a_request_after_another_runs_only_what_is_new(catch_up: str) -> None:
     """As a conversation does: its prompt begins with what the other has in its cache; its tokens are those of a fresh start."""
     stack, layers = MockStack((2, 4, 6), max_positions=200), (2, 4, 6)
-    policy = ExitPolicy.create("max-prob", None if catch_up == "propagate" else [0.5], layers)
+    policy = make_policy("max-prob", None if catch_up == "propagate" else [0.5], layers)
     engine = Engine(stack, num_slots=2)
     first = engine.start([5, 6, 7, 8], max_new_tokens=10, policy=policy, catch_up=catch_up, keep=True)
     finish(engine, first)
@@ -599,8 +597,8 @@ def test_a_request_after_another_runs_only_what_is_new(catch_up: str) -> None:
 def test_a_request_after_one_that_skipped_an_exits_layer_runs_it_all() -> None:
     """The exit's own layer has no K/V of a request that could not leave there: nothing can be taken over; after one that could, all."""
     layers, prompt = (2, 4), [5, 6, 7, 8]
-    policy = ExitPolicy.create("max-prob", [0.5], layers)
-    for before in (ExitPolicy(), policy):
+    policy = make_policy("max-prob", [0.5], layers)
+    for before in (FULL_DEPTH, policy):
         stack = MockStack(layers, max_positions=200, blocks=(0,))
         engine = Engine(stack)
         first = engine.start(prompt, max_new_tokens=10, policy=before, keep=True)
@@ -621,7 +619,7 @@ def test_an_exits_layer_runs_for_those_that_may_leave_there() -> None:
     engine = Engine(stack, num_slots=3)
     stack.trace = []
     for thresholds in (None, [None, 0.5], [0.5, None]):
-        engine.start([1, 2, 3], max_new_tokens=5, policy=ExitPolicy.create("max-prob", thresholds, (2, 4, 6)))
+        engine.start([1, 2, 3], max_new_tokens=5, policy=make_policy("max-prob", thresholds, (2, 4, 6)))
     while engine.busy:
         engine.step()
     assert sum(c.num_tokens for c in stack.trace if c.graph == "block") == 3 + 5 - 1
@@ -653,7 +651,7 @@ def test_nobody_waits_for_ever() -> None:
     """A row that needs depth while seven others never do: it goes after MAX_WAIT passes at the latest."""
     stack = MockStack((2, 4), max_positions=200)
     engine = Engine(stack, num_slots=8)
-    shallow = ExitPolicy.create("max-prob", [0.0], (2, 4))
+    shallow = make_policy("max-prob", [0.0], (2, 4))
     sequences = [engine.start([i], max_new_tokens=100, policy=shallow) for i in range(7)]
     deep = engine.start([7], max_new_tokens=50)
     longest = 0
@@ -667,7 +665,7 @@ def test_nobody_waits_for_ever() -> None:
 
 def test_stop_ids_end_a_sequence_and_free_its_rows() -> None:
     engine = Engine(MockStack((2, 4, 6), confidence=lambda exit_index, position: 1.0))
-    policy = ExitPolicy.create("max-prob", [0.5], (2, 4, 6))
+    policy = make_policy("max-prob", [0.5], (2, 4, 6))
     whole = finish(engine, engine.start([1, 2], max_new_tokens=12, policy=policy))
     stop = whole[5].id
     sequence = engine.start([1, 2], max_new_tokens=12, policy=policy, stop_ids=frozenset({stop}))

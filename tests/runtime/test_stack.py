@@ -12,7 +12,7 @@ from ease_runtime import buffers, graphs
 from ease_runtime.buffers import HiddenPool, RowCache
 from ease_runtime.engine import CATCH_UPS, Engine
 from ease_runtime.errors import BundleError, DeviceError
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, make_policy
 from ease_runtime.sampling import Greedy, GumbelSampler
 from ease_runtime.sequence import Sequence, Token
 from ease_runtime.stack import OrtStack, Span
@@ -134,7 +134,7 @@ def test_no_cache_is_copied(tiny_bundle: Path, capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err.count(COPIED) == 4  # two layers, keys and values
     engine = Engine(stack, cap=5)
     for catch_up in CATCH_UPS:
-        policy = ExitPolicy.create("max-prob", [0.4], stack.exit_layers)
+        policy = make_policy("max-prob", [0.4], stack.exit_layers)
         sequence = engine.start(ids[:120].tolist(), max_new_tokens=30, policy=policy, catch_up=catch_up)
         assert len({token.depth for token in engine.generate(sequence)}) > 1
     captured = capfd.readouterr()
@@ -188,7 +188,7 @@ def full_recomputation(stack: OrtStack, ids: np.ndarray, num_new: int) -> list[i
 def begin(engine: Engine, seed: int, catch_up: str, threshold: float | None) -> Sequence:
     """A seeded prompt and sampler, so that the texts differ and do not loop."""
     prompt = some_ids(engine.stack, 5 + 9 * seed, seed).tolist()
-    policy = ExitPolicy.create("max-prob", None if threshold is None else [threshold], engine.stack.exit_layers)
+    policy = make_policy("max-prob", None if threshold is None else [threshold], engine.stack.exit_layers)
     return engine.start(prompt, max_new_tokens=60, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, seed))
 
 
@@ -259,11 +259,11 @@ def test_verify_says_what_full_depth_says(tiny_stack: OrtStack, seed: int | None
     sampler = Greedy() if seed is None else GumbelSampler(0.9, 0, 1.0, seed)
     for num_slots in (1, 4):
         engine = Engine(tiny_stack, num_slots=num_slots)
-        for policy in (ExitPolicy.create("max-prob", [0.05], layers), ExitPolicy.create("similarity", [0.5], layers)):
+        for policy in (make_policy("max-prob", [0.05], layers), make_policy("similarity", [0.5], layers)):
             prompts = [some_ids(tiny_stack, 5 + 20 * i, i).tolist() for i in range(4)]
             started = [
                 [engine.start(p, max_new_tokens=60, policy=chosen, catch_up="verify", sampler=sampler) for p in prompts]
-                for chosen in (ExitPolicy(), policy)
+                for chosen in (FULL_DEPTH, policy)
             ]
             while engine.busy:
                 engine.step()
@@ -277,7 +277,7 @@ def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack) -> None:
     """Rows of very different lengths, past T = 128 and 256 and up to the context's end, with pads past it: tokens as alone."""
     lengths, limit = [3, 120, 250, 60], tiny_stack.max_positions
     prompts = [some_ids(tiny_stack, length, length).tolist() for length in lengths]
-    policy = ExitPolicy.create("max-prob", [0.4], tiny_stack.exit_layers)
+    policy = make_policy("max-prob", [0.4], tiny_stack.exit_layers)
 
     def start(engine: Engine, prompt: list[int]) -> Sequence:
         return engine.start(prompt, max_new_tokens=1000, policy=policy)
