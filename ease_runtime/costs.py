@@ -1,18 +1,18 @@
-"""What a pass costs here: graph calls timed by themselves, and whether leaving early pays at these prices.
+"""What passes cost, and whether leaving early pays at these prices (probe.py times them).
 
 Costs depend on the machine and the bundle. A pass over few tokens costs little more than one over one (the weights are
 read once), until it is bound by arithmetic: then `recompute` and `verify` save nothing, and with several rows in a pass
 that point comes sooner.
 """
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_runtime.layout import SegmentShape
 from ease_runtime.policies import ExitPolicy
-from ease_runtime.stack import Cache, Call, Span, Stack
 
 SIZES = (1, 2, 4, 8, 16)  # tokens of the passes that are timed
 SLOTS = 8  # rows of the pass that tells what one row more costs
@@ -21,92 +21,18 @@ LONGEST_DRAFT = 16
 FIRST_LOOK = 12  # tokens of a request before it is judged whether leaving early pays
 
 
-class CallProbe:
-    """Times one graph call by itself, on whatever is in the buffers."""
-
-    RUNS = 3  # a round
-
-    def __init__(self, stack: Stack, call: Call) -> None:
-        self.stack, self.call, self.seconds = stack, call, list[float]()
-
-    def run(self) -> None:
-        """Run the call a few times (once more to warm up) and note the seconds of each."""
-        call, stack = self.call, self.stack
-        rows = np.zeros(call.num_tokens, np.int64)
-        out_row = stack.reserve_rows(2 * call.num_tokens, [])
-        cache = stack.open_cache(call.num_slots)
-        for i in range(self.RUNS + 1):
-            began = time.perf_counter()
-            self.once(cache, rows, out_row)
-            if i:
-                self.seconds.append(time.perf_counter() - began)
-
-    def once(self, cache: Cache, rows: NDArray[np.int64], out_row: int) -> None:
-        """Run the call once, over these rows of the pool and this cache."""
-        stack, number, spans = self.stack, self.call.number, self.spans()
-        match self.call.graph:
-            case "segment" if stack.layout[number].routed:
-                positions = np.concatenate([np.arange(start, stop) for _, start, stop in spans])
-                stack.run_routed(number, cache, spans, positions, rows, out_row)
-            case "segment":
-                stack.run_segment(number, cache, spans, rows, out_row)
-            case "kv":
-                stack.run_kv(number, cache, spans, rows)
-            case "route":
-                stack.run_route(number, rows)
-            case "block":
-                stack.run_block(number, cache, spans, rows, out_row)
-            case "gate":
-                stack.run_gate(number, rows)
-            case "similarity":
-                stack.run_similarity(rows, rows)
-            case _:
-                stack.run_exit(number, rows)
-
-    def spans(self) -> list[Span]:
-        """The call's tokens at the end of its cache, as evenly over its slots as they go."""
-        call = self.call
-        parts = np.array_split(np.arange(call.num_tokens), min(call.num_slots, call.num_tokens))
-        stop = max(call.cache_length, len(parts[0]))
-        spans = [Span(slot, stop - len(part), stop) for slot, part in enumerate(parts)]
-        return [*spans[:-1], spans[-1]._replace(slot=call.num_slots - 1)]
-
-
+@dataclass
 class Costs:
-    """Seconds of a stack's passes, timed when it is made (some hundred short passes)."""
+    """Seconds of passes: a table at SIZES for each graph and number."""
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-        self.tables: dict[tuple[str, int], NDArray[np.float64]] = {}  # by graph and number, at SIZES
-        self.per_slot: dict[int, float] = {}  # of a segment: one row more in a pass over as many tokens
-        trace, stack.trace = stack.trace, None
-        for number, shape in enumerate(stack.layout):
-            self._time("segment", number)
-            if shape.routed:
-                self._time("route", number)
-            elif number:
-                self._time("kv", number)
-            length = min(CACHE_LENGTH, stack.max_positions)
-            spread = self._probe(Call("segment", number, SLOTS, length, SLOTS))
-            self.per_slot[number] = max(0.0, (spread - self.seconds("segment", number, SLOTS)) / (SLOTS - 1))
-        for number in range(len(stack.exit_layers)):
-            self._time("exit", number)
-            if stack.blocks[number]:
-                self._time("block", number)
-            if stack.has_gates and number < len(stack.exit_layers) - 1:
-                self._time("gate", number)
-        self._time("similarity", 0)
-        stack.trace = trace
+    layout: Sequence[SegmentShape]
+    tables: dict[tuple[str, int], NDArray[np.float64]]
+    per_slot: dict[int, float] = field(default_factory=dict)  # of a segment: one row more in a pass over as many tokens
 
-    def _time(self, graph: str, number: int) -> None:
-        length = min(CACHE_LENGTH, self.stack.max_positions)
-        seconds = [self._probe(Call(graph, number, size, length)) for size in SIZES]
-        self.tables[graph, number] = np.maximum.accumulate(seconds)  # more tokens take no less time
-
-    def _probe(self, call: Call) -> float:
-        probe = CallProbe(self.stack, call)
-        probe.run()
-        return min(probe.seconds)  # whatever else the machine does only adds to it
+    @property
+    def last_exit(self) -> int:
+        """The number of full depth's exit."""
+        return max(shape.exit_index or 0 for shape in self.layout)
 
     def seconds(self, graph: str, number: int, num_tokens: float, num_slots: float = 1.0) -> float:
         """The time of a pass over some tokens (any number: a mean) of some rows; straight lines between and past SIZES."""
@@ -137,11 +63,11 @@ class Pace:
     accepted: float = 3.0
 
     def __post_init__(self) -> None:
-        self.entered = [0.0] * len(self.costs.stack.layout)
+        self.entered = [0.0] * len(self.costs.layout)
 
     def asks(self, exit_index: int) -> bool:
         """Whether tokens are asked at an exit."""
-        return exit_index < len(self.costs.stack.exit_layers) - 1 and self.policy.thresholds.at(exit_index) is not None
+        return exit_index < self.costs.last_exit and self.policy.thresholds.at(exit_index) is not None
 
     def judged(self, drafted: int, accepted: int) -> None:
         """Note what became of some drafts; what is long ago counts less."""
@@ -153,15 +79,15 @@ class Pace:
 
     def full_depth(self, num_rows: int) -> float:
         """Seconds of a token at full depth, in passes over `num_rows` rows with a token each."""
-        layout, costs = self.costs.stack.layout, self.costs
+        layout, costs = self.costs.layout, self.costs
         seconds = sum(costs.seconds("segment", k, num_rows, num_rows) for k in range(len(layout)))
-        return (seconds + costs.seconds("exit", len(costs.stack.exit_layers) - 1, num_rows)) / num_rows
+        return (seconds + costs.seconds("exit", costs.last_exit, num_rows)) / num_rows
 
     def early(self, num_rows: int) -> float:
         """Seconds of a token that leaves as the request's tokens do, with its share of the catch-up."""
         costs, reach, last = self.costs, self.reach(), len(self.entered) - 1
         seconds = self._to_the_exits(num_rows, last + 1)
-        seconds += reach[last] * costs.seconds("exit", len(costs.stack.exit_layers) - 1, num_rows * reach[last])
+        seconds += reach[last] * costs.seconds("exit", costs.last_exit, num_rows * reach[last])
         return seconds / num_rows
 
     def pays(self, num_rows: int) -> bool:
@@ -188,12 +114,12 @@ class Pace:
         """Seconds, a row, of drafting and then judging some tokens."""
         last, judged = len(self.entered) - 1, (num_drafts + 1) * num_rows
         deep = self.costs.seconds("segment", last, judged, num_rows)
-        deep += self.costs.seconds("exit", len(self.costs.stack.exit_layers) - 1, judged)
+        deep += self.costs.seconds("exit", self.costs.last_exit, judged)
         return ((num_drafts + 1) * self._to_the_exits(num_rows, last) + deep) / num_rows
 
     def _to_the_exits(self, num_rows: int, stop: int) -> float:
         """Seconds of a token of each row through segments [0, stop), as far as it goes, and of what is asked at their early exits."""
-        costs, reach, layout, seconds = self.costs, self.reach(), self.costs.stack.layout, 0.0
+        costs, reach, layout, seconds = self.costs, self.reach(), self.costs.layout, 0.0
         for k in range(stop):
             entering = max(1.0, num_rows * reach[k])  # rows that go in together
             passes = num_rows * reach[k] / entering
@@ -204,7 +130,7 @@ class Pace:
             exit_index = layout[k].exit_index
             if exit_index is not None and self.asks(exit_index):
                 seconds += passes * self._ask(exit_index, entering, reach[k] - reach[k + 1])
-                if costs.stack.blocks[exit_index]:
+                if layout[k].block:
                     seconds += passes * costs.seconds("block", exit_index, entering / reach[k])
         return seconds
 

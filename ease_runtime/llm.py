@@ -33,7 +33,7 @@ from ease_runtime.own import is_own
 from ease_runtime.policies import ExitPolicy, make_policy
 from ease_runtime.sampling import Sampler
 from ease_runtime.schedule import DEFAULT_CAP
-from ease_runtime.sequence import Sequence
+from ease_runtime.sequence import TokenSequence
 from ease_runtime.stack import OrtStack, Stack
 from ease_runtime.text import StopPattern, TextWriter
 
@@ -56,7 +56,7 @@ class TextEngine:
         self.stack, self.tokenizer = stack, tokenizer
         self.start_id, self.stop_ids, self.template = start_id, stop_ids, template
         self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt)
-        self.choices: dict[Sequence, Choice] = {}
+        self.choices: dict[TokenSequence, Choice] = {}
 
     @property
     def busy(self) -> bool:
@@ -156,7 +156,7 @@ class TextEngine:
                 del self.choices[sequence]
                 if sequence.finish_reason is None:  # at a stop string, of which the engine knows nothing
                     sequence.finish_reason = "stop"
-                    if not sequence.keep:
+                    if not sequence.request.keep:
                         self.engine.release(sequence)
         return read
 

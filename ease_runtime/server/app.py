@@ -161,7 +161,7 @@ class Service:
         """The model, for /v1/models; `ease` says what a client may ask of it."""
         stack = self.llm.stack
         ease = {"exit_layers": list(stack.exit_layers), "max_positions": stack.max_positions}
-        ease |= {"chat": self.llm.template is not None, "gates": stack.has_gates}
+        ease |= {"chat": self.llm.template is not None, "gates": all(leave.gate for leave in stack.exits[:-1])}
         return {"id": self.settings.model, "object": "model", "created": self.started, "owned_by": "ease", "ease": ease}
 
 

@@ -216,10 +216,10 @@ class Worker:
 
     def _note_end(self, ticket: Ticket, choice: Choice) -> None:
         sequence = choice.sequence
-        ticket.drafted, ticket.accepted = ticket.drafted + sequence.drafted, ticket.accepted + sequence.accepted
+        ticket.drafted, ticket.accepted = ticket.drafted + sequence.drafts.judged, ticket.accepted + sequence.drafts.accepted
         ticket.notes += sequence.notes
-        self.metrics.drafted.inc(sequence.drafted)
-        self.metrics.accepted.inc(sequence.accepted)
+        self.metrics.drafted.inc(sequence.drafts.judged)
+        self.metrics.accepted.inc(sequence.drafts.accepted)
         if self.shadow:
             self.shadow.consider(sequence)
 

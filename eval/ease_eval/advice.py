@@ -10,7 +10,7 @@ read off one pass over the text in which every exit speaks.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 
 from ease_eval.latency import Setting, Text, Timings, measure
 from ease_eval.perplexity import record_exits
-from ease_runtime.costs import SIZES, CallProbe
+from ease_runtime.costs import SIZES
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError
+from ease_runtime.layout import Call
 from ease_runtime.llm import LLM
 from ease_runtime.policies import FULL_DEPTH, ExitPolicy, make_policy
+from ease_runtime.probe import CallProbe
 from ease_runtime.sampling import Given
-from ease_runtime.stack import Cache, Call, Stack
+from ease_runtime.stack import Cache, Stack
 from ease_runtime.thresholds import Thresholds
 
 Floats = NDArray[np.float64]
@@ -101,7 +103,7 @@ class CostModel:
     def _keys(self, k: int, policy: ExitPolicy) -> list[Key]:
         """A segment, and the layer of the exit behind it where that is asked."""
         exit_index = self.engine.stack.layout[k].exit_index
-        block = exit_index is not None and self._asked(exit_index, policy) and self.engine.stack.blocks[exit_index]
+        block = exit_index is not None and self._asked(exit_index, policy) and self.engine.stack.layout[k].block
         return [("segment", k), *([("block", exit_index)] if block and exit_index is not None else [])]
 
     def _ask_seconds(self, k: int, reach: Sequence[float], policy: ExitPolicy) -> float:
@@ -139,7 +141,7 @@ class CostProbe:
         out_row = self.engine.stack.reserve_rows(2 * max(SIZES), [])
         for cycle in (*self.full, *self.behind, self.first):
             cycle.run(self.engine.stack, self.cache, self.rows, out_row)
-        self.own_seconds += own_seconds(self.engine, self.text)
+        self.own_seconds += own_seconds(self.engine.stack, self.text)
 
     def model(self) -> CostModel:
         """What the calls and the engine took."""
@@ -152,34 +154,36 @@ class CostProbe:
         return CostModel(self.engine, increasing, dict(self.first.medians(1)), own)
 
 
-def own_seconds(engine: Engine, text: Text) -> list[float]:
-    """What the engine itself takes of each decoded token's time at full depth: all that passes outside of the stack's calls."""
-    stack, inside, own = engine.stack, [0.0], list[float]()
-    plain = {name: getattr(stack, name) for name in ("run_segment", "run_exit")}
+class TimedStack:
+    """A stack that counts the seconds inside of the calls that full depth makes."""
 
-    def timed(run: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self, stack: Stack) -> None:
+        self.stack, self.seconds = stack, 0.0
+        self.run_segment = self._timed(stack.run_segment)
+        self.exits = [replace(leave, head=self._timed(leave.head)) for leave in stack.exits]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stack, name)
+
+    def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             began = time.perf_counter()
             result = run(*arguments)
-            inside[0] += time.perf_counter() - began
+            self.seconds += time.perf_counter() - began
             return result
 
         return call
 
-    for name, run in plain.items():
-        setattr(stack, name, timed(run))
-    try:
-        length = min(len(text.tokens) - text.num_prompt, OWN_TOKENS)
-        sequence = engine.start(text.tokens[: text.num_prompt], max_new_tokens=length, sampler=Given(text.tokens))
-        began = None
-        for _ in engine.generate(sequence):
-            now = time.perf_counter()
-            if began is not None:  # the first token is prefill
-                own.append(now - began - inside[0])
-            began, inside[0] = time.perf_counter(), 0.0
-    finally:
-        for name, run in plain.items():
-            setattr(stack, name, run)
+
+def own_seconds(stack: Stack, text: Text) -> list[float]:
+    """What the engine itself takes of each decoded token's time at full depth: all that passes outside of the stack's calls."""
+    timed: Any = TimedStack(stack)
+    engine, own, began = Engine(timed), list[float](), None
+    length = min(len(text.tokens) - text.num_prompt, OWN_TOKENS)
+    for _ in engine.generate(engine.start(text.tokens[: text.num_prompt], max_new_tokens=length, sampler=Given(text.tokens))):
+        if began is not None:  # the first token is prefill
+            own.append(time.perf_counter() - began - timed.seconds)
+        began, timed.seconds = time.perf_counter(), 0.0
     return own
 
 
@@ -209,7 +213,7 @@ class Cycle:
 def asks(stack: Stack, exit_index: int | None, policy: ExitPolicy) -> list[Key]:
     """What an early exit may be asked, in order: its own layer, then a gate or a similarity, then its head."""
     assert exit_index is not None, "only an exit is asked"
-    before: list[Key] = [("block", exit_index)] if stack.blocks[exit_index] else []
+    before: list[Key] = [("block", exit_index)] if stack.exits[exit_index].block is not None else []
     if policy.asks != "head":
         before.append((policy.asks, exit_index if policy.asks == "gate" else 0))
     return [*before, ("exit", exit_index)]

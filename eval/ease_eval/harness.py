@@ -99,7 +99,7 @@ class EaseLM(LM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Each context's continuation, up to a stop string."""
         found: list[str] = []
-        together = len(self.llm.engine.slots)
+        together = self.llm.engine.num_slots
         for start in range(0, len(requests), together):
             group = requests[start : start + together]
             texts = self._generate([request.args for request in group])

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_runtime.commit import depths
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError
 from ease_runtime.policies import FULL_DEPTH, ExitOutput, ExitPolicy, HeadOutput
-from ease_runtime.sequence import Sequence as SequenceState
+from ease_runtime.sequence import TokenSequence
 
 LARGEST_EXPONENT = math.log(sys.float_info.max)
 HEAD_ROWS = 32  # tokens a head call scores at once (its logits are rows x vocabulary)
@@ -157,45 +158,38 @@ def _run_segments(
     num_prompt: int = 1,
 ) -> None:
     """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes one policy."""
-    sequence, active = engine.open(inputs), np.ones(len(inputs), np.bool_)
-    early = range(len(engine.stack.exit_layers) - 1)
-    sequence.asked = frozenset(k for k in early if any(decision.policy.thresholds.at(k) is not None for decision in decisions))
+    runner, active = engine.runner, np.ones(len(inputs), np.bool_)
+    asked = [k for k in range(runner.num_early) if any(decision.policy.thresholds.at(k) is not None for decision in decisions)]
+    sequence = runner.open(inputs, frozenset(asked))
     try:
         for segment, shape in enumerate(engine.stack.layout):
-            engine.advance(segment, [(sequence, 0, len(inputs))], active if freeze else None)
-            sequence.done[segment] = len(inputs)
+            runner.advance(segment, [(sequence, 0, len(inputs))], active if freeze else None)
             if shape.exit_index is not None:
                 _ask_exit(engine, sequence, segment, targets, decisions)
             if freeze:
                 active = decisions[0].undecided
                 active[:num_prompt] = True  # prefill
     finally:
-        engine.release(sequence)
+        runner.release(sequence)
 
 
-def _ask_exit(engine: Engine, sequence: SequenceState, segment: int, targets: NDArray[np.int64], decisions: Sequence["_Decisions"]) -> None:
+def _ask_exit(engine: Engine, sequence: TokenSequence, segment: int, targets: NDArray[np.int64], decisions: Sequence["_Decisions"]) -> None:
     """Let every decision that looks at the exit behind a segment see what it says."""
-    stack = engine.stack
-    exit_index = stack.layout[segment].exit_index
+    runner, shape = engine.runner, engine.stack.layout[segment]
+    exit_index, last = shape.exit_index, shape.last
     assert exit_index is not None, "the segment has an exit"
-    last = exit_index == len(stack.exit_layers) - 1
     asking = [d for d in decisions if last or d.policy.thresholds.at(exit_index) is not None]
     if not asking:
         return
     undecided = np.flatnonzero(np.any([d.undecided for d in asking], axis=0))
-    exit_rows = engine.exit_rows(sequence, 0, len(targets), exit_index)
-    asks = set() if last else {d.policy.asks for d in asking}
+    asks = set() if last else {d.policy.asks for d in asking} - {"head"}
     for start in range(0, len(undecided), HEAD_ROWS):
         positions = undecided[start : start + HEAD_ROWS]
-        padded = np.resize(positions, HEAD_ROWS)  # always as many, so that one binding serves
-        rows, values = exit_rows[padded], dict[str, NDArray[np.float32]]()
-        if "similarity" in asks:
-            assert sequence.entered is not None, "the pass before the exit has just run"
-            values["similarity"] = stack.run_similarity(sequence.rows[padded], sequence.entered[padded]).copy()
-        if "gate" in asks:
-            values["gate"] = stack.run_gate(exit_index, rows).copy()
-        output = stack.run_exit(exit_index, rows)
-        seen = _Chunk(positions, output, values, engine.depths(sequence, segment, positions), _logprobs(output, targets[positions]))
+        part = [(sequence, np.resize(positions, HEAD_ROWS))]  # always as many, so that one binding serves
+        values = {what: runner.ask(exit_index, what, part).copy() for what in sorted(asks, reverse=True)}
+        output = runner.ask(exit_index, "head", part)
+        used = depths(sequence, segment, positions, engine.stack.layout)
+        seen = _Chunk(positions, output, values, used, _logprobs(output, targets[positions]))
         for d in asking:
             d.see(seen, exit_index, last)
 

@@ -24,9 +24,9 @@ from ease_eval.provenance import provenance
 from ease_eval.weights import bytes_read
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
+from ease_runtime.layout import Call, SegmentShape
 from ease_runtime.llm import LLM
 from ease_runtime.policies import ThresholdPolicy, make_policy
-from ease_runtime.stack import Call, SegmentShape
 from ease_runtime.thresholds import OFF, Thresholds
 
 SEED = 0  # of the bootstrap

@@ -90,7 +90,7 @@ def test_full_depth_asks_no_exit(tiny_bundle: Path) -> None:
 
 def on_a_clock_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let time pass only within the stack's calls, by what they run, and 0.1 ms a step of the engine."""
-    now, stack, engine = [0.0], llm.stack, llm.engine
+    now, stack = [0.0], llm.stack
     base = {"run_segment": (1.0, 2.0, 6.0), "run_kv": (0.0, 0.3, 0.6), "run_exit": (0.5, 0.5, 0.8)}
 
     def slowed(name: str, run: Any) -> Any:
@@ -103,13 +103,13 @@ def on_a_clock_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in base:
         monkeypatch.setattr(stack, name, slowed(name, getattr(stack, name)))
-    step = engine.step
+    step = Engine.step
 
-    def stepped() -> Any:
+    def stepped(engine: Engine) -> Any:
         now[0] += 0.0001
-        return step()
+        return step(engine)
 
-    monkeypatch.setattr(engine, "step", stepped)
+    monkeypatch.setattr(Engine, "step", stepped)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
 

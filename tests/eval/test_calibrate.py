@@ -137,11 +137,11 @@ def test_a_bundle_is_calibrated_and_says_so(tiny_bundle: Path, documents: list[l
     generation = llm.submit("And the king", Options(max_tokens=20))
     list(llm.follow(generation, Timing()))
     sequence = generation.choices[0].sequence
-    assert sequence.policy.thresholds == certificate.thresholds
-    assert sequence.catch_up == catch_up
+    assert sequence.decision.policy.thresholds == certificate.thresholds
+    assert sequence.request.catch_up == catch_up
     assert "thresholds from the bundle's calibration: disagreement at most 0.5 with probability 0.9, on made up" in sequence.notes[0]
     off = llm.submit("And the king", Options(max_tokens=20, threshold=(None,)))
-    assert not off.choices[0].sequence.policy.thresholds
+    assert not off.choices[0].sequence.decision.policy.thresholds
     same = certificate.thresholds
     promised = Options(threshold=same, catch_up=catch_up)
     assert llm.notes(promised)
@@ -154,7 +154,7 @@ def test_a_calibration_that_nobody_wrote_is_refused(tiny_bundle: Path, tmp_path:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     path = bundle / "manifest.json"
     values = json.loads(path.read_text())
-    for junk in ({"thresholds": [0.5, 2.0]}, {"thresholds": [0.5]}, {"policy": 3}, {"a": 1}):
+    for junk in ({"thresholds": [0.5, 2.0]}, {"thresholds": [0.5] * 3}, {"policy": 3}, {"a": 1}):
         good = {
             "policy": "max-prob",
             "catch_up": "recompute",

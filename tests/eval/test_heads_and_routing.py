@@ -20,7 +20,7 @@ from ease_runtime.errors import BundleError, RequestError
 from ease_runtime.manifest import load_manifest, parse_manifest
 from ease_runtime.policies import FULL_DEPTH, make_policy
 from ease_runtime.sampling import Given, GumbelSampler
-from ease_runtime.sequence import Sequence
+from ease_runtime.sequence import TokenSequence
 from ease_runtime.stack import OrtStack
 from ease_train.checkpoint import load_checkpoint
 from ease_train.model import Decoder, RoutedBlock
@@ -203,7 +203,7 @@ def test_decoding_routes_as_teacher_forcing_and_skips_for_real(routed: Made) -> 
     for segment, info in enumerate(stack.manifest.segments):
         if info.kind == "routed":
             inside = routes[info.first_layer]
-            assert sequence.inside[segment, :149].tolist() == inside
+            assert sequence.counters.inside[segment, :149].tolist() == inside
             assert ran[segment] == sum(inside)
             assert 20 < sum(inside) < 130, "the routing must choose, or the test shows nothing"
         else:
@@ -221,7 +221,7 @@ def test_keys_and_values_are_written_only_for_routed_tokens(routed: Made) -> Non
     buffers = engine.cache.buffers  # type: ignore[attr-defined]
     for segment, info in enumerate(stack.manifest.segments):
         filled = np.abs(buffers[info.first_layer - 1][0][0]).sum(axis=1) > 0
-        expected = np.count_nonzero(sequence.inside[segment]) if info.kind == "routed" else len(sequence.tokens) - 1
+        expected = np.count_nonzero(sequence.counters.inside[segment]) if info.kind == "routed" else len(sequence.tokens) - 1
         assert np.count_nonzero(filled) == expected
         assert filled[:expected].all()
 
@@ -232,7 +232,7 @@ def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRe
     stack = OrtStack(request.getfixturevalue(name)[1])
     policy = make_policy("max-prob", [0.4], stack.exit_layers) if len(stack.exit_layers) > 1 else FULL_DEPTH
 
-    def begin(engine: Engine, i: int) -> Sequence:
+    def begin(engine: Engine, i: int) -> TokenSequence:
         prompt, catch_up = text(10 + 9 * i, seed=i), ("recompute", "verify")[i % 2]
         return engine.start(prompt, max_new_tokens=50, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, i))
 

@@ -15,9 +15,8 @@ LAYERS = (2, 4)
 
 def prices(stack: MockStack, segments: tuple[float, float], per_token: float = 0.0, head: float = 0.0, slot: float = 0.0) -> Costs:
     """Costs of a two-segment stack: so many seconds a pass, and more for each token and slot."""
-    costs = Costs.__new__(Costs)
     sizes = np.array(SIZES, np.float64)
-    costs.stack, costs.per_slot = stack, {0: slot, 1: slot}
+    costs = Costs(stack.layout, {}, {0: slot, 1: slot})
     costs.tables = {("segment", k): seconds + per_token * sizes for k, seconds in enumerate(segments)}
     costs.tables |= {("exit", k): head + 0.0 * sizes for k in range(2)}
     costs.tables |= {("kv", 1): 0.01 + 0.0 * sizes, ("gate", 0): 0.02 + 0.0 * sizes, ("similarity", 0): 0.03 + 0.0 * sizes}
@@ -104,7 +103,7 @@ def test_verify_that_does_not_pay_turns_itself_off_and_says_so() -> None:
     assert [token.id for token in engine.generate(sequence)] == [token.id for token in off]
     assert len(sequence.notes) == 1
     assert "verify turned itself off" in sequence.notes[0]
-    assert sequence.drafted < 40
+    assert sequence.drafts.judged < 40
 
 
 class AlwaysOne:
@@ -119,8 +118,8 @@ def test_verify_that_pays_stays_on_with_longer_drafts() -> None:
     sequence = engine.start([1], max_new_tokens=200, policy=policy, catch_up="verify", sampler=AlwaysOne())
     list(engine.generate(sequence))
     assert sequence.notes == []
-    assert sequence.accepted == sequence.drafted > 150
-    assert sequence.draft_length == 16
+    assert sequence.drafts.accepted == sequence.drafts.judged > 150
+    assert sequence.drafts.length == 16
 
 
 def test_rows_far_apart_run_apart() -> None:
@@ -145,7 +144,7 @@ def test_measured_costs_are_sane(tiny_stack: OrtStack) -> None:
     engine.step()
     engine.measure()
     assert engine.costs is None
-    assert first.pace is None
+    assert first.decision.pace is None
     list(engine.generate(first))
     engine.measure()
     costs = engine.costs
@@ -153,8 +152,8 @@ def test_measured_costs_are_sane(tiny_stack: OrtStack) -> None:
     assert all((np.diff(table) >= 0).all() and table[0] > 0 for table in costs.tables.values())
     engine.measure()
     assert engine.costs is costs
-    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy).pace is None  # it would change tokens
-    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy, catch_up="verify").pace is not None
+    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy).decision.pace is None  # it would change tokens
+    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy, catch_up="verify").decision.pace is not None
 
 
 def test_verify_says_where_it_holds_only_up_to_rounding() -> None:

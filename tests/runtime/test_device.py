@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from ease_runtime import device as device_module
-from ease_runtime.costs import CallProbe
 from ease_runtime.device import CPU, CUDA, Device, DeviceArray, choose_device, why_no_cuda
 from ease_runtime.engine import CATCH_UPS, Engine
 from ease_runtime.errors import DeviceError
+from ease_runtime.layout import Call
 from ease_runtime.policies import FULL_DEPTH, make_policy
+from ease_runtime.probe import CallProbe
 from ease_runtime.sampling import GumbelSampler
 from ease_runtime.sequence import Token
-from ease_runtime.stack import Call, OrtStack
+from ease_runtime.stack import OrtStack
 
 ELSEWHERE = Device("cpu", "CPUExecutionProvider", own_memory=True)  # bound by address, never a numpy array
 

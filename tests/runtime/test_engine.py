@@ -12,12 +12,12 @@ from ease_runtime import engine as engine_module
 from ease_runtime import schedule as schedule_module
 from ease_runtime.engine import CATCH_UPS, Engine
 from ease_runtime.errors import RequestError
+from ease_runtime.layout import Span
 from ease_runtime.mock import MockCache, MockStack
 from ease_runtime.policies import FULL_DEPTH, ExitOutput, ExitPolicy, HeadOutput, make_policy
 from ease_runtime.sampling import Greedy, GumbelSampler, Sampler
 from ease_runtime.schedule import Batch, schedule
-from ease_runtime.sequence import Sequence, Token
-from ease_runtime.stack import Span
+from ease_runtime.sequence import Token, TokenSequence
 
 VOCAB = 23
 LOSSY = ("propagate", "recompute")  # catch-ups whose tokens leave for good
@@ -54,7 +54,7 @@ class Case:
     def sampler(self) -> Sampler:
         return Greedy() if self.seed is None else GumbelSampler(1.3, 7, 0.9, self.seed)
 
-    def start(self, engine: Engine, catch_up: str, *, keep: bool = False) -> Sequence:
+    def start(self, engine: Engine, catch_up: str, *, keep: bool = False) -> TokenSequence:
         return engine.start(
             self.prompt, max_new_tokens=self.num_new, policy=self.exit_policy(), catch_up=catch_up, sampler=self.sampler(), keep=keep
         )
@@ -157,30 +157,30 @@ def lowered(threshold: float, case: Case, length: int) -> np.float32:
     return np.float32(np.clip(0.9 * threshold + 0.1 * np.exp(-case.decay * t / case.num_new), 0.0, 1.0))
 
 
-def finish(engine: Engine, sequence: Sequence) -> list[Token]:
+def finish(engine: Engine, sequence: TokenSequence) -> list[Token]:
     """Step to the end, watching the counters."""
     while sequence.finish_reason is None:
-        before, produced, leaving = list(sequence.done), len(sequence.produced), sequence.leaving
+        before, produced, leaving = list(sequence.counters.done), len(sequence.produced), sequence.decision.leaving
         changed = engine.step()
-        assert sequence.done == sorted(sequence.done, reverse=True)
-        if sequence.catch_up != "verify" and leaving is None:
-            assert all(now >= then for now, then in zip(sequence.done, before, strict=True))
-            assert sum(sequence.done) > sum(before)  # every pass does something
+        assert sequence.counters.done == sorted(sequence.counters.done, reverse=True)
+        if sequence.request.catch_up != "verify" and leaving is None:
+            assert all(now >= then for now, then in zip(sequence.counters.done, before, strict=True))
+            assert sum(sequence.counters.done) > sum(before)  # every pass does something
         assert (sequence in changed) == (len(sequence.produced) > produced)
     return sequence.produced
 
 
-def assert_same(case: Case, engine: Engine, sequence: Sequence, expected: Reference) -> None:
+def assert_same(case: Case, engine: Engine, sequence: TokenSequence, expected: Reference) -> None:
     """Tokens, depths, confidences, and whatever K/V the sequence has."""
     assert sequence.tokens == expected.tokens
     produced = sequence.produced
     assert [t.id for t in produced] == expected.tokens[len(case.prompt) :]
     assert [t.depth for t in produced] == expected.depths
     assert [t.confidence for t in produced] == expected.confidences
-    assert sequence.done[0] == len(sequence.tokens) - 1
-    assert min(sequence.done) >= len(case.prompt)
+    assert sequence.counters.done[0] == len(sequence.tokens) - 1
+    assert min(sequence.counters.done) >= len(case.prompt)
     stack = case.stack()
-    for k, done in enumerate(sequence.done):
+    for k, done in enumerate(sequence.counters.done):
         for layer in stack.layers(k):
             np.testing.assert_array_equal(
                 engine.cache.entries[sequence.slot, layer - 1, :done], expected.cache.entries[0, layer - 1, :done]
@@ -210,10 +210,10 @@ def test_verify_is_full_depth(case: Case, draft_length: int, chunk: int) -> None
     off = reference(replace(case, thresholds=None), "recompute")
     assert sequence.tokens == off.tokens
     assert [t.id for t in sequence.produced] == off.tokens[len(case.prompt) :]
-    assert sequence.accepted == sum(t.drafted for t in sequence.produced)
+    assert sequence.drafts.accepted == sum(t.drafted for t in sequence.produced)
     assert all((t.depth < case.exit_layers[-1]) == t.drafted for t in sequence.produced)
-    assert sequence.drafted == 0 or case.thresholds is not None
-    for k, done in enumerate(sequence.done):
+    assert sequence.drafts.judged == 0 or case.thresholds is not None
+    for k, done in enumerate(sequence.counters.done):
         for layer in case.stack().layers(k):
             length = min(done, len(sequence.tokens) - 1)
             np.testing.assert_array_equal(engine.cache.entries[sequence.slot, layer - 1, :length], off.cache.entries[0, layer - 1, :length])
@@ -227,8 +227,8 @@ def test_verify_accepts_and_rejects(seed: int | None) -> None:
     sequence = case.start(engine, "verify")
     finish(engine, sequence)
     assert sequence.tokens == reference(replace(case, thresholds=None), "recompute").tokens
-    assert 0.15 < sequence.accepted / sequence.drafted < 0.6
-    assert sequence.drafted > 100
+    assert 0.15 < sequence.drafts.accepted / sequence.drafts.judged < 0.6
+    assert sequence.drafts.judged > 100
     assert {t.depth for t in sequence.produced} == {2, 4, 6}
 
 
@@ -241,9 +241,12 @@ def test_a_cap_moves_work_and_bounds_queues(catch_up: str, case: Case, cap: int)
     without, sequence = finish(free, case.start(free, catch_up)), case.start(capped, catch_up)
     while sequence.finish_reason is None:
         if (
-            sequence.level == 0 and not sequence.leaving and not sequence.prefilling and schedule(sequence, cap).segment == 0
+            sequence.decision.level == 0
+            and not sequence.decision.leaving
+            and not sequence.prefilling
+            and schedule(sequence, cap).segment == 0
         ):  # a token sets out
-            assert max(-np.diff(sequence.done), default=0) < cap
+            assert max(-np.diff(sequence.counters.done), default=0) < cap
         capped.step()
     assert sequence.produced == without
     decoding = [c for c in capped.stack.trace if c.graph in ("segment", "kv") and c.cache_length > len(case.prompt)]
@@ -338,7 +341,7 @@ def test_the_prefill_runs_every_segment(catch_up: str, thresholds: list[float] |
     assert [(c.number, c.num_tokens) for c in stack.trace if c.graph == "segment"] == [(0, 5), (1, 5), (2, 5)]
     heads = [c.number for c in stack.trace if c.graph == "exit"]
     assert (token.depth, heads) == {None: (6, [2]), 0.0: (2, [0]), 1.0: (6, [0, 1, 2])}[thresholds and thresholds[0]]
-    assert sequence.done == [5, 5, 5]
+    assert sequence.counters.done == [5, 5, 5]
 
 
 def test_propagate_never_runs_a_segment_for_pending_tokens() -> None:
@@ -350,7 +353,7 @@ def test_propagate_never_runs_a_segment_for_pending_tokens() -> None:
     decoding = [c for c in stack.trace if c.cache_length > 2]
     assert {c.num_tokens for c in decoding if c.graph == "segment"} == {1}
     for k in (1, 2):
-        assert sum(c.num_tokens for c in decoding if c.number == k) == sequence.done[k] - 2
+        assert sum(c.num_tokens for c in decoding if c.number == k) == sequence.counters.done[k] - 2
     assert sum(c.num_tokens for c in decoding if c.graph == "kv") > 10
 
 
@@ -487,8 +490,8 @@ def test_crop_then_continue_is_as_if_it_had_been_so(catch_up: str, case: Case, s
     assert sequence.tokens == fresh.tokens
     num_after = len(fresh.tokens) - len(history)
     assert sequence.produced[len(sequence.produced) - num_after :] == fresh.produced[len(fresh.produced) - num_after :]
-    for k in range(len(sequence.done)):
-        done = min(sequence.done[k], fresh.done[k])
+    for k in range(len(sequence.counters.done)):
+        done = min(sequence.counters.done[k], fresh.counters.done[k])
         for layer in case.stack().layers(k):
             np.testing.assert_array_equal(engine.cache.entries[0, layer - 1, :done], fresh_engine.cache.entries[0, layer - 1, :done])
 
@@ -500,7 +503,7 @@ def test_crop_forgets_what_was_produced_past_it() -> None:
         engine.step()
     kept = sequence.produced[:2]
     sequence.crop(5)
-    assert (len(sequence.tokens), sequence.produced, sequence.done, sequence.level) == (5, kept, [5, 5, 5], 0)
+    assert (len(sequence.tokens), sequence.produced, sequence.counters.done, sequence.decision.level) == (5, kept, [5, 5, 5], 0)
     with pytest.raises(AssertionError, match="needs its next token"):
         engine.step()
 
@@ -561,7 +564,7 @@ def test_a_row_that_breaks_ends_alone() -> None:
     def broken(number: int, rows: np.ndarray) -> HeadOutput:
         output = right(number, rows)
         if len(victim.tokens) > 8 and victim.slot is not None:
-            mine = rows == victim.rows[len(victim.tokens) - 1]
+            mine = rows == victim.counters.rows[len(victim.tokens) - 1]
             output.logits[mine], output.top_prob[mine] = np.nan, np.nan
         return output
 
@@ -583,7 +586,7 @@ def test_a_request_after_another_runs_only_what_is_new(catch_up: str) -> None:
     engine = Engine(stack, num_slots=2)
     first = engine.start([5, 6, 7, 8], max_new_tokens=10, policy=policy, catch_up=catch_up, keep=True)
     finish(engine, first)
-    prompt, shared = [*first.tokens, 1, 2, 3], first.done[-1]
+    prompt, shared = [*first.tokens, 1, 2, 3], first.counters.done[-1]
     assert shared >= 4
     stack.trace = []
     second = engine.start(prompt, max_new_tokens=10, policy=policy, catch_up=catch_up, after=first)
@@ -604,7 +607,7 @@ def test_a_request_after_one_that_skipped_an_exits_layer_runs_it_all() -> None:
         first = engine.start(prompt, max_new_tokens=10, policy=before, keep=True)
         finish(engine, first)
         stack.trace, longer = [], [*first.tokens, 1, 2]
-        shared = first.done[-1] if before is policy else 0
+        shared = first.counters.done[-1] if before is policy else 0
         second = engine.start(longer, max_new_tokens=10, policy=policy, after=first)
         finish(engine, second)
         blocks = [c.num_tokens for c in stack.trace if c.graph == "block"]

@@ -328,7 +328,7 @@ def break_logits(llm: TextEngine, letter: int) -> None:
         output = plain(number, rows)
         for place, row in enumerate(rows.tolist()):
             for sequence in llm.engine.sequences:
-                here = sequence.rows[sequence.done[0] - 1] == row and len(sequence.produced) == 3
+                here = sequence.counters.rows[sequence.counters.done[0] - 1] == row and len(sequence.produced) == 3
                 if here and sequence.tokens[1] == letter:
                     output.logits[place], output.top_prob[place] = math.nan, math.nan
         return output

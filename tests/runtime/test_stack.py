@@ -12,10 +12,11 @@ from ease_runtime import buffers, graphs
 from ease_runtime.buffers import HiddenPool, RowCache
 from ease_runtime.engine import CATCH_UPS, Engine
 from ease_runtime.errors import BundleError, DeviceError
+from ease_runtime.layout import Span
 from ease_runtime.policies import FULL_DEPTH, make_policy
 from ease_runtime.sampling import Greedy, GumbelSampler
-from ease_runtime.sequence import Sequence, Token
-from ease_runtime.stack import OrtStack, Span
+from ease_runtime.sequence import Token, TokenSequence
+from ease_runtime.stack import OrtStack
 
 NUM_TOKENS = 96
 SIZES = (1, 2, 3, 16, 48, 96)  # tokens a pass; none but the last is a whole number of the others, all divide 96
@@ -185,7 +186,7 @@ def full_recomputation(stack: OrtStack, ids: np.ndarray, num_new: int) -> list[i
 # The engine on the real stack
 
 
-def begin(engine: Engine, seed: int, catch_up: str, threshold: float | None) -> Sequence:
+def begin(engine: Engine, seed: int, catch_up: str, threshold: float | None) -> TokenSequence:
     """A seeded prompt and sampler, so that the texts differ and do not loop."""
     prompt = some_ids(engine.stack, 5 + 9 * seed, seed).tolist()
     policy = make_policy("max-prob", None if threshold is None else [threshold], engine.stack.exit_layers)
@@ -279,7 +280,7 @@ def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack) -> None:
     prompts = [some_ids(tiny_stack, length, length).tolist() for length in lengths]
     policy = make_policy("max-prob", [0.4], tiny_stack.exit_layers)
 
-    def start(engine: Engine, prompt: list[int]) -> Sequence:
+    def start(engine: Engine, prompt: list[int]) -> TokenSequence:
         return engine.start(prompt, max_new_tokens=1000, policy=policy)
 
     expected = []
@@ -312,8 +313,8 @@ def test_one_broken_row_leaves_its_neighbours_alone(tiny_stack: OrtStack) -> Non
     sequences = [engine.start(prompt, max_new_tokens=30) for prompt in prompts]
     victim = sequences[1]
     while engine.busy:
-        if len(victim.tokens) > 20 and victim.done[0] > victim.done[-1]:
-            tiny_stack.pool.states[victim.live_rows()] = np.nan
+        if len(victim.tokens) > 20 and victim.counters.done[0] > victim.counters.done[-1]:
+            tiny_stack.pool.states[victim.counters.live_rows()[0]] = np.nan
         engine.step()
     assert [s.finish_reason for s in sequences] == ["length", "error", "length", "length"]
     assert "no finite numbers" in victim.error
