@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ease_runtime.errors import EaseError, RequestError
+from ease_runtime.errors import EaseError
 from ease_runtime.thresholds import Thresholds
 
 
@@ -30,10 +30,7 @@ class ThresholdFlag(click.ParamType[Thresholds]):
     name = "X[,X...]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Thresholds:
-        try:
-            return Thresholds.of(value)
-        except RequestError as error:
-            self.fail(str(error), param, ctx)
+        return Thresholds.of(value)
 
 
 class ThresholdRows(click.ParamType[tuple[Thresholds, ...]]):

@@ -47,7 +47,8 @@ def figures(rows: Iterable[Row], columns: dict[str, str], text_columns: int = 1)
 def named(row: Row) -> Row:
     """A row of `ease-eval`, its setting as it is asked for on the command line."""
     threshold = Thresholds.of(row["threshold"])
-    return {**row, "named": str(threshold), "catch_up": row["catch_up"] if threshold else "–"}
+    asked = ",".join("off" if value is None else str(value) for value in threshold.values)
+    return {**row, "named": asked, "catch_up": row["catch_up"] if threshold else "–"}
 
 
 def leaves_early(row: Row) -> bool:

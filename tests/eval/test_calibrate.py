@@ -86,7 +86,7 @@ def test_candidates_grow_eager() -> None:
     vectors = candidates(confidences, harms, 0.2)
     assert len(vectors) > 3
     for careful, eager in pairwise(vectors):
-        assert all(a is None or (b is not None and b <= a) for a, b in zip(careful, eager, strict=True))
+        assert all(a is None or (b is not None and b <= a) for a, b in zip(careful.values, eager.values, strict=True))
         assert careful != eager
 
 

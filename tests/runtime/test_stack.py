@@ -270,7 +270,7 @@ def test_verify_says_what_full_depth_says(tiny_stack: OrtStack, seed: int | None
                 engine.step()
             for plain, verified in zip(*started, strict=True):
                 assert [(t.id, t.logprob) for t in verified.produced] == [(t.id, t.logprob) for t in plain.produced]
-                drafted, accepted = drafted + verified.drafted, accepted + verified.accepted
+                drafted, accepted = drafted + verified.drafts.judged, accepted + verified.drafts.accepted
     assert 0 < accepted < drafted
 
 
