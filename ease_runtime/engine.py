@@ -14,13 +14,13 @@ who sits where, runner.py runs (and it alone), commit.py decides. Knows nothing 
 from collections.abc import Iterator, Sequence
 
 from ease_runtime.commit import commit
-from ease_runtime.costs import Costs, Pace
+from ease_runtime.costs import DEFAULT_CAP, Costs, Pace
 from ease_runtime.errors import RequestError, did_you_mean
 from ease_runtime.policies import FULL_DEPTH, ExitPolicy
 from ease_runtime.probe import measure_costs
 from ease_runtime.runner import Runner
 from ease_runtime.sampling import Greedy, Sampler
-from ease_runtime.schedule import CHUNK, DEFAULT_CAP, choose, near, schedule
+from ease_runtime.schedule import CHUNK, choose, near, schedule
 from ease_runtime.sequence import Request, Token, TokenSequence
 from ease_runtime.stack import Cache, Stack
 
@@ -121,7 +121,7 @@ class Engine:
         if catch_up == "verify" and not self.stack.exact:
             sequence.notes.append("verify holds up to rounding here: passes of several tokens differ from single ones in their last bits")
         if self.costs and asked and (self.adapt or catch_up == "verify"):
-            sequence.decision.pace = Pace(self.costs, policy, catch_up)
+            sequence.decision.pace = Pace(self.costs, policy, catch_up, self.cap)
         if after is not None and after.slot is not None:
             blocks = frozenset(k for k, leave in enumerate(self.stack.exits) if leave.block is not None)
             self.runner.slots.take_over(sequence, after, blocks)

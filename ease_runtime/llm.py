@@ -23,6 +23,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ease_runtime.chat import ChatTemplate, Message
+from ease_runtime.costs import DEFAULT_CAP
 from ease_runtime.device import choose_device
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, DeviceError, RequestError
@@ -32,7 +33,6 @@ from ease_runtime.options import Options
 from ease_runtime.own import is_own
 from ease_runtime.policies import ExitPolicy, make_policy
 from ease_runtime.sampling import Sampler
-from ease_runtime.schedule import DEFAULT_CAP
 from ease_runtime.sequence import TokenSequence
 from ease_runtime.stack import OrtStack, Stack
 from ease_runtime.text import StopPattern, TextWriter

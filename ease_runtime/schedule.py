@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ease_runtime.costs import Costs
+from ease_runtime.costs import DEFAULT_CAP, Costs
 from ease_runtime.sequence import TokenSequence
 
-DEFAULT_CAP = 64  # pending tokens at a boundary before they are settled without a token that needs it
 CHUNK = 256  # tokens of a prompt in one pass
 MAX_WAIT = 8  # passes of others that a row waits at most, when it could run itself
 

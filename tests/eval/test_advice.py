@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ease_eval.advice import CostModel, advise, auroc, best_threshold, depths_of, exit_sets, reach_of
+from ease_eval.advice import advise, auroc, best_threshold, depths_of, exit_sets, reach_of
 from ease_eval.cli import main
 from ease_eval.latency import Setting, Text
-from ease_runtime.costs import SIZES
+from ease_runtime.costs import SIZES, Costs
 from ease_runtime.engine import Engine
 from ease_runtime.llm import LLM
 from ease_runtime.policies import FULL_DEPTH, make_policy
@@ -79,12 +79,12 @@ def test_the_cost_of_a_token_is_that_of_a_simulated_queue(tiny_bundle: Path, cat
     policy = make_policy("max-prob", [0.5], LAYERS)
     depths = np.random.default_rng(0).choice(LAYERS, 40000, p=shares)
     expected = simulated(depths, policy.thresholds.values, catch_up, engine.cap)
-    model = CostModel(engine, TABLES, AGAIN, OWN)
+    model = Costs(engine.stack.layout, TABLES, again=AGAIN, pass_seconds=OWN)
     assert model.token_seconds(reach_of(depths, engine.stack), policy, catch_up) == pytest.approx(expected, rel=0.02)
 
 
 def test_full_depth_asks_no_exit(tiny_bundle: Path) -> None:
-    model = CostModel(Engine(OrtStack(tiny_bundle)), TABLES, AGAIN, OWN)
+    model = Costs(OrtStack(tiny_bundle).layout, TABLES, again=AGAIN, pass_seconds=OWN)
     assert model.token_seconds([1.0, 1.0, 1.0], FULL_DEPTH, "recompute") == pytest.approx(1.0 + 2.0 + 3.0 + 0.6 + 3 * OWN)
 
 

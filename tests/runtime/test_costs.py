@@ -39,11 +39,12 @@ def test_seconds_between_and_past_the_sizes_timed() -> None:
 
 
 def test_recompute_by_hand() -> None:
-    """One token in four goes deep itself: a pass of four tokens there for every four tokens."""
+    """One token in four goes deep itself: a pass of four tokens there for every four tokens. Of those passes one in four has
+    nothing pending to propagate."""
     costs = prices(MockStack(LAYERS), (1.0, 1.0), per_token=0.1, head=0.2)
     assert pace(costs, (4, 1)).early(1) == pytest.approx(1.1 + 0.2 + (1.4 + 0.2) / 4)
     assert pace(costs, (4, 1)).full_depth(1) == pytest.approx(1.1 + 1.1 + 0.2)
-    assert pace(costs, (4, 1), "propagate").early(1) == pytest.approx(1.1 + 0.2 + (1.1 + 0.01 + 0.2) / 4)
+    assert pace(costs, (4, 1), "propagate").early(1) == pytest.approx(1.1 + 0.2 + (1.1 + 0.75 * 0.01 + 0.2) / 4)
     assert pace(costs, (4, 1), policy="gate").early(1) == pytest.approx(1.1 + 0.02 + 0.75 * 0.2 + (1.4 + 0.2) / 4)
 
 
