@@ -61,7 +61,7 @@ def stream(server: Served, path: str, body: dict[str, Any]) -> list[Any]:
 def is_idle(server: Served) -> bool:
     """Whether nothing is left of any request."""
     worker, engine = server.service.worker, server.service.llm.engine
-    return worker.num_taken == 0 and not worker.tickets and not engine.busy and not server.service.llm.choices
+    return worker.num_taken == 0 and not worker.tickets and not worker.engine.jobs and not engine.busy and not server.service.llm.choices
 
 
 # What the openai client makes of it.
