@@ -22,23 +22,25 @@ from rich.table import Table
 from ease_eval.latency import Setting, Text, ideal_seconds, measure
 from ease_runtime.costs import Costs, Pace
 from ease_runtime.engine import Engine
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, ThresholdPolicy, make_policy
+from ease_runtime.probe import measure_costs
 from ease_runtime.sampling import Greedy
-from ease_runtime.sequence import Sequence
+from ease_runtime.sequence import TokenSequence
 from ease_runtime.stack import OrtStack
+from ease_runtime.thresholds import Thresholds
 
 PROMPT, NEW, LONG, ROUNDS = 32, 48, 256, 3
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Coin(ExitPolicy):
+class Coin(ThresholdPolicy):
     """Leaves at each exit that is asked with a probability, whatever the exit says."""
 
     probability: float = 0.5
     dice: random.Random = field(default_factory=random.Random)
 
-    def leaves(self, exit_index: int, confidence: Any, progress: float = 0.0, offset: float = 0.0) -> Any:
+    def leaves(self, exit_index: int, confidence: Any, progress: float, state: Any) -> Any:
         return confidence >= (0.0 if self.dice.random() < self.probability else 2.0)
 
 
@@ -69,17 +71,17 @@ def half_exit(stack: OrtStack) -> int:
     return min(range(len(stack.exit_layers) - 1), key=lambda k: abs(stack.exit_layers[k] - stack.exit_layers[-1] / 2))
 
 
-def only(stack: OrtStack, exit_index: int) -> tuple[float | None, ...]:
+def only(stack: OrtStack, exit_index: int) -> Thresholds:
     """Thresholds that ask one exit."""
-    return tuple(0.5 if k == exit_index else None for k in range(len(stack.exit_layers) - 1))
+    return Thresholds(tuple(0.5 if k == exit_index else None for k in range(len(stack.exit_layers) - 1)))
 
 
 def depth(stack: OrtStack) -> list[Row]:
     """Every token leaves at one exit: measured against ideal, which counts heads and catch-up."""
     layers = stack.exit_layers
-    settings = [Setting(ExitPolicy(), "recompute")]
+    settings = [Setting(FULL_DEPTH, "recompute")]
     settings += [
-        Setting(ExitPolicy.create("fixed", None, layers, exit_layer=layer), catch_up)
+        Setting(make_policy("fixed", None, layers, exit_layer=layer), catch_up)
         for layer in layers[:-1]
         for catch_up in ("recompute", "propagate")
     ]
@@ -103,9 +105,9 @@ def depth(stack: OrtStack) -> list[Row]:
     return rows
 
 
-def run_to_end(engine: Engine, sequences: list[Sequence]) -> float:
+def run_to_end(engine: Engine, sequences: list[TokenSequence]) -> float:
     """Seconds from the first pass after every prompt has run; the tokens before are not counted."""
-    while any(s.prefilling or s.slot is None for s in sequences[: len(engine.slots)]):
+    while any(s.prefilling or s.slot is None for s in sequences[: engine.num_slots]):
         engine.step()
     began = time.perf_counter()
     while engine.busy:
@@ -115,7 +117,7 @@ def run_to_end(engine: Engine, sequences: list[Sequence]) -> float:
 
 def verify(stack: OrtStack) -> list[Row]:
     """Every token drafted at half depth, and accepted with a probability: measured against the cost model."""
-    costs, exit_index, rows = Costs(stack), half_exit(stack), []
+    costs, exit_index, rows = measure_costs(stack), half_exit(stack), []
     policy = Coin(thresholds=only(stack, exit_index), probability=1.0)
     for acceptance in (0.6, 0.8, 0.9):
         pace = Pace(costs, policy, "verify")
@@ -136,7 +138,7 @@ def verify(stack: OrtStack) -> list[Row]:
         rows.append(
             {
                 "acceptance": acceptance,
-                "accepted": sequence.accepted / sequence.drafted,
+                "accepted": sequence.drafts.accepted / sequence.drafts.judged,
                 "draft_length": length,
                 "speedup": speedup,
                 "model_speedup": predicted,
@@ -161,7 +163,7 @@ def break_even(pace: Pace) -> float | None:
     return None
 
 
-def token_seconds(engine: Engine, sequence: Sequence) -> float:
+def token_seconds(engine: Engine, sequence: TokenSequence) -> float:
     """Seconds until a sequence has more tokens."""
     had, began = len(sequence.produced), time.perf_counter()
     while sequence.finish_reason is None and len(sequence.produced) == had:
@@ -174,7 +176,7 @@ def adapt(stack: OrtStack) -> list[Row]:
 
     Until it gives up a request runs by itself, then the same tokens at full depth do; after that the two take turns token by token.
     """
-    costs, exit_index, rows = Costs(stack), half_exit(stack), []
+    costs, exit_index, rows = measure_costs(stack), half_exit(stack), []
     cases = [("verify", 1.0, acceptance) for acceptance in (0.2, 0.5, 0.9)] + [("recompute", leaving, 1.0) for leaving in (0.05, 0.2, 0.8)]
     for catch_up, leaving, acceptance in cases:
         speedups, before, after = [], [], []
@@ -216,7 +218,7 @@ def adapt(stack: OrtStack) -> list[Row]:
 
 def batch(stack: OrtStack) -> list[Row]:
     """Eight rows that leave at half depth with probability 0.5: against eight at full depth, and against the best schedule."""
-    costs, thresholds, rows = Costs(stack), only(stack, half_exit(stack)), []
+    costs, thresholds, rows = measure_costs(stack), only(stack, half_exit(stack)), []
     for name, num_requests in (("8 rows", 8), ("32 requests over 8 slots", 32)):
         ratios: dict[str, list[float]] = {"propagate": [], "recompute": []}
         for seed in range(ROUNDS):
@@ -241,7 +243,7 @@ def batch(stack: OrtStack) -> list[Row]:
     return rows
 
 
-def involuntary(stack: OrtStack, num_requests: int, thresholds: tuple[float | None, ...], catch_up: str) -> int:
+def involuntary(stack: OrtStack, num_requests: int, thresholds: Thresholds, catch_up: str) -> int:
     """Tokens that left or stayed because of their neighbours: depths in the batch that are not those of the same request alone."""
     count = min(num_requests, 8)
     _, together = tokens_a_second(stack, count, 0, thresholds, catch_up)
@@ -255,13 +257,13 @@ def involuntary(stack: OrtStack, num_requests: int, thresholds: tuple[float | No
 
 
 def tokens_a_second(
-    stack: OrtStack, num_requests: int, seed: int, thresholds: tuple[float | None, ...] | None, catch_up: str, num_slots: int = 8
-) -> tuple[float, list[Sequence]]:
+    stack: OrtStack, num_requests: int, seed: int, thresholds: Thresholds | None, catch_up: str, num_slots: int = 8
+) -> tuple[float, list[TokenSequence]]:
     """Decoding speed of a batch, and its rows. More requests than slots have different lengths."""
     engine, dice = Engine(stack, num_slots=num_slots), random.Random(seed)
     sequences = []
     for i in range(num_requests):
-        policy = ExitPolicy() if thresholds is None else Coin(thresholds=thresholds, dice=random.Random(1000 * seed + i))
+        policy = FULL_DEPTH if thresholds is None else Coin(thresholds=thresholds, dice=random.Random(1000 * seed + i))
         new = NEW if num_requests <= num_slots else dice.randint(NEW // 2, NEW)
         sequences.append(engine.start(prompt_ids(stack, i), max_new_tokens=new, policy=policy, catch_up=catch_up))
     seconds = run_to_end(engine, sequences)

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ease_runtime.engine import Engine
-from ease_runtime.graphs import Binding
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import make_policy
 from ease_runtime.sampling import Given
 from ease_runtime.stack import OrtStack
 
@@ -25,33 +24,17 @@ NUM_TOKENS, ROUNDS = 120, 5
 SETTINGS = (("off", None, "recompute"), ("0.5", 0.5, "recompute"), ("0.5", 0.5, "propagate"), ("0", 0.0, "propagate"))
 
 
-class Inside:
-    """Counts graph calls and the seconds spent inside ONNX Runtime."""
-
-    def __init__(self) -> None:
-        self.seconds, self.calls = 0.0, 0
-        plain_run = Binding.run
-
-        def run(binding: Binding) -> None:
-            began = time.perf_counter()
-            plain_run(binding)
-            self.seconds += time.perf_counter() - began
-            self.calls += 1
-
-        Binding.run = run  # type: ignore[method-assign]
-
-
 def measure(bundle: Path, num_threads: int) -> list[dict[str, object]]:
     """The figures of every setting, medians over rounds."""
     stack = OrtStack(bundle, num_threads=num_threads)
-    engine, inside = Engine(stack), Inside()
+    engine, inside = Engine(stack), stack.clock
     length = min(NUM_TOKENS + 16, stack.max_positions)
     text = [(7 * i * i + 3 * i) % stack.vocab_size for i in range(length)]
     results = []
     for name, threshold, catch_up in SETTINGS:
         rounds = []
         for _ in range(ROUNDS + 1):
-            policy = ExitPolicy.create("max-prob", None if threshold is None else [threshold], stack.exit_layers)
+            policy = make_policy("max-prob", None if threshold is None else [threshold], stack.exit_layers)
             sequence = engine.start(text[:16], max_new_tokens=length - 16, policy=policy, catch_up=catch_up, sampler=Given(text))
             tokens = engine.generate(sequence)
             next(tokens)

@@ -15,12 +15,33 @@ import onnxruntime
 import torch
 
 from ease_export.errors import ExportError
-from ease_export.plan import SIMILARITY_FILE, Cut, Plan, block_file, cut_layers, exit_file, gate_file, head_file, plan_graphs
-from ease_export.quantize import BITS, WeightQuantizer, add_contrib_domain
+from ease_export.plan import (
+    REDUCED_HEAD_FILE,
+    SIMILARITY_FILE,
+    Cut,
+    Plan,
+    block_file,
+    cut_layers,
+    exit_file,
+    gate_file,
+    head_file,
+    plan_graphs,
+)
+from ease_export.quantize import BITS, BLOCK_SIZE, WeightQuantizer, add_contrib_domain
 from ease_export.trace import Tracer
 from ease_export.weights import WeightFiles
 from ease_runtime.errors import EaseError
-from ease_runtime.manifest import FORMAT_VERSION, MANIFEST_FILE, ExitInfo, FileInfo, Manifest, SegmentInfo, sha256_of
+from ease_runtime.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    WEIGHT_BITS,
+    ExitInfo,
+    FileInfo,
+    Manifest,
+    SegmentInfo,
+    WeightForm,
+    sha256_of,
+)
 from ease_runtime.stack import OrtStack
 from ease_train.checkpoint import TEMPLATE_FILE, Checkpoint, load_checkpoint, not_finite
 from ease_train.files import written_aside
@@ -29,8 +50,14 @@ from ease_train.model import Decoder
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def export_bundle(checkpoint_path: Path, bundle: Path, precision: str = "fp32") -> Manifest:
-    """Export a checkpoint in one of manifest.PRECISIONS, and load what was written before it gets its name.
+def export_bundle(
+    checkpoint_path: Path,
+    bundle: Path,
+    precision: str = "fp32",
+    calibration: dict[str, Any] | None = None,
+) -> Manifest:
+    """Export a checkpoint in one of manifest.PRECISIONS, with a calibration that holds for it; what was written is loaded before it
+    gets its name.
 
     Raises CheckpointError; ExportError when something is at `bundle` that is no bundle, when a weight is no finite number, or when
     onnxruntime does not run the graphs. A bundle of before is then still there.
@@ -39,14 +66,14 @@ def export_bundle(checkpoint_path: Path, bundle: Path, precision: str = "fp32") 
         raise ExportError(f"{bundle} is there already and is no bundle; choose another name, or remove it")
     try:
         with written_aside(bundle) as folder:
-            manifest = write_bundle(checkpoint_path, folder, precision)
+            manifest = write_bundle(checkpoint_path, folder, precision, calibration or {})
             check_runs(folder, checkpoint_path, precision)
     except OSError as error:
         raise ExportError(f"could not write {bundle}: {error.strerror or error}; no half bundle is left there") from None
     return manifest
 
 
-def write_bundle(checkpoint_path: Path, folder: Path, precision: str) -> Manifest:
+def write_bundle(checkpoint_path: Path, folder: Path, precision: str, calibration: dict[str, Any]) -> Manifest:
     """Write all files of a bundle into an empty folder. Raises CheckpointError, ExportError, OSError."""
     checkpoint = load_checkpoint(checkpoint_path)
     check_finite(checkpoint.model, str(checkpoint_path))
@@ -60,7 +87,7 @@ def write_bundle(checkpoint_path: Path, folder: Path, precision: str) -> Manifes
     checkpoint.tokenizer.save(str(folder / TOKENIZER_FILE))
     if (template := checkpoint.conventions.chat_template) is not None:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    manifest = describe(checkpoint, checkpoint_path, folder, precision)
+    manifest = describe(checkpoint, checkpoint_path, folder, precision, calibration)
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -101,12 +128,16 @@ def write_graph(plan: Plan, tracer: Tracer, files: WeightFiles, quantizer: Weigh
     onnx.save(proto, files.folder / plan.file)
 
 
-def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precision: str) -> Manifest:
+def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precision: str, calibration: dict[str, Any]) -> Manifest:
     """The manifest of the files written so far."""
     model, config = checkpoint.model, checkpoint.model.config
     return Manifest(
         format_version=FORMAT_VERSION,
+        target="cuda" if precision == "fp16" else "cpu",
         precision=precision,
+        weights=WeightForm(WEIGHT_BITS[precision], BLOCK_SIZE if precision in BITS else None),
+        cache_layout="BTK",
+        exactness="rounding" if precision in ("fp16", "int4") else "bits",
         vocab_size=config.vocab_size,
         dim=config.dim,
         kv_dim=config.kv_dim,
@@ -121,9 +152,11 @@ def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precis
             ExitInfo(layer, exit_file(n), head_file(model, n, layer), gate_file(model, n, layer), block_file(model, n, layer))
             for n, layer in enumerate(config.exits)
         ),
+        drafting_head=REDUCED_HEAD_FILE if model.draft_head is not None else None,
         chat_template=TEMPLATE_FILE if checkpoint.conventions.chat_template is not None else None,
         special_tokens=checkpoint.conventions.special_tokens,
         generation=checkpoint.conventions.generation,
+        calibration=calibration,
         files={path.name: FileInfo(sha256_of(path), path.stat().st_size) for path in sorted(folder.iterdir())},
         source=_source(checkpoint, checkpoint_path),
     )

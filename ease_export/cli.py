@@ -11,7 +11,7 @@ from rich.table import Table
 from ease_runtime.chat import ChatTemplate
 from ease_runtime.commands import ErrorGroup
 from ease_runtime.errors import EaseError
-from ease_runtime.manifest import PRECISIONS, Manifest, load_manifest
+from ease_runtime.manifest import FORMAT_VERSION, PRECISIONS, Manifest, load_manifest
 from ease_train.errors import TrainError
 
 if TYPE_CHECKING:
@@ -83,6 +83,26 @@ def render_report(report: "Report", console: Console) -> None:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="The checkpoint it was built from, where it is not beside it.")
+def upgrade(bundle: Path, checkpoint: Path | None) -> None:
+    """Build a BUNDLE of an older format again, from its checkpoint: same precision, calibration kept."""
+    from ease_export.upgrade import upgrade_bundle
+
+    console = Console()
+    with console.status("exporting…"):
+        done = upgrade_bundle(bundle, checkpoint)
+    if done.manifest is None:
+        click.echo(f"{bundle} is of format {FORMAT_VERSION} already; nothing was done")
+        return
+    click.echo(f"{bundle}: built again from {done.checkpoint} in {done.manifest.precision}, format {FORMAT_VERSION}")
+    if done.lost_calibration:
+        click.echo(f"its calibration could not be kept; find thresholds again: ease-eval calibrate {bundle}", err=True)
+    elif done.manifest.calibration:
+        click.echo("its calibration is kept: the weights and the precision are the same")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
 def inspect(bundle: Path) -> None:
     """Show a bundle's segments, exits, sizes and origin (every file's sum is checked)."""
     render_manifest(load_manifest(bundle), bundle, Console())
@@ -98,7 +118,8 @@ def render_manifest(manifest: Manifest, bundle: Path, console: Console) -> None:
         return graph, f"{graph}.data"
 
     console.print(
-        f"{bundle}: {manifest.precision}, {manifest.num_layers} layers of width {manifest.dim}, vocabulary {manifest.vocab_size}, "
+        f"{bundle}: {manifest.precision} for {manifest.target}, {manifest.num_layers} layers of width {manifest.dim}, "
+        f"vocabulary {manifest.vocab_size}, "
         f"context {manifest.max_positions}, K/V {manifest.kv_dim} wide a token and layer"
     )
     table = Table("layers", "graph", "MB", "exit", "MB", "head", "MB")

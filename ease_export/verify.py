@@ -26,8 +26,10 @@ from ease_runtime.buffers import RowCache
 from ease_runtime.engine import Engine
 from ease_runtime.graphs import load_session
 from ease_runtime.manifest import SegmentInfo
-from ease_runtime.sequence import Sequence
-from ease_runtime.stack import Cache, OrtStack, Span
+from ease_runtime.policies import HeadOutput
+from ease_runtime.runner import Runner
+from ease_runtime.sequence import TokenSequence
+from ease_runtime.stack import Cache, OrtStack
 from ease_train.checkpoint import load_checkpoint
 from ease_train.model import Block, Decoder, RoutedBlock
 
@@ -158,16 +160,14 @@ def rounding_of(exact: OrtStack, stack: OrtStack, ids: list[int]) -> tuple[Agree
 
 def top_tokens(stack: OrtStack, ids: list[int]) -> list[NDArray[np.int64]]:
     """Each exit's most likely next token at every place of a text. Shape: one (S) an exit."""
-    engine, found = Engine(stack), []
-    sequence = engine.open(ids)
-    sequence.asked = frozenset(range(len(stack.exit_layers) - 1))
+    runner, found = Runner(stack), []
+    sequence = runner.open(ids, asked=frozenset(range(runner.num_early)))
     for number, shape in enumerate(stack.layout):
-        engine.advance(number, [(sequence, 0, len(ids))])
-        sequence.done[number] = len(ids)
+        runner.advance(number, [(sequence, 0, len(ids))])
         if shape.exit_index is not None:
-            rows = engine.exit_rows(sequence, 0, len(ids), shape.exit_index)
-            parts = [rows[start : start + HEAD_ROWS] for start in range(0, len(ids), HEAD_ROWS)]
-            found.append(np.concatenate([stack.run_exit(shape.exit_index, part).top_id.copy() for part in parts]))
+            parts = [slice(start, min(start + HEAD_ROWS, len(ids))) for start in range(0, len(ids), HEAD_ROWS)]
+            said = [runner.ask(shape.exit_index, "head", [(sequence, part)]).top_id.copy() for part in parts]
+            found.append(np.concatenate(said))
     return found
 
 
@@ -202,49 +202,54 @@ def torch_greedy(model: Decoder, prompt: list[int], num_tokens: int) -> list[int
 
 def compare_graphs(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
     """Segments (in two passes over a cache), exits, heads and gates, each on the runtime's own inputs, against the training model."""
-    engine, count = Engine(stack), min(NUM_TOKENS, stack.max_positions)
-    ids = np.random.default_rng(1).integers(0, stack.vocab_size, count)
-    sequence = engine.open(ids.tolist())
+    runner, count = Runner(stack), min(NUM_TOKENS, stack.max_positions)
+    ids, cut = np.random.default_rng(1).integers(0, stack.vocab_size, count), min(NUM_PREFILLED, count - 1)
+    sequence = runner.open(ids.tolist(), asked=frozenset(range(runner.num_early)))
     hidden = model.embed(torch.from_numpy(ids)[None])
-    first = min(NUM_PREFILLED, count - 1)
     for number, segment in enumerate(stack.manifest.segments):
-        states = np.zeros((count, stack.manifest.dim), np.float32)  # kept here: behind the last segment the pool may reuse their rows
-        for start, stop in ((0, first), (first, count)) if first else ((0, count),):
-            engine.advance(number, [(sequence, start, stop)])
-            sequence.done[number] = stop
-            states[start:stop] = stack.pool.states[sequence.rows[start:stop]]
+        exit_index = stack.layout[number].exit_index
+        states, outputs = [], []
+        for start, stop in ((0, cut), (cut, count)) if cut else ((0, count),):
+            runner.advance(number, [(sequence, start, stop)])
+            states.append(runner.states(sequence, start, stop))
+            if exit_index is not None:
+                outputs.append(exit_outputs(runner, sequence, exit_index, slice(start, stop)))
         before = with_rounding(hidden)
         hidden = model.run_layers(before, segment.first_layer, segment.last_layer)
-        yield difference(stack, segment.graph, "hidden", states, hidden)
+        yield difference(stack, segment.graph, "hidden", np.concatenate(states), hidden)
         if segment.route_graph:
-            yield from compare_routed(stack, model, engine, sequence, before, number)
+            yield from compare_routed(stack, model, runner, sequence, before, number)
         else:
-            yield from compare_caches(stack, model, engine.cache, before, number)
-        if (exit_index := stack.layout[number].exit_index) is not None:
-            row = stack.reserve_rows(2 * count, [sequence.live_rows()])
-            stack.pool.states[row : row + count] = states
-            rows = np.arange(row, row + count)
-            if stack.blocks[exit_index]:
-                stack.run_block(exit_index, engine.cache, [Span(0, 0, count)], rows, row + count)
-                rows += count
-            yield from compare_exit(stack, model, exit_index, rows, hidden)
-    engine.release(sequence)
+            yield from compare_caches(stack, model, runner.cache, before, number)
+        if exit_index is not None:
+            said = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+            yield from compare_exit(stack, model, exit_index, said, hidden)
+    runner.release(sequence)
+
+
+def exit_outputs(runner: Runner, sequence: TokenSequence, number: int, where: slice) -> dict[str, NDArray[Any]]:
+    """What an exit says of the tokens of a pass that has just run, copied."""
+    head: HeadOutput = runner.ask(number, "head", [(sequence, where)])
+    found = {name: getattr(head, name).copy() for name in ("logits", "top_prob", "margin", "entropy")}
+    if runner.stack.exits[number].gate is not None:
+        found["probability"] = runner.ask(number, "gate", [(sequence, where)]).copy()
+    return found
 
 
 def compare_routed(
-    stack: OrtStack, model: Decoder, engine: Engine, sequence: Sequence, hidden: Tensor, number: int
+    stack: OrtStack, model: Decoder, runner: Runner, sequence: TokenSequence, hidden: Tensor, number: int
 ) -> Iterator[Difference]:
     """Who goes into a routed segment (the share that differs), and the K/V of those."""
     segment, routed = stack.manifest.segments[number], model.layers[stack.manifest.segments[number].first_layer - 1]
     assert isinstance(routed, RoutedBlock), "the checkpoint has the bundle's layers"
     inside = routed.goes_in(hidden)[0].numpy()
-    share = float((sequence.inside[number, : len(inside)] != inside).mean())
+    share = float((sequence.counters.inside[number, : len(inside)] != inside).mean())
     yield Difference(segment.route_graph or "", "goes_in", share, TOLERANCES[stack.manifest.precision])
     positions = torch.from_numpy(np.flatnonzero(inside))
     keys_values = routed.block.attention.keys_values(
         routed.block.attention_norm(hidden[:, positions]), model.cos[positions], model.sin[positions]
     )
-    written = _written(engine.cache, segment, len(positions))[0]
+    written = _written(runner.cache, segment, len(positions))[0]
     for place, name in enumerate(("present_key", "present_value")):
         yield difference(stack, segment.graph, name, written[place], keys_values[place].transpose(1, 2).flatten(2))
 
@@ -276,23 +281,22 @@ def _written(cache: Cache, segment: SegmentInfo, count: int) -> NDArray[np.float
     return np.array([[buffer[0, :count] for buffer in pair] for pair in pairs])
 
 
-def compare_exit(stack: OrtStack, model: Decoder, number: int, rows: NDArray[np.int64], hidden: Tensor) -> Iterator[Difference]:
-    """An exit's graph with its head: logits, and the figures reduced in the graph."""
+def compare_exit(stack: OrtStack, model: Decoder, number: int, said: dict[str, NDArray[Any]], hidden: Tensor) -> Iterator[Difference]:
+    """An exit's graph with its head: logits, and the figures reduced in the graph; its gate, where it has one."""
     leave = stack.manifest.exits[number]
     exit_hidden = model.exit_hidden(hidden, leave.layer)
     logits = model.exit_logits(leave.layer, exit_hidden)
     probabilities = logits.softmax(-1)
     top = probabilities.topk(2, dim=-1).values
-    output = stack.run_exit(number, rows)
     name = f"{leave.graph} + {leave.head}"
-    yield difference(stack, name, "logits", output.logits, logits)
-    yield difference(stack, name, "top_prob", output.top_prob, top[..., 0])
-    yield difference(stack, name, "margin", output.margin, top[..., 0] - top[..., 1])
+    yield difference(stack, name, "logits", said["logits"], logits)
+    yield difference(stack, name, "top_prob", said["top_prob"], top[..., 0])
+    yield difference(stack, name, "margin", said["margin"], top[..., 0] - top[..., 1])
     entropy = -(probabilities * logits.log_softmax(-1)).sum(-1)
-    yield difference(stack, name, "entropy", output.entropy, entropy)
+    yield difference(stack, name, "entropy", said["entropy"], entropy)
     if leave.gate:
         expected = model.gates[str(leave.layer)](exit_hidden)
-        yield difference(stack, leave.gate, "probability", stack.run_gate(number, rows), expected)
+        yield difference(stack, leave.gate, "probability", said["probability"], expected)
 
 
 def compare_propagation(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
@@ -302,17 +306,17 @@ def compare_propagation(stack: OrtStack, model: Decoder) -> Iterator[Difference]
     count = min(NUM_TOKENS, stack.max_positions)
     ids = np.random.default_rng(2).integers(0, stack.vocab_size, count)
     active = np.arange(count) % FROZEN_EVERY != 1
-    cache, rows, whole = stack.open_cache(), ids, [Span(0, 0, count)]
+    runner, last = Runner(stack, num_slots=2), len(stack.layout) - 1
+    left, through = runner.open(ids.tolist()), runner.open(ids.tolist())
     hidden = model.embed(torch.from_numpy(ids)[None])
     for k, segment in enumerate(stack.manifest.segments):
         hidden = with_rounding(hidden)
         if segment.kv_graph:
-            stack.run_kv(k, cache, whole, rows)
-            yield from compare_caches(stack, model, cache, hidden, k, frozen=True)
-        out = stack.reserve_rows(2 * count, [rows] if k else [])
-        stack.run_segment(k, cache, whole, rows, out, active if k else None)
-        rows = np.arange(out, out + count)
+            runner.propagate(k, [(left, 0, count)])
+            yield from compare_caches(stack, model, runner.cache, hidden, k, frozen=True)
+        parts = [(sequence, 0, count) for sequence in ((left, through) if k < last else (through,))]
+        runner.advance(k, parts, np.tile(active, len(parts)) if k else None)
         mask = torch.from_numpy(active)[None] if k else None
         hidden = model.run_layers(hidden, segment.first_layer, segment.last_layer, mask)
         if k:
-            yield difference(stack, segment.graph, "hidden, some frozen", stack.pool.states[rows], hidden)
+            yield difference(stack, segment.graph, "hidden, some frozen", runner.states(through, 0, count), hidden)

@@ -9,6 +9,20 @@ from ease_runtime.errors import BundleError, DeviceError, EaseError, RequestErro
 from ease_runtime.generation import Timing, TokenEvent
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import ExitPolicy, make_policy
+from ease_runtime.thresholds import Thresholds
 
-__all__ = ["LLM", "BundleError", "DeviceError", "EaseError", "Engine", "ExitPolicy", "Options", "RequestError", "Timing", "TokenEvent"]
+__all__ = [
+    "LLM",
+    "BundleError",
+    "DeviceError",
+    "EaseError",
+    "Engine",
+    "ExitPolicy",
+    "Options",
+    "RequestError",
+    "Thresholds",
+    "Timing",
+    "TokenEvent",
+    "make_policy",
+]

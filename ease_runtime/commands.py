@@ -8,6 +8,7 @@ from click.core import ParameterSource
 
 from ease_runtime.device import DEVICES
 from ease_runtime.errors import EaseError
+from ease_runtime.thresholds import Thresholds
 
 DEVICE_FLAG = click.option(
     "--device",
@@ -40,15 +41,21 @@ def given_flags(*names: str) -> list[str]:
     return [sources[name].opts[0] for name in names if context.get_parameter_source(name) not in unasked]
 
 
-class ThresholdList(click.ParamType[tuple[float | None, ...]]):
-    """Numbers separated by commas, or 'off' (None) for an exit that is not asked: 0.5 or off,0.7."""
+class ThresholdFlag(click.ParamType[Thresholds]):
+    """One threshold for every early exit, or one each: 0.5 or off,0.7."""
 
     name = "X[,X...]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float | None, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Thresholds:
+        return Thresholds.of(value)
+
+
+class ThresholdRows(click.ParamType[tuple[Thresholds, ...]]):
+    """Several settings, each one threshold for every early exit: 0.5,0.7,0.9."""
+
+    name = "X[,X...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Thresholds, ...]:
         if isinstance(value, tuple):
             return value
-        try:
-            return tuple(None if part.strip() == "off" else float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"'{value}' is not a list of numbers like 0.5 or off,0.7", param, ctx)
+        return tuple(ThresholdFlag().convert(part, param, ctx) for part in str(value).split(","))

@@ -1,120 +1,126 @@
-"""What a pass costs here: graph calls timed by themselves, and whether leaving early pays at these prices.
+"""What passes cost, and whether leaving early pays at these prices (probe.py times them).
 
 Costs depend on the machine and the bundle. A pass over few tokens costs little more than one over one (the weights are
 read once), until it is bound by arithmetic: then `recompute` and `verify` save nothing, and with several rows in a pass
 that point comes sooner.
 """
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ease_runtime.policy import ExitPolicy
-from ease_runtime.stack import Cache, Call, Span, Stack
+from ease_runtime.layout import SegmentShape
+from ease_runtime.policies import FULL_DEPTH, ExitPolicy
 
 SIZES = (1, 2, 4, 8, 16)  # tokens of the passes that are timed
 SLOTS = 8  # rows of the pass that tells what one row more costs
 CACHE_LENGTH = 256  # T of the passes that are timed
 LONGEST_DRAFT = 16
+DEFAULT_CAP = 64  # pending tokens at a boundary before they are settled without a token that needs it
 FIRST_LOOK = 12  # tokens of a request before it is judged whether leaving early pays
 
 
-class CallProbe:
-    """Times one graph call by itself, on whatever is in the buffers."""
-
-    RUNS = 3  # a round
-
-    def __init__(self, stack: Stack, call: Call) -> None:
-        self.stack, self.call, self.seconds = stack, call, list[float]()
-
-    def run(self) -> None:
-        """Run the call a few times (once more to warm up) and note the seconds of each."""
-        call, stack = self.call, self.stack
-        rows = np.zeros(call.num_tokens, np.int64)
-        out_row = stack.reserve_rows(2 * call.num_tokens, [])
-        cache = stack.open_cache(call.num_slots)
-        for i in range(self.RUNS + 1):
-            began = time.perf_counter()
-            self.once(cache, rows, out_row)
-            if i:
-                self.seconds.append(time.perf_counter() - began)
-
-    def once(self, cache: Cache, rows: NDArray[np.int64], out_row: int) -> None:
-        """Run the call once, over these rows of the pool and this cache."""
-        stack, number, spans = self.stack, self.call.number, self.spans()
-        match self.call.graph:
-            case "segment" if stack.layout[number].routed:
-                positions = np.concatenate([np.arange(start, stop) for _, start, stop in spans])
-                stack.run_routed(number, cache, spans, positions, rows, out_row)
-            case "segment":
-                stack.run_segment(number, cache, spans, rows, out_row)
-            case "kv":
-                stack.run_kv(number, cache, spans, rows)
-            case "route":
-                stack.run_route(number, rows)
-            case "block":
-                stack.run_block(number, cache, spans, rows, out_row)
-            case "gate":
-                stack.run_gate(number, rows)
-            case "similarity":
-                stack.run_similarity(rows, rows)
-            case _:
-                stack.run_exit(number, rows)
-
-    def spans(self) -> list[Span]:
-        """The call's tokens at the end of its cache, as evenly over its slots as they go."""
-        call = self.call
-        parts = np.array_split(np.arange(call.num_tokens), min(call.num_slots, call.num_tokens))
-        stop = max(call.cache_length, len(parts[0]))
-        spans = [Span(slot, stop - len(part), stop) for slot, part in enumerate(parts)]
-        return [*spans[:-1], spans[-1]._replace(slot=call.num_slots - 1)]
+Key = tuple[str, int]  # graph and number of a call
 
 
+@dataclass
 class Costs:
-    """Seconds of a stack's passes, timed when it is made (some hundred short passes)."""
+    """Seconds of passes: a table at SIZES for each graph and number (of one size, where only that was timed).
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-        self.tables: dict[tuple[str, int], NDArray[np.float64]] = {}  # by graph and number, at SIZES
-        self.per_slot: dict[int, float] = {}  # of a segment: one row more in a pass over as many tokens
-        trace, stack.trace = stack.trace, None
-        for number, shape in enumerate(stack.layout):
-            self._time("segment", number)
-            if shape.routed:
-                self._time("route", number)
-            elif number:
-                self._time("kv", number)
-            length = min(CACHE_LENGTH, stack.max_positions)
-            spread = self._probe(Call("segment", number, SLOTS, length, SLOTS))
-            self.per_slot[number] = max(0.0, (spread - self.seconds("segment", number, SLOTS)) / (SLOTS - 1))
-        for number in range(len(stack.exit_layers)):
-            self._time("exit", number)
-            if stack.blocks[number]:
-                self._time("block", number)
-            if stack.has_gates and number < len(stack.exit_layers) - 1:
-                self._time("gate", number)
-        self._time("similarity", 0)
-        stack.trace = trace
+    A call costs more where others have run since its last time, and have taken its weights' place in the processor's cache:
+    `again` holds what calls up to the first exit take one token after another, where that was timed apart.
+    """
 
-    def _time(self, graph: str, number: int) -> None:
-        length = min(CACHE_LENGTH, self.stack.max_positions)
-        seconds = [self._probe(Call(graph, number, size, length)) for size in SIZES]
-        self.tables[graph, number] = np.maximum.accumulate(seconds)  # more tokens take no less time
+    layout: Sequence[SegmentShape]
+    tables: dict[Key, NDArray[np.float64]]
+    per_slot: dict[int, float] = field(default_factory=dict)  # of a segment: one row more in a pass over as many tokens
+    again: dict[Key, float] = field(default_factory=dict)
+    pass_seconds: float = 0.0  # the engine's own, a pass
 
-    def _probe(self, call: Call) -> float:
-        probe = CallProbe(self.stack, call)
-        probe.run()
-        return min(probe.seconds)  # whatever else the machine does only adds to it
+    @property
+    def last_exit(self) -> int:
+        """The number of full depth's exit."""
+        return max(shape.exit_index or 0 for shape in self.layout)
 
     def seconds(self, graph: str, number: int, num_tokens: float, num_slots: float = 1.0) -> float:
         """The time of a pass over some tokens (any number: a mean) of some rows; straight lines between and past SIZES."""
         table = self.tables[graph, number]
-        slope = (table[-1] - table[-2]) / (SIZES[-1] - SIZES[-2])
+        slope = (table[-1] - table[-2]) / (SIZES[-1] - SIZES[-2]) if len(table) > 1 else 0.0
         past = max(0.0, num_tokens - SIZES[-1]) * max(0.0, float(slope))
         rows = (num_slots - 1.0) * self.per_slot.get(number, 0.0) if graph == "segment" else 0.0
-        return float(np.interp(num_tokens, SIZES, table)) + past + rows
+        return float(np.interp(num_tokens, SIZES[: len(table)], table)) + past + rows
+
+    def token_seconds(
+        self,
+        reach: Sequence[float],
+        policy: ExitPolicy,
+        catch_up: str,
+        *,
+        num_rows: int = 1,
+        cap: int = DEFAULT_CAP,
+        stop: int | None = None,
+    ) -> float:
+        """Seconds of a token in the mean, with its share of the catch-up, in passes over `num_rows` rows.
+
+        `reach[k]` is the share of the tokens that go into segment k before they leave, each independently of the others. To the
+        end and full depth's head, or through segments [0, stop).
+        """
+        seconds = 0.0
+        for k in range(len(reach) if stop is None else stop):
+            rows = max(1.0, num_rows * reach[k])  # that go in together
+            seconds += self._segment(k, reach, policy, catch_up, rows, cap) + self._ask(k, reach, policy, rows)
+        if stop is None:
+            rows = max(1.0, num_rows * reach[-1])
+            seconds += reach[-1] * self.seconds("exit", self.last_exit, rows) / rows
+        return seconds
+
+    def _segment(self, k: int, reach: Sequence[float], policy: ExitPolicy, catch_up: str, rows: float, cap: int) -> float:
+        """What a segment, and the layer of the exit behind it, take of a token's time.
+
+        A token that goes in takes along those of its row that have left before it since the last one did: a geometric number,
+        where each leaves independently. When `cap` have left in a row, they are settled by themselves.
+        """
+        share, shape = reach[k], self.layout[k]
+        settled = (1.0 - share) ** cap  # share of the passes in which no token goes in
+        tokens = (1.0 - settled) / share if share > 0.0 else float(cap)  # of a row, in a pass
+
+        def through(graph: str, num_tokens: float) -> float:
+            exit_index = shape.exit_index
+            block = self.seconds("block", exit_index, num_tokens) if shape.block and exit_index is not None and asked else 0.0
+            return self._in_turn((graph, k), num_tokens, rows, reach, policy) + block + self.pass_seconds
+
+        asked = self.asks(k, policy)
+        if catch_up != "propagate" or k == 0:
+            return through("segment", rows * tokens) / (rows * tokens)
+        seconds = (1.0 - settled) * through("segment", rows)
+        if share < 1.0:
+            seconds += (1.0 - share) * through("kv", rows * max(1.0, (tokens - 1.0 + settled) / (1.0 - share)))
+        return seconds / (rows * tokens)
+
+    def _ask(self, k: int, reach: Sequence[float], policy: ExitPolicy, rows: float) -> float:
+        """What the exit behind a segment is asked, of a token's time; a head after a gate only for those that leave."""
+        exit_index = self.layout[k].exit_index
+        if exit_index is None or not self.asks(k, policy):
+            return 0.0
+        head: Key = ("exit", exit_index)
+        if policy.asks == "head":
+            return reach[k] * self._in_turn(head, rows, rows, reach, policy) / rows
+        before = (policy.asks, exit_index if policy.asks == "gate" else 0)
+        leaving = max(0.0, reach[k] - reach[k + 1]) * (self._in_turn(head, 1.0, 1.0, reach, policy) + self.pass_seconds)
+        return reach[k] * self._in_turn(before, rows, rows, reach, policy) / rows + leaving
+
+    def asks(self, k: int, policy: ExitPolicy) -> bool:
+        """Whether tokens are asked at the exit behind a segment."""
+        exit_index = self.layout[k].early_exit
+        return exit_index is not None and policy.thresholds.at(exit_index) is not None
+
+    def _in_turn(self, key: Key, num_tokens: float, rows: float, reach: Sequence[float], policy: ExitPolicy) -> float:
+        """A call's time; what is run for every token comes straight after another one where that has left at the first exit."""
+        seconds = self.seconds(*key, num_tokens, rows)
+        again = 1.0 - reach[1] if policy.thresholds and len(reach) > 1 else 0.0
+        return (1.0 - again) * seconds + again * self.again.get(key, seconds)
 
     def over_slots(self, number: int, num_slots: int, length: int) -> float:
         """The time a pass takes longer for slots that it only steps over, with `length` tokens in the cache: all of it attention."""
@@ -125,19 +131,19 @@ class Costs:
 class Pace:
     """How a request's tokens leave, and what that costs against full depth, a token and row.
 
-    `entered[k]` of its tokens have gone into segment k themselves; the others passed later, as pending ones. With
-    r = entered[k] / entered[0], a pass there takes 1 / r tokens in the mean, and a token pays for r of it.
+    `entered[k]` of its tokens have gone into segment k themselves; the others passed later, as pending ones.
     """
 
     costs: Costs
     policy: ExitPolicy
     catch_up: str
+    cap: int = DEFAULT_CAP
     entered: list[float] = field(default_factory=list)
     drafted: float = 4.0  # two numbers to begin with: three of four drafts are accepted
     accepted: float = 3.0
 
     def __post_init__(self) -> None:
-        self.entered = [0.0] * len(self.costs.stack.layout)
+        self.entered = [0.0] * len(self.costs.layout)
 
     def judged(self, drafted: int, accepted: int) -> None:
         """Note what became of some drafts; what is long ago counts less."""
@@ -149,16 +155,11 @@ class Pace:
 
     def full_depth(self, num_rows: int) -> float:
         """Seconds of a token at full depth, in passes over `num_rows` rows with a token each."""
-        layout, costs = self.costs.stack.layout, self.costs
-        seconds = sum(costs.seconds("segment", k, num_rows, num_rows) for k in range(len(layout)))
-        return (seconds + costs.seconds("exit", len(costs.stack.exit_layers) - 1, num_rows)) / num_rows
+        return self.costs.token_seconds([1.0] * len(self.entered), FULL_DEPTH, "recompute", num_rows=num_rows)
 
     def early(self, num_rows: int) -> float:
         """Seconds of a token that leaves as the request's tokens do, with its share of the catch-up."""
-        costs, reach, last = self.costs, self.reach(), len(self.entered) - 1
-        seconds = self._to_the_exits(num_rows, last + 1)
-        seconds += reach[last] * costs.seconds("exit", len(costs.stack.exit_layers) - 1, num_rows * reach[last])
-        return seconds / num_rows
+        return self.costs.token_seconds(self.reach(), self.policy, self.catch_up, num_rows=num_rows, cap=self.cap)
 
     def pays(self, num_rows: int) -> bool:
         """Whether leaving early is faster than full depth."""
@@ -184,30 +185,6 @@ class Pace:
         """Seconds, a row, of drafting and then judging some tokens."""
         last, judged = len(self.entered) - 1, (num_drafts + 1) * num_rows
         deep = self.costs.seconds("segment", last, judged, num_rows)
-        deep += self.costs.seconds("exit", len(self.costs.stack.exit_layers) - 1, judged)
-        return ((num_drafts + 1) * self._to_the_exits(num_rows, last) + deep) / num_rows
-
-    def _to_the_exits(self, num_rows: int, stop: int) -> float:
-        """Seconds of a token of each row through segments [0, stop), as far as it goes, and of what is asked at their early exits."""
-        costs, reach, layout, seconds = self.costs, self.reach(), self.costs.stack.layout, 0.0
-        for k in range(stop):
-            entering = max(1.0, num_rows * reach[k])  # rows that go in together
-            passes = num_rows * reach[k] / entering
-            tokens = entering if self.catch_up == "propagate" else entering / reach[k]
-            seconds += passes * costs.seconds("segment", k, tokens, entering)
-            if self.catch_up == "propagate" and k:
-                seconds += passes * costs.seconds("kv", k, max(1.0, entering * (1.0 / reach[k] - 1.0)))
-            exit_index = layout[k].exit_index
-            if exit_index is not None and self.policy.tests(exit_index):
-                seconds += passes * self._ask(exit_index, entering, reach[k] - reach[k + 1])
-                if costs.stack.blocks[exit_index]:
-                    seconds += passes * costs.seconds("block", exit_index, entering / reach[k])
-        return seconds
-
-    def _ask(self, exit_index: int, num_tokens: float, leaving: float) -> float:
-        """Seconds of what an exit is asked; a head after a gate only for those that leave."""
-        head = self.costs.seconds("exit", exit_index, num_tokens)
-        if self.policy.asks == "head":
-            return head
-        number = exit_index if self.policy.asks == "gate" else 0
-        return self.costs.seconds(self.policy.asks, number, num_tokens) + max(0.0, leaving) * head
+        deep += self.costs.seconds("exit", self.costs.last_exit, judged)
+        draft = self.costs.token_seconds(self.reach(), self.policy, self.catch_up, num_rows=num_rows, cap=self.cap, stop=last)
+        return (num_drafts + 1) * draft + deep / num_rows

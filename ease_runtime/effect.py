@@ -20,12 +20,10 @@ def given(options: Options, names: Sequence[str]) -> list[str]:
     return [f"{name} {value}" for name, value in values.items() if value != getattr(Options, name)]
 
 
-def check_effect(options: Options, exit_layers: Sequence[int], *, has_gates: bool = True) -> None:
+def check_effect(options: Options, exit_layers: Sequence[int]) -> None:
     """Raises RequestError for options about leaving early under which no token can leave, or that nothing looks at."""
-    if options.threshold is not None and all(value is None for value in options.threshold):
+    if options.threshold is not None and not options.threshold:
         return
-    if options.policy == "gate" and not has_gates:
-        raise RequestError("policy 'gate' needs a gate at every early exit; train them: ease-train gates CHECKPOINT --out CHECKPOINT2")
     unused = given(options, OF_EXITS)
     if unused and options.threshold is None and options.exit_layer is None and options.depth_budget is None:
         verb = "has" if len(unused) == 1 else "have"

@@ -1,16 +1,15 @@
 """What the fields of Options are made of: a default with its help, and JSON values of the right kind."""
 
-import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, NoReturn
 
 from ease_runtime.errors import RequestError
+from ease_runtime.thresholds import Thresholds
 
 LONGEST_NAME = 80  # characters
 LONGEST_ID = 20  # digits of a token
-Thresholds = tuple[float | None, ...]
 
 
 def setting(default: Any, help_text: str) -> Any:
@@ -53,16 +52,6 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _thresholds(name: str, value: Any) -> Thresholds:
-    values = value if isinstance(value, list | tuple) else [value]
-    if not values or not all(item is None or type(item) in (int, float) for item in values):
-        _refuse(name, value, "a number, or a list of numbers and nulls, one for each early exit")
-    thresholds = tuple(None if item is None else _float(name, item) for item in values)
-    if not all(item is None or math.isfinite(item) for item in thresholds):
-        _refuse(name, value, "a finite number, or a list of such")
-    return thresholds
-
-
 def _bias(name: str, value: Any) -> dict[int, float]:
     expected = 'an object of token ids and numbers, like {"42": -100}'
     if not isinstance(value, Mapping):
@@ -78,6 +67,6 @@ def _bias(name: str, value: Any) -> dict[int, float]:
 READERS: dict[Any, Callable[[str, Any], Any]] = {
     float: _float,
     tuple[str, ...]: _texts,
-    Thresholds: _thresholds,
+    Thresholds: lambda name, value: Thresholds.of(value),
     Mapping[int, float]: _bias,
 }

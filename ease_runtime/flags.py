@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from ease_runtime.commands import ThresholdList
-from ease_runtime.fields import Thresholds
+from ease_runtime.commands import ThresholdFlag
 from ease_runtime.options import FLAGS, Options
+from ease_runtime.thresholds import Thresholds
 
 Command = Callable[..., Any]
 NAMES = {field: f"--{flag}" for flag, field in FLAGS.items()}
@@ -34,7 +34,7 @@ KINDS: dict[Any, dict[str, Any]] = {
     int: {"type": int},
     float: {"type": float},
     str: {"type": str},
-    Thresholds: {"type": ThresholdList()},
+    Thresholds: {"type": ThresholdFlag()},
     tuple[str, ...]: {"type": str, "multiple": True},
     Mapping[int, float]: {"type": IdBias(), "multiple": True},
 }

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ease_runtime.sequence import Sequence
+from ease_runtime.sequence import TokenSequence
 from ease_runtime.text import Piece, TextWriter
 
 
@@ -53,10 +53,10 @@ class Timing:
             self.token_seconds += [seconds, *[0.0] * (num_tokens - 1)]
         self.num_tokens += num_tokens
 
-    def note_end(self, sequence: Sequence) -> None:
+    def note_end(self, sequence: TokenSequence) -> None:
         """Take over what a sequence that has ended tells of itself."""
-        self.num_drafted += sequence.drafted
-        self.num_accepted += sequence.accepted
+        self.num_drafted += sequence.drafts.judged
+        self.num_accepted += sequence.drafts.accepted
         self.notes += sequence.notes
 
 
@@ -65,7 +65,7 @@ class Choice:
     """One completion of a request, as it grows."""
 
     index: int
-    sequence: Sequence
+    sequence: TokenSequence
     writer: TextWriter
     num_read: int = 0  # tokens of the sequence that the writer has
     finish_reason: str | None = None

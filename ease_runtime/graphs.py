@@ -1,8 +1,10 @@
 """ONNX Runtime sessions, and IOBindings over numpy buffers that are kept from pass to pass."""
 
 import functools
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +76,20 @@ def check_signature(session: ort.InferenceSession, path: Path, signature: Signat
                 )
 
 
+@dataclass
+class Clock:
+    """What has passed inside ONNX Runtime."""
+
+    seconds: float = 0.0
+    calls: int = 0
+
+
 class Binding:
     """An IOBinding. Small inputs and outputs are numpy arrays of its own; the rest is bound by address in the device's memory."""
 
-    def __init__(self, session: ort.InferenceSession, input_names: frozenset[str], device: Device) -> None:
+    def __init__(self, session: ort.InferenceSession, input_names: frozenset[str], device: Device, clock: Clock) -> None:
         self.session, self.io, self.input_names, self.device = session, session.io_binding(), input_names, device
+        self.clock = clock
         self.bound: dict[str, Any] = {}  # what the changing names are bound to, so that only changes are bound again
         self.own: dict[str, NDArray[Any]] = {}
         self.sent: dict[str, NDArray[Any]] = {}  # on a device with its own memory: small inputs, which binding copies there
@@ -107,21 +118,24 @@ class Binding:
     def run(self) -> None:
         for name, array in self.sent.items():
             self.io.bind_cpu_input(name, array)
+        began = time.perf_counter()
         self.session.run_with_iobinding(self.io)
+        self.clock.seconds += time.perf_counter() - began
+        self.clock.calls += 1
 
 
 class Graph:
     """A session with one binding for each shape of its inputs, the least used forgotten. `bind` fills a new one."""
 
-    def __init__(self, session: ort.InferenceSession, bind: Callable[..., None], device: Device = CPU) -> None:
-        self.session, self.bind, self.device = session, bind, device
+    def __init__(self, session: ort.InferenceSession, bind: Callable[..., None], device: Device, clock: Clock) -> None:
+        self.session, self.bind, self.device, self.clock = session, bind, device, clock
         self.input_names = frozenset(i.name for i in session.get_inputs())
         self.bindings: OrderedDict[Hashable, Binding] = OrderedDict()
 
     def binding(self, *shape: int) -> Binding:
         """The binding for a shape, which is passed to `bind` when it is new."""
         if (binding := self.bindings.get(shape)) is None:
-            binding = self.bindings[shape] = Binding(self.session, self.input_names, self.device)
+            binding = self.bindings[shape] = Binding(self.session, self.input_names, self.device, self.clock)
             self.bind(binding, *shape)
             if len(self.bindings) > BINDINGS_KEPT:
                 self.bindings.popitem(last=False)

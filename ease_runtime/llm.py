@@ -1,7 +1,7 @@
 """Text in, text out, over the engine.
 
     llm = LLM("runs/demo/bundle")
-    for event in llm.generate("In the beginning", Options(threshold=(0.7,), catch_up="propagate")):
+    for event in llm.generate("In the beginning", Options(threshold=0.7, catch_up="propagate")):
         print(event.text, end="", flush=True)
 
 Several requests at once, as a server has them:
@@ -18,19 +18,22 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from ease_runtime.chat import ChatTemplate, Message
+from ease_runtime.costs import DEFAULT_CAP
 from ease_runtime.effect import check_effect, effect_notes
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, DeviceError, RequestError
 from ease_runtime.generation import Choice, Generation, Timing, TokenEvent
 from ease_runtime.manifest import Manifest
 from ease_runtime.options import Options
-from ease_runtime.policy import ExitPolicy
-from ease_runtime.schedule import DEFAULT_CAP
-from ease_runtime.sequence import Sequence
+from ease_runtime.own import is_own
+from ease_runtime.policies import ExitPolicy, make_policy
+from ease_runtime.sampling import Sampler
+from ease_runtime.sequence import TokenSequence
 from ease_runtime.special import SpecialTokens, check_unicode
 from ease_runtime.stack import Stack, open_stack
 from ease_runtime.text import StopPattern, TextWriter
@@ -56,7 +59,7 @@ class TextEngine:
         self.start_id, self.stop_ids, self.template = start_id, stop_ids, template
         self.special = SpecialTokens(tokenizer)
         self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt)
-        self.choices: dict[Sequence, Choice] = {}
+        self.choices: dict[TokenSequence, Choice] = {}
 
     @property
     def busy(self) -> bool:
@@ -122,36 +125,44 @@ class TextEngine:
 
     def leaves_early(self, options: Options) -> bool:
         """Whether a token may leave before the last layer. Raises RequestError."""
-        policy = self.policy(self.prepare(options))
-        return any(policy.tests(number) for number in range(len(self.stack.exit_layers) - 1))
+        return bool(self.policy(self.prepare(options)).thresholds)
 
-    def prepare(self, options: Options) -> Options:
-        """What a request's options become before it starts."""
+    def prepare(self, options: Options, policy: ExitPolicy | None = None) -> Options:
+        """What a request's options become before it starts, with a policy of one's own or without."""
         return options
 
     def check(self, options: Options) -> None:
         """Raises RequestError for options that this bundle cannot run, or under which none could leave early as they ask."""
         self.engine.check(self.policy(options), options.catch_up)
-        check_effect(options, self.stack.exit_layers, has_gates=self.stack.has_gates)
+        check_effect(options, self.stack.exit_layers)
         for token in options.logit_bias:
             if token >= self.stack.vocab_size:
                 raise RequestError(f"logit_bias has the token id {token}, outside the vocabulary of {self.stack.vocab_size}")
 
     def submit(
-        self, prompt: str | Many[int], options: Options | None = None, *, after: Generation | None = None, keep: bool = False
+        self,
+        prompt: str | Many[int],
+        options: Options | None = None,
+        *,
+        policy: ExitPolicy | None = None,
+        sampler: Sampler | None = None,
+        after: Generation | None = None,
+        keep: bool = False,
     ) -> Generation:
         """Queue a request for a text or for ids. Raises RequestError when it cannot run.
 
-        With `keep` what it has computed stays, for a request `after` it whose prompt begins alike.
+        A `policy` or `sampler` of one's own stands in place of what the options say; all completions share it. With `keep`
+        what it has computed stays, for a request `after` it whose prompt begins alike.
         """
         options = options or Options()
         if not prompt:
             raise RequestError("the prompt is empty; give at least one character")
-        options = self.prepare(options)
+        options = self.prepare(options, policy)
         self.check(options)
+        notes = self.notes(options) if policy is None else []
+        policy = policy or self.policy(options)
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         patterns = [StopPattern(form) for stop in options.stop for form in dict.fromkeys((tuple(stop), self.special.split(stop)))]
-        policy = self.policy(options)
         choices = []
         for index in range(options.n):
             sequence = self.engine.start(
@@ -159,7 +170,7 @@ class TextEngine:
                 max_new_tokens=options.max_tokens,
                 policy=policy,
                 catch_up=options.catch_up,
-                sampler=options.sampler(len(ids), index),
+                sampler=sampler or options.make_sampler(len(ids), index),
                 stop_ids=self.stop_ids,
                 num_logprobs=options.logprobs,
                 keep=keep,
@@ -167,7 +178,7 @@ class TextEngine:
             )
             choices.append(Choice(index, sequence, TextWriter(self.tokenizer, ids, patterns, self.special.tokens)))
             self.choices[sequence] = choices[-1]
-            sequence.notes += self.notes(options) + self.remarks(options, ids)
+            sequence.notes += notes + self.remarks(options, ids)
         return Generation(ids, choices)
 
     def step(self) -> list[tuple[Choice, list[TokenEvent]]]:
@@ -182,7 +193,7 @@ class TextEngine:
                 del self.choices[sequence]
                 if sequence.finish_reason is None:  # at a stop string, of which the engine knows nothing
                     sequence.finish_reason = "stop"
-                    if not sequence.keep:
+                    if not sequence.request.keep:
                         self.engine.release(sequence)
         return read
 
@@ -192,12 +203,21 @@ class TextEngine:
             self.choices.pop(choice.sequence, None)
             self.engine.release(choice.sequence)
 
-    def generate(self, prompt: str | Many[int], options: Options | None = None, timing: Timing | None = None) -> Iterator[TokenEvent]:
+    def generate(
+        self,
+        prompt: str | Many[int],
+        options: Options | None = None,
+        timing: Timing | None = None,
+        *,
+        policy: ExitPolicy | None = None,
+        sampler: Sampler | None = None,
+    ) -> Iterator[TokenEvent]:
         """Continue a prompt, token by token; fills `timing` when given. Raises RequestError before the first token.
 
-        Meant for one request at a time: what others get meanwhile is lost. Raises DeviceError when the model's logits are no numbers.
+        `policy` and `sampler` are as for `submit`. Meant for one request at a time: what others get
+        meanwhile is lost. Raises DeviceError when the model's logits are no numbers.
         """
-        generation = self.submit(prompt, options)
+        generation = self.submit(prompt, options, policy=policy, sampler=sampler)
         timing = timing or Timing()
         timing.num_prompt_tokens = len(generation.prompt)
         try:
@@ -255,21 +275,29 @@ class LLM(TextEngine):
             adapt=adapt,
         )
 
-    def prepare(self, options: Options) -> Options:
+    def prepare(self, options: Options, policy: ExitPolicy | None = None) -> Options:
         """Calibrated thresholds where the bundle has some and none are given; costs measured where they are needed."""
         found = self.manifest.calibration
-        if found and options.leaves_unsaid:
+        if found and policy is None and self._may_use(found, options):
             catch_up = "verify" if options.catch_up == "verify" else found["catch_up"]
-            options = replace(options, policy=found["policy"], threshold=tuple(found["thresholds"]), catch_up=catch_up)
-        if self.policy(options).thresholds is not None and (self.engine.adapt or options.catch_up == "verify"):
+            options = replace(options, policy=found["policy"], threshold=found["thresholds"], catch_up=catch_up)
+        if (policy or self.policy(options)).thresholds and (self.engine.adapt or options.catch_up == "verify"):
             self.engine.measure()
         return options
 
+    def _may_use(self, found: dict[str, Any], options: Options) -> bool:
+        """Whether a request takes over the calibrated thresholds. A bundle cannot name code: only who runs it can."""
+        if is_own(found["policy"]):
+            return replace(options, policy=Options.policy).leaves_unsaid and options.policy == found["policy"]
+        return options.leaves_unsaid
+
     def notes(self, options: Options) -> list[str]:
         found = self.manifest.calibration
-        if not found or options.catch_up not in (found["catch_up"], "verify"):
+        if found and is_own(found["policy"]) and options.leaves_unsaid:
+            return [f"this bundle was calibrated for a policy of one's own; to use it: --policy {found['policy']}"]
+        if not found or options.catch_up not in (found["catch_up"], "verify") or options.policy != found["policy"]:
             return []
-        if self.policy(options) != ExitPolicy(found["policy"], tuple(found["thresholds"])):
+        if self.policy(options) != make_policy(found["policy"], found["thresholds"], self.stack.exit_layers):
             return []  # other thresholds, or these moved by a decay, a budget, a first exit
         promise = f"{found['risk']} at most {found['delta']:g} with probability {1 - found['epsilon']:g}, on {found['data']}"
         return [f"thresholds from the bundle's calibration: {promise} (--threshold off for full depth)"]

@@ -2,7 +2,7 @@
 
 This is the schema of `manifest.json`; ease_export writes through it. A manifest names files of its own directory only,
 literally, with the sha256 sum of each. `load_manifest` refuses, in one line that names the file and the remedy, a bundle
-that is newer than this version, incomplete, altered, or points outside its directory.
+of another format than this version's, incomplete, altered, or one that points outside its directory.
 """
 
 import hashlib
@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ease_runtime.chat import SPECIAL_TOKENS
-from ease_runtime.errors import BundleError
+from ease_runtime.errors import BundleError, RequestError
+from ease_runtime.thresholds import Thresholds
 
-FORMAT_VERSION = 4  # 2: tokens of several rows in one pass, ragged; 3: start and stop tokens; 4: exits with a layer of their own
-OLDEST_VERSION = 3
+FORMAT_VERSION = 5  # the only one that is read; 5: target, cache layout, form of the weights, drafting head, exactness
 MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+TARGETS = ("cpu", "cuda")
+CACHE_LAYOUTS = ("BTK",)  # slots, positions, width of all heads
+EXACTNESS = ("bits", "rounding")  # of several tokens in one pass against one at a time
+WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 LONGEST_NAME = 255  # bytes: what file systems take
 
 
@@ -69,17 +73,37 @@ class FileInfo:
 
 
 @dataclass(frozen=True)
+class WeightForm:
+    """How the layers' products hold their weights: `bits` each; in blocks of `block`, where they are rounded to whole numbers.
+
+    `symmetric`: blocks have a scale and no zero point. `exact_grid`: they are the grid of a file that was rounded before, so that
+    nothing is rounded again.
+    """
+
+    bits: int
+    block: int | None = None
+    symmetric: bool = False
+    exact_grid: bool = False
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A bundle's contents. `start_id` is the token that stands before a text, if there is one; each of `stop_ids` ends one, the
     first in training.
 
-    `similarity` is the graph that compares two hidden states; `chat_template` a jinja2 file, for models that have one;
+    `target` is the device that its graphs were made for; `drafting_head` the head that early exits draft with, where that is not
+    full depth's; `exactness` what its makers expect of passes over several tokens: the same bits as one at a time, or the same
+    up to rounding. `similarity` is the graph that compares two hidden states; `chat_template` a jinja2 file, for models that have one;
     `special_tokens` the texts of its special tokens by their names (`bos_token`, ...), which templates write; `generation` what
     the model's makers sample with, never used unasked.
     """
 
     format_version: int
+    target: str
     precision: str
+    weights: WeightForm
+    cache_layout: str
+    exactness: str
     vocab_size: int
     dim: int
     kv_dim: int  # width of one token's keys (and of its values) in one layer
@@ -92,6 +116,7 @@ class Manifest:
     segments: tuple[SegmentInfo, ...]
     exits: tuple[ExitInfo, ...]
     files: dict[str, FileInfo]
+    drafting_head: str | None = None
     chat_template: str | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
@@ -135,13 +160,18 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
     version = table.integer("format_version")
     if version > FORMAT_VERSION:
         raise BundleError(
-            f"{path} has format_version {version}, this runtime reads up to {FORMAT_VERSION}; update: pip install --upgrade ease-lm"
+            f"{path} has format_version {version}, this runtime reads {FORMAT_VERSION}; update: pip install --upgrade ease-lm"
         )
-    if version < OLDEST_VERSION:
-        raise BundleError(f"{path} has format_version {version}, this runtime reads {OLDEST_VERSION} and up; {_remedy(path.parent)}")
+    if version < FORMAT_VERSION:
+        remedy = f"build it again from its checkpoint: ease-export upgrade {path.parent}"
+        raise BundleError(f"{path} has format_version {version}, this runtime reads {FORMAT_VERSION}; {remedy}")
     manifest = Manifest(
         format_version=version,
+        target=table.choice("target", TARGETS),
         precision=table.choice("precision", PRECISIONS),
+        weights=_weights(table.table("weights")),
+        cache_layout=table.choice("cache_layout", CACHE_LAYOUTS),
+        exactness=table.choice("exactness", EXACTNESS),
         vocab_size=table.integer("vocab_size"),
         dim=table.integer("dim"),
         kv_dim=table.integer("kv_dim"),
@@ -154,6 +184,7 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         segments=tuple(_segment(t) for t in table.tables("segments")),
         exits=tuple(_exit(t) for t in table.tables("exits")),
         files={name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0)) for name, t in table.named_tables("files")},
+        drafting_head=table.optional_file("drafting_head"),
         chat_template=table.optional_file("chat_template"),
         special_tokens=_special_tokens(table),
         generation=table.mapping("generation"),
@@ -169,6 +200,11 @@ def _special_tokens(table: "_Table") -> dict[str, str]:
     if not found.keys() <= set(SPECIAL_TOKENS) or not all(isinstance(text, str) for text in found.values()):
         table.fail(f"special_tokens = {str(found)[:80]}, expected texts by the names {', '.join(SPECIAL_TOKENS)}")
     return found
+
+
+def _weights(table: "_Table") -> WeightForm:
+    block = table.integer("block") if table.has("block") else None
+    return WeightForm(table.integer("bits"), block, table.switch("symmetric"), table.switch("exact_grid"))
 
 
 def _segment(table: "_Table") -> SegmentInfo:
@@ -198,6 +234,11 @@ def _check_shape(manifest: Manifest, table: "_Table") -> None:
     _check_calibration(manifest, table)
     if manifest.start_id is not None and manifest.start_id >= manifest.vocab_size:
         table.fail(f"start_id = {manifest.start_id} is outside the vocabulary of {manifest.vocab_size}")
+    weights = manifest.weights
+    if weights.bits != WEIGHT_BITS[manifest.precision] or (weights.block is None) != (weights.bits > 8):
+        table.fail(f"weights of {weights.bits} bits in blocks of {weights.block} are not {manifest.precision}")
+    if manifest.drafting_head not in (None, *(leave.head for leave in manifest.exits[:-1])):
+        table.fail(f"drafting_head {manifest.drafting_head!r} is the head of no early exit")
     expected = 1
     for segment in manifest.segments:
         if segment.first_layer != expected or segment.last_layer < expected:
@@ -229,9 +270,10 @@ def _check_calibration(manifest: Manifest, table: "_Table") -> None:
     found = manifest.calibration
     names = [found.get(name) for name in ("policy", "catch_up", "risk", "data")]
     numbers = [found.get("delta"), found.get("epsilon")]
-    thresholds = found.get("thresholds")
-    sound = isinstance(thresholds, list) and len(thresholds) == len(manifest.exits) - 1
-    sound = sound and all(t is None or (type(t) in (int, float) and 0 <= t <= 1) for t in thresholds or [])
+    try:
+        sound = bool(Thresholds.of(found.get("thresholds")).for_exits(len(manifest.exits) - 1))
+    except RequestError:
+        sound = False
     if not (sound and all(isinstance(n, str) for n in names) and all(type(n) in (int, float) for n in numbers)):
         table.fail("its calibration is not what ease-eval calibrate writes")
 
@@ -287,6 +329,12 @@ class _Table:
             self.fail(f"{key} = {value!r}, expected a text")
         return value
 
+    def switch(self, key: str) -> bool:
+        value = self.values.get(key)
+        if type(value) is not bool:
+            self.fail(f"{key} = {value!r}, expected true or false")
+        return value
+
     def choice(self, key: str, known: tuple[str, ...]) -> str:
         value = self.text(key)
         if value not in known:
@@ -310,6 +358,9 @@ class _Table:
         if not isinstance(value, Mapping):
             self.fail(f"{key} = {value!r}, expected an object")
         return dict(value)
+
+    def table(self, key: str) -> "_Table":
+        return _Table(self.mapping(key), self.path)
 
     def tables(self, key: str) -> list["_Table"]:
         value = self.values.get(key)

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ease_runtime.buffers import Int64s
-from ease_runtime.policy import HeadOutput
-from ease_runtime.stack import Cache, Call, SegmentShape, Span
+from ease_runtime.layout import Call, SegmentShape, Span
+from ease_runtime.policies import HeadOutput
+from ease_runtime.stack import Cache, StackExit
 
 LARGEST_LOGIT = 12.0  # a token's logits spread over ±(a share of) this, so that confidences spread over (0, 1)
 SMALLEST = float(np.finfo(np.float32).tiny)  # stands for a scripted confidence of 0, whose logarithm is needed
@@ -135,14 +136,26 @@ class MockStack:
         blocks: tuple[int, ...] = (),
     ) -> None:
         self.blocks = tuple(number in blocks for number in range(len(exit_layers)))
+        self.confidence = confidence
         self.exit_layers, self.vocab_size, self.max_positions = exit_layers, vocab_size, max_positions
-        self.layout = tuple(SegmentShape(len(self.layers(number)), number) for number in range(len(exit_layers)))
-        self.has_gates = confidence is not None
+        last = len(exit_layers) - 1
+        self.layout = tuple(
+            SegmentShape(len(self.layers(number)), number, last=number == last, block=self.blocks[number]) for number in range(last + 1)
+        )
+        self.exits = [self._exit(number) for number in range(last + 1)]
         self.exact = True
         self.trace: list[Call] | None = None
-        self.confidence = confidence
         self.pool = MockPool()
         self._output: HeadOutput | None = None
+
+    def _exit(self, number: int) -> StackExit:
+        return StackExit(
+            self.exit_layers[number],
+            head=lambda rows: self.run_exit(number, rows),
+            similarity=lambda rows, before: self.run_similarity(rows, before),
+            gate=None if self.confidence is None else lambda rows: self.run_gate(number, rows),
+            block=(lambda *arguments: self.run_block(number, *arguments)) if self.blocks[number] else None,
+        )
 
     def segment_of(self, layer: int) -> int:
         """The segment (from 0) of a layer (from 1)."""
@@ -155,6 +168,9 @@ class MockStack:
     def open_cache(self, num_slots: int = 1) -> MockCache:
         count = len(self.exit_layers)  # of segments, and of places for blocks, used or not
         return MockCache(self.exit_layers[-1] + count, 2 * count, num_slots, self.max_positions)
+
+    def read_states(self, rows: Int64s) -> Hashes:
+        return self.pool.states[rows]
 
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         return self.pool.reserve(num_rows, live)

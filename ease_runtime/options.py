@@ -1,6 +1,6 @@
 """How to continue a prompt: one frozen dataclass, from which flags, JSON keys, defaults and help texts all come.
 
-Options(max_tokens=50, threshold=(0.7,), catch_up="propagate", temperature=0.8, seed=1)
+Options(max_tokens=50, threshold=0.7, catch_up="propagate", temperature=0.8, seed=1)
 Options.from_json({"max_tokens": 50, "threshold": 0.7, "stop": "\\n"})
 """
 
@@ -11,8 +11,10 @@ from typing import Any
 
 from ease_runtime.errors import RequestError, did_you_mean
 from ease_runtime.fields import read_value, setting
-from ease_runtime.policy import POLICIES, ExitPolicy
+from ease_runtime.own import is_own, load_own
+from ease_runtime.policies import POLICIES, ExitPolicy, make_policy
 from ease_runtime.sampling import AdjustedGreedy, Adjustments, Greedy, GumbelSampler, Sampler, seed_of
+from ease_runtime.thresholds import OFF, Thresholds
 
 MAX_CHOICES = 64  # completions of one request
 MAX_LOGPROBS = 20
@@ -25,16 +27,18 @@ MAX_STOP_LENGTH = 2**16  # characters of all stop strings together
 class Options:
     """How to continue a prompt. Raises RequestError for a value outside its range.
 
-    `threshold` None: no token leaves early; one value holds for every early exit; None among several is an exit that is not
-    asked. temperature 0 is greedy. Completion i of `n` draws from a stream of its own, made from the seed and i.
+    `threshold` takes whatever `Thresholds.of` takes; None is full depth, or what a bundle was calibrated to. `policy` and
+    `sampler` may name a class of one's own, `module:Class`. temperature 0 is greedy. Completion i of `n` draws from a stream
+    of its own, made from the seed and i.
     """
 
     max_tokens: int = setting(128, "Longest answer, in tokens.")
-    policy: str = setting("max-prob", f"What confidence is: {', '.join(POLICIES)}.")
-    threshold: tuple[float | None, ...] | None = setting(
-        None, "A token leaves at this confidence; one for every early exit, or one each (off: not asked). Without it none leaves."
+    policy: str = setting("max-prob", f"What confidence is: {', '.join(POLICIES)}, or your own module:Class.")
+    threshold: Thresholds | None = setting(
+        None, "A token leaves at this confidence: 0.7, or one an early exit, off,0.7 (off: not asked). Without it none leaves."
     )
     catch_up: str = setting("recompute", "How tokens that left pay their K/V: propagate, recompute or verify.")
+    sampler: str | None = setting(None, "Choose tokens with your own module:Class instead.")
     temperature: float = setting(0.0, "0 is greedy.")
     top_k: int = setting(0, "Keep the k most probable tokens; 0 keeps all.")
     top_p: float = setting(1.0, "Keep the most probable tokens up to this mass.")
@@ -54,7 +58,9 @@ class Options:
     depth_budget: float | None = setting(None, "Layers a token may use in the mean; moves the thresholds to hold it.")
 
     def __post_init__(self) -> None:
-        self.sampler(0)
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", Thresholds.of(self.threshold))
+        self.make_sampler(0)
         if self.max_tokens < 1:
             raise RequestError(f"max_tokens {self.max_tokens} is below 1")
         if not 1 <= self.n <= MAX_CHOICES:
@@ -69,7 +75,7 @@ class Options:
     def at_full_depth(self) -> "Options":
         """The same request with no early exit, calibrated or not."""
         names = ("policy", "min_exit", "patience", "decay", "exit_layer", "depth_budget", "catch_up")
-        return replace(self, threshold=(None,), **{name: getattr(Options, name) for name in names})
+        return replace(self, threshold=OFF, **{name: getattr(Options, name) for name in names})
 
     @property
     def leaves_unsaid(self) -> bool:
@@ -87,15 +93,23 @@ class Options:
             name = FLAGS.get(said, said)
             if name not in hints:
                 raise RequestError(f"unknown option {name[:80]!r}; {did_you_mean(name[:80], hints)}")
-            off = name == "threshold" and value is None  # as in a list: not asked
-            merged[name] = (None,) if off else read_value(name, hints[name], value)
+            off = name == "threshold" and value is None
+            merged[name] = OFF if off else read_value(name, hints[name], value)
+            if name in ("policy", "sampler") and is_own(str(value)):
+                raise RequestError(f"{name} {str(value)[:80]!r}: only who runs the command can name code of their own (--{name})")
         return cls(**merged)
 
-    def sampler(self, num_prompt: int, choice: int = 0) -> Sampler:
-        """What picks the tokens of a completion, from 0, of a prompt of `num_prompt` tokens."""
+    def make_sampler(self, num_prompt: int, choice: int = 0) -> Sampler:
+        """What picks the tokens of a completion, from 0, of a prompt of `num_prompt` tokens. Raises RequestError.
+
+        A class of one's own is called with these options, their seed the completion's.
+        """
         bias = tuple(self.logit_bias.items())
         adjustments = Adjustments(self.repetition_penalty, self.presence_penalty, self.frequency_penalty, bias, num_prompt)
         seed = seed_of(self.seed, choice) if 0 <= self.seed < 2**64 else self.seed
+        if self.sampler is not None:
+            made: Sampler = load_own(self.sampler, "sampler")(replace(self, seed=seed, sampler=None))
+            return made
         sampler = GumbelSampler(self.temperature or 1.0, self.top_k, self.top_p, seed, self.min_p, adjustments)
         if self.temperature:
             return sampler
@@ -106,4 +120,4 @@ class Options:
         given = {"decay": self.decay, "min_exit": self.min_exit, "exit_layer": self.exit_layer, "depth_budget": self.depth_budget}
         if self.patience is not None:
             given["patience"] = self.patience
-        return ExitPolicy.create(self.policy, self.threshold, exit_layers, **given)  # type: ignore[arg-type]
+        return make_policy(self.policy, self.threshold, exit_layers, **given)  # type: ignore[arg-type]

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ease_runtime.costs import Costs
-from ease_runtime.sequence import Sequence
+from ease_runtime.costs import DEFAULT_CAP, Costs
+from ease_runtime.sequence import TokenSequence
 
-DEFAULT_CAP = 64  # pending tokens at a boundary before they are settled without a token that needs it
 CHUNK = 256  # tokens of a prompt in one pass
 MAX_WAIT = 8  # passes of others that a row waits at most, when it could run itself
 
@@ -25,10 +24,10 @@ class Work:
     stop: int
 
 
-Batch = list[tuple[Sequence, Work]]  # of one kind and segment
+Batch = list[tuple[TokenSequence, Work]]  # of one kind and segment
 
 
-def schedule(sequence: Sequence, cap: int = DEFAULT_CAP, chunk: int = CHUNK) -> Work:
+def schedule(sequence: TokenSequence, cap: int = DEFAULT_CAP, chunk: int = CHUNK) -> Work:
     """What a sequence needs next.
 
     A token that enters a segment takes along all that are pending before it: in the same pass (`recompute`, `verify`), or as
@@ -36,24 +35,37 @@ def schedule(sequence: Sequence, cap: int = DEFAULT_CAP, chunk: int = CHUNK) -> 
     which moves work and changes no token and no depth; drafts are settled when they are judged. A prompt runs every segment
     whatever the catch-up, `chunk` tokens after the other.
     """
-    done, newest, level = sequence.done, len(sequence.tokens) - 1, sequence.level
-    if sequence.leaving is not None:
-        return Work("head", sequence.leaving.segment, newest, newest + 1)
+    done, newest, decision = sequence.counters.done, len(sequence.tokens) - 1, sequence.decision
+    catch_up, level = sequence.request.catch_up, decision.level
+    if decision.leaving is not None:
+        return Work("head", decision.leaving.segment, newest, newest + 1)
     if sequence.prefilling:
         for k in reversed(range(1, len(done))):
             if done[k] < done[k - 1]:
                 return Work("segment", k, done[k], done[k - 1])
         return Work("segment", 0, done[0], min(done[0] + chunk, newest + 1))
-    kind = "kv" if sequence.catch_up == "propagate" else "segment"
+    kind = "kv" if catch_up == "propagate" else "segment"
     if level == 0:
         assert done[0] <= newest, "a cropped sequence needs its next token before it can go on"
         for k in range(1, len(done)):
-            if done[k - 1] - done[k] >= cap and sequence.catch_up != "verify":
+            if done[k - 1] - done[k] >= cap and catch_up != "verify":
                 return Work(kind, k, done[k], done[k - 1])
         return Work("segment", 0, done[0], newest + 1)
     if kind == "kv" and done[level] < newest:
         return Work("kv", level, done[level], newest)
     return Work("segment", level, done[level], newest + 1)
+
+
+def question(sequence: TokenSequence, work: Work, exit_index: int, early: bool) -> tuple[str, int] | None:
+    """What the exit behind a pass has to say of a sequence, for positions from where to the pass's end; None: nothing."""
+    newest, decision = len(sequence.tokens) - 1, sequence.decision
+    if work.stop <= newest or decision.token:
+        return None
+    if not early and sequence.request.catch_up == "verify":
+        return "head", sequence.num_final - 1
+    if early and not (exit_index in sequence.counters.asked and sequence.may_draft):
+        return None
+    return decision.policy.asks if early and work.kind == "segment" else "head", newest
 
 
 def choose(works: Batch, prefill_turn: bool, chunk: int = CHUNK) -> Batch:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from ease_runtime.buffers import DeviceCache, DevicePool, HiddenPool, Int64s, RowCache
 from ease_runtime.device import CPU, SILENT, Device, DeviceArray, choose_device
 from ease_runtime.errors import BundleError, DeviceError
-from ease_runtime.graphs import Binding, Graph, check_signature, load_session, start_thread_pool
-from ease_runtime.manifest import Manifest, load_manifest
-from ease_runtime.policy import HeadOutput
+from ease_runtime.graphs import Binding, Clock, Graph, check_signature, load_session, start_thread_pool
+from ease_runtime.layout import Call, SegmentShape, Span
+from ease_runtime.manifest import ExitInfo, Manifest, load_manifest
+from ease_runtime.policies import HeadOutput
 from ease_runtime.signatures import Signature, of_block, of_exit, of_gate, of_head, of_kv, of_route, of_segment, of_similarity
 
 log = logging.getLogger(__name__)
@@ -30,34 +31,6 @@ log = logging.getLogger(__name__)
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
 NOT_FINITE = "its weights hold NaN or infinity, or overflow: get the model's own weights again, then export them"
 ROUNDING = {"fp32": 1, "fp16": 20, "int8": 50, "int4": 50}  # times that, by precision: int8 and int4 round activations within products
-
-
-class Span(NamedTuple):
-    """New entries [start, stop) of one slot of a cache."""
-
-    slot: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """One graph call, for whoever traces them: what it ran, over how many tokens of how many slots, with which cache length."""
-
-    graph: str  # "segment", "kv", "route", "block", "similarity", or "exit" and "gate" (an exit's graph and the head or gate after it)
-    number: int  # of the segment or exit, from 0
-    num_tokens: int
-    cache_length: int = 0
-    num_slots: int = 1  # the range that the pass covers, with the slots that it only steps over
-
-
-@dataclass(frozen=True)
-class SegmentShape:
-    """What the engine knows of a segment: its layers, the exit at its end (from 0) if there is one, and whether tokens go around it."""
-
-    num_layers: int
-    exit_index: int | None
-    routed: bool = False
 
 
 class Cache(Protocol):
@@ -72,6 +45,33 @@ class Cache(Protocol):
         """Make what lies past the written positions harmless, after a row has broken."""
 
 
+@dataclass(frozen=True)
+class StackExit:
+    """A place where tokens may leave, after `layer`, and what can be done there with rows of the pool.
+
+    `head` and `gate` read what the exit's own layer, `block`, wrote, where there is one. Results are overwritten by the next call.
+    """
+
+    layer: int
+    head: Callable[[Int64s], HeadOutput]
+    similarity: Callable[[Int64s, Int64s], NDArray[np.float32]]  # max(0, cosine) of rows and of those before the segment
+    gate: Callable[[Int64s], NDArray[np.float32]] | None = None  # the probability that full depth would say the same
+    block: Callable[[Cache, Sequence[Span], Int64s, int], None] | None = None  # writes its states to rows from the last number on
+
+    def can_say(self, what: str) -> bool:
+        """Whether it can be asked this."""
+        return getattr(self, what, None) is not None
+
+    def ask(self, what: str, rows: Int64s, before: Int64s) -> HeadOutput | NDArray[np.float32]:
+        """Its "head", "gate" or "similarity" (with the rows before the segment) for some rows. Shape: (N), (N) -> (N)."""
+        if what == "head":
+            return self.head(rows)
+        if what == "similarity":
+            return self.similarity(rows, before)
+        assert self.gate is not None, "whoever asks a gate has seen that there is one"
+        return self.gate(rows)
+
+
 class Stack(Protocol):
     """What the engine needs of the layers. Segments and exits are numbered from 0; rows are rows of the hidden pool.
 
@@ -79,19 +79,24 @@ class Stack(Protocol):
     """
 
     layout: tuple[SegmentShape, ...]
-    exit_layers: tuple[int, ...]
+    exits: list[StackExit]
     vocab_size: int
     max_positions: int
-    has_gates: bool  # at every early exit
-    blocks: tuple[bool, ...]  # which exits have a layer of their own
     exact: bool  # several tokens in one pass give the bits of one at a time
     trace: list[Call] | None
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The layer of each exit."""
 
     def open_cache(self, num_slots: int = 1) -> Cache:
         """An empty cache."""
 
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         """The first of `num_rows` free rows in a line. Rows named in `live` keep their states; they may move, in place."""
+
+    def read_states(self, rows: Int64s) -> NDArray[Any]:
+        """A copy of hidden states for the host. Shape: (N) -> (N, D)."""
 
     def run_segment(
         self, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None
@@ -111,17 +116,15 @@ class Stack(Protocol):
     def run_routed(self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int) -> None:
         """Run the tokens that go into a routed segment: spans count what its cache holds. Shapes: positions and rows (N)."""
 
-    def run_block(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s, out_row: int) -> None:
-        """Run tokens through an exit's own layer; what its head and gate read goes to rows out_row..."""
 
-    def run_similarity(self, rows: Int64s, before: Int64s) -> NDArray[np.float32]:
-        """max(0, cosine) of pairs of states. Shape: (N), (N) -> (N), overwritten by the next call."""
+@dataclass(frozen=True)
+class ExitGraphs:
+    """An exit's graphs: what it does before its head, the head, and a gate and a layer of its own where it has them."""
 
-    def run_gate(self, number: int, rows: Int64s) -> NDArray[np.float32]:
-        """An exit's gate: the probability that full depth would say the same. Shape: (N) -> (N), overwritten by the next call."""
-
-    def run_exit(self, number: int, rows: Int64s) -> HeadOutput:
-        """What an exit's head says of the hidden states in `rows`. The result is overwritten by the next call."""
+    before_head: Graph
+    head: Graph
+    gate: Graph | None
+    block: Graph | None
 
 
 class OrtStack:
@@ -135,25 +138,33 @@ class OrtStack:
     def __init__(self, bundle: Path, *, num_threads: int = 0, log_level: int = 3, device: Device = CPU) -> None:
         manifest = self.manifest = load_manifest(bundle)
         self.device, self.dtype = device, np.float16 if manifest.precision == "fp16" else np.float32
-        self.exit_layers, self.vocab_size, self.max_positions = manifest.exit_layers, manifest.vocab_size, manifest.max_positions
+        self.vocab_size, self.max_positions = manifest.vocab_size, manifest.max_positions
         self.layout = _layout(manifest)
-        self.has_gates = all(leave.gate for leave in manifest.exits[:-1])
-        self.blocks = tuple(leave.block is not None for leave in manifest.exits)
         self.trace: list[Call] | None = None
+        self.clock = Clock()
         start_thread_pool(num_threads)
         self.bundle, self.log_level = bundle, log_level
         heads = {  # first: loading peaks at twice a graph's size
             head: self._load(head, of_head(manifest), self._bind_head) for head in dict.fromkeys(e.head for e in manifest.exits)
         }
-        self.heads = [heads[e.head] for e in manifest.exits]
-        self.exits = [self._load(e.graph, of_exit(manifest), self._bind_index) for e in manifest.exits]
-        self.gates = [self._load(e.gate, of_gate(manifest), self._bind_gate) if e.gate else None for e in manifest.exits]
+        self.exit_graphs = [
+            ExitGraphs(
+                before_head=self._load(e.graph, of_exit(manifest), self._bind_index),
+                head=heads[e.head],
+                gate=self._load(e.gate, of_gate(manifest), self._bind_gate) if e.gate else None,
+                block=self._load(e.block, of_block(manifest), self._bind_segment) if e.block else None,
+            )
+            for e in manifest.exits
+        ]
+        self.exits = [self._exit(number, e) for number, e in enumerate(manifest.exits)]
         self.similarity = self._load(manifest.similarity, of_similarity(manifest), self._bind_similarity)
         parts = manifest.segments
         self.segments = [self._load(s.graph, of_segment(manifest, s), self._bind_segment) for s in parts]
         self.kvs = [self._load(s.kv_graph, of_kv(manifest, s), self._bind_segment) if s.kv_graph else None for s in parts]
-        self.exit_blocks = [self._load(e.block, of_block(manifest), self._bind_segment) if e.block else None for e in manifest.exits]
-        self.layers_cached = [*(s.num_layers for s in parts), *(int(block) for block in self.blocks)]  # segment by segment, then blocks
+        self.layers_cached = [
+            *(s.num_layers for s in parts),
+            *(int(e.block is not None) for e in manifest.exits),
+        ]  # segment by segment, then blocks
         self.routes = [self._load(s.route_graph, of_route(manifest), self._bind_route) if s.route_graph else None for s in parts]
         self.pool = DevicePool(manifest.dim, self.dtype, device) if device.own_memory else HiddenPool(manifest.dim, self.dtype)
         self.logits = np.zeros((0, self.vocab_size), self.dtype)
@@ -168,7 +179,20 @@ class OrtStack:
     def _load(self, name: str, signature: Signature, bind: Callable[..., None]) -> Graph:
         session = self._session(self.bundle / name)
         check_signature(session, self.bundle / name, signature, "tensor(float16)" if self.dtype is np.float16 else "tensor(float)")
-        return Graph(session, bind, self.device)
+        return Graph(session, bind, self.device, self.clock)
+
+    def _exit(self, number: int, info: ExitInfo) -> StackExit:
+        return StackExit(
+            info.layer,
+            head=lambda rows: self.run_exit(number, rows),
+            similarity=lambda rows, before: self.run_similarity(rows, before),
+            gate=(lambda rows: self.run_gate(number, rows)) if info.gate else None,
+            block=(lambda *arguments: self.run_block(number, *arguments)) if info.block else None,
+        )
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        return self.manifest.exit_layers
 
     def _session(self, path: Path) -> ort.InferenceSession:
         return load_session(path, self.log_level, self.device)
@@ -180,6 +204,9 @@ class OrtStack:
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         self.at_head = None
         return self.pool.reserve(num_rows, live)
+
+    def read_states(self, rows: Int64s) -> NDArray[Any]:
+        return self.pool.read(rows)
 
     def run_segment(
         self, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None
@@ -195,7 +222,7 @@ class OrtStack:
         self._place(graph, "kv", number, cache, spans, rows).run()
 
     def run_block(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s, out_row: int) -> None:
-        graph = self.exit_blocks[number]
+        graph = self.exit_graphs[number].block
         assert graph is not None, "whoever runs an exit's block has seen that it has one"
         binding = self._place(graph, "block", number, cache, spans, rows)
         self._bind_hidden(binding, out_row, len(rows))
@@ -223,7 +250,7 @@ class OrtStack:
         return binding.own["similarity"]
 
     def run_gate(self, number: int, rows: Int64s) -> NDArray[np.float32]:
-        graph = self.gates[number]
+        graph = self.exit_graphs[number].gate
         assert graph is not None, "whoever asks a gate has seen that the bundle has one"
         binding = self._run_before_head(graph, number, rows)
         self.at_head = (number, *rows.tolist())
@@ -232,9 +259,9 @@ class OrtStack:
 
     def run_exit(self, number: int, rows: Int64s) -> HeadOutput:
         if self.at_head != (number, *rows.tolist()):  # a gate leaves its states where the head reads them
-            self._run_before_head(self.exits[number], number, rows)
+            self._run_before_head(self.exit_graphs[number].before_head, number, rows)
         self.at_head = None
-        head = self.heads[number].binding(len(rows))
+        head = self.exit_graphs[number].head.binding(len(rows))
         head.run()
         self._note("exit", number, len(rows))
         own = head.own
@@ -242,7 +269,7 @@ class OrtStack:
 
     def _run_before_head(self, graph: Graph, number: int, rows: Int64s) -> Binding:
         """Run an exit's own graph or its gate, which write where the exit's head reads."""
-        binding, head = self._look(graph, rows), self.heads[number].binding(len(rows))
+        binding, head = self._look(graph, rows), self.exit_graphs[number].head.binding(len(rows))
         if binding.bound.get("head") is not head:
             binding.output_at("exit_hidden", self.dtype, (len(rows), self.manifest.dim), self._exit_hidden(head, len(rows)))
             binding.bound["head"] = head
@@ -397,9 +424,10 @@ class OrtStack:
             rows = np.array([out_row])
             if (exit_index := shape.exit_index) is None:
                 continue
-            if self.blocks[exit_index]:
+            graphs = self.exit_graphs[exit_index]
+            if graphs.block:
                 self.run_block(exit_index, cache, span, rows, row + 2 * len(self.layout))
-            if self.gates[exit_index]:
+            if graphs.gate:
                 self.run_gate(exit_index, rows)
             self.run_exit(exit_index, rows)
         self.run_similarity(rows, rows)
@@ -426,8 +454,13 @@ def open_stack(bundle: Path, *, device: str = "auto", num_threads: int = 0) -> O
 
 
 def _layout(manifest: Manifest) -> tuple[SegmentShape, ...]:
-    places = {layer: number for number, layer in enumerate(manifest.exit_layers)}
-    return tuple(SegmentShape(s.num_layers, places.get(s.last_layer), s.kind == "routed") for s in manifest.segments)
+    exits = {leave.layer: (number, leave) for number, leave in enumerate(manifest.exits)}
+    shapes = []
+    for segment in manifest.segments:
+        number, leave = exits.get(segment.last_layer, (None, None))
+        block = leave is not None and leave.block is not None
+        shapes.append(SegmentShape(segment.num_layers, number, segment.kind == "routed", segment is manifest.segments[-1], block))
+    return tuple(shapes)
 
 
 def _spread(spread: Int64s, places: Int64s, spans: Sequence[Span]) -> None:

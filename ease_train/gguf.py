@@ -374,7 +374,7 @@ class GGUFFile:
     def _tokenizer(self, model: str, vocabulary: Vocabulary, split: Split, unknown: int | None) -> Tokenizer:
         read = self.metadata
         prefix = read.value("tokenizer.ggml.add_space_prefix", bool, model == "llama")
-        merge = read.value("tokenizer.ggml.remove_extra_whitespaces", bool, False)  # noqa: FBT003
+        merge = read.value("tokenizer.ggml.remove_extra_whitespaces", bool, False)
         if model == "gpt2":
             return byte_level(vocabulary, read.value("tokenizer.ggml.merges", list), split)
         if unknown is None:

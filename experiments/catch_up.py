@@ -20,8 +20,8 @@ from ease_eval.files import write_whole
 from ease_eval.latency import Setting, Text, measure
 from ease_eval.perplexity import Scores, score_window
 from ease_eval.provenance import provenance
-from ease_eval.table import make_settings, make_speed, threshold_of
-from ease_runtime.commands import ThresholdList
+from ease_eval.table import make_settings, make_speed
+from ease_runtime.commands import ThresholdFlag
 from ease_runtime.llm import LLM
 from ease_train.corpora import load_documents
 
@@ -42,7 +42,7 @@ def sequences(llm: LLM, data: str, split: str, number: int, length: int) -> list
 
 
 def named(setting: Setting) -> dict[str, Any]:
-    return {"threshold": threshold_of(setting), "catch_up": setting.catch_up}
+    return {"threshold": setting.policy.thresholds.to_json(), "catch_up": setting.catch_up}
 
 
 def add(part: str, llm: LLM, bundle: Path, asked_for: dict[str, Any], threads: int, rows: list[dict[str, Any]]) -> None:
@@ -64,7 +64,7 @@ def asked(command: Any) -> Any:
         click.argument("bundle", type=click.Path(path_type=Path)),
         click.option("--data", required=True, help="Documents of one kind."),
         click.option("--split", default="test", show_default=True),
-        click.option("--exit-thresholds", "thresholds", type=ThresholdList(), multiple=True, required=True),
+        click.option("--exit-thresholds", "thresholds", type=ThresholdFlag(), multiple=True, required=True),
         click.option("--threads", default=0, help="CPU threads; 0 takes all."),
     ):
         command = option(command)

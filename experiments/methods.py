@@ -26,7 +26,7 @@ from ease_eval.documents import Document, first_tokens
 from ease_eval.files import write_whole
 from ease_eval.perplexity import record_exits, score_documents
 from ease_runtime.llm import LLM
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, ExitPolicy, make_policy
 from ease_train.checkpoint import read_metrics
 from ease_train.corpora import load_documents
 
@@ -218,7 +218,7 @@ def criteria_of(llm: LLM) -> list[dict[str, Any]]:
     documents = [document.ids for document in first_tokens(texts, SCORED_TOKENS)]
     some = [document.ids for document in first_tokens(texts, 4000)]
     tried = [(name, *pair) for name in CRITERIA for pair in policies(llm, some, name)]
-    off, *scores = score_documents(llm.engine, documents, [ExitPolicy(), *(policy for _, policy, _ in tried)], "recompute")
+    off, *scores = score_documents(llm.engine, documents, [FULL_DEPTH, *(policy for _, policy, _ in tried)], "recompute")
     return [
         {"criterion": name, "threshold": threshold, "ppl_ratio": mine.perplexity / off.perplexity, "mean_depth": float(mine.mean_depth)}
         for (name, _, threshold), mine in zip(tried, scores, strict=True)
@@ -230,11 +230,11 @@ def policies(llm: LLM, documents: Sequence[Sequence[int]], name: str) -> Iterato
     layers = llm.stack.exit_layers
     if name == "patience":
         for patience in range(1, len(layers) - 1):
-            yield ExitPolicy.create(name, [1.0], layers, patience=patience), float(patience)
+            yield make_policy(name, None, layers, patience=patience), float(patience)
         return
-    said, _, _ = record_exits(llm.engine, documents, ExitPolicy.create(name, [0.5], layers))
+    said, _, _ = record_exits(llm.engine, documents, make_policy(name, [0.5], layers))
     for threshold in np.unique(np.quantile(said, QUANTILES)):
-        yield ExitPolicy.create(name, [float(threshold)], layers), float(threshold)
+        yield make_policy(name, [float(threshold)], layers), float(threshold)
 
 
 @main.command()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
-from tables import FOLDER, PageError, Row, figures, load, measured, named, table
+from tables import FOLDER, PageError, Row, figures, leaves_early, load, measured, named, table
 from training_tables import depth_tables, methods_tables, original_tables
 
 NAMED = {"threshold": "{named}", "catch-up": "{catch_up}"}
@@ -278,9 +278,9 @@ def along_the_sequence(rows: Sequence[Row]) -> str:
     """Perplexity over full depth's in each stretch of the sequences, and mean depth."""
     rows = [named(row) for row in rows]
     stretches = dict.fromkeys(f"{row['from']}–{row['to']}" for row in rows)
-    full = {row["to"]: row["ppl"] for row in rows if row["threshold"] is None}
+    full = {row["to"]: row["ppl"] for row in rows if not leaves_early(row)}
     lines = []
-    for setting in dict.fromkeys((row["named"], row["catch_up"]) for row in rows if row["threshold"] is not None):
+    for setting in dict.fromkeys((row["named"], row["catch_up"]) for row in rows if leaves_early(row)):
         mine = [row for row in rows if (row["named"], row["catch_up"]) == setting]
         lines.append([*setting, *(f"{100 * (row['ppl'] / full[row['to']] - 1):+.1f} % at {row['mean_depth']:.1f}" for row in mine)])
     return table(["threshold", "catch-up", *stretches], lines, 2)
@@ -291,10 +291,10 @@ def catch_up_tables() -> dict[str, str]:
     found = load("catch-up.json")
     speed, times = [named(row) for row in found["speed"]["rows"]], []
     lengths = list(dict.fromkeys(row["length"] for row in speed))
-    for setting in dict.fromkeys((row["named"], row["catch_up"]) for row in speed if row["threshold"] is not None):
+    for setting in dict.fromkeys((row["named"], row["catch_up"]) for row in speed if leaves_early(row)):
         mine = [row for row in speed if (row["named"], row["catch_up"]) == setting]
         times.append([*setting, *(f"{row['speedup']:.2f} ({row['speedup_range'][0]:.2f}–{row['speedup_range'][1]:.2f})" for row in mine)])
-    off = [row for row in speed if row["threshold"] is None]
+    off = [row for row in speed if not leaves_early(row)]
     times.insert(0, ["off, tokens/s", "", *(f"{row['tokens_per_second']:.0f}" for row in off)])
     verified = [row for row in speed if row["catch_up"] == "verify"]
     drafts = [

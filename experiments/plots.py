@@ -16,7 +16,7 @@ from typing import Any
 import click
 from original import FEW_SEEDS, OVERFITTED
 from pages import KINDS, LAYERS, TEXTS
-from tables import FOLDER, Row, interval, load, named
+from tables import FOLDER, Row, interval, leaves_early, load, named
 from training_tables import MORE_TEXT, RECORDED, STOP_TEXT, Originals, exits_early
 
 from ease_eval.figures import Draw, drawn, svg
@@ -45,7 +45,7 @@ def trade(tables: dict[str, Sequence[Row]]) -> Draw:
     def draw(axes: Any, colours: tuple[str, ...]) -> None:
         for colour, (name, rows) in zip(colours, tables.items(), strict=False):
             for catch_up, marker in MARKERS.items():
-                mine = [row for row in rows if row["threshold"] is not None and row["catch_up"] == catch_up]
+                mine = [row for row in rows if leaves_early(row) and row["catch_up"] == catch_up]
                 if not mine:
                     continue
                 x, y = [row["speedup"] for row in mine], [100 * (row["ppl_ratio"] - 1) for row in mine]
@@ -243,8 +243,8 @@ def catch_up(part: str, place: str, value: Callable[[Row, Row], float], x_label:
     def figure(found: Row) -> Draw:
         def draw(axes: Any, colours: tuple[str, ...]) -> None:
             rows = [named(row) for row in found[part]["rows"]]
-            full = {row[place]: row for row in rows if row["threshold"] is None}
-            settings = list(dict.fromkeys((row["catch_up"], row["named"]) for row in rows if row["threshold"] is not None))
+            full = {row[place]: row for row in rows if not leaves_early(row)}
+            settings = list(dict.fromkeys((row["catch_up"], row["named"]) for row in rows if leaves_early(row)))
             thresholds = list(dict.fromkeys(threshold for _, threshold in settings))
             for way, threshold in settings:
                 mine = [row for row in rows if (row["catch_up"], row["named"]) == (way, threshold)]

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ease_runtime.thresholds import Thresholds
+
 FOLDER = Path("docs/experiments")
 STUDENT_T = {3: 4.303, 5: 2.776}  # 97.5 % point of Student's t at n - 1 degrees of freedom, by n
 Row = dict[str, Any]
@@ -44,9 +46,14 @@ def figures(rows: Iterable[Row], columns: dict[str, str], text_columns: int = 1)
 
 def named(row: Row) -> Row:
     """A row of `ease-eval`, its setting as it is asked for on the command line."""
-    thresholds = row["threshold"] if isinstance(row["threshold"], list) else [row["threshold"]]
-    asked = ",".join("off" if value is None else str(value) for value in thresholds)
-    return {**row, "named": asked, "catch_up": "–" if row["threshold"] is None else row["catch_up"]}
+    threshold = Thresholds.of(row["threshold"])
+    asked = ",".join("off" if value is None else str(value) for value in threshold.values)
+    return {**row, "named": asked, "catch_up": row["catch_up"] if threshold else "–"}
+
+
+def leaves_early(row: Row) -> bool:
+    """Whether a row of `ease-eval` has thresholds; those written before there was a notation have null for off."""
+    return bool(Thresholds.of(row["threshold"]))
 
 
 def measured(row: Row) -> Row:

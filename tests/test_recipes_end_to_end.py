@@ -8,7 +8,7 @@ from ease_eval.perplexity import score_documents
 from ease_export.build import export_bundle
 from ease_export.verify import TOLERANCE, verify_bundle
 from ease_runtime.llm import LLM, Options
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH
 from ease_train.config import Recipe, load_recipe, recipe_names
 from ease_train.trainer import Trainer
 
@@ -52,7 +52,7 @@ def test_a_recipe_trains_exports_runs_and_is_scored(name: str, corpus_file: Path
     off, chosen = score_documents(
         llm.engine,
         [llm.encode("And the river was with the sea.")],
-        [ExitPolicy(), llm.policy(Options(threshold=(0.05,) * early or None))],
+        [FULL_DEPTH, llm.policy(Options(threshold=(0.05,) * early or None))],
         "recompute",
     )
     assert 1 < off.perplexity < 100

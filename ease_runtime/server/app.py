@@ -22,10 +22,11 @@ from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 from ease_runtime.server.answers import Answer
 from ease_runtime.server.asked import Asked, read_chat, read_completion
+from ease_runtime.server.engine_thread import Update
 from ease_runtime.server.errors import ApiError, error_object, extra_missing
 from ease_runtime.server.metrics import Metrics
 from ease_runtime.server.shadow import Shadow
-from ease_runtime.server.worker import Ticket, Update, Worker
+from ease_runtime.server.worker import Ticket, Worker
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
@@ -149,7 +150,7 @@ class Service:
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of /health."""
-        alive = self.worker.thread.is_alive() and not self.worker.draining
+        alive = self.worker.alive
         return 200 if alive else 503, {
             "status": "ok" if alive else "stopping",
             "model": self.settings.model,
@@ -162,7 +163,8 @@ class Service:
         stack = self.llm.stack
         ease = {"exit_layers": list(stack.exit_layers), "max_positions": stack.max_positions}
         template = self.llm.template
-        ease |= {"chat": template is not None and template.problem is None, "gates": stack.has_gates}
+        ease |= {"chat": template is not None and template.problem is None}
+        ease |= {"gates": all(leave.gate for leave in stack.exits[:-1])}
         return {"id": self.settings.model, "object": "model", "created": self.started, "owned_by": "ease", "ease": ease}
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ease_runtime.engine import Engine
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import make_policy
 from ease_runtime.sampling import Given, Greedy
-from ease_runtime.sequence import Sequence
+from ease_runtime.sequence import TokenSequence
 
 EPSILON = 0.05  # chance to call it drift where there is none
 
@@ -26,8 +26,8 @@ class Shadow:
     share: float
     certificate: dict[str, Any] | None = None  # the manifest's `calibration`
     credit: float = 0.0  # answers that are due
-    answer: Sequence | None = None  # what is being compared
-    again: Sequence | None = None  # the same at full depth
+    answer: TokenSequence | None = None  # what is being compared
+    again: TokenSequence | None = None  # the same at full depth
     num_tokens: int = 0
     risks: list[float] = field(default_factory=list)  # an answer each
 
@@ -36,7 +36,7 @@ class Shadow:
         """Which risk."""
         return str(self.certificate["risk"]) if self.certificate else "disagreement"
 
-    def consider(self, answer: Sequence) -> None:
+    def consider(self, answer: TokenSequence) -> None:
         """An answer has ended: run it again if it is its turn."""
         if not self.concerns(answer):
             return
@@ -51,16 +51,19 @@ class Shadow:
         self.answer = answer
         self.again = self.engine.start(prompt, max_new_tokens=len(ids), sampler=Given([*prompt, *ids]), num_logprobs=1)
 
-    def concerns(self, answer: Sequence) -> bool:
+    def concerns(self, answer: TokenSequence) -> bool:
         """Whether an answer left early, under the certificate's thresholds where there is one."""
-        if answer.policy.thresholds is None or answer.catch_up == "verify" or answer.error or not answer.produced:
+        if not answer.decision.policy.thresholds or answer.request.catch_up == "verify" or answer.error or not answer.produced:
             return False
-        if self.kind == "disagreement" and not isinstance(answer.sampler, Greedy):
+        if self.kind == "disagreement" and not isinstance(answer.request.sampler, Greedy):
             return False
         known = self.certificate
         if known is None:
             return True
-        return answer.policy == ExitPolicy(known["policy"], tuple(known["thresholds"])) and answer.catch_up == known["catch_up"]
+        if answer.decision.policy.name != known["policy"]:  # before it is loaded: a bundle may name anything
+            return False
+        promised = make_policy(known["policy"], known["thresholds"], self.engine.stack.exit_layers)
+        return answer.decision.policy == promised and answer.request.catch_up == known["catch_up"]
 
     def look(self) -> bool:
         """After a pass: whether a comparison has come to its end, and counts."""

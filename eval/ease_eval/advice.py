@@ -2,15 +2,15 @@
 
     advice = advise(llm, documents, texts, settings, tolerance=0.05, num_rounds=5)
 
-The cost model knows single calls, timed by themselves, and one figure of the engine's own work a pass, taken from full
-depth. It predicts the time of a token from how deep tokens go, as if each left independently of the others; the prediction
+The cost model (ease_runtime/costs.py) knows single calls, timed by themselves, and one figure of the engine's own work a pass,
+taken from full depth. It predicts the time of a token from how deep tokens go, as if each left independently of the others; the prediction
 stands beside the measurement of the same run. Which tokens would leave where, for every set of the bundle's early exits, is
 read off one pass over the text in which every exit speaks.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -19,16 +19,18 @@ from numpy.typing import NDArray
 
 from ease_eval.latency import Setting, Text, Timings, measure
 from ease_eval.perplexity import record_exits
-from ease_runtime.costs import SIZES, CallProbe
+from ease_runtime.costs import SIZES, Costs, Key
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError
+from ease_runtime.layout import Call
 from ease_runtime.llm import LLM
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, ExitPolicy, make_policy
+from ease_runtime.probe import CallProbe
 from ease_runtime.sampling import Given
-from ease_runtime.stack import Cache, Call, Stack
+from ease_runtime.stack import Cache, Stack
+from ease_runtime.thresholds import Thresholds
 
 Floats = NDArray[np.float64]
-Key = tuple[str, int]  # graph and number of a call
 
 POLICIES = ("max-prob", "margin", "entropy", "similarity", "gate")
 OWN_TOKENS = 16  # that the engine's own time is taken from, a round
@@ -36,80 +38,6 @@ CYCLES = 8  # that calls are timed in, a round
 MOST_EXITS = 3  # early exits of a set, once all sets would be more than MOST_SETS
 MOST_SETS = 256
 GRID = (*np.linspace(0.0, 0.98, 50).tolist(), 0.99, 0.995, 0.999, 1.0)  # thresholds that are tried
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Seconds of single calls on this machine, at SIZES tokens, and the engine's own seconds a pass.
-
-    A call costs more where others have run since its last time, and have taken its weights' place in the processor's cache:
-    `tables` hold what calls take in turn with the others, `again` what those up to the first exit take one token after another.
-    """
-
-    engine: Engine
-    tables: dict[Key, Floats]  # by graph and number
-    again: dict[Key, float]
-    pass_seconds: float
-
-    def seconds(self, key: Key, num_tokens: Floats) -> Floats:
-        """The time of calls over some tokens: straight lines between SIZES and past the last. Shape: (n) -> (n)."""
-        table = self.tables[key]
-        slope = max(0.0, float(table[-1] - table[-2]) / (SIZES[-1] - SIZES[-2]))
-        found: Floats = np.interp(num_tokens, SIZES, table) + slope * np.maximum(0.0, num_tokens - SIZES[-1])
-        return found
-
-    def one(self, key: Key, again: float = 0.0) -> float:
-        """The time of a call over one token, a share of which comes straight after another such token."""
-        return (1.0 - again) * float(self.tables[key][0]) + again * self.again.get(key, 0.0)
-
-    def token_seconds(self, reach: Sequence[float], policy: ExitPolicy, catch_up: str) -> float:
-        """Seconds of a token in the mean. `reach[k]` is the share of the tokens that go into segment k before they leave."""
-        last = len(self.engine.stack.exit_layers) - 1
-        again = 1.0 - reach[1] if len(reach) > 1 else 0.0
-        seconds = sum(self._segment_seconds(k, share, policy, catch_up, again) for k, share in enumerate(reach))
-        asked = [self._ask_seconds(k, reach, policy) for k in range(len(reach) - 1)]
-        return seconds + sum(asked) + reach[-1] * self.one(("exit", last))
-
-    def _segment_seconds(self, k: int, share: float, policy: ExitPolicy, catch_up: str, again: float) -> float:
-        """What a segment, and the layer of the exit behind it, take of a token's time.
-
-        A token that goes in takes along those that have left before it since the last one did: a geometric number, where
-        each leaves independently. When as many as the engine's cap have left in a row, they are settled by themselves.
-        """
-        keys, cap = self._keys(k, policy), self.engine.cap
-        if k == 0:
-            again = again if policy.thresholds is not None else 0.0
-            return sum(self.one(key, again) for key in keys) + self.pass_seconds
-        counts = np.arange(1.0, cap + 1)
-        enters, settles = share * (1.0 - share) ** (counts - 1), (1.0 - share) ** cap
-        if catch_up == "propagate":
-            behind: list[Key] = [("kv", k), *keys[1:]]
-            alone = sum(self.one(key) for key in keys) + self.pass_seconds
-            pending = self.pass_seconds + np.sum([self.seconds(key, counts) for key in behind], axis=0)
-            entering, settling = alone + np.concatenate([[0.0], pending[:-1]]), pending[-1]
-        else:
-            entering = self.pass_seconds + np.sum([self.seconds(key, counts) for key in keys], axis=0)
-            settling = entering[-1]
-        tokens = float((enters * counts).sum()) + settles * cap
-        return (float((enters * entering).sum()) + settles * float(settling)) / tokens
-
-    def _keys(self, k: int, policy: ExitPolicy) -> list[Key]:
-        """A segment, and the layer of the exit behind it where that is asked."""
-        exit_index = self.engine.stack.layout[k].exit_index
-        block = exit_index is not None and policy.tests(exit_index) and self.engine.stack.blocks[exit_index]
-        return [("segment", k), *([("block", exit_index)] if block and exit_index is not None else [])]
-
-    def _ask_seconds(self, k: int, reach: Sequence[float], policy: ExitPolicy) -> float:
-        """What the exit behind a segment is asked, of a token's time; a head after a gate only for those that leave."""
-        exit_index, leaving = self.engine.stack.layout[k].exit_index, reach[k] - reach[k + 1]
-        if exit_index is None or not policy.tests(exit_index):
-            return 0.0
-        again = 1.0 - reach[1] if k == 0 else 0.0
-        head = self.one(("exit", exit_index), again)
-        if policy.asks == "head":
-            return reach[k] * head
-        gate = self.one((policy.asks, exit_index if policy.asks == "gate" else 0), again)
-        return reach[k] * gate + leaving * (head + self.pass_seconds)
 
 
 class CostProbe:
@@ -134,9 +62,9 @@ class CostProbe:
         out_row = self.engine.stack.reserve_rows(2 * max(SIZES), [])
         for cycle in (*self.full, *self.behind, self.first):
             cycle.run(self.engine.stack, self.cache, self.rows, out_row)
-        self.own_seconds += own_seconds(self.engine, self.text)
+        self.own_seconds += own_seconds(self.engine.stack, self.text)
 
-    def model(self) -> CostModel:
+    def costs(self) -> Costs:
         """What the calls and the engine took."""
         tables: dict[Key, list[float]] = {}
         for size, full, part in zip(SIZES, self.full, self.behind, strict=True):
@@ -144,37 +72,39 @@ class CostProbe:
                 tables.setdefault(key, []).append(seconds)
         increasing = {key: np.maximum.accumulate(values) for key, values in tables.items()}  # more tokens take no less time
         own = float(np.median(self.own_seconds)) / len(self.engine.stack.layout)
-        return CostModel(self.engine, increasing, dict(self.first.medians(1)), own)
+        return Costs(self.engine.stack.layout, increasing, again=dict(self.first.medians(1)), pass_seconds=own)
 
 
-def own_seconds(engine: Engine, text: Text) -> list[float]:
-    """What the engine itself takes of each decoded token's time at full depth: all that passes outside of the stack's calls."""
-    stack, inside, own = engine.stack, [0.0], list[float]()
-    plain = {name: getattr(stack, name) for name in ("run_segment", "run_exit")}
+class TimedStack:
+    """A stack that counts the seconds inside of the calls that full depth makes."""
 
-    def timed(run: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self, stack: Stack) -> None:
+        self.stack, self.seconds = stack, 0.0
+        self.run_segment = self._timed(stack.run_segment)
+        self.exits = [replace(leave, head=self._timed(leave.head)) for leave in stack.exits]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stack, name)
+
+    def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             began = time.perf_counter()
             result = run(*arguments)
-            inside[0] += time.perf_counter() - began
+            self.seconds += time.perf_counter() - began
             return result
 
         return call
 
-    for name, run in plain.items():
-        setattr(stack, name, timed(run))
-    try:
-        length = min(len(text.tokens) - text.num_prompt, OWN_TOKENS)
-        sequence = engine.start(text.tokens[: text.num_prompt], max_new_tokens=length, sampler=Given(text.tokens))
-        began = None
-        for _ in engine.generate(sequence):
-            now = time.perf_counter()
-            if began is not None:  # the first token is prefill
-                own.append(now - began - inside[0])
-            began, inside[0] = time.perf_counter(), 0.0
-    finally:
-        for name, run in plain.items():
-            setattr(stack, name, run)
+
+def own_seconds(stack: Stack, text: Text) -> list[float]:
+    """What the engine itself takes of each decoded token's time at full depth: all that passes outside of the stack's calls."""
+    timed: Any = TimedStack(stack)
+    engine, own, began = Engine(timed), list[float](), None
+    length = min(len(text.tokens) - text.num_prompt, OWN_TOKENS)
+    for _ in engine.generate(engine.start(text.tokens[: text.num_prompt], max_new_tokens=length, sampler=Given(text.tokens))):
+        if began is not None:  # the first token is prefill
+            own.append(time.perf_counter() - began - timed.seconds)
+        began, timed.seconds = time.perf_counter(), 0.0
     return own
 
 
@@ -204,7 +134,7 @@ class Cycle:
 def asks(stack: Stack, exit_index: int | None, policy: ExitPolicy) -> list[Key]:
     """What an early exit may be asked, in order: its own layer, then a gate or a similarity, then its head."""
     assert exit_index is not None, "only an exit is asked"
-    before: list[Key] = [("block", exit_index)] if stack.blocks[exit_index] else []
+    before: list[Key] = [("block", exit_index)] if stack.exits[exit_index].block is not None else []
     if policy.asks != "head":
         before.append((policy.asks, exit_index if policy.asks == "gate" else 0))
     return [*before, ("exit", exit_index)]
@@ -227,7 +157,7 @@ def reach_of(depths: NDArray[np.int64], stack: Stack) -> list[float]:
 class Prediction:
     """A setting's speed-up over full depth, predicted from the depths of its tokens, and measured."""
 
-    threshold: list[float | None]
+    threshold: Thresholds
     catch_up: str
     mean_depth: float
     predicted_speedup: float
@@ -298,8 +228,8 @@ def advise(
             raise RequestError("the cost model knows propagate and recompute; verify adapts its drafts by itself")
     probe = CostProbe(llm.engine, policy, texts[0])
     timings, _ = measure(llm.engine, settings, texts, num_rounds, between=probe.run)
-    model = probe.model()
-    everything = ExitPolicy.create(policy.name, [1.0], layers)
+    costs = probe.costs()
+    everything = make_policy(policy.name, 1.0, layers)
     confidences, early, full = record_exits(llm.engine, documents, everything)
     agrees = np.array([scores.says == full.says for scores in early])
     figures = [suitability(layers[k], confidences[k], agrees[k], early[k].perplexity) for k in range(len(early))]
@@ -312,24 +242,21 @@ def advise(
         num_tokens=len(full.says),
         suitability=1.0 - float(oracle.mean()) / layers[-1],
         exits=figures,
-        placements=placements(model, policy.name, catch_up, confidences, agrees, tolerance),
-        predictions=[predict(model, s, t, timings[0]) for s, t in zip(settings[1:], timings[1:], strict=True)],
-        call_ms={f"{graph} {number + 1}": (1000 * table).tolist() for (graph, number), table in model.tables.items()},
-        again_ms={f"{graph} {number + 1}": 1000 * value for (graph, number), value in model.again.items()},
-        pass_ms=1000 * model.pass_seconds,
+        placements=placements(llm.engine, costs, policy.name, catch_up, confidences, agrees, tolerance),
+        predictions=[predict(llm.engine, costs, s, t, timings[0]) for s, t in zip(settings[1:], timings[1:], strict=True)],
+        call_ms={f"{graph} {number + 1}": (1000 * table).tolist() for (graph, number), table in costs.tables.items()},
+        again_ms={f"{graph} {number + 1}": 1000 * value for (graph, number), value in costs.again.items()},
+        pass_ms=1000 * costs.pass_seconds,
     )
 
 
-def predict(model: CostModel, setting: Setting, timing: Timings, off: Timings) -> Prediction:
+def predict(engine: Engine, costs: Costs, setting: Setting, timing: Timings, off: Timings) -> Prediction:
     """The model's speed-up at the depths of a run's tokens, beside the run's."""
     depths = np.array(timing.depths)
-    full = model.token_seconds([1.0] * len(model.engine.stack.layout), ExitPolicy(), "recompute")
-    predicted = full / model.token_seconds(reach_of(depths, model.engine.stack), setting.policy, setting.catch_up)
+    full = costs.token_seconds([1.0] * len(costs.layout), FULL_DEPTH, "recompute")
+    predicted = full / costs.token_seconds(reach_of(depths, engine.stack), setting.policy, setting.catch_up, cap=engine.cap)
     measured = float(np.median([a / b for a, b in zip(off.rounds, timing.rounds, strict=True)]))
-    assert setting.policy.thresholds is not None, "off is what others are measured against"
-    return Prediction(
-        list(setting.policy.thresholds), setting.catch_up, float(depths.mean()), predicted, measured, predicted / measured - 1.0
-    )
+    return Prediction(setting.policy.thresholds, setting.catch_up, float(depths.mean()), predicted, measured, predicted / measured - 1.0)
 
 
 def suitability(layer: int, confidence: Floats, agrees: NDArray[np.bool_], perplexity: float) -> ExitSuitability:
@@ -370,17 +297,17 @@ def depths_of(leaves: NDArray[np.bool_], layers: Sequence[int], chosen: Sequence
 
 
 def placements(
-    model: CostModel, name: str, catch_up: str, confidences: Floats, agrees: NDArray[np.bool_], tolerance: float
+    engine: Engine, costs: Costs, name: str, catch_up: str, confidences: Floats, agrees: NDArray[np.bool_], tolerance: float
 ) -> list[Placement]:
     """Every set of exits, the fastest first. Shapes: (early exits, tokens)."""
-    layers = model.engine.stack.exit_layers
-    full = model.token_seconds([1.0] * len(model.engine.stack.layout), ExitPolicy(), catch_up)
+    layers = engine.stack.exit_layers
+    full = costs.token_seconds([1.0] * len(costs.layout), FULL_DEPTH, catch_up)
     found = []
     for chosen in exit_sets(len(agrees)):
-        policy = ExitPolicy(name, tuple(1.0 if k in chosen else None for k in range(len(agrees))))
+        policy = make_policy(name, [1.0 if k in chosen else None for k in range(len(agrees))], layers)
 
         def speedup(depths: NDArray[np.int64], policy: ExitPolicy = policy) -> float:
-            return full / model.token_seconds(reach_of(depths, model.engine.stack), policy, catch_up)
+            return full / costs.token_seconds(reach_of(depths, engine.stack), policy, catch_up, cap=engine.cap)
 
         oracle = depths_of(agrees, layers, chosen)
         threshold, depths, wrong = best_threshold(confidences, agrees, layers, chosen, tolerance)

@@ -77,8 +77,8 @@ def compare(llm: LLM, prompts: Sequence[str], options: Options) -> list[Agreemen
                 first_difference=first_difference(ids, others),
                 rouge_l=rouge_l(ids, others),
                 mean_depth=sum(e.depth for e in early) / max(1, len(early)),
-                drafted=sequence.drafted,
-                accepted=sequence.accepted,
+                drafted=sequence.drafts.judged,
+                accepted=sequence.drafts.accepted,
             )
         )
     return found

@@ -13,33 +13,33 @@ draw of the test documents (Angelopoulos et al. 2021, arXiv 2110.01052, fixed-se
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ease_eval.files import write_whole
+from ease_eval.files import as_json, write_whole
 from ease_eval.perplexity import Scores, record_exits, score_documents
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError, did_you_mean
 from ease_runtime.manifest import MANIFEST_FILE
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, ThresholdPolicy, make_policy
+from ease_runtime.thresholds import Thresholds
 
 RISKS = ("disagreement", "loss")
 LEVELS = tuple(step / 10 for step in range(1, 31))  # candidate risks on the fit documents, in shares of delta
 FIT_SHARE = 1 / 3
 
 Floats = NDArray[np.float64]
-Thresholds = tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A threshold vector and what the test documents say of it."""
 
-    thresholds: list[float | None]
+    thresholds: Thresholds
     risk: float
     p_value: float
     mean_depth: float
@@ -51,7 +51,7 @@ class Certificate:
 
     policy: str
     catch_up: str
-    thresholds: list[float | None] | None
+    thresholds: Thresholds | None
     risk: str
     delta: float
     epsilon: float
@@ -125,8 +125,8 @@ def candidates(confidences: Floats, harms: Floats, delta: float) -> list[Thresho
         for k, (confidence, harm) in enumerate(zip(confidences, harms, strict=True)):
             found, before = lowest_threshold(confidence, harm, share * delta), lowest[k]
             lowest[k] = before if found is None else found if before is None else min(found, before)
-        if any(value is not None for value in lowest) and (not vectors or tuple(lowest) != vectors[-1]):
-            vectors.append(tuple(lowest))
+        if any(value is not None for value in lowest) and (not vectors or Thresholds(tuple(lowest)) != vectors[-1]):
+            vectors.append(Thresholds(tuple(lowest)))
     return vectors
 
 
@@ -143,7 +143,7 @@ def calibrate(
     engine: Engine,
     documents: Sequence[Sequence[int]],
     *,
-    policy: str,
+    policy: str | type[ThresholdPolicy] | ThresholdPolicy,
     catch_up: str,
     risk: str,
     delta: float,
@@ -165,23 +165,23 @@ def calibrate(
         raise RequestError("this bundle has no early exit: there is nothing to calibrate")
     if len(documents) < 6:
         raise RequestError(f"only {len(documents)} documents; calibration needs at least 6, and a small delta many more")
-    everything = ExitPolicy.create(policy, [1.0], layers)
+    everything = make_policy(policy, 1.0, layers)
     engine.check(everything, catch_up)
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()
     num_fit = max(2, round(FIT_SHARE * len(documents)))
     fit, test = [documents[i] for i in order[:num_fit]], [documents[i] for i in order[num_fit:]]
     confidences, exits, off = record_exits(engine, fit, everything)
     vectors = candidates(confidences, np.array([harm(scores, off, risk) for scores in exits]), delta)
-    policies = [ExitPolicy(), *(ExitPolicy.create(policy, vector, layers) for vector in vectors)]
+    policies = [FULL_DEPTH, *(make_policy(policy, vector, layers) for vector in vectors)]
     by_document = [score_documents(engine, [ids], policies, catch_up) for ids in test]
     risks = [np.array([harm(s[i], s[0], risk).mean() for s in by_document]) for i in range(1, len(policies))]
     depths = [float(np.concatenate([s[i].depths for s in by_document]).mean()) for i in range(1, len(policies))]
     certified, p_values = walk(risks, delta, epsilon)
-    tested = [Candidate(list(vectors[i]), float(risks[i].mean()), p, depths[i]) for i, p in enumerate(p_values)]
+    tested = [Candidate(vectors[i], float(risks[i].mean()), p, depths[i]) for i, p in enumerate(p_values)]
     return Certificate(
-        policy=policy,
+        policy=everything.name,
         catch_up=catch_up,
-        thresholds=list(vectors[certified - 1]) if certified else None,
+        thresholds=vectors[certified - 1] if certified else None,
         risk=risk,
         delta=delta,
         epsilon=epsilon,
@@ -204,5 +204,5 @@ def write_certificate(bundle: Path, certificate: Certificate) -> None:
         )
     path = bundle / MANIFEST_FILE
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    values["calibration"] = asdict(certificate)
+    values["calibration"] = as_json(certificate)
     write_whole(path, json.dumps(values, indent=2) + "\n")

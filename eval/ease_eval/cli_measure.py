@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from ease_eval.documents import Document, first_tokens
-from ease_eval.files import write_whole
+from ease_eval.files import as_json, write_whole
 from ease_eval.journal import Journal
 from ease_eval.latency import Setting
 from ease_eval.provenance import provenance
@@ -31,13 +32,13 @@ from ease_eval.table import (
     measure_quality,
     measure_speed,
     quality_cells,
-    threshold_of,
 )
-from ease_runtime.commands import DEVICE_FLAG, ThresholdList, given_flags
+from ease_runtime.commands import DEVICE_FLAG, ThresholdFlag, ThresholdRows, given_flags
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
-from ease_runtime.policy import POLICIES, threshold_text
+from ease_runtime.policies import POLICIES
+from ease_runtime.thresholds import Thresholds
 from ease_train.corpora import SOURCES, load_documents, sum_of
 
 # COLUMNS of the table for a terminal of 80 columns
@@ -64,7 +65,7 @@ POLICY_FLAG = click.option(
     default="max-prob",
     show_default=True,
     callback=refuse_fixed,
-    help=f"What confidence is: {', '.join(THRESHOLD_POLICIES)}.",
+    help=f"What confidence is: {', '.join(THRESHOLD_POLICIES)}, or your own module:Class.",
 )
 MEASURE_FLAGS = (
     click.option("--data", default="kjv", show_default=True, help=SOURCES),
@@ -72,10 +73,18 @@ MEASURE_FLAGS = (
     PARSE_SPECIAL,
     POLICY_FLAG,
     click.option(
-        "--thresholds", type=ThresholdList(), default="0.5,0.7,0.9", show_default=True, help="A row each; each for every early exit."
+        "--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}, or your own module:Class."
     ),
     click.option(
-        "--exit-thresholds", type=ThresholdList(), multiple=True, help="One more row: a threshold an exit, like off,0.5; may be repeated."
+        "--thresholds",
+        type=ThresholdRows(),
+        multiple=True,
+        default=("0.5,0.7,0.9",),
+        show_default=True,
+        help="A row each; each for every early exit.",
+    ),
+    click.option(
+        "--exit-thresholds", type=ThresholdFlag(), multiple=True, help="One more row: a threshold an exit, like off,0.5; may be repeated."
     ),
     click.option(
         "--catch-up",
@@ -115,7 +124,7 @@ class Asked:
     data: str
     split: str
     policy: str
-    thresholds: list[float | Sequence[float | None]]
+    thresholds: list[Thresholds]
     catch_ups: tuple[str, ...]
     amounts: Amounts
     threads: int
@@ -130,8 +139,8 @@ class Asked:
         split: str,
         parse_special: bool,
         policy: str,
-        thresholds: tuple[float | None, ...],
-        exit_thresholds: tuple[tuple[float | None, ...], ...],
+        thresholds: tuple[tuple[Thresholds, ...], ...],
+        exit_thresholds: tuple[Thresholds, ...],
         catch_ups: tuple[str, ...],
         scored_tokens: int,
         texts: int,
@@ -146,11 +155,8 @@ class Asked:
         llm = LLM(bundle, device=device, num_threads=threads)
         corpus = load_documents(data, split)
         documents = [Document.of(llm, text, parse_special=parse_special) for text in corpus]
-        rows: list[float | Sequence[float | None]] = [
-            *(t for t in thresholds if t is not None),
-            *exit_thresholds,
-        ]  # off is always the first row
-        if any(set(row) == {None} for row in exit_thresholds):
+        rows = [row for row in (*chain.from_iterable(thresholds), *exit_thresholds) if row]  # off is always the first row
+        if not all(exit_thresholds):
             raise RequestError("--exit-thresholds with off alone asks no exit; off is always the first row")
         if len(llm.stack.exit_layers) == 1:
             click.echo("note: this bundle has no early exit: full depth alone is measured", err=True)
@@ -169,9 +175,8 @@ class Asked:
     @property
     def source(self) -> dict[str, Any]:
         """Where figures come from, and what was asked for, as JSON has it."""
-        asked = {
-            name: getattr(self, name) for name in ("data", "data_sha256", "num_documents", "split", "policy", "thresholds", "catch_ups")
-        }
+        names = ("data", "data_sha256", "num_documents", "split", "policy", "thresholds", "catch_ups")
+        asked = {name: as_json(getattr(self, name)) for name in names}
         return {**provenance(self.bundle, self.llm, self.threads), **asked, "amounts": asdict(self.amounts), "seed": SEED}
 
     def table(self, journal: Journal | None = None, batches: Sequence[int] = ()) -> Table:
@@ -227,7 +232,7 @@ def table(bundles: tuple[Path, ...], batches: tuple[int, ...], json_file: Path |
             tables.append(asked.table(journal, batches))
             warn_of_unknown(tables[-1].rows[0])
             render(tables[-1], Console())
-        whole = tables[0].to_json() if len(tables) == 1 else json.dumps({"tables": [asdict(one) for one in tables]}, indent=2) + "\n"
+        whole = tables[0].to_json() if len(tables) == 1 else json.dumps({"tables": [as_json(one) for one in tables]}, indent=2) + "\n"
         for file, text in ((json_file, whole), (markdown_file, "\n".join(one.markdown() for one in tables))):
             if file:
                 write_whole(file, text)
@@ -292,7 +297,7 @@ def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
     settings, amounts = asked.settings(), asked.amounts
     texts = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
     found = [speed for speed, _ in measure_speed(asked.llm, settings, texts, amounts.num_rounds, Journal(None, {}))]
-    rows = [TimedSetting(s.policy.name, threshold_of(s), s.catch_up, **vars(speed)) for s, speed in zip(settings, found, strict=True)]
+    rows = [TimedSetting(s.policy.name, s.policy.thresholds, s.catch_up, **vars(speed)) for s, speed in zip(settings, found, strict=True)]
     write_rows(asked, rows, json_file)
     shown = narrow_table("at", "catch-up", "tok/s", "p50\nms", "p95\nms", "p99\nms", "prefill\nms", "speed\n-up", "depth")
     for row in rows:
@@ -321,7 +326,7 @@ def note_unused(*names: str) -> None:
 def write_rows(asked: Asked, rows: Sequence[Quality | TimedSetting], json_file: Path | None) -> None:
     """A command's rows as JSON, with where they come from."""
     if json_file:
-        write_whole(json_file, json.dumps({**asked.source, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        write_whole(json_file, json.dumps({**asked.source, "rows": [as_json(row) for row in rows]}, indent=2) + "\n")
 
 
 def warn_of_unknown(off: Quality) -> None:
@@ -333,9 +338,9 @@ def warn_of_unknown(off: Quality) -> None:
 
 def label(row: Quality | TimedSetting) -> tuple[str, str]:
     """A row's threshold and catch-up."""
-    if row.threshold is None:
+    if not row.threshold:
         return "off", "–"
-    return threshold_text(row.thresholds), row.catch_up
+    return str(row.threshold), row.catch_up
 
 
 def narrow_table(*columns: str, title: str | None = None) -> RichTable:
@@ -378,6 +383,5 @@ def render(result: Table, console: Console) -> None:
     if result.batches:
         together = narrow_table("batch", "at", "catch-up", "tok/s", "speed-up")
         for one in result.batches:
-            at = one.threshold if isinstance(one.threshold, list) else [one.threshold]
-            together.add_row(str(one.batch), threshold_text(at), one.catch_up, f"{one.tokens_per_second:.0f}", f"{one.speedup:.2f}x")
+            together.add_row(str(one.batch), str(one.threshold), one.catch_up, f"{one.tokens_per_second:.0f}", f"{one.speedup:.2f}x")
         console.print(together)

@@ -15,7 +15,7 @@ from ease_eval.agreement import compare, read_prompts
 from ease_eval.calibrate import RISKS, Certificate, write_certificate
 from ease_eval.calibrate import calibrate as run_calibration
 from ease_eval.cli_measure import PARSE_SPECIAL, POLICY_FLAG
-from ease_eval.files import write_whole
+from ease_eval.files import as_json, write_whole
 from ease_eval.grading import FILTERS
 from ease_eval.journal import Journal
 from ease_eval.provenance import provenance
@@ -27,7 +27,6 @@ from ease_runtime.flags import option_flags, read_flags
 from ease_runtime.llm import LLM
 from ease_runtime.manifest import MANIFEST_FILE
 from ease_runtime.options import Options
-from ease_runtime.policy import threshold_text
 from ease_train.corpora import load_documents, sum_of
 
 SAMPLING = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
@@ -87,7 +86,7 @@ def calibrate(
     )
     certificate = replace(certificate, data_sha256=sum_of(corpus))
     if json_file:
-        write_whole(json_file, json.dumps(asdict(certificate), indent=2) + "\n")
+        write_whole(json_file, json.dumps(as_json(certificate), indent=2) + "\n")
     show_certificate(certificate, Console())
     if not dry_run:
         write_certificate(bundle, certificate)
@@ -104,7 +103,7 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
     for candidate in certificate.tested:
         verdict = "holds" if candidate.p_value <= certificate.epsilon else "not shown"
         shown.add_row(
-            threshold_text(candidate.thresholds),
+            str(candidate.thresholds),
             f"{candidate.risk:.4f}",
             f"{candidate.p_value:.2g}",
             f"{candidate.mean_depth:.2f}",
@@ -178,7 +177,7 @@ def tasks(
     for fault in (fault for task in found for fault in task.faults):
         click.echo(f"warning: {fault}; left out", err=True)
     llm = LLM(bundle, device=device, num_threads=threads)
-    asked = {**provenance(bundle, llm, threads), "options": asdict(options), "shots": shots, "chat": chat, "limit": limit, "seed": SEED}
+    asked = {**provenance(bundle, llm, threads), "options": as_json(options), "shots": shots, "chat": chat, "limit": limit, "seed": SEED}
     asked["filters"] = FILTERS
     for note in without_effect(found, options, chat):
         click.echo(f"note: {note}", err=True)

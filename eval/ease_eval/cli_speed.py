@@ -16,15 +16,15 @@ from ease_eval.agreement import read_prompts
 from ease_eval.cli_measure import JSON_FLAG, POLICY_FLAG, Asked, measure_flags, narrow_table
 from ease_eval.compare import Comparison, Plan, cells, compare_peers
 from ease_eval.documents import first_tokens
-from ease_eval.files import write_whole
+from ease_eval.files import as_json, write_whole
 from ease_eval.provenance import provenance
 from ease_eval.table import Amounts, choose_texts, quality_cells
-from ease_runtime.commands import ThresholdList, given_flags
+from ease_runtime.commands import ThresholdFlag, given_flags
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.policy import threshold_text
+from ease_runtime.thresholds import Thresholds
 from ease_train.corpora import load_documents, sum_of
 
 # COLUMNS of a comparison for a terminal of 80 columns
@@ -36,7 +36,7 @@ NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB"
 @click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="The same model as a Hugging Face directory.")
 @click.option("--gguf", type=click.Path(path_type=Path), help="The same model for llama.cpp.")
 @click.option("--python", type=click.Path(path_type=Path), default=".venv-peers/bin/python", show_default=True, help="That of the peers.")
-@click.option("--threshold", type=ThresholdList(), help="One more row of ours: early exits at this threshold, or one an exit.")
+@click.option("--threshold", type=ThresholdFlag(), help="One more row of ours: early exits at this threshold, or one an exit.")
 @POLICY_FLAG
 @click.option("--catch-up", default="recompute", show_default=True, help=f"{', '.join(CATCH_UPS)}.")
 @click.option("--exit", "exit_layer", type=int, help="Layer of transformers' assistant_early_exit; the bundle's middle exit by default.")
@@ -63,7 +63,7 @@ def compare(
     prompts: Path | None,
     texts: int,
     prompt_tokens: int,
-    threshold: tuple[float | None, ...] | None,
+    threshold: Thresholds | None,
     policy: str,
     catch_up: str,
     timeout: float,
@@ -80,13 +80,13 @@ def compare(
         raise RequestError(f"{unused} has no effect without --threshold, which asks for a row of early exits")
     for unused in given_flags("data", "split") if prompts else ():
         raise RequestError(f"{unused} has no effect beside --prompts; leave one out")
-    if threshold and set(threshold) == {None}:
+    if threshold is not None and not threshold:
         raise RequestError("--threshold off asks no exit; EASE at full depth is always a row")
-    settings = {"threshold": list(threshold), "policy": policy, "catch_up": catch_up} if threshold else None
+    settings: dict[str, Any] | None = {"threshold": threshold.to_json(), "policy": policy, "catch_up": catch_up} if threshold else None
     plan = Plan(bundle, settings=settings, answer_seconds=timeout, **given)
     llm = LLM(bundle, device="cpu", num_threads=plan.threads)
     if settings:
-        llm.engine.check(llm.policy(Options.from_json(settings)), catch_up)
+        llm.engine.check(llm.policy(Options(**settings)), catch_up)
     source = provenance(bundle, llm, plan.threads)
     if prompts:
         asked = [llm.encode(text)[:prompt_tokens] for text in read_prompts(prompts, texts)]
@@ -139,7 +139,7 @@ def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **
     if json_file:
         text = {"data": asked.data, "data_sha256": asked.data_sha256, "split": asked.split}
         source = {**provenance(bundle, asked.llm, asked.threads), **text, **asdict(amounts)}
-        write_whole(json_file, json.dumps({**source, **asdict(advice)}, indent=2) + "\n")
+        write_whole(json_file, json.dumps({**source, **as_json(advice)}, indent=2) + "\n")
     show_advice(advice, show, Console())
 
 
@@ -158,7 +158,7 @@ def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
     checked = narrow_table("threshold", "catch-up", "depth", "predicted", "measured", "error")
     for row in advice.predictions:
         speeds = (f"{row.predicted_speedup:.2f}x", f"{row.measured_speedup:.2f}x", f"{row.error:+.1%}")
-        checked.add_row(threshold_text(tuple(dict.fromkeys(row.threshold))), row.catch_up, f"{row.mean_depth:.2f}", *speeds)
+        checked.add_row(str(row.threshold), row.catch_up, f"{row.mean_depth:.2f}", *speeds)
     console.print(checked)
     best = narrow_table("exits", "threshold", "unlike", "depth", "predicted", "oracle\ndepth", "oracle")
     for place in advice.placements[:num_shown]:

@@ -25,7 +25,7 @@ from typing import Any
 from ease_eval import peer_worker
 from ease_runtime.errors import RequestError
 from ease_runtime.manifest import load_manifest
-from ease_runtime.policy import threshold_text
+from ease_runtime.thresholds import Thresholds
 
 START_SECONDS = 1800.0  # onnxruntime-genai first builds its model
 GENAI_PRECISION = {"int4": "int4"}  # what its builder makes for a CPU; else fp32
@@ -100,9 +100,8 @@ class Plan:
 
 def describe(settings: dict[str, Any]) -> str:
     """A row's settings in a few characters."""
-    thresholds = settings.get("threshold")
-    parts = thresholds if isinstance(thresholds, list | tuple) else [thresholds]
-    return f"{settings.get('policy', 'max-prob')} {threshold_text(parts)} {settings.get('catch_up', 'recompute')}"
+    threshold = Thresholds.of(settings.get("threshold"))
+    return f"{settings.get('policy', 'max-prob')} {threshold} {settings.get('catch_up', 'recompute')}"
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:

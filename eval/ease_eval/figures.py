@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from ease_eval.reliability import Reliability
 from ease_eval.table import Row
-from ease_runtime.policy import threshold_text
 
 matplotlib.use("svg")
 
@@ -130,6 +129,6 @@ def reliability(found: Sequence[Reliability]) -> Draw:
 
 def row_label(row: Row) -> str:
     """A setting in a few characters."""
-    if row.threshold is None:
+    if not row.threshold:
         return "off"
-    return f"{row.catch_up} {threshold_text(row.thresholds)}"
+    return f"{row.catch_up} {row.threshold}"

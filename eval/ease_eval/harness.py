@@ -23,6 +23,7 @@ from ease_eval.provenance import provenance
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
+from ease_runtime.thresholds import Thresholds
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one thing, the first counts
 SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -39,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 @register_model("ease")
 class EaseLM(LM):  # type: ignore[misc]
-    """`bundle` is its directory; `threshold` a number, or one an exit like off/0.7; other arguments are fields of Options.
+    """`bundle` is its directory; `threshold` a number, or one an exit; other arguments are fields of Options.
+    `policy` may also be an object (docs/policies.md).
 
     `batch_size` requests are generated together. Raises an EaseError for a bundle or a setting that cannot run.
     """
@@ -63,10 +65,14 @@ class EaseLM(LM):  # type: ignore[misc]
         self.llm = LLM(bundle, num_threads=threads, device="auto" if device in (None, UNASKED) else str(device), num_slots=num_slots)
         for name in set(options) & OF_TASKS.keys():
             raise RequestError(f"{name} in --model_args has no effect: {OF_TASKS[name]}")
+        policy = options.pop("policy", Options.policy)
+        own = Options(policy=policy if isinstance(policy, str) else Options.policy, sampler=options.pop("sampler", None))
         given = {**options, "max_tokens": max_gen_toks, **({} if threshold is None else {"threshold": read_threshold(threshold)})}
-        self.options = self.llm.prepare(Options.from_json(given))
-        self.policy = self.llm.policy(self.options)
-        self.llm.check(self.options)
+        self.options = Options.from_json(given, own)
+        if isinstance(policy, str):
+            self.options = self.llm.prepare(self.options)
+        self.policy = self.llm.policy(self.options) if isinstance(policy, str) else policy
+        self.llm.engine.check(self.policy, self.options.catch_up)
         self.source = provenance(Path(bundle), self.llm, threads)
         self.num_tokens = self.num_layers = self.num_unknown = 0
 
@@ -112,7 +118,7 @@ class EaseLM(LM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Each context's continuation, up to a stop string."""
         found: list[str] = []
-        together = len(self.llm.engine.slots)
+        together = self.llm.engine.num_slots
         for start in range(0, len(requests), together):
             group = requests[start : start + together]
             texts = self._generate([request.args for request in group])
@@ -128,7 +134,7 @@ class EaseLM(LM):  # type: ignore[misc]
             options = self._read(wanted)
             prompt = self.llm.encode(context) or [prefix_id(self.llm)]
             self._note_unknown(prompt)
-            generations.append(self.llm.submit(prompt[options.max_tokens - self.llm.stack.max_positions :], options))
+            generations.append(self.llm.submit(prompt[options.max_tokens - self.llm.stack.max_positions :], options, policy=self.policy))
             texts[generations[-1].choices[0]] = ""
         while self.llm.busy:
             for choice, events in self.llm.step():
@@ -172,11 +178,10 @@ class EaseLM(LM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """What stands beside the results: where they come from, and how deep the tokens went."""
-        thresholds = self.policy.thresholds
         return {
             **self.source,
             "policy": self.policy.name,
-            "threshold": None if thresholds is None else list(thresholds),
+            "threshold": self.policy.thresholds.to_json(),
             "catch_up": self.options.catch_up,
             "mean_depth": self.num_layers / self.num_tokens if self.num_tokens else None,
             "unknown_tokens": self.num_unknown,
@@ -201,9 +206,6 @@ class EaseLM(LM):  # type: ignore[misc]
         return self.llm.template.render(chat_history)
 
 
-def read_threshold(value: float | str) -> list[float | None]:
-    """A threshold of the harness's arguments, which know no lists: 0.7, off, or one an exit like off/0.7. Raises RequestError."""
-    try:
-        return [None if part == "off" else float(part) for part in str(value).split("/")]
-    except ValueError:
-        raise RequestError(f"threshold '{value}' is no number, and no list like off/0.7") from None
+def read_threshold(value: float | str) -> Thresholds:
+    """A threshold of the harness's arguments. Those end at a comma, so that a slash may stand for it there. Raises RequestError."""
+    return Thresholds.of(str(value).replace("/", ","))

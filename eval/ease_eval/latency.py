@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ease_runtime.costs import CallProbe
 from ease_runtime.engine import Engine
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.layout import Call
+from ease_runtime.policies import ExitPolicy
+from ease_runtime.probe import CallProbe
 from ease_runtime.sampling import Given, Greedy
-from ease_runtime.sequence import Sequence as SequenceState
-from ease_runtime.stack import Call, Stack
+from ease_runtime.sequence import TokenSequence
+from ease_runtime.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def measure(
     return timings, {probe.call: float(np.median(probe.seconds)) for probe in probes}
 
 
-def _begin(engine: Engine, setting: Setting, text: Text) -> SequenceState:
+def _begin(engine: Engine, setting: Setting, text: Text) -> TokenSequence:
     return engine.start(
         text.tokens[: text.num_prompt],
         max_new_tokens=len(text.tokens) - text.num_prompt,
@@ -109,8 +110,8 @@ def _trace(engine: Engine, setting: Setting, text: Text, timing: Timings) -> Non
             engine.stack.trace = timing.calls
     engine.stack.trace = None
     timing.depths += depths[1:]
-    timing.drafted += sequence.drafted
-    timing.accepted += sequence.accepted
+    timing.drafted += sequence.drafts.judged
+    timing.accepted += sequence.drafts.accepted
 
 
 def time_batches(stack: Stack, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int) -> list[list[float]]:

@@ -13,7 +13,7 @@ from ease_eval.perplexity import Scores, score_documents, score_window
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import ExitPolicy
 
 
 class NoTokensError(RequestError):

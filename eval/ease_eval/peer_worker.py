@@ -104,8 +104,7 @@ def ease(asked: dict[str, Any]) -> tuple[str, Run]:
     from ease_runtime.stack import OrtStack
 
     engine = Engine(OrtStack(Path(asked["bundle"]), num_threads=asked["threads"]))
-    settings = asked["settings"]
-    options = Options.from_json(settings)
+    options = Options(**asked["settings"])
     policy = options.exit_policy(engine.stack.exit_layers)
     if options.catch_up == "verify":
         engine.measure()

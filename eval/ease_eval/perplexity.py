@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_runtime.commit import depths
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError
-from ease_runtime.policy import ExitPolicy, HeadOutput
-from ease_runtime.sequence import Sequence as SequenceState
+from ease_runtime.policies import FULL_DEPTH, ExitOutput, ExitPolicy, HeadOutput
+from ease_runtime.sequence import TokenSequence
 
 LARGEST_EXPONENT = math.log(sys.float_info.max)
 HEAD_ROWS = 32  # tokens a head call scores at once (its logits are rows x vocabulary)
@@ -104,7 +105,7 @@ def check_scorable(engine: Engine, policies: Sequence[ExitPolicy], catch_up: str
     """Raises RequestError for a setting that this bundle cannot run, or that says nothing of a given text."""
     for policy in policies:
         engine.check(policy, catch_up)
-        if policy.decay is not None or policy.depth_budget is not None:
+        if policy.moves:
             raise RequestError("thresholds that move with a generation (decay, depth budget) have no perplexity of a text")
 
 
@@ -137,7 +138,7 @@ def score_window(
     The first `num_prompt` inputs are prefill. Those before its last predict nothing that is asked for: their scores are 0.
     """
     if catch_up == "verify":
-        policies = [ExitPolicy()] * len(policies)  # what it says is what full depth says
+        policies = [FULL_DEPTH] * len(policies)  # what it says is what full depth says
     groups = [[policy] for policy in policies] if catch_up == "propagate" else [list(policies)]
     scores = []
     for group in groups:
@@ -157,46 +158,39 @@ def _run_segments(
     num_prompt: int = 1,
 ) -> None:
     """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes one policy."""
-    engine.check_ids(targets.tolist())
-    sequence, active = engine.open(inputs), np.ones(len(inputs), np.bool_)
-    early = range(len(engine.stack.exit_layers) - 1)
-    sequence.asked = frozenset(k for k in early if any(decision.policy.tests(k) for decision in decisions))
+    engine.check_ids([*inputs, *targets.tolist()])
+    runner, active = engine.runner, np.ones(len(inputs), np.bool_)
+    asked = [k for k in range(runner.num_early) if any(decision.policy.thresholds.at(k) is not None for decision in decisions)]
+    sequence = runner.open(inputs, frozenset(asked))
     try:
         for segment, shape in enumerate(engine.stack.layout):
-            engine.advance(segment, [(sequence, 0, len(inputs))], active if freeze else None)
-            sequence.done[segment] = len(inputs)
+            runner.advance(segment, [(sequence, 0, len(inputs))], active if freeze else None)
             if shape.exit_index is not None:
                 _ask_exit(engine, sequence, segment, targets, decisions)
             if freeze:
                 active = decisions[0].undecided
                 active[:num_prompt] = True  # prefill
     finally:
-        engine.release(sequence)
+        runner.release(sequence)
 
 
-def _ask_exit(engine: Engine, sequence: SequenceState, segment: int, targets: NDArray[np.int64], decisions: Sequence["_Decisions"]) -> None:
+def _ask_exit(engine: Engine, sequence: TokenSequence, segment: int, targets: NDArray[np.int64], decisions: Sequence["_Decisions"]) -> None:
     """Let every decision that looks at the exit behind a segment see what it says."""
-    stack = engine.stack
-    exit_index = stack.layout[segment].exit_index
+    runner, shape = engine.runner, engine.stack.layout[segment]
+    exit_index, last = shape.exit_index, shape.last
     assert exit_index is not None, "the segment has an exit"
-    last = exit_index == len(stack.exit_layers) - 1
-    asking = [d for d in decisions if last or d.policy.tests(exit_index)]
+    asking = [d for d in decisions if last or d.policy.thresholds.at(exit_index) is not None]
     if not asking:
         return
     undecided = np.flatnonzero(np.any([d.undecided for d in asking], axis=0))
-    exit_rows = engine.exit_rows(sequence, 0, len(targets), exit_index)
-    asks = set() if last else {d.policy.asks for d in asking}
+    asks = set() if last else {d.policy.asks for d in asking} - {"head"}
     for start in range(0, len(undecided), HEAD_ROWS):
         positions = undecided[start : start + HEAD_ROWS]
-        padded = np.resize(positions, HEAD_ROWS)  # always as many, so that one binding serves
-        rows, values = exit_rows[padded], dict[str, NDArray[np.float32]]()
-        if "similarity" in asks:
-            assert sequence.entered is not None, "the pass before the exit has just run"
-            values["similarity"] = stack.run_similarity(sequence.rows[padded], sequence.entered[padded]).copy()
-        if "gate" in asks:
-            values["gate"] = stack.run_gate(exit_index, rows).copy()
-        output = stack.run_exit(exit_index, rows)
-        seen = _Chunk(positions, output, values, engine.depths(sequence, segment, positions), _logprobs(output, targets[positions]))
+        part = [(sequence, np.resize(positions, HEAD_ROWS))]  # always as many, so that one binding serves
+        values = {what: runner.ask(exit_index, what, part).copy() for what in sorted(asks, reverse=True)}
+        output = runner.ask(exit_index, "head", part)
+        used = depths(sequence, segment, positions, engine.stack.layout)
+        seen = _Chunk(positions, output, values, used, _logprobs(output, targets[positions]))
         for d in asking:
             d.see(seen, exit_index, last)
 
@@ -210,8 +204,7 @@ class _Decisions:
         self.depths[: num_prompt - 1] = -1  # nothing is asked of them
         self.logprobs = np.zeros(num_tokens, np.float64)
         self.says = np.zeros(num_tokens, np.int64)
-        self.said = np.full(num_tokens, -1, np.int64)  # patience: what the last exit said, and how many agreed with the one before
-        self.agreeing = np.zeros(num_tokens, np.int64)
+        self.state = policy.begin()
 
     @property
     def undecided(self) -> NDArray[np.bool_]:
@@ -222,22 +215,17 @@ class _Decisions:
         """What an exit says of some positions: those of them that are undecided here and leave are settled."""
         settled = self.undecided[seen.positions]
         if not last:
-            settled &= self.policy.leaves(exit_index, self.confidence(seen))
+            settled &= self.policy.leaves(exit_index, self.confidence(seen, exit_index), 0.0, self.state)
         positions = seen.positions[settled]
         self.depths[positions], self.logprobs[positions] = seen.depths[settled], seen.logprobs[settled]
         self.says[positions] = seen.output.top_id[: len(seen.positions)][settled]
 
-    def confidence(self, seen: "_Chunk") -> NDArray[np.float32]:
+    def confidence(self, seen: "_Chunk", exit_index: int) -> NDArray[np.float32]:
         """Confidence at an early exit. Shape: (N)."""
-        count = len(seen.positions)
-        if self.policy.asks != "head":
-            return seen.values[self.policy.asks][:count]
-        if self.policy.name != "patience":
-            return self.policy.confidence(seen.output)[:count]
-        agrees = seen.output.top_id[:count] == self.said[seen.positions]
-        self.said[seen.positions] = seen.output.top_id[:count]
-        self.agreeing[seen.positions] = np.where(agrees, self.agreeing[seen.positions] + 1, 0)
-        return self.policy.agreement(self.agreeing[seen.positions])
+        count, value = len(seen.positions), seen.values.get(self.policy.asks)
+        head = seen.output.tokens(0, count) if value is None else None
+        said = ExitOutput(exit_index, seen.positions, head, value=None if value is None else value[:count])
+        return self.policy.confidence(said, self.state)
 
     def scores(self) -> Scores:
         return Scores(self.logprobs, np.maximum(self.depths, 0), self.says)
@@ -255,7 +243,7 @@ class _Record(_Decisions):
         return np.ones(len(self.depths), np.bool_)
 
     def see(self, seen: "_Chunk", exit_index: int, last: bool) -> None:
-        confidence = None if last else self.confidence(seen)  # at every exit: patience counts them
+        confidence = None if last else self.confidence(seen, exit_index)  # at every exit: patience counts them
         if exit_index != self.exit_index:
             return
         self.depths[seen.positions], self.logprobs[seen.positions] = seen.depths, seen.logprobs

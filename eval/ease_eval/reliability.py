@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ease_eval.perplexity import record_exits
 from ease_runtime.engine import Engine
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import make_policy
 
 NUM_BINS = 10
 TEMPERATURES = np.geomspace(0.1, 10.0, 201)
@@ -40,7 +40,7 @@ def measure_reliability(engine: Engine, documents: Sequence[Sequence[int]], poli
     layers = engine.stack.exit_layers
     if len(layers) == 1 or len(documents) < 2:
         return []
-    everything = ExitPolicy.create(policy, [1.0], layers)
+    everything = make_policy(policy, 1.0, layers)
     engine.check(everything, "recompute")
     fit, test = (record_exits(engine, documents[part::2], everything) for part in (0, 1))
     found = []

@@ -18,7 +18,7 @@ from ease_eval.table import COLUMNS, Row, Table, cells, score_settings
 from ease_runtime.generation import TokenEvent
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import make_policy
 
 TITLES = {
     "perplexity-speed": "What it costs and what it saves",
@@ -81,7 +81,7 @@ def describe(row: Row) -> str:
 def passage(llm: LLM, prompt: Sequence[int], row: Row) -> list[TokenEvent]:
     """A greedy continuation under a row's setting."""
     room = llm.stack.max_positions - len(prompt)
-    options = Options(max_tokens=min(PASSAGE_TOKENS, room), policy=row.policy, threshold=tuple(row.thresholds), catch_up=row.catch_up)
+    options = Options(max_tokens=min(PASSAGE_TOKENS, room), policy=row.policy, threshold=row.threshold, catch_up=row.catch_up)
     return list(llm.generate(list(prompt), options))
 
 
@@ -93,7 +93,7 @@ def bin_width(documents: Sequence[Sequence[int]]) -> int:
 def depths_by_position(llm: LLM, documents: Sequence[Sequence[int]], rows: Sequence[Row]) -> dict[str, list[float]]:
     """Mean depth in each bin of positions, for every setting but off (for off where it is alone)."""
     limit, width, shown = llm.stack.max_positions, bin_width(documents), rows[1:] or rows
-    settings = [Setting(ExitPolicy.create(row.policy, row.thresholds, llm.stack.exit_layers), row.catch_up) for row in shown]
+    settings = [Setting(make_policy(row.policy, row.threshold, llm.stack.exit_layers), row.catch_up) for row in shown]
     totals, counts = np.zeros((len(shown), BINS)), np.zeros(BINS)
     for ids in documents:
         scores = score_settings(llm, [ids[: limit + 1]], settings)

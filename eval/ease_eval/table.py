@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ease_eval.documents import Document, coverage, first_tokens
+from ease_eval.files import as_json
 from ease_eval.journal import Journal
 from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure, time_batches
 from ease_eval.perplexity import Scores, record_exits, score_documents
@@ -24,9 +25,10 @@ from ease_eval.provenance import provenance
 from ease_eval.weights import bytes_read
 from ease_runtime.engine import CATCH_UPS
 from ease_runtime.errors import RequestError
+from ease_runtime.layout import Call, SegmentShape
 from ease_runtime.llm import LLM
-from ease_runtime.policy import ExitPolicy, threshold_text
-from ease_runtime.stack import Call, SegmentShape
+from ease_runtime.policies import ThresholdPolicy, make_policy
+from ease_runtime.thresholds import OFF, Thresholds
 
 SEED = 0  # of the bootstrap
 POSITION_BIN = 16
@@ -39,13 +41,8 @@ class SettingName:
     """Which setting a row is about."""
 
     policy: str
-    threshold: float | list[float | None] | None  # None: off; in a list, one an exit
+    threshold: Thresholds
     catch_up: str
-
-    @property
-    def thresholds(self) -> list[float | None]:
-        """As they are asked for: one for every early exit, or one each; [None] is off."""
-        return self.threshold if isinstance(self.threshold, list) else [self.threshold]
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class BatchFigures:
     """One setting over several texts at once, each row of the batch at its own depth."""
 
     batch: int
-    threshold: float | list[float | None] | None
+    threshold: Thresholds
     catch_up: str
     tokens_per_second: float  # of all texts together
     speedup: float  # against off at the same batch, median over rounds
@@ -143,7 +140,7 @@ class Table:
 
     def to_json(self) -> str:
         """The table as JSON text, every figure unrounded."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(as_json(self), indent=2) + "\n"
 
     def markdown(self) -> str:
         """The table as Markdown, with a line on what was measured."""
@@ -182,10 +179,10 @@ def quality_cells(ppl: float, ppl_ratio: float) -> tuple[str, str]:
 
 def cells(row: Row) -> list[str]:
     """A row as the texts of COLUMNS."""
-    threshold = "off" if row.threshold is None else f"{row.policy} {threshold_text(row.thresholds)}"
+    threshold = f"{row.policy} {row.threshold}" if row.threshold else "off"
     return [
         threshold,
-        row.catch_up if row.threshold is not None else "–",
+        row.catch_up if row.threshold else "–",
         *quality_cells(row.ppl, row.ppl_ratio),
         f"{row.mean_depth:.2f}",
         f"{row.tokens_per_second:.0f}",
@@ -220,8 +217,8 @@ def make_table(
     *,
     source: str,
     split: str,
-    policy: str = "max-prob",
-    thresholds: Sequence[float | Sequence[float | None]],
+    policy: str | type[ThresholdPolicy] | ThresholdPolicy = "max-prob",
+    thresholds: Sequence[Any],
     catch_ups: Sequence[str],
     amounts: Amounts | None = None,
     num_threads: int = 0,
@@ -262,15 +259,20 @@ def make_table(
         seed=SEED,
         position_bin=POSITION_BIN,
         peak_memory_mb=peak_memory_mb(),
-        batches=tuple(BatchFigures(**{**one, "speedup_range": tuple(one["speedup_range"])}) for one in several),
+        batches=tuple(read_batch(one) for one in several),
         rows=tuple(make_row(*pair) for pair in zip(qualities, speeds, strict=True)),
     )
+
+
+def read_batch(figures: dict[str, Any]) -> BatchFigures:
+    """From what JSON has."""
+    return BatchFigures(**{**figures, "threshold": Thresholds.of(figures["threshold"]), "speedup_range": tuple(figures["speedup_range"])})
 
 
 def make_row(quality: Quality, measured: tuple[Speed, dict[int, int]]) -> Row:
     """A row of both; the depths of verify are those of its drafts."""
     speed, decoded = measured
-    if quality.catch_up == "verify" and quality.threshold is not None:
+    if quality.catch_up == "verify" and quality.threshold:
         depth = sum(layer * count for layer, count in decoded.items()) / sum(decoded.values())
         fraction = depth * quality.depth_fraction / quality.mean_depth
         quality = replace(quality, mean_depth=depth, depth_fraction=fraction, depth_counts=decoded, depth_by_position=[])
@@ -291,7 +293,7 @@ def make_quality(setting: Setting, scores: Scores, off: Scores, scored: "Scored"
     depths, counts = np.unique(scores.depths, return_counts=True)
     return Quality(
         policy=setting.policy.name,
-        threshold=threshold_of(setting),
+        threshold=setting.policy.thresholds,
         catch_up=setting.catch_up,
         ppl=scores.perplexity,
         mean_depth=scores.mean_depth,
@@ -303,12 +305,6 @@ def make_quality(setting: Setting, scores: Scores, off: Scores, scored: "Scored"
         depth_counts=dict(zip(depths.tolist(), counts.tolist(), strict=True)),
         depth_by_position=scored.by_position(scores.depths, limit),
     )
-
-
-def threshold_of(setting: Setting) -> float | list[float | None] | None:
-    """As a row has it: one number where all early exits have the same."""
-    thresholds = setting.policy.thresholds
-    return None if thresholds is None else thresholds[0] if len(set(thresholds)) == 1 else list(thresholds)
 
 
 def measure_speed(
@@ -366,13 +362,13 @@ def measure_batch(llm: LLM, settings: Sequence[Setting], texts: Sequence[Text], 
         speedups = [a / b for a, b in zip(mine, speeds[0], strict=True)]
         figures = BatchFigures(
             batch=batch,
-            threshold=threshold_of(setting),
+            threshold=setting.policy.thresholds,
             catch_up=setting.catch_up,
             tokens_per_second=float(np.median(mine)),
             speedup=float(np.median(speedups)),
             speedup_range=(min(speedups), max(speedups)),
         )
-        found.append(asdict(figures))
+        found.append(as_json(figures))
     return found
 
 
@@ -389,7 +385,7 @@ def peak_memory_mb() -> float | None:
 def exit_figures(llm: LLM, documents: Sequence[Sequence[int]]) -> tuple[list[dict[str, Any]], float]:
     """Every exit by itself, as JSON has it, and the mean depth of an oracle that leaves at the first exit that agrees with full depth."""
     layers = llm.stack.exit_layers
-    everything = ExitPolicy.create("max-prob", [1.0] if len(layers) > 1 else None, layers)
+    everything = make_policy("max-prob", 1.0 if len(layers) > 1 else OFF, layers)
     _, early, full = record_exits(llm.engine, documents, everything)
     agrees = np.array([scores.says == full.says for scores in [*early, full]])  # (exits, tokens); the last row is all True
     depths = np.array(layers)[agrees.argmax(axis=0)]
@@ -425,14 +421,16 @@ class Scored:
 
 
 def make_settings(
-    policy: str, thresholds: Sequence[float | Sequence[float | None]], catch_ups: Sequence[str], exit_layers: Sequence[int]
+    policy: str | type[ThresholdPolicy] | ThresholdPolicy, thresholds: Sequence[Any], catch_ups: Sequence[str], exit_layers: Sequence[int]
 ) -> list[Setting]:
-    """Off, then every threshold with every catch-up; off alone where there is no early exit. Raises RequestError."""
-    off = Setting(ExitPolicy.create(policy, None, exit_layers), "recompute")
+    """Off, then every threshold (whatever `Thresholds.of` takes) with every catch-up; off alone without early exits.
+
+    Raises RequestError.
+    """
+    off = Setting(make_policy(policy, OFF, exit_layers), "recompute")
     if len(exit_layers) == 1:
         return [off]
-    lists = [[t] if isinstance(t, float | int) else list(t) for t in thresholds]
-    policies = [ExitPolicy.create(policy, values, exit_layers) for values in lists]
+    policies = [make_policy(policy, values, exit_layers) for values in thresholds]
     return [off, *(Setting(p, c) for c in catch_ups for p in policies)]
 
 

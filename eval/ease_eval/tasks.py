@@ -1,7 +1,7 @@
 """Quality tasks through the exit policy: what leaving early does to answers, item by item beside full depth.
 
     task = read_tasks(Path("arc.jsonl"), 200)
-    result = run_task(llm, task, Options(threshold=(0.7,)), Journal(None, {}))
+    result = run_task(llm, task, Options(threshold=0.7), Journal(None, {}))
 
 Continuations are scored where their tokens leave, with the K/V that the catch-up leaves behind; answers are generated the
 same way. Nothing is scored at full depth but the column that says so. Intervals are 95 %, bootstrap over items.
@@ -23,7 +23,7 @@ from ease_eval.task_files import Choice, Exact, Item, LastWord, TaskFile, exampl
 from ease_runtime.errors import RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, ExitPolicy
 
 DRAWS = 1000
 SEED = 0  # of the bootstrap
@@ -88,7 +88,7 @@ class Asking:
     def score(self, item: Item, continuation: str) -> tuple[Scores, Scores]:
         """A continuation's scores under the policy and at full depth."""
         context, ids = encode_pair(self.llm, self.before + item.context, continuation)
-        early, full = score_continuation(self.llm.engine, context, ids, [self.policy, ExitPolicy()], self.options.catch_up)
+        early, full = score_continuation(self.llm.engine, context, ids, [self.policy, FULL_DEPTH], self.options.catch_up)
         return early, full
 
     def generate(self, item: Item, options: Options) -> tuple[str, list[int]]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from ease_runtime.layout import Call
 from ease_runtime.manifest import Manifest
-from ease_runtime.stack import Call
 
 
 def bytes_read(manifest: Manifest, calls: Sequence[Call]) -> int:

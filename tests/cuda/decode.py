@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ease_runtime.engine import Engine
-from ease_runtime.policy import ExitPolicy, HeadOutput
+from ease_runtime.policies import HeadOutput, make_policy
 from ease_runtime.stack import OrtStack, open_stack
 
 PROMPT = [1, 5, 9]
@@ -35,6 +35,6 @@ bundle, catch_up, *confidences = sys.argv[1:]
 stack = open_stack(Path(bundle), device="cuda")
 stack.run_exit = ScriptedHeads(stack, [float(value) for value in confidences])  # type: ignore[method-assign]
 engine = Engine(stack)
-policy = ExitPolicy.create("max-prob", [0.5], stack.exit_layers)
+policy = make_policy("max-prob", 0.5, stack.exit_layers)
 request = engine.start(PROMPT, max_new_tokens=len(confidences), policy=policy, catch_up=catch_up)
 print(json.dumps([token.depth for token in engine.generate(request)]))

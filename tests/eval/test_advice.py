@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ease_eval.advice import CostModel, advise, auroc, best_threshold, depths_of, exit_sets, reach_of
+from ease_eval.advice import advise, auroc, best_threshold, depths_of, exit_sets, reach_of
 from ease_eval.cli import main
 from ease_eval.latency import Setting, Text
-from ease_runtime.costs import SIZES
+from ease_runtime.costs import SIZES, Costs
 from ease_runtime.engine import Engine
 from ease_runtime.llm import LLM
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, make_policy
 from ease_runtime.stack import OrtStack
 
 LAYERS = (2, 4, 6)
@@ -76,21 +76,21 @@ def simulated(depths: np.ndarray[Any, Any], thresholds: tuple[float | None, ...]
 @pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (0.0, 0.0, 1.0), (0.1, 0.0, 0.9), (0.8, 0.15, 0.05)])
 def test_the_cost_of_a_token_is_that_of_a_simulated_queue(tiny_bundle: Path, catch_up: str, shares: tuple[float, ...]) -> None:
     engine = Engine(OrtStack(tiny_bundle))
-    policy = ExitPolicy.create("max-prob", [0.5], LAYERS)
+    policy = make_policy("max-prob", [0.5], LAYERS)
     depths = np.random.default_rng(0).choice(LAYERS, 40000, p=shares)
-    expected = simulated(depths, policy.thresholds or (), catch_up, engine.cap)
-    model = CostModel(engine, TABLES, AGAIN, OWN)
+    expected = simulated(depths, policy.thresholds.values, catch_up, engine.cap)
+    model = Costs(engine.stack.layout, TABLES, again=AGAIN, pass_seconds=OWN)
     assert model.token_seconds(reach_of(depths, engine.stack), policy, catch_up) == pytest.approx(expected, rel=0.02)
 
 
 def test_full_depth_asks_no_exit(tiny_bundle: Path) -> None:
-    model = CostModel(Engine(OrtStack(tiny_bundle)), TABLES, AGAIN, OWN)
-    assert model.token_seconds([1.0, 1.0, 1.0], ExitPolicy(), "recompute") == pytest.approx(1.0 + 2.0 + 3.0 + 0.6 + 3 * OWN)
+    model = Costs(OrtStack(tiny_bundle).layout, TABLES, again=AGAIN, pass_seconds=OWN)
+    assert model.token_seconds([1.0, 1.0, 1.0], FULL_DEPTH, "recompute") == pytest.approx(1.0 + 2.0 + 3.0 + 0.6 + 3 * OWN)
 
 
 def on_a_clock_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let time pass only within the stack's calls, by what they run, and 0.1 ms a step of the engine."""
-    now, stack, engine = [0.0], llm.stack, llm.engine
+    now, stack = [0.0], llm.stack
     base = {"run_segment": (1.0, 2.0, 6.0), "run_kv": (0.0, 0.3, 0.6), "run_exit": (0.5, 0.5, 0.8)}
 
     def slowed(name: str, run: Any) -> Any:
@@ -103,13 +103,13 @@ def on_a_clock_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in base:
         monkeypatch.setattr(stack, name, slowed(name, getattr(stack, name)))
-    step = engine.step
+    step = Engine.step
 
-    def stepped() -> Any:
+    def stepped(engine: Engine) -> Any:
         now[0] += 0.0001
-        return step()
+        return step(engine)
 
-    monkeypatch.setattr(engine, "step", stepped)
+    monkeypatch.setattr(Engine, "step", stepped)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
 
@@ -120,7 +120,7 @@ def test_predictions_are_the_clocks(tiny_bundle: Path, monkeypatch: pytest.Monke
     on_a_clock_of_its_own(llm, monkeypatch)
     documents = [np.random.default_rng(seed).integers(1, 300, 270).tolist() for seed in range(2)]
     texts = [Text(tuple(ids), 20) for ids in documents]
-    policies = [ExitPolicy(), *(ExitPolicy.create("max-prob", [t], LAYERS) for t in (0.0, 0.3, 0.5))]
+    policies = [FULL_DEPTH, *(make_policy("max-prob", [t], LAYERS) for t in (0.0, 0.3, 0.5))]
     found = advise(llm, documents, texts, [Setting(policy, catch_up) for policy in policies], tolerance=1.0, num_rounds=2)
     assert found.pass_ms == pytest.approx(0.1)
     assert found.call_ms["segment 3"] == pytest.approx([6 * (1 + 0.05 * (size - 1)) for size in SIZES])

@@ -21,7 +21,7 @@ from ease_runtime.generation import Timing
 from ease_runtime.llm import LLM
 from ease_runtime.manifest import load_manifest
 from ease_runtime.options import Options
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, make_policy
 from ease_runtime.stack import OrtStack
 
 
@@ -86,7 +86,7 @@ def test_candidates_grow_eager() -> None:
     vectors = candidates(confidences, harms, 0.2)
     assert len(vectors) > 3
     for careful, eager in pairwise(vectors):
-        assert all(a is None or (b is not None and b <= a) for a, b in zip(careful, eager, strict=True))
+        assert all(a is None or (b is not None and b <= a) for a, b in zip(careful.values, eager.values, strict=True))
         assert careful != eager
 
 
@@ -110,17 +110,17 @@ def documents(tiny_bundle: Path) -> list[list[int]]:
 def test_recorded_exits_are_those_of_scoring(tiny_bundle: Path, documents: list[list[int]], policy: str) -> None:
     """Confidences, tokens and log-probabilities of an exit, against scoring with that exit alone."""
     engine = Engine(OrtStack(tiny_bundle))
-    everything = ExitPolicy.create(policy, [1.0], engine.stack.exit_layers)
+    everything = make_policy(policy, [1.0], engine.stack.exit_layers)
     confidences, exits, off = record_exits(engine, documents[:3], everything)
     assert confidences.shape == (2, 3 * 39)
-    (full,) = score_documents(engine, documents[:3], [ExitPolicy()], "recompute")
+    (full,) = score_documents(engine, documents[:3], [FULL_DEPTH], "recompute")
     np.testing.assert_array_equal(off.says, full.says)
     for k, thresholds in enumerate([(0.0, None), (None, 0.0)]):
-        (alone,) = score_documents(engine, documents[:3], [ExitPolicy.create("max-prob", thresholds, (2, 4, 6))], "recompute")
+        (alone,) = score_documents(engine, documents[:3], [make_policy("max-prob", thresholds, (2, 4, 6))], "recompute")
         np.testing.assert_array_equal(exits[k].says, alone.says)
         np.testing.assert_allclose(exits[k].logprobs, alone.logprobs, rtol=1e-6)
     threshold = float(np.median(confidences[0]))
-    (left,) = score_documents(engine, documents[:3], [ExitPolicy.create(policy, [threshold, None], (2, 4, 6))], "recompute")
+    (left,) = score_documents(engine, documents[:3], [make_policy(policy, [threshold, None], (2, 4, 6))], "recompute")
     assert ((confidences[0] >= threshold) == (left.depths == 2)).all()
 
 
@@ -137,12 +137,12 @@ def test_a_bundle_is_calibrated_and_says_so(tiny_bundle: Path, documents: list[l
     generation = llm.submit("And the king", Options(max_tokens=20))
     list(llm.follow(generation, Timing()))
     sequence = generation.choices[0].sequence
-    assert sequence.policy.thresholds == tuple(certificate.thresholds)
-    assert sequence.catch_up == catch_up
+    assert sequence.decision.policy.thresholds == certificate.thresholds
+    assert sequence.request.catch_up == catch_up
     assert "thresholds from the bundle's calibration: disagreement at most 0.5 with probability 0.9, on made up" in sequence.notes[0]
     off = llm.submit("And the king", Options(max_tokens=20, threshold=(None,)))
-    assert off.choices[0].sequence.policy.thresholds is None
-    same = tuple(certificate.thresholds)
+    assert not off.choices[0].sequence.decision.policy.thresholds
+    same = certificate.thresholds
     promised = Options(threshold=same, catch_up=catch_up)
     assert llm.notes(promised)
     others: list[dict[str, Any]] = [{"threshold": (0.3,)}, {"depth_budget": 3.0}, {"decay": 50.0}, {"min_exit": 4}]
@@ -154,7 +154,7 @@ def test_a_calibration_that_nobody_wrote_is_refused(tiny_bundle: Path, tmp_path:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     path = bundle / "manifest.json"
     values = json.loads(path.read_text())
-    for junk in ({"thresholds": [0.5, 2.0]}, {"thresholds": [0.5]}, {"policy": 3}, {"a": 1}):
+    for junk in ({"thresholds": [0.5, 2.0]}, {"thresholds": [0.5] * 3}, {"policy": 3}, {"a": 1}):
         good = {
             "policy": "max-prob",
             "catch_up": "recompute",

@@ -18,9 +18,9 @@ from ease_runtime.device import Device
 from ease_runtime.engine import Engine
 from ease_runtime.errors import BundleError, RequestError
 from ease_runtime.manifest import load_manifest, parse_manifest
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH, make_policy
 from ease_runtime.sampling import Given, GumbelSampler
-from ease_runtime.sequence import Sequence
+from ease_runtime.sequence import TokenSequence
 from ease_runtime.stack import OrtStack
 from ease_train.checkpoint import load_checkpoint
 from ease_train.model import Decoder, RoutedBlock
@@ -74,7 +74,7 @@ def test_a_gate_decides_as_in_torch_and_the_head_runs_only_for_who_leaves(gated:
     checkpoint, bundle = gated
     model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
     engine, ids, threshold = Engine(stack), text(90, seed=4), 0.5
-    policy = ExitPolicy.create("gate", [threshold], stack.exit_layers)
+    policy = make_policy("gate", [threshold], stack.exit_layers)
     sequence = engine.start(ids[:1], max_new_tokens=89, policy=policy, sampler=Given(ids))
     stack.trace = []
     tokens = list(engine.generate(sequence))
@@ -113,10 +113,10 @@ def test_parallel_scores_equal_the_engines(name: str, policy: str, catch_up: str
     stack = OrtStack(request.getfixturevalue(name)[1])
     engine, ids = Engine(stack), text(120, seed=6)
     layers = stack.exit_layers
-    policies = [ExitPolicy.create(policy, [t], layers) for t in (0.0, 0.4, 0.6)] if len(layers) > 1 else []
-    policies.append(ExitPolicy())
+    policies = [make_policy(policy, [t], layers) for t in (0.0, 0.4, 0.6)] if len(layers) > 1 else []
+    policies.append(FULL_DEPTH)
     if catch_up == "propagate" and name.startswith("routed"):
-        policies = [ExitPolicy()]  # nothing leaves early: nothing is propagated
+        policies = [FULL_DEPTH]  # nothing leaves early: nothing is propagated
     scores = score_documents(engine, [ids], policies, catch_up)
     for chosen, score in zip(policies, scores, strict=True):
         sequence = engine.start(ids[:1], max_new_tokens=119, policy=chosen, catch_up=catch_up, sampler=Given(ids))
@@ -130,7 +130,7 @@ def test_an_exits_layer_and_reduced_head_say_what_they_say_in_torch(blocks: Made
     checkpoint, bundle = blocks
     model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
     engine, ids = Engine(stack), text(90, seed=5)
-    policy = ExitPolicy.create("fixed", None, stack.exit_layers, exit_layer=4)
+    policy = make_policy("fixed", None, stack.exit_layers, exit_layer=4)
     sequence = engine.start(ids[:7], max_new_tokens=83, policy=policy, sampler=Given(ids), num_logprobs=1)
     tokens = list(engine.generate(sequence))
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_verify_with_a_reduced_head_is_full_depth(blocks: Made) -> None:
     for sampler in (None, GumbelSampler(0.9, 0, 1.0, 3)):
         engine, prompt = Engine(stack, num_slots=2), text(20, seed=8)
         off = engine.start(prompt, max_new_tokens=60, sampler=sampler)
-        policy = ExitPolicy.create("max-prob", [0.0], stack.exit_layers)
+        policy = make_policy("max-prob", [0.0], stack.exit_layers)
         drafted = engine.start(prompt, max_new_tokens=60, policy=policy, catch_up="verify", sampler=sampler)
         while engine.busy:
             engine.step()
@@ -182,7 +182,7 @@ def test_decoding_routes_as_teacher_forcing_and_skips_for_real(routed: Made) -> 
     for segment, info in enumerate(stack.manifest.segments):
         if info.kind == "routed":
             inside = routes[info.first_layer]
-            assert sequence.inside[segment, :149].tolist() == inside
+            assert sequence.counters.inside[segment, :149].tolist() == inside
             assert ran[segment] == sum(inside)
             assert 20 < sum(inside) < 130, "the routing must choose, or the test shows nothing"
         else:
@@ -200,7 +200,7 @@ def test_keys_and_values_are_written_only_for_routed_tokens(routed: Made) -> Non
     buffers = engine.cache.buffers  # type: ignore[attr-defined]
     for segment, info in enumerate(stack.manifest.segments):
         filled = np.abs(buffers[info.first_layer - 1][0][0]).sum(axis=1) > 0
-        expected = np.count_nonzero(sequence.inside[segment]) if info.kind == "routed" else len(sequence.tokens) - 1
+        expected = np.count_nonzero(sequence.counters.inside[segment]) if info.kind == "routed" else len(sequence.tokens) - 1
         assert np.count_nonzero(filled) == expected
         assert filled[:expected].all()
 
@@ -209,9 +209,9 @@ def test_keys_and_values_are_written_only_for_routed_tokens(routed: Made) -> Non
 def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRequest) -> None:
     """Rows with routes, lengths and catch-ups of their own, verify too: tokens, depths and figures as alone."""
     stack = OrtStack(request.getfixturevalue(name)[1])
-    policy = ExitPolicy.create("max-prob", [0.4], stack.exit_layers) if len(stack.exit_layers) > 1 else ExitPolicy()
+    policy = make_policy("max-prob", [0.4], stack.exit_layers) if len(stack.exit_layers) > 1 else FULL_DEPTH
 
-    def begin(engine: Engine, i: int) -> Sequence:
+    def begin(engine: Engine, i: int) -> TokenSequence:
         prompt, catch_up = text(10 + 9 * i, seed=i), ("recompute", "verify")[i % 2]
         return engine.start(prompt, max_new_tokens=50, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, i))
 
@@ -231,14 +231,14 @@ def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRe
 
 def test_what_a_bundle_cannot_do_is_said(routed_with_exits: Made, tiny_bundle: Path) -> None:
     engine = Engine(OrtStack(routed_with_exits[1]))
-    similarity = ExitPolicy.create("similarity", [0.5], engine.stack.exit_layers)
+    similarity = make_policy("similarity", [0.5], engine.stack.exit_layers)
     with pytest.raises(RequestError, match="policy 'similarity' compares the states around a segment"):
         engine.start([1], max_new_tokens=2, policy=similarity)
     with pytest.raises(RequestError, match="'propagate' has no K/V for routed layers; use recompute"):
-        engine.start([1], max_new_tokens=2, policy=ExitPolicy.create("max-prob", [0.5], engine.stack.exit_layers), catch_up="propagate")
+        engine.start([1], max_new_tokens=2, policy=make_policy("max-prob", [0.5], engine.stack.exit_layers), catch_up="propagate")
     plain = Engine(OrtStack(tiny_bundle))
     with pytest.raises(RequestError, match="policy 'gate' needs a gate at every early exit; train them: ease-train gates"):
-        plain.start([1], max_new_tokens=2, policy=ExitPolicy.create("gate", [0.5], plain.stack.exit_layers))
+        plain.start([1], max_new_tokens=2, policy=make_policy("gate", [0.5], plain.stack.exit_layers))
 
 
 def test_a_routed_segment_without_its_route_graph_is_refused(routed: Made) -> None:

@@ -11,7 +11,7 @@ from ease_eval.likelihood import NoTokensError, encode_pair, score_continuation
 from ease_eval.perplexity import score_documents
 from ease_runtime.llm import LLM, TextEngine
 from ease_runtime.mock import MockStack
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import make_policy
 
 MERGES = [(".", "Ċ"), ("Ċ", "Ċ"), (".Ċ", "Ċ"), ("h", "e"), ("l", "l"), ("ll", "o"), ("he", "l"), ("Ġ", "he"), ("a", ".Ċ")]
 PIECES = ["he", "hel", "l", "lo", ".", "\n", "\n\n", "a", " ", "日", "é"]
@@ -96,7 +96,7 @@ def test_what_no_token_stands_for(continuation: str) -> None:
 @pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
 def test_a_continuation_longer_than_the_context_is_scored_in_windows(tiny_bundle: Any, catch_up: str) -> None:
     llm = LLM(tiny_bundle)
-    policy = ExitPolicy.create("max-prob", [0.4], llm.stack.exit_layers)
+    policy = make_policy("max-prob", 0.4, llm.stack.exit_layers)
     context, continuation = encode_pair(llm, "And the king", " went up to the sea" * 60)
     assert len(continuation) > llm.stack.max_positions
     (found,) = score_continuation(llm.engine, context, continuation, [policy], catch_up)

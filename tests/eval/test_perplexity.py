@@ -12,7 +12,7 @@ from ease_eval.likelihood import score_continuation
 from ease_eval.perplexity import Scores, score_documents, windows
 from ease_runtime.engine import Engine
 from ease_runtime.errors import RequestError
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import ExitPolicy, make_policy
 from ease_runtime.sampling import Given
 from ease_runtime.stack import OrtStack
 from ease_train.checkpoint import load_checkpoint
@@ -33,7 +33,7 @@ def model(tiny_checkpoint: Path) -> Decoder:
 
 
 def policy(threshold: float | None, name: str = "max-prob") -> ExitPolicy:
-    return ExitPolicy.create(name, None if threshold is None else [threshold], (2, 4, 6))
+    return make_policy(name, None if threshold is None else [threshold], (2, 4, 6))
 
 
 def text(length: int, seed: int = 0) -> list[int]:
@@ -150,7 +150,7 @@ def test_windows_score_every_target_once(num_ids: int, length: int, stride: int)
 
 def test_an_exit_that_is_off_is_not_asked(stack: OrtStack) -> None:
     """Only the second exit: nobody leaves at the first, no head runs there, and who leaves is decided by the second alone."""
-    chosen, ids = ExitPolicy.create("max-prob", [None, 0.5], (2, 4, 6)), text(100, seed=4)
+    chosen, ids = make_policy("max-prob", [None, 0.5], (2, 4, 6)), text(100, seed=4)
     engine = Engine(stack)
     stack.trace = []
     sequence = engine.start(ids[:1], max_new_tokens=99, policy=chosen, sampler=Given(ids))

@@ -15,10 +15,11 @@ from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure
 from ease_eval.table import Scored, make_speed, quality_cells
 from ease_eval.weights import bytes_read
 from ease_runtime.engine import Engine
+from ease_runtime.layout import Call
 from ease_runtime.llm import LLM
 from ease_runtime.manifest import load_manifest
-from ease_runtime.policy import ExitPolicy
-from ease_runtime.stack import Call, OrtStack
+from ease_runtime.policies import make_policy
+from ease_runtime.stack import OrtStack
 
 CONTRACT = {"policy", "threshold", "catch_up", "ppl", "mean_depth", "depth_fraction", "tokens_per_second"}
 CONTRACT |= {"latency_ms_p50", "latency_ms_p95", "speedup", "ideal_speedup"}
@@ -52,7 +53,7 @@ def test_json_and_markdown_hold_every_row_off_first(tiny_bundle: Path, corpus_fi
     ]
     assert all(r.keys() >= CONTRACT for r in rows)
     off = rows[0]
-    assert (off["threshold"], off["mean_depth"], off["speedup"], off["ideal_speedup"]) == (None, 6.0, 1.0, 1.0)
+    assert (off["threshold"], off["mean_depth"], off["speedup"], off["ideal_speedup"]) == ("off", 6.0, 1.0, 1.0)
     assert rows[1]["mean_depth"] == 2.0
     assert 2.0 < rows[2]["mean_depth"] < 6.0
     assert rows[1]["ppl"] == rows[3]["ppl"], "when all leave at the first exit, no later K/V is ever read"
@@ -72,7 +73,7 @@ def test_json_and_markdown_hold_every_row_off_first(tiny_bundle: Path, corpus_fi
 
 
 def settings(*thresholds: float | None) -> list[Setting]:
-    return [Setting(ExitPolicy.create("max-prob", None if t is None else [t], (2, 4, 6)), "propagate") for t in thresholds]
+    return [Setting(make_policy("max-prob", None if t is None else [t], (2, 4, 6)), "propagate") for t in thresholds]
 
 
 def test_a_slow_deep_segment_shows_in_measured_and_ideal_speed(tiny_bundle: Path) -> None:
@@ -150,7 +151,7 @@ def test_ppl_and_depth_are_the_tables(tiny_bundle: Path, corpus_file: Path, tmp_
     for name in ("ppl", "depth"):
         for row, whole in zip(found[name]["rows"], rows, strict=True):
             assert {key: whole[key] for key in row} == row
-    assert [row["threshold"] for row in found["latency"]["rows"]] == [None, 0.0, 0.6]
+    assert [row["threshold"] for row in found["latency"]["rows"]] == ["off", 0.0, 0.6]
     assert found["latency"]["rows"][1].keys() >= {"latency_ms_p50", "latency_ms_p99", "prefill_ms_p95", "speedup", "tokens_per_second"}
     for one in found.values():
         assert one.keys() >= {"bundle", "manifest_sha256", "precision", "versions", "seed", "device"}
@@ -171,7 +172,7 @@ def test_batches_are_rows_of_their_own(tiny_bundle: Path, corpus_file: Path, tmp
     result = command("table", tiny_bundle, "--data", corpus_file, *flags)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "t.json").read_text())
-    assert [(one["batch"], one["threshold"]) for one in found["batches"]] == [(1, None), (1, 0.0), (3, None), (3, 0.0)]
+    assert [(one["batch"], one["threshold"]) for one in found["batches"]] == [(1, "off"), (1, 0.0), (3, "off"), (3, 0.0)]
     assert [one["speedup"] for one in found["batches"][::2]] == [1.0, 1.0]
     assert all(one["tokens_per_second"] > 0 for one in found["batches"])
     assert found["peak_memory_mb"] > 50

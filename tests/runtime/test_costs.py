@@ -6,7 +6,7 @@ import pytest
 from ease_runtime.costs import SIZES, Costs, Pace
 from ease_runtime.engine import Engine
 from ease_runtime.mock import MockStack
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import make_policy
 from ease_runtime.schedule import near, schedule
 from ease_runtime.stack import OrtStack
 
@@ -15,9 +15,8 @@ LAYERS = (2, 4)
 
 def prices(stack: MockStack, segments: tuple[float, float], per_token: float = 0.0, head: float = 0.0, slot: float = 0.0) -> Costs:
     """Costs of a two-segment stack: so many seconds a pass, and more for each token and slot."""
-    costs = Costs.__new__(Costs)
     sizes = np.array(SIZES, np.float64)
-    costs.stack, costs.per_slot = stack, {0: slot, 1: slot}
+    costs = Costs(stack.layout, {}, {0: slot, 1: slot})
     costs.tables = {("segment", k): seconds + per_token * sizes for k, seconds in enumerate(segments)}
     costs.tables |= {("exit", k): head + 0.0 * sizes for k in range(2)}
     costs.tables |= {("kv", 1): 0.01 + 0.0 * sizes, ("gate", 0): 0.02 + 0.0 * sizes, ("similarity", 0): 0.03 + 0.0 * sizes}
@@ -25,7 +24,7 @@ def prices(stack: MockStack, segments: tuple[float, float], per_token: float = 0
 
 
 def pace(costs: Costs, entered: tuple[float, float], catch_up: str = "recompute", policy: str = "max-prob") -> Pace:
-    made = Pace(costs, ExitPolicy.create(policy, [0.5], LAYERS), catch_up)
+    made = Pace(costs, make_policy(policy, [0.5], LAYERS), catch_up)
     made.entered = list(entered)
     return made
 
@@ -40,11 +39,12 @@ def test_seconds_between_and_past_the_sizes_timed() -> None:
 
 
 def test_recompute_by_hand() -> None:
-    """One token in four goes deep itself: a pass of four tokens there for every four tokens."""
+    """One token in four goes deep itself: a pass of four tokens there for every four tokens. Of those passes one in four has
+    nothing pending to propagate."""
     costs = prices(MockStack(LAYERS), (1.0, 1.0), per_token=0.1, head=0.2)
     assert pace(costs, (4, 1)).early(1) == pytest.approx(1.1 + 0.2 + (1.4 + 0.2) / 4)
     assert pace(costs, (4, 1)).full_depth(1) == pytest.approx(1.1 + 1.1 + 0.2)
-    assert pace(costs, (4, 1), "propagate").early(1) == pytest.approx(1.1 + 0.2 + (1.1 + 0.01 + 0.2) / 4)
+    assert pace(costs, (4, 1), "propagate").early(1) == pytest.approx(1.1 + 0.2 + (1.1 + 0.75 * 0.01 + 0.2) / 4)
     assert pace(costs, (4, 1), policy="gate").early(1) == pytest.approx(1.1 + 0.02 + 0.75 * 0.2 + (1.4 + 0.2) / 4)
 
 
@@ -85,7 +85,7 @@ def test_leaving_that_does_not_pay_stops_and_says_so() -> None:
     stack = MockStack(LAYERS, max_positions=200, confidence=lambda exit_index, position: float(position % 2))
     for head, stays in ((5.0, True), (0.01, False)):  # a head dearer than the layers it may save
         engine = adaptive(stack, prices(stack, (1.0, 1.0), head=head))
-        sequence = engine.start([1], max_new_tokens=100, policy=ExitPolicy.create("max-prob", [0.5], LAYERS))
+        sequence = engine.start([1], max_new_tokens=100, policy=make_policy("max-prob", [0.5], LAYERS))
         depths = [token.depth for token in engine.generate(sequence)]
         assert bool(sequence.notes) == stays
         assert set(depths[20:]) == ({4} if stays else {2, 4})
@@ -98,13 +98,13 @@ def test_verify_that_does_not_pay_turns_itself_off_and_says_so() -> None:
     """Drafts that are right one time in 23 cannot pay; drafts that always are must stay on."""
     stack = MockStack(LAYERS, max_positions=300, confidence=lambda exit_index, position: 1.0)
     engine = adaptive(stack, prices(stack, (1.0, 1.0), head=0.1))
-    policy = ExitPolicy.create("max-prob", [0.5], LAYERS)
+    policy = make_policy("max-prob", [0.5], LAYERS)
     off = list(engine.generate(engine.start([1], max_new_tokens=100)))
     sequence = engine.start([1], max_new_tokens=100, policy=policy, catch_up="verify")
     assert [token.id for token in engine.generate(sequence)] == [token.id for token in off]
     assert len(sequence.notes) == 1
     assert "verify turned itself off" in sequence.notes[0]
-    assert sequence.drafted < 40
+    assert sequence.drafts.judged < 40
 
 
 class AlwaysOne:
@@ -115,12 +115,12 @@ class AlwaysOne:
 def test_verify_that_pays_stays_on_with_longer_drafts() -> None:
     stack = MockStack(LAYERS, max_positions=300, confidence=lambda exit_index, position: 1.0)
     engine = adaptive(stack, prices(stack, (1.0, 3.0), head=0.1))
-    policy = ExitPolicy.create("max-prob", [0.5], LAYERS)
+    policy = make_policy("max-prob", [0.5], LAYERS)
     sequence = engine.start([1], max_new_tokens=200, policy=policy, catch_up="verify", sampler=AlwaysOne())
     list(engine.generate(sequence))
     assert sequence.notes == []
-    assert sequence.accepted == sequence.drafted > 150
-    assert sequence.draft_length == 16
+    assert sequence.drafts.accepted == sequence.drafts.judged > 150
+    assert sequence.drafts.length == 16
 
 
 def test_rows_far_apart_run_apart() -> None:
@@ -140,12 +140,12 @@ def test_rows_far_apart_run_apart() -> None:
 def test_measured_costs_are_sane(tiny_stack: OrtStack) -> None:
     """On the real stack: every table rises, and an engine measures once, when nothing runs."""
     engine = Engine(tiny_stack)
-    policy = ExitPolicy.create("max-prob", [0.4], tiny_stack.exit_layers)
+    policy = make_policy("max-prob", [0.4], tiny_stack.exit_layers)
     first = engine.start([1, 2, 3], max_new_tokens=30, policy=policy, catch_up="verify")
     engine.step()
     engine.measure()
     assert engine.costs is None
-    assert first.pace is None
+    assert first.decision.pace is None
     list(engine.generate(first))
     engine.measure()
     costs = engine.costs
@@ -153,8 +153,8 @@ def test_measured_costs_are_sane(tiny_stack: OrtStack) -> None:
     assert all((np.diff(table) >= 0).all() and table[0] > 0 for table in costs.tables.values())
     engine.measure()
     assert engine.costs is costs
-    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy).pace is None  # it would change tokens
-    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy, catch_up="verify").pace is not None
+    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy).decision.pace is None  # it would change tokens
+    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy, catch_up="verify").decision.pace is not None
 
 
 def test_verify_says_where_it_holds_only_up_to_rounding() -> None:

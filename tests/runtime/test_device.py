@@ -11,14 +11,15 @@ import pytest
 
 from ease_runtime import device as device_module
 from ease_runtime import stack as stack_module
-from ease_runtime.costs import CallProbe
 from ease_runtime.device import CPU, CUDA, Device, DeviceArray, choose_device, why_no_cuda
 from ease_runtime.engine import CATCH_UPS, Engine
 from ease_runtime.errors import BundleError, DeviceError
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.layout import Call
+from ease_runtime.policies import FULL_DEPTH, make_policy
+from ease_runtime.probe import CallProbe
 from ease_runtime.sampling import GumbelSampler
 from ease_runtime.sequence import Token
-from ease_runtime.stack import Call, OrtStack, open_stack
+from ease_runtime.stack import OrtStack, open_stack
 
 ELSEWHERE = Device("cpu", "CPUExecutionProvider", own_memory=True)  # bound by address, never a numpy array
 
@@ -28,7 +29,7 @@ def decode(stack: OrtStack) -> list[list[Token]]:
     layers, requests = stack.exit_layers, []
     engine = Engine(stack, num_slots=3)
     for i, catch_up in enumerate(CATCH_UPS):
-        for policy in (ExitPolicy(), ExitPolicy.create("max-prob", [0.4], layers), ExitPolicy.create("similarity", [0.6], layers)):
+        for policy in (FULL_DEPTH, make_policy("max-prob", [0.4], layers), make_policy("similarity", [0.6], layers)):
             prompt, sampler = [1 + i, 5, 9] * (4 + 9 * i), GumbelSampler(0.8, 0, 1.0, i)
             requests.append(engine.start(prompt, max_new_tokens=25, policy=policy, catch_up=catch_up, sampler=sampler))
     while engine.busy:

@@ -12,12 +12,12 @@ from ease_runtime import engine as engine_module
 from ease_runtime import schedule as schedule_module
 from ease_runtime.engine import CATCH_UPS, Engine
 from ease_runtime.errors import RequestError
+from ease_runtime.layout import Span
 from ease_runtime.mock import MockCache, MockStack
-from ease_runtime.policy import ExitPolicy, HeadOutput
+from ease_runtime.policies import FULL_DEPTH, ExitOutput, ExitPolicy, HeadOutput, make_policy
 from ease_runtime.sampling import Greedy, GumbelSampler, Sampler
 from ease_runtime.schedule import Batch, schedule
-from ease_runtime.sequence import Sequence, Token
-from ease_runtime.stack import Span
+from ease_runtime.sequence import Token, TokenSequence
 
 VOCAB = 23
 LOSSY = ("propagate", "recompute")  # catch-ups whose tokens leave for good
@@ -49,12 +49,12 @@ class Case:
         return len(self.prompt) + self.num_new
 
     def exit_policy(self) -> ExitPolicy:
-        return ExitPolicy.create(self.policy, self.thresholds, self.exit_layers, decay=self.decay, patience=self.patience)
+        return make_policy(self.policy, self.thresholds, self.exit_layers, decay=self.decay, patience=self.patience)
 
     def sampler(self) -> Sampler:
         return Greedy() if self.seed is None else GumbelSampler(1.3, 7, 0.9, self.seed)
 
-    def start(self, engine: Engine, catch_up: str, *, keep: bool = False) -> Sequence:
+    def start(self, engine: Engine, catch_up: str, *, keep: bool = False) -> TokenSequence:
         return engine.start(
             self.prompt, max_new_tokens=self.num_new, policy=self.exit_policy(), catch_up=catch_up, sampler=self.sampler(), keep=keep
         )
@@ -124,11 +124,11 @@ def reference(case: Case, catch_up: str) -> Reference:
             before = rows[-1:] if k else np.array([out + 2 * len(tokens) - 1])
             rows = np.arange(out, out + len(tokens))
             read = rows
-            if k in case.blocks and policy.tests(k):
+            if k in case.blocks and k < last and policy.thresholds.at(k) is not None:
                 first = stack.reserve_rows(len(tokens), [rows, before])
                 stack.run_block(k, cache, [Span(0, 0, len(tokens))], rows, first)
                 read = np.arange(first, first + len(tokens))
-            if left is not None or not (k == last or policy.tests(k)):
+            if left is not None or not (k == last or policy.thresholds.at(k) is not None):
                 continue
             if k < last and case.policy in ("gate", "similarity"):
                 ask = stack.run_gate(k, read[-1:]) if case.policy == "gate" else stack.run_similarity(rows[-1:], before)
@@ -136,11 +136,11 @@ def reference(case: Case, catch_up: str) -> Reference:
                 output = stack.run_exit(k, read[-1:])
             else:
                 output = stack.run_exit(k, read[-1:])
-                confidence = float(policy.confidence(output)[0])
+                confidence = float(policy.confidence(ExitOutput(k, np.array([newest]), output, early=k < last), policy.begin())[0])
                 if case.policy == "patience" and k < last:
                     agreeing = agreeing + 1 if output.top_id[0] == said else 0
                     confidence, said = float(np.float32(min(1.0, agreeing / case.patience))), output.top_id[0]
-            if k == last or confidence >= lowered(policy.thresholds[k], case, len(tokens)):
+            if k == last or confidence >= lowered(policy.thresholds.at(k), case, len(tokens)):
                 left = (k, confidence, sampler.pick(output.logits[0], int(output.top_id[0]), tokens, len(tokens)))
         assert left is not None
         exits.append(left[0])
@@ -157,30 +157,30 @@ def lowered(threshold: float, case: Case, length: int) -> np.float32:
     return np.float32(np.clip(0.9 * threshold + 0.1 * np.exp(-case.decay * t / case.num_new), 0.0, 1.0))
 
 
-def finish(engine: Engine, sequence: Sequence) -> list[Token]:
+def finish(engine: Engine, sequence: TokenSequence) -> list[Token]:
     """Step to the end, watching the counters."""
     while sequence.finish_reason is None:
-        before, produced, leaving = list(sequence.done), len(sequence.produced), sequence.leaving
+        before, produced, leaving = list(sequence.counters.done), len(sequence.produced), sequence.decision.leaving
         changed = engine.step()
-        assert sequence.done == sorted(sequence.done, reverse=True)
-        if sequence.catch_up != "verify" and leaving is None:
-            assert all(now >= then for now, then in zip(sequence.done, before, strict=True))
-            assert sum(sequence.done) > sum(before)  # every pass does something
+        assert sequence.counters.done == sorted(sequence.counters.done, reverse=True)
+        if sequence.request.catch_up != "verify" and leaving is None:
+            assert all(now >= then for now, then in zip(sequence.counters.done, before, strict=True))
+            assert sum(sequence.counters.done) > sum(before)  # every pass does something
         assert (sequence in changed) == (len(sequence.produced) > produced)
     return sequence.produced
 
 
-def assert_same(case: Case, engine: Engine, sequence: Sequence, expected: Reference) -> None:
+def assert_same(case: Case, engine: Engine, sequence: TokenSequence, expected: Reference) -> None:
     """Tokens, depths, confidences, and whatever K/V the sequence has."""
     assert sequence.tokens == expected.tokens
     produced = sequence.produced
     assert [t.id for t in produced] == expected.tokens[len(case.prompt) :]
     assert [t.depth for t in produced] == expected.depths
     assert [t.confidence for t in produced] == expected.confidences
-    assert sequence.done[0] == len(sequence.tokens) - 1
-    assert min(sequence.done) >= len(case.prompt)
+    assert sequence.counters.done[0] == len(sequence.tokens) - 1
+    assert min(sequence.counters.done) >= len(case.prompt)
     stack = case.stack()
-    for k, done in enumerate(sequence.done):
+    for k, done in enumerate(sequence.counters.done):
         for layer in stack.layers(k):
             np.testing.assert_array_equal(
                 engine.cache.entries[sequence.slot, layer - 1, :done], expected.cache.entries[0, layer - 1, :done]
@@ -210,10 +210,10 @@ def test_verify_is_full_depth(case: Case, draft_length: int, chunk: int) -> None
     off = reference(replace(case, thresholds=None), "recompute")
     assert sequence.tokens == off.tokens
     assert [t.id for t in sequence.produced] == off.tokens[len(case.prompt) :]
-    assert sequence.accepted == sum(t.drafted for t in sequence.produced)
+    assert sequence.drafts.accepted == sum(t.drafted for t in sequence.produced)
     assert all((t.depth < case.exit_layers[-1]) == t.drafted for t in sequence.produced)
-    assert sequence.drafted == 0 or case.thresholds is not None
-    for k, done in enumerate(sequence.done):
+    assert sequence.drafts.judged == 0 or case.thresholds is not None
+    for k, done in enumerate(sequence.counters.done):
         for layer in case.stack().layers(k):
             length = min(done, len(sequence.tokens) - 1)
             np.testing.assert_array_equal(engine.cache.entries[sequence.slot, layer - 1, :length], off.cache.entries[0, layer - 1, :length])
@@ -227,8 +227,8 @@ def test_verify_accepts_and_rejects(seed: int | None) -> None:
     sequence = case.start(engine, "verify")
     finish(engine, sequence)
     assert sequence.tokens == reference(replace(case, thresholds=None), "recompute").tokens
-    assert 0.15 < sequence.accepted / sequence.drafted < 0.6
-    assert sequence.drafted > 100
+    assert 0.15 < sequence.drafts.accepted / sequence.drafts.judged < 0.6
+    assert sequence.drafts.judged > 100
     assert {t.depth for t in sequence.produced} == {2, 4, 6}
 
 
@@ -241,9 +241,12 @@ def test_a_cap_moves_work_and_bounds_queues(catch_up: str, case: Case, cap: int)
     without, sequence = finish(free, case.start(free, catch_up)), case.start(capped, catch_up)
     while sequence.finish_reason is None:
         if (
-            sequence.level == 0 and not sequence.leaving and not sequence.prefilling and schedule(sequence, cap).segment == 0
+            sequence.decision.level == 0
+            and not sequence.decision.leaving
+            and not sequence.prefilling
+            and schedule(sequence, cap).segment == 0
         ):  # a token sets out
-            assert max(-np.diff(sequence.done), default=0) < cap
+            assert max(-np.diff(sequence.counters.done), default=0) < cap
         capped.step()
     assert sequence.produced == without
     decoding = [c for c in capped.stack.trace if c.graph in ("segment", "kv") and c.cache_length > len(case.prompt)]
@@ -257,9 +260,9 @@ def test_a_cap_settles_a_queue_that_nobody_needs(catch_up: str) -> None:
     for cap in (4, 1000):
         stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 1.0)
         engine = Engine(stack, cap=cap)
-        sequence = engine.start([1, 2, 3], max_new_tokens=20, policy=ExitPolicy.create("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up)
+        sequence = engine.start([1, 2, 3], max_new_tokens=20, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up)
         finish(engine, sequence)
-        sequence = engine.start([1, 2, 3], max_new_tokens=20, policy=ExitPolicy.create("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up)
+        sequence = engine.start([1, 2, 3], max_new_tokens=20, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up)
         assert engine.step() == []  # segment 1 of 3 of the prefill
         engine.step()
         engine.step()
@@ -305,14 +308,14 @@ def test_off_is_the_plain_model(catch_up: str, case: Case) -> None:
 @pytest.mark.parametrize("policy", ["max-prob", "margin", "entropy", "similarity", "patience", "gate"])
 def test_threshold_0_leaves_at_the_first_exit(catch_up: str, policy: str) -> None:
     engine = Engine(MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.0))
-    sequence = engine.start([5, 1], max_new_tokens=30, policy=ExitPolicy.create(policy, [0.0], (2, 4, 6)), catch_up=catch_up)
+    sequence = engine.start([5, 1], max_new_tokens=30, policy=make_policy(policy, [0.0], (2, 4, 6)), catch_up=catch_up)
     assert [t.depth for t in finish(engine, sequence)] == [2] * 30
 
 
 @pytest.mark.parametrize("catch_up", CATCH_UPS)
 def test_a_threshold_nobody_reaches_runs_every_layer(catch_up: str) -> None:
     engine = Engine(MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.999))
-    sequence = engine.start([5, 1], max_new_tokens=30, policy=ExitPolicy.create("max-prob", [1.0], (2, 4, 6)), catch_up=catch_up)
+    sequence = engine.start([5, 1], max_new_tokens=30, policy=make_policy("max-prob", [1.0], (2, 4, 6)), catch_up=catch_up)
     produced = finish(engine, sequence)
     off = engine.start([5, 1], max_new_tokens=30, catch_up=catch_up)
     assert [(t.id, t.depth) for t in produced] == [(t.id, 6) for t in finish(engine, off)]
@@ -322,7 +325,7 @@ def test_each_exit_has_its_own_threshold() -> None:
     engine = Engine(MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.5))
     depths = {}
     for thresholds in [(0.4, 0.6), (0.6, 0.4), (0.6, 0.6), (0.5, 0.5)]:
-        sequence = engine.start([5], max_new_tokens=4, policy=ExitPolicy.create("max-prob", thresholds, (2, 4, 6)))
+        sequence = engine.start([5], max_new_tokens=4, policy=make_policy("max-prob", thresholds, (2, 4, 6)))
         depths[thresholds] = {t.depth for t in finish(engine, sequence)}
     assert depths == {(0.4, 0.6): {2}, (0.6, 0.4): {4}, (0.6, 0.6): {6}, (0.5, 0.5): {2}}
 
@@ -333,33 +336,31 @@ def test_the_prefill_runs_every_segment(catch_up: str, thresholds: list[float] |
     """And the last prompt position is predicted at the exit that its policy says, with no head call after it."""
     stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.5)
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start(
-        [3, 1, 4, 1, 5], max_new_tokens=2, policy=ExitPolicy.create("max-prob", thresholds, (2, 4, 6)), catch_up=catch_up
-    )
+    sequence = engine.start([3, 1, 4, 1, 5], max_new_tokens=2, policy=make_policy("max-prob", thresholds, (2, 4, 6)), catch_up=catch_up)
     token = next(engine.generate(sequence))
     assert [(c.number, c.num_tokens) for c in stack.trace if c.graph == "segment"] == [(0, 5), (1, 5), (2, 5)]
     heads = [c.number for c in stack.trace if c.graph == "exit"]
     assert (token.depth, heads) == {None: (6, [2]), 0.0: (2, [0]), 1.0: (6, [0, 1, 2])}[thresholds and thresholds[0]]
-    assert sequence.done == [5, 5, 5]
+    assert sequence.counters.done == [5, 5, 5]
 
 
 def test_propagate_never_runs_a_segment_for_pending_tokens() -> None:
     """Decoding: every segment pass is of one token; the others' K/V come from `run_kv`, each position exactly once."""
     stack = MockStack((1, 3, 4), confidence=lambda exit_index, position: float(exit_index >= (position * 7) % 3))
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start([2, 7], max_new_tokens=40, policy=ExitPolicy.create("max-prob", [0.5], (2, 4, 6)), catch_up="propagate")
+    sequence = engine.start([2, 7], max_new_tokens=40, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up="propagate")
     finish(engine, sequence)
     decoding = [c for c in stack.trace if c.cache_length > 2]
     assert {c.num_tokens for c in decoding if c.graph == "segment"} == {1}
     for k in (1, 2):
-        assert sum(c.num_tokens for c in decoding if c.number == k) == sequence.done[k] - 2
+        assert sum(c.num_tokens for c in decoding if c.number == k) == sequence.counters.done[k] - 2
     assert sum(c.num_tokens for c in decoding if c.graph == "kv") > 10
 
 
 def test_recompute_runs_each_position_once_and_batched() -> None:
     stack = MockStack((1, 3, 4), confidence=lambda exit_index, position: float(exit_index >= (0 if position % 8 else 2)))
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start([2, 7], max_new_tokens=40, policy=ExitPolicy.create("max-prob", [0.5], (2, 4, 6)), catch_up="recompute")
+    sequence = engine.start([2, 7], max_new_tokens=40, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up="recompute")
     finish(engine, sequence)
     decoding = [(c.number, c.num_tokens) for c in stack.trace if c.graph == "segment" and c.cache_length > 2]
     assert [n for k, n in decoding if k == 1] == [7, 8, 8, 8, 8]  # positions 2..8, then 8 at a time
@@ -489,8 +490,8 @@ def test_crop_then_continue_is_as_if_it_had_been_so(catch_up: str, case: Case, s
     assert sequence.tokens == fresh.tokens
     num_after = len(fresh.tokens) - len(history)
     assert sequence.produced[len(sequence.produced) - num_after :] == fresh.produced[len(fresh.produced) - num_after :]
-    for k in range(len(sequence.done)):
-        done = min(sequence.done[k], fresh.done[k])
+    for k in range(len(sequence.counters.done)):
+        done = min(sequence.counters.done[k], fresh.counters.done[k])
         for layer in case.stack().layers(k):
             np.testing.assert_array_equal(engine.cache.entries[0, layer - 1, :done], fresh_engine.cache.entries[0, layer - 1, :done])
 
@@ -502,7 +503,7 @@ def test_crop_forgets_what_was_produced_past_it() -> None:
         engine.step()
     kept = sequence.produced[:2]
     sequence.crop(5)
-    assert (len(sequence.tokens), sequence.produced, sequence.done, sequence.level) == (5, kept, [5, 5, 5], 0)
+    assert (len(sequence.tokens), sequence.produced, sequence.counters.done, sequence.decision.level) == (5, kept, [5, 5, 5], 0)
     with pytest.raises(AssertionError, match="needs its next token"):
         engine.step()
 
@@ -511,7 +512,7 @@ def test_crop_forgets_what_was_produced_past_it() -> None:
 def test_verify_takes_the_first_token_from_full_depth(thresholds: list[float] | None) -> None:
     stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.5)
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start([3, 1, 4], max_new_tokens=2, policy=ExitPolicy.create("max-prob", thresholds, (2, 4, 6)), catch_up="verify")
+    sequence = engine.start([3, 1, 4], max_new_tokens=2, policy=make_policy("max-prob", thresholds, (2, 4, 6)), catch_up="verify")
     while not sequence.produced:
         engine.step()
     assert sequence.produced[0].depth == 6
@@ -522,7 +523,7 @@ def test_verify_judges_draft_length_drafts_at_once() -> None:
     """Every token drafted at the first exit: the pass that judges takes the drafts, and one more that full depth says itself."""
     stack = MockStack((2, 4), vocab_size=2, confidence=lambda exit_index, position: 1.0)
     stack.trace, engine = [], Engine(stack, draft_length=3)
-    policy = ExitPolicy.create("max-prob", [0.5], (2, 4))
+    policy = make_policy("max-prob", [0.5], (2, 4))
     finish(engine, engine.start([1, 0], max_new_tokens=60, policy=policy, catch_up="verify"))
     deep = [c.num_tokens for c in stack.trace if c.graph == "segment" and c.number == 1][1:]
     assert set(deep[:-1]) == {4}
@@ -532,7 +533,7 @@ def test_verify_judges_draft_length_drafts_at_once() -> None:
 
 def test_a_drafted_stop_token_is_judged_before_it_ends() -> None:
     stack = MockStack((2, 4), vocab_size=3, confidence=lambda exit_index, position: 1.0)
-    policy, prompt = ExitPolicy.create("max-prob", [0.5], (2, 4)), [1, 0]
+    policy, prompt = make_policy("max-prob", [0.5], (2, 4)), [1, 0]
     for stop in range(3):
         engine = Engine(stack, draft_length=5)
         off = finish(engine, engine.start(prompt, max_new_tokens=40, stop_ids=frozenset({stop})))
@@ -548,7 +549,7 @@ def test_a_depth_budget_is_held() -> None:
     spread = [dice.random() for _ in range(500)]
     for budget in (2.5, 3.5, 5.0):
         engine = Engine(MockStack((2, 4, 6), max_positions=400, confidence=lambda exit_index, position: spread[position]))
-        policy = ExitPolicy.create("max-prob", [0.9], (2, 4, 6), depth_budget=budget)
+        policy = make_policy("max-prob", [0.9], (2, 4, 6), depth_budget=budget)
         depths = [t.depth for t in finish(engine, engine.start([1], max_new_tokens=300, policy=policy))]
         assert np.mean(depths) == pytest.approx(budget, abs=0.15)
 
@@ -563,7 +564,7 @@ def test_a_row_that_breaks_ends_alone() -> None:
     def broken(number: int, rows: np.ndarray) -> HeadOutput:
         output = right(number, rows)
         if len(victim.tokens) > 8 and victim.slot is not None:
-            mine = rows == victim.rows[len(victim.tokens) - 1]
+            mine = rows == victim.counters.rows[len(victim.tokens) - 1]
             output.logits[mine], output.top_prob[mine] = np.nan, np.nan
         return output
 
@@ -581,11 +582,11 @@ def test_a_row_that_breaks_ends_alone() -> None:
 def test_a_request_after_another_runs_only_what_is_new(catch_up: str) -> None:
     """As a conversation does: its prompt begins with what the other has in its cache; its tokens are those of a fresh start."""
     stack, layers = MockStack((2, 4, 6), max_positions=200), (2, 4, 6)
-    policy = ExitPolicy.create("max-prob", None if catch_up == "propagate" else [0.5], layers)
+    policy = make_policy("max-prob", None if catch_up == "propagate" else [0.5], layers)
     engine = Engine(stack, num_slots=2)
     first = engine.start([5, 6, 7, 8], max_new_tokens=10, policy=policy, catch_up=catch_up, keep=True)
     finish(engine, first)
-    prompt, shared = [*first.tokens, 1, 2, 3], first.done[-1]
+    prompt, shared = [*first.tokens, 1, 2, 3], first.counters.done[-1]
     assert shared >= 4
     stack.trace = []
     second = engine.start(prompt, max_new_tokens=10, policy=policy, catch_up=catch_up, after=first)
@@ -599,14 +600,14 @@ def test_a_request_after_another_runs_only_what_is_new(catch_up: str) -> None:
 def test_a_request_after_one_that_skipped_an_exits_layer_runs_it_all() -> None:
     """The exit's own layer has no K/V of a request that could not leave there: nothing can be taken over; after one that could, all."""
     layers, prompt = (2, 4), [5, 6, 7, 8]
-    policy = ExitPolicy.create("max-prob", [0.5], layers)
-    for before in (ExitPolicy(), policy):
+    policy = make_policy("max-prob", [0.5], layers)
+    for before in (FULL_DEPTH, policy):
         stack = MockStack(layers, max_positions=200, blocks=(0,))
         engine = Engine(stack)
         first = engine.start(prompt, max_new_tokens=10, policy=before, keep=True)
         finish(engine, first)
         stack.trace, longer = [], [*first.tokens, 1, 2]
-        shared = first.done[-1] if before is policy else 0
+        shared = first.counters.done[-1] if before is policy else 0
         second = engine.start(longer, max_new_tokens=10, policy=policy, after=first)
         finish(engine, second)
         blocks = [c.num_tokens for c in stack.trace if c.graph == "block"]
@@ -621,7 +622,7 @@ def test_an_exits_layer_runs_for_those_that_may_leave_there() -> None:
     engine = Engine(stack, num_slots=3)
     stack.trace = []
     for thresholds in (None, [None, 0.5], [0.5, None]):
-        engine.start([1, 2, 3], max_new_tokens=5, policy=ExitPolicy.create("max-prob", thresholds, (2, 4, 6)))
+        engine.start([1, 2, 3], max_new_tokens=5, policy=make_policy("max-prob", thresholds, (2, 4, 6)))
     while engine.busy:
         engine.step()
     assert sum(c.num_tokens for c in stack.trace if c.graph == "block") == 3 + 5 - 1
@@ -653,7 +654,7 @@ def test_nobody_waits_for_ever() -> None:
     """A row that needs depth while seven others never do: it goes after MAX_WAIT passes at the latest."""
     stack = MockStack((2, 4), max_positions=200)
     engine = Engine(stack, num_slots=8)
-    shallow = ExitPolicy.create("max-prob", [0.0], (2, 4))
+    shallow = make_policy("max-prob", [0.0], (2, 4))
     sequences = [engine.start([i], max_new_tokens=100, policy=shallow) for i in range(7)]
     deep = engine.start([7], max_new_tokens=50)
     longest = 0
@@ -667,7 +668,7 @@ def test_nobody_waits_for_ever() -> None:
 
 def test_stop_ids_end_a_sequence_and_free_its_rows() -> None:
     engine = Engine(MockStack((2, 4, 6), confidence=lambda exit_index, position: 1.0))
-    policy = ExitPolicy.create("max-prob", [0.5], (2, 4, 6))
+    policy = make_policy("max-prob", [0.5], (2, 4, 6))
     whole = finish(engine, engine.start([1, 2], max_new_tokens=12, policy=policy))
     stop = whole[5].id
     sequence = engine.start([1, 2], max_new_tokens=12, policy=policy, stop_ids=frozenset({stop}))

@@ -106,6 +106,35 @@ def test_the_runtime_names_nothing_heavy() -> None:
         assert heavy == [], name
 
 
+def needed(module: str) -> set[str]:
+    """Every module of the runtime that a module imports, itself or through others."""
+    known, found, left = modules("ease_runtime"), set[str](), [module]
+    while left:
+        name = left.pop()
+        source = known[name].read_text(encoding="utf-8")
+        for imported in imports(source, name, known[name].name == "__init__.py"):
+            owner = next((prefix for prefix in (imported, imported.rpartition(".")[0]) if prefix in known), None)
+            if owner and owner not in found:
+                found.add(owner)
+                left.append(owner)
+    return found
+
+
+@pytest.mark.parametrize("name", ["schedule", "commit", "slots", "sequence", "policies"])
+def test_what_decides_imports_no_stack(name: str) -> None:
+    """Neither itself nor through others: only the runner calls the layers."""
+    assert not {f"ease_runtime.{part}" for part in ("stack", "graphs", "runner", "engine", "probe")} & needed(f"ease_runtime.{name}")
+
+
+def test_only_the_runner_and_the_probe_call_the_stack() -> None:
+    assert {"ease_runtime.stack", "ease_runtime.policies.protocol"} <= needed("ease_runtime.engine"), "the walk sees what is imported"
+    calls = ("run_segment", "run_kv", "run_route", "run_routed", "reserve_rows", "read_states", "ask", "head", "block")
+    for name in ("engine", "commit", "slots", "schedule", "llm"):
+        tree = ast.parse(modules("ease_runtime")[f"ease_runtime.{name}"].read_text(encoding="utf-8"))
+        called = {node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
+        assert not called & set(calls), name
+
+
 def run_python(code: str, *arguments: str) -> list[str]:
     """Lines that a fresh interpreter prints."""
     done = subprocess.run([sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True, check=False)

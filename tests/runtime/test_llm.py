@@ -75,7 +75,7 @@ def test_stop_strings_end_the_answer_before_them(catch_up: str) -> None:
     assert [event.finish_reason for event in events if event.finish_reason] == ["stop"]
     assert events[-1].finish_reason == "stop"
     assert len(events) == whole.index(stop) + len(stop)
-    assert engine.engine.slots == [None]
+    assert engine.engine.sequences == []
 
 
 def test_text_that_may_begin_a_stop_string_waits() -> None:
@@ -145,7 +145,7 @@ def test_a_given_up_request_leaves_nothing() -> None:
     while engine.busy:
         engine.step()
     assert kept.finished
-    assert engine.engine.slots == [None, None]
+    assert engine.engine.sequences == []
     assert not engine.choices
 
 
@@ -161,7 +161,7 @@ def test_a_text_without_numbers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(engine.stack, "run_exit", run_exit)
     with pytest.raises(DeviceError, match="no finite numbers"):
         list(engine.generate("abc"))
-    assert engine.engine.slots == [None]
+    assert engine.engine.sequences == []
 
 
 def test_a_row_without_numbers_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_a_row_without_numbers_ends_alone(monkeypatch: pytest.MonkeyPatch) -> No
         output = plain(number, rows)
         for place, row in enumerate(rows):
             sequence = sick.choices[0].sequence
-            if len(sequence.produced) == 4 and row in sequence.rows[sequence.done[0] - 1 : sequence.done[0]]:
+            if len(sequence.produced) == 4 and row in sequence.counters.rows[sequence.counters.done[0] - 1 : sequence.counters.done[0]]:
                 output.logits[place], output.top_prob[place] = math.nan, math.nan
         return output
 
@@ -229,7 +229,7 @@ def test_a_chat_keeps_its_history_in_the_cache(stop: tuple[str, ...]) -> None:
     assert len(conversation.messages) == 9
     conversation.reset()
     assert conversation.messages == history[:1]
-    assert engine.engine.slots == [None]
+    assert engine.engine.sequences == []
     with pytest.raises(RequestError, match="a chat has one answer"):
         Conversation(engine, Options(n=2))
 
@@ -252,9 +252,9 @@ def test_a_chat_keeps_its_history_in_the_cache(stop: tuple[str, ...]) -> None:
         ({"stop": [1]}, "not a text or a list of texts"),
         ({"stop": ["x"] * 17}, "more than 16 stop strings"),
         ({"stop": "x" * 70_000}, "stop strings"),
-        ({"threshold": "0.5"}, "threshold '0.5' is not a number"),
-        ({"threshold": []}, "threshold \\[\\] is not"),
-        ({"threshold": math.nan}, "threshold nan is not"),
+        ({"threshold": "0.5x"}, "threshold '0.5x' is not a number"),
+        ({"threshold": []}, "no threshold in an empty list"),
+        ({"threshold": math.nan}, "threshold nan is outside"),
         ({"logit_bias": [1]}, "logit_bias \\[1\\] is not an object"),
         ({"logit_bias": {"a": 1}}, "is not an object of token ids"),
         ({"logit_bias": {"5": None}}, "is not an object of token ids"),
@@ -262,7 +262,7 @@ def test_a_chat_keeps_its_history_in_the_cache(stop: tuple[str, ...]) -> None:
         ({"patience": 1.5}, "patience 1.5 is not a whole number"),
         ({"policy": None}, "policy None is not a text"),
         ({"seed": -1}, "seed -1 is outside"),
-        ({"threshold": 10**400}, "threshold 10+... is not a number that fits"),
+        ({"threshold": 10**400}, "threshold 10+... is not a number in"),
         ({"logit_bias": {"1" * 5000: 1.0}}, "is not an object of token ids"),
     ],
 )

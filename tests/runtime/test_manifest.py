@@ -114,7 +114,16 @@ def test_a_newer_format(bundle: Path) -> None:
     edit(bundle, lambda values: (values.clear(), values.update(format_version=FORMAT_VERSION + 1)))
     path = bundle / MANIFEST_FILE
     assert refusal(bundle) == (
-        f"{path} has format_version {FORMAT_VERSION + 1}, this runtime reads up to {FORMAT_VERSION}; update: pip install --upgrade ease-lm"
+        f"{path} has format_version {FORMAT_VERSION + 1}, this runtime reads {FORMAT_VERSION}; update: pip install --upgrade ease-lm"
+    )
+
+
+def test_an_older_format(bundle: Path) -> None:
+    """Said first, too, with the command that builds it again."""
+    edit(bundle, lambda values: (values.clear(), values.update(format_version=FORMAT_VERSION - 1)))
+    assert refusal(bundle) == (
+        f"{bundle / MANIFEST_FILE} has format_version {FORMAT_VERSION - 1}, this runtime reads {FORMAT_VERSION}; "
+        f"build it again from its checkpoint: ease-export upgrade {bundle}"
     )
 
 
@@ -212,6 +221,20 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an empty name": (lambda v: v["exits"][0].update(graph=""), "graph = '', expected a text"),
     "an unknown precision": (lambda v: v.update(precision="fp7"), "precision = 'fp7', expected one of: fp32, fp16, int8, int4"),
     "an unknown kind": (lambda v: v["segments"][0].update(kind="magic"), "kind = 'magic', expected one of: layers, routed"),
+    "an unknown target": (lambda v: v.update(target="tpu"), "target = 'tpu', expected one of: cpu, cuda"),
+    "an unknown cache": (lambda v: v.update(cache_layout="TKB"), "cache_layout = 'TKB', expected one of: BTK"),
+    "an unknown exactness": (lambda v: v.update(exactness="none"), "exactness = 'none', expected one of: bits, rounding"),
+    "no form of the weights": (lambda v: v.pop("weights"), "bits = None, expected a whole number of at least 1"),
+    "weights of another precision": (
+        lambda v: v["weights"].update(bits=8, block=32),
+        "weights of 8 bits in blocks of 32 are not fp32",
+    ),
+    "blocks of what is not rounded": (lambda v: v["weights"].update(block=32), "weights of 32 bits in blocks of 32 are not fp32"),
+    "a switch in words": (lambda v: v["weights"].update(symmetric="no"), "symmetric = 'no', expected true or false"),
+    "a drafting head of nobody": (
+        lambda v: v.update(drafting_head="exit_01.onnx"),
+        "drafting_head 'exit_01.onnx' is the head of no early exit",
+    ),
     "no segments": (lambda v: v.update(segments=[]), "segments = [], expected a list"),
     "segments by name": (lambda v: v.update(segments={"a": 1}), "segments = {'a': 1}, expected a list"),
     "a segment that is a text": (lambda v: v["segments"].insert(0, "first"), "an object was expected"),

@@ -61,7 +61,7 @@ def stream(server: Served, path: str, body: dict[str, Any]) -> list[Any]:
 def is_idle(server: Served) -> bool:
     """Whether nothing is left of any request."""
     worker, engine = server.service.worker, server.service.llm.engine
-    return worker.num_taken == 0 and not worker.tickets and not engine.busy and not server.service.llm.choices
+    return worker.num_taken == 0 and not worker.tickets and not worker.engine.jobs and not engine.busy and not server.service.llm.choices
 
 
 # What the openai client makes of it.
@@ -328,7 +328,7 @@ def break_logits(llm: TextEngine, letter: int) -> None:
         output = plain(number, rows)
         for place, row in enumerate(rows.tolist()):
             for sequence in llm.engine.sequences:
-                here = sequence.rows[sequence.done[0] - 1] == row and len(sequence.produced) == 3
+                here = sequence.counters.rows[sequence.counters.done[0] - 1] == row and len(sequence.produced) == 3
                 if here and sequence.tokens[1] == letter:
                     output.logits[place], output.top_prob[place] = math.nan, math.nan
         return output

@@ -12,10 +12,11 @@ from ease_runtime import buffers, graphs
 from ease_runtime.buffers import HiddenPool, RowCache
 from ease_runtime.engine import CATCH_UPS, Engine
 from ease_runtime.errors import BundleError, DeviceError
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.layout import Span
+from ease_runtime.policies import FULL_DEPTH, make_policy
 from ease_runtime.sampling import Greedy, GumbelSampler
-from ease_runtime.sequence import Sequence, Token
-from ease_runtime.stack import OrtStack, Span
+from ease_runtime.sequence import Token, TokenSequence
+from ease_runtime.stack import OrtStack
 
 NUM_TOKENS = 96
 SIZES = (1, 2, 3, 16, 48, 96)  # tokens a pass; none but the last is a whole number of the others, all divide 96
@@ -134,7 +135,7 @@ def test_no_cache_is_copied(tiny_bundle: Path, capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err.count(COPIED) == 4  # two layers, keys and values
     engine = Engine(stack, cap=5)
     for catch_up in CATCH_UPS:
-        policy = ExitPolicy.create("max-prob", [0.4], stack.exit_layers)
+        policy = make_policy("max-prob", [0.4], stack.exit_layers)
         sequence = engine.start(ids[:120].tolist(), max_new_tokens=30, policy=policy, catch_up=catch_up)
         assert len({token.depth for token in engine.generate(sequence)}) > 1
     captured = capfd.readouterr()
@@ -185,10 +186,10 @@ def full_recomputation(stack: OrtStack, ids: np.ndarray, num_new: int) -> list[i
 # The engine on the real stack
 
 
-def begin(engine: Engine, seed: int, catch_up: str, threshold: float | None) -> Sequence:
+def begin(engine: Engine, seed: int, catch_up: str, threshold: float | None) -> TokenSequence:
     """A seeded prompt and sampler, so that the texts differ and do not loop."""
     prompt = some_ids(engine.stack, 5 + 9 * seed, seed).tolist()
-    policy = ExitPolicy.create("max-prob", None if threshold is None else [threshold], engine.stack.exit_layers)
+    policy = make_policy("max-prob", None if threshold is None else [threshold], engine.stack.exit_layers)
     return engine.start(prompt, max_new_tokens=60, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, seed))
 
 
@@ -259,17 +260,17 @@ def test_verify_says_what_full_depth_says(tiny_stack: OrtStack, seed: int | None
     sampler = Greedy() if seed is None else GumbelSampler(0.9, 0, 1.0, seed)
     for num_slots in (1, 4):
         engine = Engine(tiny_stack, num_slots=num_slots)
-        for policy in (ExitPolicy.create("max-prob", [0.05], layers), ExitPolicy.create("similarity", [0.5], layers)):
+        for policy in (make_policy("max-prob", [0.05], layers), make_policy("similarity", [0.5], layers)):
             prompts = [some_ids(tiny_stack, 5 + 20 * i, i).tolist() for i in range(4)]
             started = [
                 [engine.start(p, max_new_tokens=60, policy=chosen, catch_up="verify", sampler=sampler) for p in prompts]
-                for chosen in (ExitPolicy(), policy)
+                for chosen in (FULL_DEPTH, policy)
             ]
             while engine.busy:
                 engine.step()
             for plain, verified in zip(*started, strict=True):
                 assert [(t.id, t.logprob) for t in verified.produced] == [(t.id, t.logprob) for t in plain.produced]
-                drafted, accepted = drafted + verified.drafted, accepted + verified.accepted
+                drafted, accepted = drafted + verified.drafts.judged, accepted + verified.drafts.accepted
     assert 0 < accepted < drafted
 
 
@@ -277,9 +278,9 @@ def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack) -> None:
     """Rows of very different lengths, past T = 128 and 256 and up to the context's end, with pads past it: tokens as alone."""
     lengths, limit = [3, 120, 250, 60], tiny_stack.max_positions
     prompts = [some_ids(tiny_stack, length, length).tolist() for length in lengths]
-    policy = ExitPolicy.create("max-prob", [0.4], tiny_stack.exit_layers)
+    policy = make_policy("max-prob", [0.4], tiny_stack.exit_layers)
 
-    def start(engine: Engine, prompt: list[int]) -> Sequence:
+    def start(engine: Engine, prompt: list[int]) -> TokenSequence:
         return engine.start(prompt, max_new_tokens=1000, policy=policy)
 
     expected = []
@@ -312,8 +313,8 @@ def test_one_broken_row_leaves_its_neighbours_alone(tiny_stack: OrtStack) -> Non
     sequences = [engine.start(prompt, max_new_tokens=30) for prompt in prompts]
     victim = sequences[1]
     while engine.busy:
-        if len(victim.tokens) > 20 and victim.done[0] > victim.done[-1]:
-            tiny_stack.pool.states[victim.live_rows()] = np.nan
+        if len(victim.tokens) > 20 and victim.counters.done[0] > victim.counters.done[-1]:
+            tiny_stack.pool.states[victim.counters.live_rows()[0]] = np.nan
         engine.step()
     assert [s.finish_reason for s in sequences] == ["length", "error", "length", "length"]
     assert "no finite numbers" in victim.error

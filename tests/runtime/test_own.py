@@ -1,0 +1,155 @@
+"""Code of one's own: the policy of docs/policies.md, word for word, from a file outside the packages; a sampler; what is refused."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from ease_eval.calibrate import calibrate
+from ease_eval.cli import main as eval_main
+from ease_eval.table import Amounts, make_table
+from ease_runtime.cli import main as run_main
+from ease_runtime.errors import RequestError
+from ease_runtime.llm import LLM
+from ease_runtime.options import Options
+from ease_runtime.policies import ThresholdPolicy, find_policy
+from ease_runtime.sampling import Greedy
+from ease_runtime.thresholds import Thresholds
+
+PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
+
+
+@pytest.fixture
+def own_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The page's file, in the working directory and nowhere else."""
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "top_two.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "top_two", raising=False)
+    return "top_two:TopTwo"
+
+
+def generated(bundle: Path, *flags: str) -> list[tuple[int, int]]:
+    result = CliRunner().invoke(run_main, ["generate", str(bundle), "--prompt", "And the king", "--max-tokens", "20", "--json", *flags])
+    assert result.exit_code == 0, result.output
+    return [(token["id"], token["depth"]) for token in json.loads(result.stdout)["tokens"]]
+
+
+def test_the_pages_policy_generates(own_policy: str, tiny_bundle: Path) -> None:
+    """Its first exit always has the confidence 0; by a name and as an object alike."""
+    early = generated(tiny_bundle, "--policy", own_policy, "--threshold", "off,0.0")
+    assert {depth for _, depth in early} == {4}
+    named = generated(tiny_bundle, "--policy", own_policy, "--threshold", "0.02")
+    assert 2 not in {depth for _, depth in named}
+    assert 4 in {depth for _, depth in named}
+    mine = find_policy(own_policy)(Thresholds.of(0.02))
+    events = LLM(tiny_bundle).generate("And the king", Options(max_tokens=20), policy=mine)
+    assert [(event.id, event.depth) for event in events] == named
+
+
+def test_the_pages_policy_in_a_table_and_a_calibration(own_policy: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    words = ["king", "went", "out", "and", "the", "son", "of"]
+    text.write_text("".join(json.dumps({"text": " ".join(words[(i * k) % 7] for k in range(20))}) + "\n" for i in range(1, 31)))
+    small = ["--scored-tokens", "200", "--texts", "1", "--prompt-tokens", "4", "--new-tokens", "8", "--rounds", "1"]
+    asked = [str(tiny_bundle), "--data", str(text), "--split", "train", "--policy", own_policy]
+    result = CliRunner().invoke(eval_main, ["table", *asked, "--thresholds", "off,0.02", "--json", "table.json", *small])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(Path("table.json").read_text())["rows"]
+    assert [(row["policy"], row["threshold"]) for row in rows] == [(own_policy, "off"), (own_policy, 0.02)]
+    assert rows[1]["mean_depth"] < 6.0
+    assert "2" not in rows[1]["depth_counts"]
+    flags = ["--delta", "0.9", "--epsilon", "0.9", "--dry-run", "--json", "certificate.json"]
+    result = CliRunner().invoke(eval_main, ["calibrate", *asked, *flags])
+    assert result.exit_code == 0, result.output
+    certificate = json.loads(Path("certificate.json").read_text())
+    assert certificate["policy"] == own_policy
+    assert Thresholds.of(certificate["thresholds"])
+
+
+class Certain(ThresholdPolicy):
+    """Leaves wherever it is asked."""
+
+    def confidence(self, said, state):
+        return np.ones_like(said.head.top_prob)
+
+
+def test_objects_in_a_table_and_a_calibration(tiny_bundle: Path) -> None:
+    llm, documents = LLM(tiny_bundle), [np.random.default_rng(seed).integers(1, 300, 40).tolist() for seed in range(6)]
+    amounts = Amounts(scored_tokens=100, num_texts=1, prompt_tokens=4, new_tokens=4, num_rounds=1)
+    table = make_table(
+        tiny_bundle, llm, documents, source="x", split="y", policy=Certain(), thresholds=[0.9], catch_ups=["recompute"], amounts=amounts
+    )
+    assert [row.mean_depth for row in table.rows] == [6.0, 2.0]
+    assert table.rows[1].policy.endswith(":Certain")
+    found = calibrate(
+        llm.engine, documents, policy=Certain, catch_up="recompute", risk="disagreement", delta=0.9, epsilon=0.9, data="x", split="y"
+    )
+    assert found.policy == table.rows[1].policy
+
+
+SAMPLER = """
+class Second:
+    def __init__(self, options):
+        self.seed = options.seed
+
+    def pick(self, logits, top_id, tokens, position):
+        return int(logits.argsort()[-2 - self.seed % 2])
+"""
+
+
+def test_a_sampler_of_ones_own(own_policy: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "second.py").write_text(SAMPLER, encoding="utf-8")
+    greedy = generated(tiny_bundle)
+    found = generated(tiny_bundle, "--sampler", "second:Second")
+    assert found[0] != greedy[0]
+    assert found != generated(tiny_bundle, "--sampler", "second:Second", "--seed", "1")
+    same = LLM(tiny_bundle).generate("And the king", Options(max_tokens=20, temperature=1.0), sampler=Greedy())
+    assert [(event.id, event.depth) for event in same] == greedy
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--policy", "nowhere:Policy"], "policy 'nowhere:Policy' cannot be loaded (ModuleNotFoundError: No module named 'nowhere')"),
+        (["--policy", "top_two:Nobody"], "policy 'top_two:Nobody' cannot be loaded (AttributeError"),
+        (["--policy", "top_two:np"], "policy 'top_two:np' is no class derived from ease_runtime.policies.ThresholdPolicy"),
+        (["--policy", "broken:Policy"], "policy 'broken:Policy' cannot be loaded (SyntaxError"),
+        (["--sampler", "nowhere:Sampler"], "sampler 'nowhere:Sampler' cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line(own_policy: str, tmp_path: Path, tiny_bundle: Path, flags: list[str], message: str) -> None:
+    (tmp_path / "broken.py").write_text("class Policy(:", encoding="utf-8")
+    result = CliRunner().invoke(run_main, ["generate", str(tiny_bundle), "--prompt", "a", "--threshold", "0.5", *flags])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_request_cannot_name_code(own_policy: str) -> None:
+    for name in ("policy", "sampler"):
+        with pytest.raises(RequestError, match="only who runs the command can name code of their own"):
+            Options.from_json({name: own_policy})
+    assert "top_two" not in sys.modules
+    assert Options.from_json({"max_tokens": 3}, Options(policy=own_policy)).policy == own_policy
+
+
+def test_a_bundle_cannot_name_code(own_policy: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Calibrated for a policy of one's own: nothing is imported before its user names it; then its thresholds hold."""
+    llm = LLM(tiny_bundle)
+    llm.manifest.calibration.update(
+        {"policy": own_policy, "thresholds": 0.02, "catch_up": "recompute", "risk": "loss", "delta": 0.1, "epsilon": 0.1, "data": "x"}
+    )
+    unasked = llm.submit("And the king", Options(max_tokens=2))
+    assert "top_two" not in sys.modules
+    assert not unasked.choices[0].sequence.policy.thresholds
+    assert unasked.choices[0].sequence.notes == [f"this bundle was calibrated for a policy of one's own; to use it: --policy {own_policy}"]
+    llm.cancel(unasked)
+    asked = llm.submit("And the king", Options(max_tokens=2, policy=own_policy)).choices[0].sequence
+    assert asked.policy.thresholds == Thresholds((0.02, 0.02))
+    assert "thresholds from the bundle's calibration" in asked.notes[0]
