@@ -151,6 +151,10 @@ class Engine:
             raise RequestError("catch-up 'propagate' has no K/V for routed layers; use recompute")
         if routed and policy.asks == "similarity":
             raise RequestError(f"policy '{policy.name}' compares the states around a segment, which routed layers cut; use another policy")
+        self.check_asks(policy)
+
+    def check_asks(self, policy: ExitPolicy) -> None:
+        """Raises RequestError for a policy that asks what some early exit of this bundle cannot say."""
         for leave in self.stack.exits[:-1]:
             if not leave.can_say(policy.asks):
                 raise RequestError(

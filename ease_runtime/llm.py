@@ -133,7 +133,10 @@ class TextEngine:
 
     def check(self, options: Options) -> None:
         """Raises RequestError for options that this bundle cannot run, or under which none could leave early as they ask."""
-        self.engine.check(self.policy(options), options.catch_up)
+        policy = self.policy(options)
+        self.engine.check(policy, options.catch_up)
+        if options.threshold is None or options.threshold:
+            self.engine.check_asks(policy)
         check_effect(options, self.stack.exit_layers)
         for token in options.logit_bias:
             if token >= self.stack.vocab_size:

@@ -73,9 +73,6 @@ MEASURE_FLAGS = (
     PARSE_SPECIAL,
     POLICY_FLAG,
     click.option(
-        "--policy", default="max-prob", show_default=True, help=f"What confidence is: {', '.join(POLICIES)}, or your own module:Class."
-    ),
-    click.option(
         "--thresholds",
         type=ThresholdRows(),
         multiple=True,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ease_runtime.errors import RequestError
 from ease_runtime.options import Options
 from ease_runtime.server.asked import EASE, SHARED, read_chat, read_completion
+from ease_runtime.thresholds import OFF
 from served import text_engine
 
 LLM = text_engine()
@@ -48,7 +49,7 @@ def test_what_is_left_out_is_as_the_server_has_it() -> None:
     base = Options(max_tokens=7, threshold=(0.4,), temperature=0.5, depth_budget=3.0)
     asked = read_completion({"prompt": "abc", "user": "me", "temperature": None, "ease": {"threshold": None, "min_exit": 4}}, LLM, base)
     assert (asked.options.max_tokens, asked.options.temperature, asked.options.depth_budget) == (7, 0.5, 3.0)
-    assert (asked.options.threshold, asked.options.min_exit) == ((None,), 4)
+    assert (asked.options.threshold, asked.options.min_exit) == (OFF, 4)
     assert asked.show_ease
     assert not asked.stream
     assert not read_completion({"prompt": "abc"}, LLM, base).show_ease

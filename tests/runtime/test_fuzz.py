@@ -60,7 +60,7 @@ def mutate_graph_and_sum(bundle: Path, dice: random.Random) -> None:
 def damage(path: Path, dice: random.Random) -> None:
     content = bytearray(path.read_bytes())
     for _ in range(dice.randint(1, 4)):
-        content[dice.randrange(len(content))] = dice.randrange(256)
+        content[dice.randrange(len(content))] ^= dice.randrange(1, 256)
     path.write_bytes(content[: dice.randrange(len(content))] if dice.random() < 0.2 else content)
 
 

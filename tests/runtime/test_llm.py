@@ -15,6 +15,7 @@ from ease_runtime.generation import Timing, TokenEvent
 from ease_runtime.llm import TextEngine
 from ease_runtime.mock import MockStack
 from ease_runtime.options import Options
+from ease_runtime.thresholds import OFF
 
 LETTERS = "abcdefghijklmnopqrstuv"
 CHATML = (
@@ -276,7 +277,7 @@ def test_options_from_json() -> None:
     values = {"threshold": [0.2, None], "stop": "x", "logit_bias": {"3": 1}, "temperature": 1, "min_exit": None}
     expected = Options(max_tokens=5, threshold=(0.2, None), seed=2, stop=("x",), logit_bias={3: 1.0}, temperature=1.0)
     assert Options.from_json(values, base) == expected
-    assert Options.from_json({"threshold": None}, base).threshold is None
+    assert Options.from_json({"threshold": None}, base).threshold == OFF
     assert Options.from_json({}) == Options()
 
 

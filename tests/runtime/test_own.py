@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from ease_eval.calibrate import calibrate
 from ease_eval.cli import main as eval_main
+from ease_eval.documents import Document
 from ease_eval.table import Amounts, make_table
 from ease_runtime.cli import main as run_main
 from ease_runtime.errors import RequestError
@@ -80,7 +81,9 @@ class Certain(ThresholdPolicy):
 
 
 def test_objects_in_a_table_and_a_calibration(tiny_bundle: Path) -> None:
-    llm, documents = LLM(tiny_bundle), [np.random.default_rng(seed).integers(1, 300, 40).tolist() for seed in range(6)]
+    llm, random = LLM(tiny_bundle), np.random.default_rng
+    encoded = [random(seed).integers(1, 300, 40).tolist() for seed in range(6)]
+    documents = [Document(llm.tokenizer.decode(ids), ids) for ids in encoded]
     amounts = Amounts(scored_tokens=100, num_texts=1, prompt_tokens=4, new_tokens=4, num_rounds=1)
     table = make_table(
         tiny_bundle, llm, documents, source="x", split="y", policy=Certain(), thresholds=[0.9], catch_ups=["recompute"], amounts=amounts
@@ -88,7 +91,7 @@ def test_objects_in_a_table_and_a_calibration(tiny_bundle: Path) -> None:
     assert [row.mean_depth for row in table.rows] == [6.0, 2.0]
     assert table.rows[1].policy.endswith(":Certain")
     found = calibrate(
-        llm.engine, documents, policy=Certain, catch_up="recompute", risk="disagreement", delta=0.9, epsilon=0.9, data="x", split="y"
+        llm.engine, encoded, policy=Certain, catch_up="recompute", risk="disagreement", delta=0.9, epsilon=0.9, data="x", split="y"
     )
     assert found.policy == table.rows[1].policy
 
@@ -147,7 +150,7 @@ def test_a_bundle_cannot_name_code(own_policy: str, tiny_bundle: Path, tmp_path:
     )
     unasked = llm.submit("And the king", Options(max_tokens=2))
     assert "top_two" not in sys.modules
-    assert not unasked.choices[0].sequence.policy.thresholds
+    assert not unasked.choices[0].sequence.decision.policy.thresholds
     assert unasked.choices[0].sequence.notes == [f"this bundle was calibrated for a policy of one's own; to use it: --policy {own_policy}"]
     llm.cancel(unasked)
     asked = llm.submit("And the king", Options(max_tokens=2, policy=own_policy)).choices[0].sequence
