@@ -43,15 +43,13 @@ def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS, **model_fields:
     tokenizer = train_tokenizer([corpus()], tokenizer_config)
     config = ModelConfig(
         vocab_size=tokenizer.get_vocab_size(),
-        dim=64,
         num_layers=6,
         num_heads=4,
         num_kv_heads=2,
-        max_positions=CONTEXT,
         exits=exits,
-        **{"tie_embeddings": False, **model_fields},
+        **{"dim": 64, "max_positions": CONTEXT, "tie_embeddings": False, **model_fields},
     )
-    train = TrainConfig(layer_weights={6: 1.0}, steps=1, sequence_length=64)
+    train = TrainConfig(layer_weights={6: 1.0}, steps=1, sequence_length=min(64, config.max_positions))
     torch.manual_seed(7)
     model = Decoder(config)
     with torch.no_grad():

@@ -1,10 +1,12 @@
 """The bundle against the checkpoint: every graph, the whole, every segmentation, and what a failed export leaves."""
 
 import errno
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -15,6 +17,7 @@ import tiny_model
 from ease_export import build
 from ease_export.build import export_bundle
 from ease_export.errors import ExportError
+from ease_export.plan import Plan
 from ease_export.verify import TOLERANCE, torch_greedy, verify_bundle
 from ease_runtime.engine import Engine
 from ease_runtime.manifest import load_manifest
@@ -131,6 +134,44 @@ def test_a_failed_export_keeps_the_older_bundle(
         export_bundle(tiny_checkpoint, tmp_path / "bundle")
     load_manifest(tmp_path / "bundle")
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(("precision", "value", "said"), [("fp32", float("nan"), "holds nan at [5, 3]"), ("fp16", 1e6, "in fp16: ")])
+def test_a_weight_that_is_no_number_is_named(tiny_checkpoint: Path, tmp_path: Path, precision: str, value: float, said: str) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    weights["layers.4.mlp.up_proj.weight"][5, 3] = value
+    save_file(weights, tmp_path / "checkpoint" / "model.safetensors")
+    with pytest.raises(ExportError, match=f"{re.escape(said)}.*") as raised:
+        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", precision)
+    assert "layers.4.mlp.up_proj.weight" in str(raised.value)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_that_does_not_run_does_not_replace_another(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    kept, write = (tmp_path / "bundle" / "manifest.json").read_bytes(), build.write_graph
+
+    def broken(plan: Plan, *others: Any) -> None:
+        write(plan, *others)
+        if plan.file == "kv_02.onnx":
+            (others[1].folder / plan.file).write_bytes(b"no graph")
+
+    monkeypatch.setattr(build, "write_graph", broken)
+    with pytest.raises(ExportError, match=r"in fp32 gives graphs that do not run: kv_02\.onnx cannot be loaded"):
+        export_bundle(tiny_checkpoint, tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "manifest.json").read_bytes() == kept
+
+
+def test_weights_that_overflow_are_not_blamed_on_onnxruntime(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    weights["layers.0.mlp.up_proj.weight"].fill_(3e38)
+    save_file(weights, tmp_path / "checkpoint" / "model.safetensors")
+    with pytest.raises(ExportError, match="its first segment gives no finite numbers"):
+        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
 
 
 def test_export_does_not_replace_what_is_no_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """int8, int4 and fp16 bundles: right, stored once, and the same to the bit however tokens are batched."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from ease_export.cli import main
 from ease_export.quantize import BITS, Quantized, matrices, round_trip
@@ -36,7 +38,11 @@ def test_a_bundle_is_its_checkpoint_with_weights_of_its_precision(bundles: dict[
     report = verify_bundle(bundles[precision], checkpoint, 20)
     assert report.precision == precision
     assert report.ok, report
-    assert (max(d.relative for d in report.differences) > TOLERANCES["fp32"]) == (precision in BITS)
+    assert [exit_.layer for exit_ in report.rounding] == ([3, 6] if precision in BITS else [])
+    for exit_ in report.rounding:
+        low, high = exit_.interval
+        assert exit_.num_places / 2 < exit_.agreed <= exit_.num_places
+        assert 0 < low < exit_.agreed / exit_.num_places <= high <= 1
 
 
 @pytest.mark.parametrize("precision", BITS)
@@ -58,6 +64,53 @@ def test_bytes_are_read_as_the_kernels_read_them(width: int) -> None:
         numbers = Quantized.of(matrix, bits).dequantized(width)
         assert numbers.shape == matrix.shape
         assert np.abs(numbers - matrix).max() <= np.abs(matrix).max() * 2 / (2**bits - 1)
+
+
+@pytest.mark.parametrize("precision", BITS)
+def test_verify_finds_a_weight_that_differs_by_one_step(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path, precision: str) -> None:
+    """Which the rounding of activations would hide."""
+    other = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, other)
+    weights = load_file(other / "model.safetensors")
+    matrix = weights["layers.4.mlp.up_proj.weight"]
+    matrix[5, :32] += (matrix[5, :32].max() - matrix[5, :32].min()) / (2 ** BITS[precision] - 1)
+    save_file(weights, other / "model.safetensors")
+    report = verify_bundle(bundles[precision], other, 8)
+    assert not report.ok
+    assert min(exit_.agreed / exit_.num_places for exit_ in report.rounding) > 0.5, "both forms are of the same bundle"
+
+
+@pytest.mark.parametrize("precision", BITS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_blocks_do_not_fill(tmp_path: Path, precision: str, tied: bool) -> None:
+    """Width 80, which is no multiple of 32: the lookup and the head read the same bytes, and each embedding is cut to its width."""
+    tiny_model.write_checkpoint(tmp_path / "checkpoint", (3, 6), dim=80, tie_embeddings=tied)
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", precision)
+    report = verify_bundle(tmp_path / "bundle", tmp_path / "checkpoint", 20)
+    assert report.ok, report
+    head, first = external(tmp_path / "bundle", "head.onnx"), external(tmp_path / "bundle", "segment_01.onnx")
+    assert (first["embed.weight/values"] == head["lm_head.weight/values"]) == tied
+
+
+def test_one_large_weight_is_no_fault(checkpoint: Path, tmp_path: Path) -> None:
+    """It makes sums of numbers of very different sizes, which fp32 rounds further than others."""
+    weights = load_file(checkpoint / "model.safetensors")
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    weights["layers.0.mlp.gate_proj.weight"][10, 3] = 1e4
+    save_file(weights, tmp_path / "checkpoint" / "model.safetensors")
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    report = verify_bundle(tmp_path / "bundle", tmp_path / "checkpoint", 20)
+    assert report.ok, report
+    assert max(difference.limit for difference in report.differences) > TOLERANCES["fp32"]
+
+
+@pytest.mark.parametrize("context", [2, 3, 30])
+def test_verify_stays_within_a_small_context(tmp_path: Path, context: int) -> None:
+    tiny_model.write_checkpoint(tmp_path / "checkpoint", (3, 6), max_positions=context)
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    report = verify_bundle(tmp_path / "bundle", tmp_path / "checkpoint")
+    assert report.ok, report
+    assert report.num_generated == context - 1
 
 
 def external(bundle: Path, graph: str) -> dict[str, tuple[str, str]]:
@@ -118,7 +171,7 @@ def test_passes_are_bit_identical(bundles: dict[str, Path], precision: str) -> N
     states, caches, logits = run_all(stack, 1, NUM_TOKENS)
     for num_rows, size in ((1, 1), (1, 2), (1, 3), (1, 16), (2, 1), (3, 2), (4, 16)):
         found = run_all(stack, num_rows, size)
-        tolerance = TOLERANCES["int4"] if (precision, num_rows * size) == ("int4", 1) else 0.0
+        tolerance = 0.1 if (precision, num_rows * size) == ("int4", 1) else 0.0
         for row in range(num_rows):
             for a, b in ((found[0][row], states[0]), (found[1][:, :, row], caches[:, :, 0]), (found[2][row], logits[0])):
                 np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=f"{num_rows} rows, {size} a pass")
