@@ -72,11 +72,17 @@ class TextEngine:
         Raises RequestError.
         """
         check_unicode(text)
-        return self._started(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        start = [] if self.start_id is None else [self.start_id]
+        return ids if ids[:1] == start else [*start, *ids]
 
     def encode_text(self, text: str, *, parse_special: bool = False) -> list[int]:
         """A document's ids, as training reads it: special tokens that it mentions are text, unless `parse_special`. Raises RequestError."""
-        return self.encode(text) if parse_special else self._started(self.special.encode_text(text))
+        if parse_special:
+            return self.encode(text)
+        ids = self.special.encode_text(text)
+        self._check_rows(ids)
+        return ids if self.start_id is None else [self.start_id, *ids]
 
     def _started(self, ids: list[int]) -> list[int]:
         self._check_rows(ids)

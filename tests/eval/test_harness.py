@@ -201,3 +201,45 @@ def test_no_pair_ends_a_run(tiny_bundle: Path, instance: Any, caplog: pytest.Log
 def test_arguments_that_are_the_tasks_are_refused(tiny_bundle: Path, argument: str) -> None:
     with pytest.raises(RequestError, match=f"{argument.partition('=')[0]} in --model_args has no effect"):
         model(tiny_bundle, f",{argument}")
+
+
+CONTEXTS = [
+    ("", "And a voice"),
+    ("", "<s>And a voice"),
+    ("", "<|end|>And"),
+    ("<s>the", " sea"),
+    ("<|end|>the", " sea"),
+    ("the ", "sea<s>"),
+    ("And", " it"),
+]
+
+
+@pytest.mark.parametrize("kind", ["trained here", "start token", "named only", "no name"])
+def test_likelihoods_are_those_of_the_harness_own_model(tiny_checkpoint: Path, tmp_path: Path, instance: Any, kind: str) -> None:
+    """Of the same directory, by `lm_eval --model hf` with its default arguments, whatever stands before a text there."""
+    from lm_eval.models.huggingface import HFLM
+
+    import foreign_models
+    from ease_export.build import export_bundle
+    from ease_train.checkpoint import save_checkpoint
+    from ease_train.huggingface import export_model, import_model
+
+    checkpoint, folder = tiny_checkpoint, tmp_path / "hf"
+    if kind == "trained here":
+        export_model(load_checkpoint(checkpoint), folder)
+    else:
+        foreign_models.write_model(foreign_models.make_model("llama2"), folder, start=kind == "start token")
+        if kind == "no name":  # as Qwen2.5
+            described = json.loads((folder / "tokenizer_config.json").read_text())
+            (folder / "tokenizer_config.json").write_text(json.dumps({**described, "bos_token": None}))
+        checkpoint = tmp_path / "checkpoint"
+        save_checkpoint(import_model(str(folder), (2,)), checkpoint)
+        export_model(load_checkpoint(checkpoint), tmp_path / "back")
+    export_bundle(checkpoint, tmp_path / "bundle")
+    requests = [instance("loglikelihood", *pair) for pair in CONTEXTS]
+    ours = model(tmp_path / "bundle").loglikelihood(requests)
+    for path in (folder, tmp_path / "back"):
+        if path.exists():
+            theirs = HFLM(pretrained=str(path), device="cpu", dtype="float32").loglikelihood(requests, disable_tqdm=True)
+            assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+            assert [found for found, _ in ours] == pytest.approx([found for found, _ in theirs], rel=1e-4)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from ease_runtime.chat import ChatTemplate
 from ease_runtime.conversation import Conversation
 from ease_runtime.errors import DeviceError, RequestError
 from ease_runtime.generation import Timing, TokenEvent
-from ease_runtime.llm import TextEngine
+from ease_runtime.llm import TextEngine, load_tokenizer
 from ease_runtime.mock import MockStack
 from ease_runtime.options import Options
 from ease_runtime.thresholds import OFF
@@ -28,7 +29,7 @@ def text_engine(num_slots: int = 1, **more: Any) -> TextEngine:
     """Letters over hashes: 22 letters and the end."""
     stack = MockStack(vocab_size=1 + len(LETTERS), max_positions=64)
     tokenizer = toy_text.letter_tokenizer(LETTERS)
-    return TextEngine(stack, tokenizer, start_id=0, **{"stop_ids": frozenset({0}), **more}, num_slots=num_slots)
+    return TextEngine(stack, tokenizer, **{"start_id": 0, "stop_ids": frozenset({0}), **more}, num_slots=num_slots)
 
 
 def text_of(events: Sequence[TokenEvent], choice: int = 0) -> str:
@@ -77,6 +78,62 @@ def test_stop_strings_end_the_answer_before_them(catch_up: str) -> None:
     assert events[-1].finish_reason == "stop"
     assert len(events) == whole.index(stop) + len(stop)
     assert engine.engine.sequences == []
+
+
+@pytest.mark.parametrize("catch_up", ["recompute", "verify"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_special_tokens_stop_an_answer_that_is_to_end_there(count: int, catch_up: str) -> None:
+    """The model says nothing but special tokens, which have no text."""
+    engine = text_engine(stop_ids=frozenset())
+    stop = ("never this", toy_text.END * count)
+    options = Options(max_tokens=20, threshold=(0.3,), catch_up=catch_up, stop=stop, logit_bias={0: 1000.0})
+    events = list(engine.generate("ab", options))
+    assert [(event.id, event.text) for event in events] == [(0, "")] * count
+    assert events[-1].finish_reason == "stop"
+    assert engine.engine.slots == [None]
+
+
+def test_part_of_a_special_tokens_text_stops_nothing() -> None:
+    engine = text_engine(stop_ids=frozenset())
+    events = list(engine.generate("ab", Options(max_tokens=4, stop=("end", "|>"), logit_bias={0: 1000.0})))
+    assert ([event.id for event in events], events[-1].finish_reason) == ([0, 0, 0, 0], "length")
+
+
+def test_one_start_token_stands_before_a_prompt() -> None:
+    engine = text_engine()
+    assert engine.encode("abc") == engine.encode(f"{toy_text.END}abc") == [0, 1, 2, 3]
+    assert engine.encode(f"{toy_text.END}{toy_text.END}a") == [0, 0, 1], "who writes two gets two"
+    assert engine.encode(toy_text.END) == [0]
+    assert text_engine(start_id=None).encode(f"{toy_text.END}a") == [0, 1]
+
+
+def test_a_document_that_mentions_a_special_token_holds_none() -> None:
+    engine = text_engine()
+    assert engine.encode_text("abc") == [0, 1, 2, 3]
+    assert engine.encode_text(f"a{toy_text.END}b", parse_special=True) == [0, 1, 0, 2]
+    tokenizer = toy_text.byte_tokenizer()
+    engine = TextEngine(MockStack(vocab_size=tokenizer.get_vocab_size()), tokenizer, start_id=0)
+    ids = engine.encode_text(f"the {toy_text.END}")
+    assert (ids[0], 0 in ids[1:], tokenizer.decode(ids)) == (0, False, f"the {toy_text.END}")
+
+
+def test_a_base_models_chat_is_text() -> None:
+    tokenizer = toy_text.byte_tokenizer()
+    engine = TextEngine(MockStack(vocab_size=tokenizer.get_vocab_size()), tokenizer, start_id=0, stop_ids=frozenset({0}))
+    conversation = Conversation(engine, Options(max_tokens=2))
+    list(conversation.say(f"a{toy_text.END}"))
+    assert conversation.last is not None
+    assert conversation.last.prompt == engine.encode_text(f"a{toy_text.END}\n")
+
+
+def test_a_tokenizers_file_may_ask_for_truncation_and_padding(tmp_path: Path) -> None:
+    tokenizer = toy_text.byte_tokenizer()
+    ids = tokenizer.encode("the text that is long").ids
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=32)
+    tokenizer.model.dropout = 0.9
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode("the text that is long").ids == ids
 
 
 def test_text_that_may_begin_a_stop_string_waits() -> None:

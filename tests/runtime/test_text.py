@@ -1,6 +1,7 @@
 """Streaming text: the pieces together are the text, however the tokens cut it, up to the stop string and not a character further."""
 
 import time
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -19,9 +20,11 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int], context: list[int]) -> list[
     return [*(detokenizer.step(token) for token in ids), detokenizer.flush()]
 
 
-def write(ids: list[int], stops: list[str], tokenizer: Tokenizer = BYTES) -> tuple[list[list[Piece]], TextWriter]:
-    """What a writer gives after each token, up to the stop."""
-    writer = TextWriter(tokenizer, [], [StopPattern(stop) for stop in stops])
+def write(
+    ids: list[int], stops: Sequence[str | tuple[str | int, ...]], tokenizer: Tokenizer = BYTES
+) -> tuple[list[list[Piece]], TextWriter]:
+    """What a writer gives after each token, up to the stop. The token 0 is special."""
+    writer = TextWriter(tokenizer, [], [StopPattern(stop) for stop in stops], {0})
     given = []
     for place, token in enumerate(ids):
         given.append(writer.add(Token(token, 1, 0.5, -1.0), last=place == len(ids) - 1))
@@ -50,6 +53,22 @@ def test_no_piece_is_a_broken_character(text: str, prompt: str) -> None:
     pieces = pieces_of(BYTES, ids, BYTES.encode(prompt).ids)
     assert "".join(pieces) == text
     assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected", "count"),
+    [((0,), "a", 2), ((0, "b"), "a", 3), (("a", 0), "", 2), (("b", 0, "c"), "a", 5), ((0, 0), "abc", 7), ("bc", "a", None)],
+)
+def test_special_tokens_stand_in_stop_strings(stop: tuple[str | int, ...], expected: str, count: int | None) -> None:
+    """a, 0, b, 0, c, 0, 0: they have no text, but they stand between the letters and are stopped at."""
+    a, b, c = (BYTES.encode(letter).ids[0] for letter in "abc")
+    given, writer = write([a, 0, b, 0, c, 0, 0, a], [stop])
+    assert writer.stopped == (count is not None)
+    if count is not None:
+        assert (text_of(given), len(given)) == (expected, count)
+        assert sum(len(pieces) for pieces in given) == count
+    else:
+        assert text_of(given) == "abca"
 
 
 def test_a_character_comes_with_its_last_byte() -> None:

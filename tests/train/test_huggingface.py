@@ -107,6 +107,123 @@ def test_the_tokenizer_goes_back(llama: Path, tmp_path: Path) -> None:
     assert (after.bos_token, after.eos_token) == ("<s>", "</s>")
 
 
+TEXTS = ("And the king spoke", "the <s>stone</s> <tag> x", "a 1234, <|eot|> ", "")
+
+
+def with_tokenizer(llama: Path, folder: Path, described: dict[str, Any], written: dict[str, Any]) -> Path:
+    """A model whose tokenizer_config.json and tokenizer.json have other values."""
+    shutil.copytree(llama, folder)
+    for name, values in (("tokenizer_config.json", described), ("tokenizer.json", written)):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**found, **values}))
+    return folder
+
+
+def ids_of(checkpoint: Checkpoint, text: str) -> list[int]:
+    start = checkpoint.conventions.start_id
+    return [*([] if start is None else [start]), *checkpoint.tokenizer.encode(text, add_special_tokens=False).ids]
+
+
+TRUNCATION = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+PADDING = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0, "pad_token": "</s>"}
+END = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+OF_END = {"special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}}
+TAG = {"content": "<tag>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+
+
+@pytest.mark.parametrize(
+    ("described", "written"),
+    [
+        ({}, {"truncation": TRUNCATION, "padding": PADDING}),
+        ({"add_bos_token": False}, {}),
+        ({"add_bos_token": True, "add_eos_token": True}, {"post_processor": None}),
+        ({"bos_token": None}, {}),
+        ({"added_tokens_decoder": {"320": TAG}}, {}),
+        ({"additional_special_tokens": ["<tag>", "ing"]}, {}),
+        ({"tokenizer_class": "LlamaTokenizer", "add_prefix_space": True}, {}),
+        ({"tokenizer_class": "GPT2Tokenizer"}, {}),
+        ({"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": True}, {"post_processor": None}),
+    ],
+    ids=["cut", "flag off", "flags on", "no name", "added", "more", "llama", "gpt2", "qwen"],
+)
+def test_texts_have_transformers_ids(llama: Path, tmp_path: Path, described: dict[str, Any], written: dict[str, Any]) -> None:
+    """As imported, and as exported again: read by transformers, saved by it, and imported from there."""
+    folder = with_tokenizer(llama, tmp_path / "hf", described, written)
+    theirs, checkpoint = transformers.AutoTokenizer.from_pretrained(folder), import_model(str(folder), (2,))
+    expected = [theirs(text).input_ids for text in TEXTS]
+    assert [ids_of(checkpoint, text) for text in TEXTS] == expected
+    export_model(checkpoint, tmp_path / "back")
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert [back(text).input_ids for text in TEXTS] == expected
+    assert (back.bos_token_id, back.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    back.save_pretrained(tmp_path / "back")
+    assert import_model(str(tmp_path / "back")).conventions == checkpoint.conventions
+
+
+def test_what_transformers_does_with_an_exported_models_text(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """It puts the start token before a text, and says the same as this model after it."""
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    export_model(checkpoint, tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    found = theirs("And it came", return_tensors="pt")
+    assert found.input_ids[0].tolist() == ids_of(checkpoint, "And it came")
+    assert theirs("And", "it").input_ids == [0, *theirs("And", add_special_tokens=False).input_ids, *theirs("it").input_ids]
+    said = model.generate(**found, max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)[0].tolist()
+    ids = torch.tensor([ids_of(checkpoint, "And it came")])
+    with torch.no_grad():
+        for _ in range(8):
+            ids = torch.cat((ids, checkpoint.model.eval()(ids)[:, -1:].argmax(-1)), dim=1)
+    assert said == ids[0].tolist()
+    assert theirs.decode(said, skip_special_tokens=True) == checkpoint.tokenizer.decode(said)
+
+
+def test_a_start_token_of_its_generation_defaults_is_not_the_tokenizers(llama: Path, tmp_path: Path) -> None:
+    """Qwen2.5: generation_config.json has a bos_token_id, the tokenizer none."""
+    folder = with_tokenizer(llama, tmp_path / "hf", {"bos_token": None}, {"post_processor": None})
+    found = import_model(str(folder)).conventions
+    assert json.loads((folder / "generation_config.json").read_text())["bos_token_id"] == 0
+    assert (found.start_id, found.generation["bos_token_id"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("described", "written", "message"),
+    [
+        (
+            {},
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [{"Sequence": {"id": "A", "type_id": 0}}, END],
+                    "pair": [],
+                    **OF_END,
+                }
+            },
+            r"the tokenizer makes a </s> of the text 'a'; expected nothing more than one token before the text",
+        ),
+        ({"split_special_tokens": True}, {}, "has split_special_tokens = true: its chat template would be read as plain text"),
+    ],
+)
+def test_what_no_prompt_should_have_is_refused(
+    llama: Path, tmp_path: Path, described: dict[str, Any], written: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ForeignError, match=message):
+        import_model(str(with_tokenizer(llama, tmp_path / "hf", described, written)))
+
+
+def test_without_transformers_a_tokenizer_is_its_file_or_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    folder = with_tokenizer(llama, tmp_path / "cut", {"add_bos_token": False}, {"truncation": TRUNCATION, "padding": PADDING})
+    found, plain = import_model(str(folder)), import_model(str(llama))
+    assert found.conventions == plain.conventions
+    assert ids_of(found, TEXTS[0]) == ids_of(plain, TEXTS[0])
+    folder = with_tokenizer(llama, tmp_path / "added", {"added_tokens_decoder": {"320": TAG}}, {})
+    with pytest.raises(
+        ForeignError, match=r"names tokens that tokenizer.json has not \(<tag>\); adding them needs transformers: pip install"
+    ):
+        import_model(str(folder))
+
+
 def test_a_sliding_window_cuts_the_context(tmp_path: Path) -> None:
     model = foreign_models.make_model("mistral")
     model.config.sliding_window = 32

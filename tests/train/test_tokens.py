@@ -53,6 +53,21 @@ def test_the_end_stands_before_every_document(kind: str) -> None:
     assert stream.tolist() == expected
 
 
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_an_end_that_a_document_mentions_is_text(kind: str, tmp_path: Path) -> None:
+    documents = [f"The tag {END} is written in this manual.", f"{END}{END}", "three"]
+    tokenizer = train_tokenizer(documents, TokenizerConfig(kind=kind, bpe_vocab_size=260))
+    end = tokenizer.token_to_id(END)
+    stream = encode_stream(tokenizer, documents)
+    assert (stream == end).sum() == 3
+    assert [tokenizer.decode(part.tolist()) for part in np.split(stream, np.flatnonzero(stream == end))[1:]] == documents
+    assert tokenizer.encode(END).ids == [end], "the tokenizer is left as it was"
+    meant = encode_stream(tokenizer, documents, parse_special=True)
+    assert (meant == end).sum() == 6
+    assert cached_stream(tokenizer, documents, tmp_path).tolist() == stream.tolist()
+    assert cached_stream(tokenizer, documents, tmp_path, parse_special=True).tolist() == meant.tolist()
+
+
 @given(st.integers(21, 200), st.integers(1, 20))
 def test_blocks_overlap_by_one_token(tokens: int, length: int) -> None:
     stream = np.arange(tokens, dtype=np.int32)
