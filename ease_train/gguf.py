@@ -78,7 +78,7 @@ HARMLESS_TOKENIZER = (
 SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}
 END_OF_TURN = (  # what llama.cpp takes for the end of an answer by its text, since files name one such token of several
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "[EOT]", "[EOS]"),
-    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
+    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001 - DeepSeek's
 )
 
 
@@ -116,7 +116,7 @@ class Metadata:
             raise ForeignError(f"{key} is no text: {error}") from None
         if kind is float and type(found) is int:
             found = float(found)
-        if type(found) is not kind or (kind is float and not math.isfinite(found)):
+        if type(found) is not kind or (isinstance(found, float) and not math.isfinite(found)):
             shown = repr(found)
             raise ForeignError(f"{key} = {shown[:60]}, expected {_NAMES[kind]}")
         return found
@@ -349,7 +349,9 @@ class GGUFFile:
         if model == "gpt2":
             split = split_of(read.value("tokenizer.ggml.pre", str))
         if read.value("tokenizer.ggml.add_eos_token", bool, model == "t5"):
-            raise ForeignError("tokenizer.ggml.add_eos_token is true (or left to t5's default): a token after every prompt is not known here")
+            raise ForeignError(
+                "tokenizer.ggml.add_eos_token is true (or left to t5's default): a token after every prompt is not known here"
+            )
         starts = read.value("tokenizer.ggml.add_bos_token", bool, split.starts)
         if starts and ids["bos"] is None:
             raise ForeignError("the file lacks tokenizer.ggml.bos_token_id, and a start token stands before every text")
@@ -372,7 +374,7 @@ class GGUFFile:
     def _tokenizer(self, model: str, vocabulary: Vocabulary, split: Split, unknown: int | None) -> Tokenizer:
         read = self.metadata
         prefix = read.value("tokenizer.ggml.add_space_prefix", bool, model == "llama")
-        merge = read.value("tokenizer.ggml.remove_extra_whitespaces", bool, False)  # noqa: FBT003
+        merge = read.value("tokenizer.ggml.remove_extra_whitespaces", bool, False)
         if model == "gpt2":
             return byte_level(vocabulary, read.value("tokenizer.ggml.merges", list), split)
         if unknown is None:

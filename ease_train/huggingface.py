@@ -11,6 +11,7 @@ of tokenizer.json does.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ def import_model(
     """
     if source.endswith(".gguf"):
         foreign, folder = read_gguf_file(Path(source)), None
-        for line in foreign.report if report else ():
-            report(line)
+        if report is not None:
+            for line in foreign.report:
+                report(line)
     else:
         folder = Path(source) if Path(source).is_dir() else download(source)
         foreign = read_directory(folder)
@@ -161,10 +163,30 @@ def _converted_tokenizer(folder: Path) -> Tokenizer:
         from transformers import AutoTokenizer
     except ImportError:
         raise ForeignError(f"{folder} has no tokenizer.json, and converting another form {WITH_TRANSFORMERS}") from None
+    if (folder / "tokenizer.model").is_file():
+        _check_sentencepiece(folder / "tokenizer.model")
     try:
         return AutoTokenizer.from_pretrained(folder).backend_tokenizer
     except Exception as error:  # whatever its many tokenizers raise
         raise ForeignError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+
+
+def _check_sentencepiece(path: Path) -> None:
+    """Refuse a vocabulary of SentencePiece's that transformers reads as another: it takes each for BPE. Raises ForeignError."""
+    try:
+        from google.protobuf.message import DecodeError
+
+        proto = import_module("sentencepiece.sentencepiece_model_pb2")
+    except ImportError:
+        raise ForeignError(f"{path} needs sentencepiece to be read: pip install 'ease-lm[hf]'") from None
+    model = proto.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
+        return  # tiktoken's, which has the same name
+    if model.trainer_spec.model_type != proto.TrainerSpec.BPE:
+        kind = proto.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
+        raise ForeignError(f"{path} is a {kind} vocabulary, expected BPE; a tokenizer.json beside it would be read instead")
 
 
 def read_conventions(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> Conventions:

@@ -3,9 +3,11 @@
 Byte-level BPE (`gpt2`, with the splits that `tokenizer.ggml.pre` names), SentencePiece's BPE (`llama`) and unigram (`t5`).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -75,8 +77,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if len(set(self.tokens)) != len(self.tokens):
-            seen: set[str] = set()
-            twice = next(token for token in self.tokens if token in seen or seen.add(token))
+            (twice, _), *_ = Counter(self.tokens).most_common(1)
             raise ForeignError(f"the vocabulary has the token {twice!r} twice; expected each once")
 
     def of(self, *types: TokenType) -> Iterator[tuple[int, str]]:
@@ -104,9 +105,7 @@ def byte_level(vocabulary: Vocabulary, merges: Sequence[str], split: Split) -> T
         ignore_merges=split.whole_words,
     )
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     return _with_added(tokenizer, vocabulary)
 
@@ -178,7 +177,7 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
         if known := [(left, right) for left, right in cuts if left in symbols and right in symbols]:
             ways[token] = known
     best_first = sorted(ways, key=lambda token: -vocabulary.scores[symbols[token]])
-    for one, other in zip(best_first, best_first[1:], strict=False):
+    for one, other in pairwise(best_first):
         if (score := vocabulary.scores[symbols[one]]) == vocabulary.scores[symbols[other]]:
             raise ForeignError(
                 f"the tokens {one!r} and {other!r} have the same score {score}: which is merged first is not said; "
