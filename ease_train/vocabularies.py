@@ -1,6 +1,7 @@
 """Tokenizers from the bare vocabulary that a GGUF file holds, each as llama.cpp reads it.
 
-Byte-level BPE (`gpt2`, with the splits that `tokenizer.ggml.pre` names), SentencePiece's BPE (`llama`) and unigram (`t5`).
+Byte-level BPE (`gpt2`, with the splits that `tokenizer.ggml.pre` names), SentencePiece's BPE (`llama`) and its unigram
+model (`t5`). Splits are those of the models' own tokenizer.json; llama.cpp writes tekken's without combining marks.
 """
 
 from collections import Counter
@@ -187,7 +188,7 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
 
 
 def _check_characters(vocabulary: Vocabulary) -> None:
-    """Every character of a token is a token, as SentencePiece's trainer leaves it; else merges would need what has no id."""
+    """Refuse a token with a character that is none, which SentencePiece's trainer never leaves: merges would lack an id."""
     symbols = {token for _, token in vocabulary.of(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)}
     for _, token in vocabulary.of(TokenType.NORMAL, TokenType.UNUSED):
         if strange := next((character for character in token if character not in symbols), None):

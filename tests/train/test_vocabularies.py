@@ -8,7 +8,16 @@ import pytest
 from tokenizers import Tokenizer
 
 from ease_train.errors import ForeignError
-from ease_train.vocabularies import SPACE, SPLITS, TokenType, Vocabulary, byte_level, sentencepiece_bpe, split_of, unigram
+from ease_train.vocabularies import (
+    SPACE,
+    SPLITS,
+    TokenType,
+    Vocabulary,
+    byte_level,
+    sentencepiece_bpe,
+    split_of,
+    unigram,
+)
 
 LETTERS = ("a", "b", "c", SPACE)
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -110,7 +119,26 @@ CUTS = {
     "llama-bpe": ["I", "'m", "ĠHERE", "'S", "ĠĠ", "Ġ", "123", "45", "(x", ")ĊĊ", "Ġa", "ĠâĤ¬", "Ġ"],
     "qwen2": ["I", "'m", "ĠHERE", "'S", "ĠĠ", "Ġ", "1", "2", "3", "4", "5", "(x", ")ĊĊ", "Ġa", "ĠâĤ¬", "Ġ"],
     "tekken": ["I", "'m", "ĠHERE", "'S", "ĠĠ", "Ġ", "1", "2", "3", "4", "5", "(x", ")ĊĊ", "Ġa", "ĠâĤ¬", "Ġ"],
-    "smollm": ["I", "'m", "ĠHERE", "'", "S", "ĠĠĠ", "1", "2", "3", "4", "5", "(", "x", ")", "ĊĊ", "Ġa", "ĠâĤ¬", "Ġ"],
+    "smollm": [
+        "I",
+        "'m",
+        "ĠHERE",
+        "'",
+        "S",
+        "ĠĠĠ",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "(",
+        "x",
+        ")",
+        "ĊĊ",
+        "Ġa",
+        "ĠâĤ¬",
+        "Ġ",
+    ],
     "gpt-2": ["I", "'m", "ĠHERE", "'", "S", "ĠĠ", "Ġ12345", "(", "x", ")", "ĊĊ", "Ġa", "ĠâĤ¬", "Ġ"],
 }
 
