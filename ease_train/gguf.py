@@ -5,7 +5,8 @@
     file.tensors["layers.0.attention.q_proj.weight"]   # packed rows under our name, with their ggml type
     file.foreign()                                     # the whole model, dequantised tensor by tensor
 
-Every key of `<architecture>.*` and `tokenizer.*` is used, known to change nothing, or refused by name; so is every tensor.
+Every key of `<architecture>.*` and `tokenizer.*` is used, known to change nothing, or refused by name; so is every
+tensor.
 """
 
 import math
@@ -28,7 +29,15 @@ from ease_train.blocks import stretched
 from ease_train.conventions import Conventions
 from ease_train.errors import ForeignError
 from ease_train.foreign import LLAMA3_SCALING, Foreign, foreign_name
-from ease_train.vocabularies import Split, TokenType, Vocabulary, byte_level, sentencepiece_bpe, split_of, unigram
+from ease_train.vocabularies import (
+    Split,
+    TokenType,
+    Vocabulary,
+    byte_level,
+    sentencepiece_bpe,
+    split_of,
+    unigram,
+)
 
 OUTER = {"token_embd": "embed", "output_norm": "norm", "output": "lm_head"}
 IN_BLOCK = {
@@ -75,10 +84,16 @@ HARMLESS_TOKENIZER = (
     "tokenizer.huggingface.json",
     "tokenizer.chat_templates",
 )
-SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}
-END_OF_TURN = (  # what llama.cpp takes for the end of an answer by its text, since files name one such token of several
+SAMPLING = {
+    "temp": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+END_OF_TURN = (  # what llama.cpp takes for the end of an answer by its text: files name one such token of several
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "[EOT]", "[EOS]"),
-    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
+    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001 - DeepSeek's
 )
 
 
@@ -116,7 +131,7 @@ class Metadata:
             raise ForeignError(f"{key} is no text: {error}") from None
         if kind is float and type(found) is int:
             found = float(found)
-        if type(found) is not kind or (kind is float and not math.isfinite(found)):
+        if type(found) is not kind or (isinstance(found, float) and not math.isfinite(found)):
             shown = repr(found)
             raise ForeignError(f"{key} = {shown[:60]}, expected {_NAMES[kind]}")
         return found
@@ -141,14 +156,21 @@ class Metadata:
         return number
 
 
-_NAMES = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false", list: "a list"}
+_NAMES = {
+    str: "a text",
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    list: "a list",
+}
 
 
 @dataclass(frozen=True)
 class PackedTensor:
     """A tensor as its file keeps it: `data` holds one packed row each for the outer dimensions of `shape`.
 
-    `heads` is the number of heads whose rotated pairs lie side by side there (llama.cpp's order), 0 where rows are in ours.
+    `heads` is the number of heads whose rotated pairs lie side by side there (llama.cpp's order), 0 where rows are in
+    our order.
     """
 
     name: str
@@ -233,7 +255,10 @@ class GGUFFile:
         )
 
     def _check_whole(self) -> None:
-        kind, parts = self.metadata.value("general.type", str, "model"), self.metadata.value("split.count", int, 1)
+        kind, parts = (
+            self.metadata.value("general.type", str, "model"),
+            self.metadata.value("split.count", int, 1),
+        )
         if kind != "model":
             raise ForeignError(f"general.type = '{kind}', expected a model")
         if parts > 1:
@@ -243,7 +268,10 @@ class GGUFFile:
 
     def _config(self) -> dict[str, Any]:
         arch, read = self.architecture, self.metadata
-        heads, width = read.per_layer(f"{arch}.attention.head_count"), read.value(f"{arch}.embedding_length", int)
+        heads, width = (
+            read.per_layer(f"{arch}.attention.head_count"),
+            read.value(f"{arch}.embedding_length", int),
+        )
         for name, number in {"attention.head_count": heads, "embedding_length": width}.items():
             if number < 1:
                 raise ForeignError(f"{arch}.{name} = {number}, expected at least 1")

@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def import_model(
     """
     if source.endswith(".gguf"):
         foreign, folder = read_gguf_file(Path(source)), None
-        for line in foreign.report if report else ():
-            report(line)
+        if report is not None:
+            for line in foreign.report:
+                report(line)
     else:
         folder = Path(source) if Path(source).is_dir() else download(source)
         foreign = read_directory(folder)
@@ -204,6 +206,8 @@ def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]
     except ImportError:
         tokenizer, names = _tokenizer_alone(folder, described), described
     else:
+        if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+            _check_sentencepiece(folder / "tokenizer.model")
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity(logging.ERROR)
         try:
@@ -241,6 +245,24 @@ def _text_of(token: Any) -> str | None:
     """The text of a special token, which is named by it or by an object that holds it."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
+
+
+def _check_sentencepiece(path: Path) -> None:
+    """Refuse a vocabulary of SentencePiece's that transformers reads as another: it takes each for BPE. Raises ForeignError."""
+    try:
+        from google.protobuf.message import DecodeError
+
+        proto = import_module("sentencepiece.sentencepiece_model_pb2")
+    except ImportError:
+        raise ForeignError(f"{path} needs sentencepiece to be read: pip install 'ease-lm[hf]'") from None
+    model = proto.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
+        return  # tiktoken's, which has the same name
+    if model.trainer_spec.model_type != proto.TrainerSpec.BPE:
+        kind = proto.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
+        raise ForeignError(f"{path} is a {kind} vocabulary, expected BPE; a tokenizer.json beside it would be read instead")
 
 
 def read_conventions(

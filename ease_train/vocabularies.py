@@ -1,11 +1,14 @@
 """Tokenizers from the bare vocabulary that a GGUF file holds, each as llama.cpp reads it.
 
-Byte-level BPE (`gpt2`, with the splits that `tokenizer.ggml.pre` names), SentencePiece's BPE (`llama`) and unigram (`t5`).
+Byte-level BPE (`gpt2`, with the splits that `tokenizer.ggml.pre` names), SentencePiece's BPE (`llama`) and its unigram
+model (`t5`). Splits are those of the models' own tokenizer.json; llama.cpp writes tekken's without combining marks.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -75,8 +78,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if len(set(self.tokens)) != len(self.tokens):
-            seen: set[str] = set()
-            twice = next(token for token in self.tokens if token in seen or seen.add(token))
+            (twice, _), *_ = Counter(self.tokens).most_common(1)
             raise ForeignError(f"the vocabulary has the token {twice!r} twice; expected each once")
 
     def of(self, *types: TokenType) -> Iterator[tuple[int, str]]:
@@ -176,7 +178,7 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
         if known := [(left, right) for left, right in cuts if left in symbols and right in symbols]:
             ways[token] = known
     best_first = sorted(ways, key=lambda token: -vocabulary.scores[symbols[token]])
-    for one, other in zip(best_first, best_first[1:], strict=False):
+    for one, other in pairwise(best_first):
         if (score := vocabulary.scores[symbols[one]]) == vocabulary.scores[symbols[other]]:
             raise ForeignError(
                 f"the tokens {one!r} and {other!r} have the same score {score}: which is merged first is not said; "
@@ -186,7 +188,7 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
 
 
 def _check_characters(vocabulary: Vocabulary) -> None:
-    """Every character of a token is a token, as SentencePiece's trainer leaves it; else merges would need what has no id."""
+    """Refuse a token with a character that is none, which SentencePiece's trainer never leaves: merges would lack an id."""
     symbols = {token for _, token in vocabulary.of(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)}
     for _, token in vocabulary.of(TokenType.NORMAL, TokenType.UNUSED):
         if strange := next((character for character in token if character not in symbols), None):

@@ -274,26 +274,65 @@ def less(model: Any, *names: str, **more: np.ndarray) -> dict[str, np.ndarray]:
 
 REFUSED: dict[str, tuple[str, Change]] = {
     "experts": (r"llama.expert_count = 4, expected 0", lambda writer: writer.add_expert_count(4)),
-    "unknown key": (r"llama.new_trick = '3' is not known here", lambda writer: writer.add_uint32("llama.new_trick", 3)),
-    "unknown tokenizer key": (r"tokenizer.ggml.odd = 'x' is not known", lambda writer: writer.add_string("tokenizer.ggml.odd", "x")),
+    "unknown key": (
+        r"llama.new_trick = '3' is not known here",
+        lambda writer: writer.add_uint32("llama.new_trick", 3),
+    ),
+    "unknown tokenizer key": (
+        r"tokenizer.ggml.odd = 'x' is not known",
+        lambda writer: writer.add_string("tokenizer.ggml.odd", "x"),
+    ),
     "yarn": (r"rope.scaling.type = 'yarn' cannot be imported", lambda writer: stretch(writer, 4.0, "yarn")),
-    "partial": (r"rope.dimension_count = 4, expected the width of a head, 8", lambda writer: writer.add_rope_dimension_count(4)),
-    "parts": (r"one of 3 parts; join them: llama-gguf-split", lambda writer: writer.add_uint16("split.count", 3)),
+    "partial": (
+        r"rope.dimension_count = 4, expected the width of a head, 8",
+        lambda writer: writer.add_rope_dimension_count(4),
+    ),
+    "parts": (
+        r"one of 3 parts; join them: llama-gguf-split",
+        lambda writer: writer.add_uint16("split.count", 3),
+    ),
     "adapter": (r"general.type = 'adapter', expected a model", lambda writer: writer.add_type("adapter")),
-    "uneven": (r"head_count_kv = \[2, 2, 6, 6\]: layers of different", lambda writer: writer.add_head_count_kv([2, 2, 6, 6])),
-    "layers": (r"block_count = 1000000000, but the file holds 39", lambda writer: writer.add_block_count(10**9)),
+    "uneven": (
+        r"head_count_kv = \[2, 2, 6, 6\]: layers of different",
+        lambda writer: writer.add_head_count_kv([2, 2, 6, 6]),
+    ),
+    "layers": (
+        r"block_count = 1000000000, but the file holds 39",
+        lambda writer: writer.add_block_count(10**9),
+    ),
     "no heads": (r"head_count = 0, expected at least 1", lambda writer: writer.add_head_count(0)),
-    "rows": (r"vocab_size = 400, but token_embd.weight has 320 rows", lambda writer: writer.add_vocab_size(400)),
-    "words": (r"321 tokens, but token_embd.weight 320 rows", lambda writer: writer.add_token_list([str(i) for i in range(321)])),
+    "rows": (
+        r"vocab_size = 400, but token_embd.weight has 320 rows",
+        lambda writer: writer.add_vocab_size(400),
+    ),
+    "words": (
+        r"321 tokens, but token_embd.weight 320 rows",
+        lambda writer: writer.add_token_list([str(i) for i in range(321)]),
+    ),
     "types": (r"token_type has 2 values for 320 tokens", lambda writer: writer.add_token_types([1, 1])),
-    "pre": (r"tokenizer.ggml.pre = 'qwen': .*did you mean 'qwen2'", lambda writer: writer.add_tokenizer_pre("qwen")),
-    "kind of tokenizer": (r"tokenizer.ggml.model = 'bert' cannot", lambda writer: writer.add_tokenizer_model("bert")),
+    "pre": (
+        r"tokenizer.ggml.pre = 'qwen': .*did you mean 'qwen2'",
+        lambda writer: writer.add_tokenizer_pre("qwen"),
+    ),
+    "kind of tokenizer": (
+        r"tokenizer.ggml.model = 'bert' cannot",
+        lambda writer: writer.add_tokenizer_model("bert"),
+    ),
     "twice": (r"the token '<s>' twice", lambda writer: rename(writer, 9, "<s>")),
-    "far token": (r"eot_token_id = 900, expected a token from 0 to 319", lambda writer: writer.add_eot_token_id(900)),
+    "far token": (
+        r"eot_token_id = 900, expected a token from 0 to 319",
+        lambda writer: writer.add_eot_token_id(900),
+    ),
     "end token": (r"add_eos_token is true", lambda writer: writer.add_add_eos_token(True)),
     "merges": (r"merges holds 'ab', expected two", lambda writer: writer.add_token_merges(["ab"])),
-    "strange merges": (r"the vocabulary cannot be read: ", lambda writer: writer.add_token_merges(["qq qqq"])),
-    "kind of value": (r"llama.context_length = 'many', expected a whole number", lambda w: w.add_string("llama.context_length", "many")),
+    "strange merges": (
+        r"the vocabulary cannot be read: ",
+        lambda writer: writer.add_token_merges(["qq qqq"]),
+    ),
+    "kind of value": (
+        r"llama.context_length = 'many', expected a whole number",
+        lambda w: w.add_string("llama.context_length", "many"),
+    ),
 }
 
 
@@ -341,7 +380,10 @@ def test_tensors_that_lack_or_are_too_many_are_named(model: Any, tmp_path: Path)
 
 
 def test_two_stretches_of_the_rotary_embedding_are_refused(model: Any, tmp_path: Path) -> None:
-    tensors = less(model, **{"rope_freqs.weight": llama3_factors({**foreign_models.ROPE3, "original_max_position_embeddings": 32}, 8)})
+    tensors = less(
+        model,
+        **{"rope_freqs.weight": llama3_factors({**foreign_models.ROPE3, "original_max_position_embeddings": 32}, 8)},
+    )
     path = write_gguf(model, tmp_path / "model.gguf", tensors=tensors, change=lambda writer: stretch(writer, 2.0, None))
     with pytest.raises(ForeignError, match=r"both rope_freqs.weight and llama.rope.scaling.factor = 2.0"):
         import_model(str(path))
@@ -349,10 +391,19 @@ def test_two_stretches_of_the_rotary_embedding_are_refused(model: Any, tmp_path:
 
 @pytest.mark.parametrize("head_dim", [8, 16, 64, 128])
 @pytest.mark.parametrize("theta", [500.0, 1e4, 5e5])
-@pytest.mark.parametrize("settings", [(32.0, 1.0, 4.0, 8192.0), (8.0, 1.0, 4.0, 8192.0), (8.0, 1.0, 4.0, 64.0), (3.0, 1.0, 2.5, 500.0)])
+@pytest.mark.parametrize(
+    "settings",
+    [(32.0, 1.0, 4.0, 8192.0), (8.0, 1.0, 4.0, 8192.0), (8.0, 1.0, 4.0, 64.0), (3.0, 1.0, 2.5, 500.0)],
+)
 def test_the_settings_of_llama_3_are_found_in_their_factors(settings: tuple[float, ...], theta: float, head_dim: int) -> None:
     """All that is asked of them is that they say the same of each rotated pair, since POSITIONS shows in some pairs only."""
-    rope = dict(zip(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), settings, strict=True))
+    rope = dict(
+        zip(
+            ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            settings,
+            strict=True,
+        )
+    )
     factors = llama3_factors({**rope, "rope_theta": theta}, head_dim)
     try:
         found = rope_scaling(torch.from_numpy(factors).double(), theta)
