@@ -94,8 +94,9 @@ class Engine:
         num_logprobs: int = 0,
         keep: bool = False,
         after: TokenSequence | None = None,
+        notes: Sequence[str] = (),
     ) -> TokenSequence:
-        """A new sequence, in the queue for a slot.
+        """A new sequence, in the queue for a slot, with what its request should be told (`notes`).
 
         With `keep` its slot stays its own when it has finished, until it is released or another sequence comes `after` it,
         which takes the slot over and runs only what its prompt does not share with it.
@@ -119,6 +120,7 @@ class Engine:
         sequence.drafts.length = self.draft_length if asked else 0
         if catch_up == "verify" and not self.stack.exact:
             sequence.notes.append("verify holds up to rounding here: passes of several tokens differ from single ones in their last bits")
+        sequence.notes += notes
         if self.costs and asked and (self.adapt or catch_up == "verify"):
             sequence.decision.pace = Pace(self.costs, policy, catch_up, self.cap)
         if after is not None and after.slot is not None:
@@ -166,6 +168,12 @@ class Engine:
         """Give up a sequence, wherever it is: its slot, or its place in the queue."""
         self.waiting = [other for other in self.waiting if other is not sequence]
         self.runner.release(sequence)
+
+    def end(self, sequence: TokenSequence, reason: str) -> None:
+        """End a sequence that runs, for a reason that the engine cannot know."""
+        sequence.finish_reason = reason
+        if not sequence.request.keep:
+            self.release(sequence)
 
     def generate(self, sequence: TokenSequence) -> Iterator[Token]:
         """Step until a sequence ends, yielding its tokens. Whoever stops reading early ends it."""

@@ -184,10 +184,10 @@ class TextEngine:
                 num_logprobs=options.logprobs,
                 keep=keep,
                 after=after.choices[0].sequence if after else None,
+                notes=[*notes, *self.remarks(options, ids)],
             )
             choices.append(Choice(index, sequence, TextWriter(self.tokenizer, ids, patterns, self.special.tokens)))
             self.choices[sequence] = choices[-1]
-            sequence.notes += notes + self.remarks(options, ids)
         return Generation(ids, choices)
 
     def step(self) -> list[tuple[Choice, list[TokenEvent]]]:
@@ -201,9 +201,7 @@ class TextEngine:
             if choice.finish_reason is not None:
                 del self.choices[sequence]
                 if sequence.finish_reason is None:  # at a stop string, of which the engine knows nothing
-                    sequence.finish_reason = "stop"
-                    if not sequence.request.keep:
-                        self.engine.release(sequence)
+                    self.engine.end(sequence, "stop")
         return read
 
     def cancel(self, generation: Generation) -> None:

@@ -77,10 +77,11 @@ def test_bad_requests_end_in_one_line(tiny_bundle: Path, options: list[str], mes
 
 
 def test_usage_errors_have_exit_code_2(tiny_bundle: Path) -> None:
-    assert (
-        "threshold 'half' is not a number in"
-        in run("ease-run", "generate", tiny_bundle, "--prompt", "x", "--threshold", "half", code=1).stderr
-    )
+    generate = ("ease-run", "generate", tiny_bundle, "--prompt", "x")
+    assert "'half' is not a valid integer" in run(*generate, "--max-tokens", "half", code=2).stderr
+    refused = run(*generate, "--threshold", "half", code=1).stderr
+    assert refused.startswith("error: threshold 'half' is not a number in [0, 1]")
+    assert refused.count("\n") == 1
 
 
 def test_a_missing_checkpoint_or_bundle_names_the_command_that_makes_it(tmp_path: Path) -> None:
