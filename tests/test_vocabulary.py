@@ -10,6 +10,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from ease_runtime.policy import ExitPolicy
 from tokenizers import AddedToken, Tokenizer
 
 from ease_eval.cli import main as evaluate
@@ -19,7 +20,6 @@ from ease_runtime.cli import main as runtime
 from ease_runtime.errors import BundleError, RequestError
 from ease_runtime.llm import LLM
 from ease_runtime.manifest import FileInfo, load_manifest, sha256_of
-from ease_runtime.policy import ExitPolicy
 from ease_train.cli import main as train
 from ease_train.config import load_recipe
 from ease_train.errors import ConfigError

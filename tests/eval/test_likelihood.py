@@ -1,6 +1,7 @@
 """A context and what follows it: the ids of the whole text, divided behind the last token that is all context."""
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ START, END = 300, 301
 
 
 def engine(start_id: int | None) -> Any:
-    return TextEngine(MockStack(vocab_size=400), joining(), start_id=start_id, stop_ids=frozenset({END}))
+    made: Any = TextEngine(MockStack(vocab_size=400), joining(), start_id=start_id, stop_ids=frozenset({END}))
+    made.manifest = SimpleNamespace(generation={}, stop_ids=(END,))
+    return made
 
 
 def pairs() -> list[tuple[str, str]]:

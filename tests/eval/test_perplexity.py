@@ -11,7 +11,6 @@ from torch import Tensor
 from ease_eval.likelihood import score_continuation
 from ease_eval.perplexity import Scores, score_documents, windows
 from ease_runtime.engine import Engine
-from ease_runtime.errors import RequestError
 from ease_runtime.policies import ExitPolicy, make_policy
 from ease_runtime.sampling import Given
 from ease_runtime.stack import OrtStack
@@ -181,8 +180,14 @@ def test_a_context_that_is_too_long_loses_its_beginning(stack: OrtStack) -> None
     (whole,) = score_continuation(engine, ids[:390], ids[390:], [policy(0.5)], "propagate")
     (cut,) = score_continuation(engine, ids[400 - limit - 1 : 390], ids[390:], [policy(0.5)], "propagate")
     assert whole.logprobs.tolist() == cut.logprobs.tolist()
-    with pytest.raises(RequestError, match="a continuation of 390 tokens is longer than this model's context of 288"):
-        score_continuation(engine, ids[:10], ids[10:], [policy(0.5)], "propagate")
+
+
+def test_a_continuation_longer_than_the_context_is_scored_in_windows(stack: OrtStack) -> None:
+    engine, ids = Engine(stack), text(400, seed=7)
+    (scores,) = score_continuation(engine, ids[:10], ids[10:], [policy(0.5)], "propagate")
+    (whole,) = score_documents(engine, [ids], [policy(0.5)], "propagate")
+    assert scores.logprobs.tolist() == whole.logprobs.tolist()[9:]
+    assert len(scores.logprobs) == 390
 
 
 def test_a_perplexity_beyond_all_numbers_is_the_largest() -> None:

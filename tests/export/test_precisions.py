@@ -10,6 +10,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+import tiny_model
+from ease_export.build import export_bundle
 from ease_export.cli import main
 from ease_export.quantize import BITS, Quantized, matrices, round_trip
 from ease_export.verify import TOLERANCES, verify_bundle
