@@ -82,8 +82,7 @@ def test_verify_finds_a_weight_that_differs_by_one_step(bundles: dict[str, Path]
     assert min(exit_.agreed / exit_.num_places for exit_ in report.rounding) > 0.5, "both forms are of the same bundle"
 
 
-@pytest.mark.parametrize("precision", BITS)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("precision", "tied"), [("int8", False), ("int4", True)])
 def test_rows_that_blocks_do_not_fill(tmp_path: Path, precision: str, tied: bool) -> None:
     """Width 80, which is no multiple of 32: the lookup and the head read the same bytes, and each embedding is cut to its width."""
     tiny_model.write_checkpoint(tmp_path / "checkpoint", (3, 6), dim=80, tie_embeddings=tied)
@@ -106,7 +105,7 @@ def test_one_large_weight_is_no_fault(checkpoint: Path, tmp_path: Path) -> None:
     assert max(difference.limit for difference in report.differences) > TOLERANCES["fp32"]
 
 
-@pytest.mark.parametrize("context", [2, 3, 30])
+@pytest.mark.parametrize("context", [2, 20])
 def test_verify_stays_within_a_small_context(tmp_path: Path, context: int) -> None:
     tiny_model.write_checkpoint(tmp_path / "checkpoint", (3, 6), max_positions=context)
     export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
