@@ -181,7 +181,7 @@ def compare_exit(stack: OrtStack, model: Decoder, number: int, rows: NDArray[np.
     """An exit's graph with its head: logits, and the figures reduced in the graph."""
     leave = stack.manifest.exits[number]
     exit_hidden = model.exit_hidden(hidden, leave.layer)[0]
-    logits = model.exit_logits(leave.layer, exit_hidden)
+    logits = model.exit(leave.layer).head(exit_hidden)
     probabilities = logits.softmax(-1)
     top = probabilities.topk(2, dim=-1).values
     output = stack.run_exit(number, rows)
@@ -192,7 +192,9 @@ def compare_exit(stack: OrtStack, model: Decoder, number: int, rows: NDArray[np.
     entropy = -(probabilities * logits.log_softmax(-1)).sum(-1)
     yield Difference(name, "entropy", relative_difference(output.entropy, entropy))
     if leave.gate:
-        expected = model.gates[str(leave.layer)](exit_hidden)
+        gate = model.exit(leave.layer).gate
+        assert gate is not None
+        expected = gate(exit_hidden)
         yield Difference(leave.gate, "probability", relative_difference(stack.run_gate(number, rows), expected))
 
 
