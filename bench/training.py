@@ -23,6 +23,7 @@ from rich.table import Table
 
 from ease_train.config import ModelConfig, load_recipe
 from ease_train.losses import Objective, exit_loss
+from ease_train.method import Distill
 from ease_train.model import Decoder
 from ease_train.trainer import Trainer
 
@@ -125,7 +126,9 @@ def step_memory(exits: tuple[int, ...], distill: float) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(32768, (4, 257))
     for _ in range(2):
-        loss, _ = exit_loss(model, ids[:, :-1], ids[:, 1:], Objective(dict.fromkeys(exits, 1.0), distill))
+        loss, _ = exit_loss(
+            model, ids[:, :-1], ids[:, 1:], Objective(weights=dict.fromkeys(exits, 1.0), distill=Distill(weight=distill, temperature=1.0))
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -152,7 +152,7 @@ def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precis
             ExitInfo(layer, exit_file(n), head_file(model, n, layer), gate_file(model, n, layer), block_file(model, n, layer))
             for n, layer in enumerate(config.exits)
         ),
-        drafting_head=REDUCED_HEAD_FILE if model.draft_head is not None else None,
+        drafting_head=REDUCED_HEAD_FILE if model.reduced_head is not None else None,
         chat_template=TEMPLATE_FILE if checkpoint.conventions.chat_template is not None else None,
         special_tokens=checkpoint.conventions.special_tokens,
         generation=checkpoint.conventions.generation,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.onnx import ops
 
+from ease_train import exits
 from ease_train.model import Block, Decoder, RoutedBlock
 
 OPSET = 24
@@ -243,7 +244,7 @@ class ExitHead(nn.Module):
 
     def __init__(self, model: Decoder, layer: int) -> None:
         super().__init__()
-        self.module = model.exit_module(layer)
+        self.module = model.exit(layer).tokenwise()
 
     def forward(self, pool: Tensor, index: Tensor) -> Tensor:
         out: Tensor = self.module(F.embedding(index, pool))
@@ -258,7 +259,9 @@ class GateHead(ExitHead):
 
     def __init__(self, model: Decoder, layer: int) -> None:
         super().__init__(model, layer)
-        self.gate = model.gates[str(layer)]
+        gate = model.exit(layer).gate
+        assert gate is not None
+        self.gate = gate
 
     def forward(self, pool: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         exit_hidden = self.module(F.embedding(index, pool))
@@ -314,11 +317,9 @@ class ReducedHead(Head):
     first_log_shares: Tensor
     places: Tensor
 
-    def __init__(self, model: Decoder) -> None:
-        assert model.draft_head is not None
-        assert model.draft_rest is not None
-        super().__init__(model.draft_head)
-        self.rest, known, log_shares = model.draft_rest, model.draft_ids, model.draft_log_shares
+    def __init__(self, head: exits.ReducedHead) -> None:
+        super().__init__(head.known)
+        self.rest, known, log_shares = head.rest, head.ids, head.log_shares
         places = torch.full((len(log_shares),), len(known)).index_copy(0, known, torch.arange(len(known)))
         unknown = (places == len(known)).nonzero().flatten()
         first = unknown[log_shares[unknown].argsort(descending=True)[:2]]

@@ -30,7 +30,7 @@ SIMILARITY_FILE = "similarity.onnx"
 TRACED_LAYERS = 2  # all the others are the second again, with weights of their own
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """One graph to export: its module, and how it is traced.
 
@@ -68,7 +68,7 @@ def cut_layers(model: Decoder) -> list[Cut]:
     routed = {number for number, layer in enumerate(model.layers, 1) if isinstance(layer, RoutedBlock)}
     if 1 in routed:
         raise ExportError("layer 1 is routed: a bundle's first segment must run for every token; train with routed_layers from 2 on")
-    if routed and any(model.exit_block(layer) for layer in config.exits):
+    if routed and any(leave.block for leave in model.early_exits.values()):
         raise ExportError(
             "exits with a layer of their own and routed layers do not go together: routed layers have K/V for some tokens only"
         )
@@ -78,7 +78,7 @@ def cut_layers(model: Decoder) -> list[Cut]:
 
 
 def block_file(model: Decoder, number: int, layer: int) -> str | None:
-    return f"block_{number + 1:02d}.onnx" if model.exit_block(layer) is not None else None
+    return f"block_{number + 1:02d}.onnx" if model.exit(layer).block is not None else None
 
 
 def exit_file(number: int) -> str:
@@ -86,21 +86,22 @@ def exit_file(number: int) -> str:
 
 
 def gate_file(model: Decoder, number: int, layer: int) -> str | None:
-    return f"gate_{number + 1:02d}.onnx" if str(layer) in model.gates else None
+    return f"gate_{number + 1:02d}.onnx" if model.exit(layer).gate is not None else None
 
 
 def head_file(model: Decoder, number: int, layer: int) -> str:
-    if model.head(layer) is model.lm_head:
+    head = model.exit(layer).head
+    if head is model.lm_head:
         return HEAD_FILE
-    return REDUCED_HEAD_FILE if model.head(layer) is model.draft_head else f"head_{number + 1:02d}.onnx"
+    return REDUCED_HEAD_FILE if head is model.reduced_head else f"head_{number + 1:02d}.onnx"
 
 
 def plan_graphs(model: Decoder) -> Iterator[Plan]:
     """Every graph of the bundle, one after the other."""
     rotary = RotaryTables(model)
     yield _head_plan(HEAD_FILE, Head(model.lm_head))
-    if model.draft_head is not None:
-        yield _head_plan(REDUCED_HEAD_FILE, ReducedHead(model))
+    if model.reduced_head is not None:
+        yield _head_plan(REDUCED_HEAD_FILE, ReducedHead(model.reduced_head))
     for cut in cut_layers(model):
         if cut.routed:
             yield _routed_plan(model, rotary, cut)
@@ -111,11 +112,13 @@ def plan_graphs(model: Decoder) -> Iterator[Plan]:
             yield _kv_plan(model, rotary, cut)
     yield _similarity_plan(model)
     for number, layer in enumerate(model.config.exits):
-        if (block := model.exit_block(layer)) is not None:
+        leave = model.exit(layer)
+        if (block := leave.block) is not None:
             yield _block_plan(model, rotary, Cut(number, layer, layer, routed=False), block)
         yield _from_pool(exit_file(number), ExitHead(model, layer), model, ["exit_hidden"])
         if (file := head_file(model, number, layer)) not in (HEAD_FILE, REDUCED_HEAD_FILE):
-            yield _head_plan(file, Head(model.head(layer)))
+            assert isinstance(leave.head, nn.Linear)
+            yield _head_plan(file, Head(leave.head))
         if gate := gate_file(model, number, layer):
             yield _from_pool(gate, GateHead(model, layer), model, ["exit_hidden", "probability"])
 
@@ -192,16 +195,41 @@ def _routed_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
 def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str]) -> Plan:
     """A graph over some rows of the pool, without caches."""
     inputs = (_states(model), torch.zeros(TOKENS, dtype=torch.int64))
-    return Plan(file, module, module, inputs, ["pool", "index"], ({0: "M"}, {0: "N"}), outputs, f"{file}.data")
+    return Plan(
+        file=file,
+        module=module,
+        traced=module,
+        inputs=inputs,
+        input_names=["pool", "index"],
+        axes=({0: "M"}, {0: "N"}),
+        output_names=outputs,
+        weights=f"{file}.data",
+    )
 
 
 def _similarity_plan(model: Decoder) -> Plan:
     module, inputs = Similarity(), (_states(model), torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS, dtype=torch.int64))
-    axes, names = ({0: "M"}, {0: "N"}, {0: "N"}), ["pool", "index", "before"]
-    return Plan(SIMILARITY_FILE, module, module, inputs, names, axes, ["similarity"], f"{SIMILARITY_FILE}.data")
+    return Plan(
+        file=SIMILARITY_FILE,
+        module=module,
+        traced=module,
+        inputs=inputs,
+        input_names=["pool", "index", "before"],
+        axes=({0: "M"}, {0: "N"}, {0: "N"}),
+        output_names=["similarity"],
+        weights=f"{SIMILARITY_FILE}.data",
+    )
 
 
 def _head_plan(file: str, module: Head) -> Plan:
     inputs = (torch.zeros(TOKENS, module.lm_head.in_features, dtype=module.lm_head.weight.dtype),)
-    outputs = ["logits", "top_id", "top_prob", "margin", "entropy"]
-    return Plan(file, module, module, inputs, ["exit_hidden"], ({0: "N"},), outputs, f"{file}.data")
+    return Plan(
+        file=file,
+        module=module,
+        traced=module,
+        inputs=inputs,
+        input_names=["exit_hidden"],
+        axes=({0: "N"},),
+        output_names=["logits", "top_id", "top_prob", "margin", "entropy"],
+        weights=f"{file}.data",
+    )

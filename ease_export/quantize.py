@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 from torch import nn
 
+from ease_train.exits import ReducedHead
 from ease_train.model import Decoder, RoutedBlock
 
 BITS = {"int8": 8, "int4": 4}
@@ -32,12 +33,13 @@ Weights = dict[str, NDArray[Any]]
 
 def matrices(model: Decoder, precision: str) -> Iterator[tuple[nn.Linear | nn.Embedding, int]]:
     """The modules whose weights are quantised, with their bits: layers, LM heads and the embedding."""
-    own = [block for exit_layer in model.config.exits if (block := model.exit_block(exit_layer)) is not None]
+    leaves = model.early_exits.values()
+    own = [leave.block for leave in leaves if leave.block is not None]
     for layer in (*model.layers, *own):
         block = layer.block if isinstance(layer, RoutedBlock) else layer
         yield from ((module, BITS[precision]) for module in block.modules() if isinstance(module, nn.Linear))
-    heads = (model.lm_head, model.draft_head, *model.exit_heads.values())
-    yield from ((module, OUTER_BITS) for module in heads if isinstance(module, nn.Linear))
+    heads = dict.fromkeys((model.lm_head, *(leave.head for leave in leaves)))
+    yield from ((head.known if isinstance(head, ReducedHead) else head, OUTER_BITS) for head in heads)
     yield model.embed, OUTER_BITS
 
 

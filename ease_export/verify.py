@@ -285,7 +285,7 @@ def compare_exit(stack: OrtStack, model: Decoder, number: int, said: dict[str, N
     """An exit's graph with its head: logits, and the figures reduced in the graph; its gate, where it has one."""
     leave = stack.manifest.exits[number]
     exit_hidden = model.exit_hidden(hidden, leave.layer)
-    logits = model.exit_logits(leave.layer, exit_hidden)
+    logits = model.exit(leave.layer).head(exit_hidden)
     probabilities = logits.softmax(-1)
     top = probabilities.topk(2, dim=-1).values
     name = f"{leave.graph} + {leave.head}"
@@ -295,8 +295,9 @@ def compare_exit(stack: OrtStack, model: Decoder, number: int, said: dict[str, N
     entropy = -(probabilities * logits.log_softmax(-1)).sum(-1)
     yield difference(stack, name, "entropy", said["entropy"], entropy)
     if leave.gate:
-        expected = model.gates[str(leave.layer)](exit_hidden)
-        yield difference(stack, leave.gate, "probability", said["probability"], expected)
+        gate = model.exit(leave.layer).gate
+        assert gate is not None, "the checkpoint has the bundle's gates"
+        yield difference(stack, leave.gate, "probability", said["probability"], gate(exit_hidden))
 
 
 def compare_propagation(stack: OrtStack, model: Decoder) -> Iterator[Difference]:

@@ -33,9 +33,10 @@ from ease_train.errors import CheckpointError
 from ease_train.files import restore_interrupted, written_aside
 from ease_train.logs import metrics_csv
 from ease_train.model import Decoder
+from ease_train.renames import renamed
 from ease_train.tokens import settled
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: renames.py
 UNKNOWN_DATA = "unknown"  # what a foreign model was trained on
 TEMPLATE_FILE = "chat_template.jinja"
 STATE_FILE = Path("train_state") / "state.pt"
@@ -165,7 +166,8 @@ def _load_tokenizer(path: Path) -> Tokenizer:
 def _load_state(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path.name} is damaged")
-    return dict(torch.load(path, map_location="cpu", weights_only=True))
+    state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    return {**state, "weights": renamed(state["weights"])} if "weights" in state else state
 
 
 def _read_conventions(config: dict[str, Any], path: Path) -> Conventions | None:
@@ -186,7 +188,7 @@ def load_weights(config: ModelConfig, path: Path) -> Decoder:
     """A decoder with the weights of a file, which are in memory once. Raises CheckpointError when they do not fit."""
     with safetensors.safe_open(path, framework="pt") as file:
         weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-    return filled(config, weights, path.name)
+    return filled(config, renamed(weights), path.name)
 
 
 def filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Decoder:

@@ -1,6 +1,5 @@
 """ease-train: train models that can stop early."""
 
-import dataclasses
 import signal
 import sys
 import typing
@@ -19,6 +18,7 @@ from ease_train.config import SECTIONS, Recipe, load_recipe, recipe_names
 from ease_train.corpora import SOURCES
 from ease_train.errors import SettingWarning, TrainError
 from ease_train.method import GateConfig
+from ease_train.renames import METHOD
 from ease_train.sections import Section
 
 if typing.TYPE_CHECKING:
@@ -66,12 +66,12 @@ def section_options(section: type[Section], prefix: str) -> Callable[[Callable[.
     """Give a command one option a field of `section`, with the field's own help."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        hints = typing.get_type_hints(section)
-        for field in reversed(dataclasses.fields(section)):
-            kind = OPTION_KINDS[hints[field.name]]
-            metavar = "LAYER NUMBER" if hints[field.name] == dict[int, float] else None
+        for path, field, hint in reversed(list(section.settings())):
+            name, metavar = "_".join(path), "LAYER NUMBER" if hint == dict[int, float] else None
+            spellings = [name, *(old for old, new in METHOD.items() if new == path and old != name)]
+            flags = [f"--{spelling.replace('_', '-')}" for spelling in spellings]
             text = f"{prefix}{field.metadata['help']}"
-            command = click.option(f"--{field.name.replace('_', '-')}", field.name, help=text, metavar=metavar, **kind)(command)
+            command = click.option(*flags, name, help=text, metavar=metavar, **OPTION_KINDS[hint])(command)
         return command
 
     return decorate

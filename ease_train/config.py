@@ -1,8 +1,9 @@
 """What a training run is made of: frozen dataclasses, plain dictionaries in and out.
 
 A recipe is a TOML file with the tables `[model]`, `[tokenizer]`, `[train]` and `[method]`, one key a field of the
-section of that name. Help texts live in the fields, so that the command line, the TOML key and the JSON key
-of a setting cannot drift apart. An unknown key is an error that names the nearest known one.
+section of that name; `[method]` has tables of its own, like `[method.distill]`. Help texts live in the fields, so that the
+command line, the TOML key and the JSON key of a setting cannot drift apart. An unknown key is an error that names the nearest
+known one.
 
     recipe = load_recipe("demo").with_options({"dim": 128, "steps": 500})
 """
@@ -14,21 +15,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from ease_train.errors import ConfigError, SettingWarning, did_you_mean
 from ease_train.method import MethodConfig
-from ease_train.sections import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Bounds, Section, one_of, setting
+from ease_train.renames import METHOD, regrouped
+from ease_train.sections import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Bounds, Section, laid_over, setting
 
-TOKENIZERS = ("bpe", "char")
 OF_THE_EXITS = ("exits", "exit_norm", "exit_adapter", "adapter_dim", "exit_head", "exit_vocab_size")  # of a model's settings
 
 
 @dataclass(frozen=True)
-class ModelConfig(Section):
+class ModelConfig(Section, table="model"):
     """A Llama-family decoder with exits (layers are numbered from 1; the last layer is always an exit)."""
-
-    table: ClassVar[str] = "model"
 
     vocab_size: int = setting(0, "words in the vocabulary; 0 takes the tokenizer's size", AT_LEAST_0)
     dim: int = setting(256, "width of the hidden state", AT_LEAST_1)
@@ -48,20 +47,28 @@ class ModelConfig(Section):
     attention_bias: bool = setting(False, "bias in the query, key and value projections (Qwen2)")
     qk_norm: bool = setting(False, "RMSNorm on each query and key head (Qwen3)")
     exits: tuple[int, ...] = setting((4, 8, 12), "layers after which a token may leave; the last is always one", AT_LEAST_1)
-    exit_norm: str = setting("own", "norm at an early exit: 'own' (one each) or 'shared' (the final norm)")
+    exit_norm: str = setting("own", "norm at an early exit: 'own' (one each) or 'shared' (the final norm)", ("shared", "own"))
     exit_adapter: str = setting(
-        "none", "before an early exit's norm: 'none', 'low-rank', 'mlp' (EE-Tuning) or 'block' (a layer of its own)"
+        "none",
+        "before an early exit's norm: 'none', 'low-rank', 'mlp' (EE-Tuning) or 'block' (a layer of its own)",
+        ("none", "low-rank", "mlp", "block"),
     )
     adapter_dim: int = setting(0, "inner width of a low-rank or MLP adapter; 0 takes a quarter of dim", AT_LEAST_0)
     exit_head: str = setting(
-        "tied", "LM head of an early exit: 'tied' (the model's), 'own', or 'reduced' (one for all, frequent tokens only)"
+        "tied",
+        "LM head of an early exit: 'tied' (the model's), 'own', or 'reduced' (one for all, frequent tokens only)",
+        ("tied", "own", "reduced"),
     )
     exit_vocab_size: int = setting(0, "tokens that a 'reduced' exit head knows: the most frequent of the training text", AT_LEAST_0)
     gates: tuple[int, ...] = setting((), "early exits with a gate; set by `ease-train gates`", AT_LEAST_1)
     gate_width: int = setting(0, "hidden width of a gate; 0 makes it linear", AT_LEAST_0)
     routed_layers: tuple[int, ...] = setting((), "Mixture-of-Depths layers, which most tokens go around", AT_LEAST_1)
     capacity: float = setting(0.125, "share of a sequence that a Mixture-of-Depths layer takes in training", Bounds(0, 1, open_low=True))
-    routing_rule: str = setting("predictor", "who goes into such a layer at inference: 'predictor' or 'threshold' (of the router's scores)")
+    routing_rule: str = setting(
+        "predictor",
+        "who goes into such a layer at inference: 'predictor' or 'threshold' (of the router's scores)",
+        ("predictor", "threshold"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,9 +80,6 @@ class ModelConfig(Section):
             raise ConfigError(f"model: rope_scaling = {list(self.rope_scaling)}, expected FACTOR or FACTOR LOW HIGH POSITIONS")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"model: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
-        one_of("model: exit_norm", self.exit_norm, ("shared", "own"))
-        one_of("model: exit_adapter", self.exit_adapter, ("none", "low-rank", "mlp", "block"))
-        one_of("model: exit_head", self.exit_head, ("tied", "own", "reduced"))
         self._check_exit_vocabulary()
         exits = tuple(sorted({*self.exits, self.num_layers}))
         if exits[-1] > self.num_layers:
@@ -98,7 +102,6 @@ class ModelConfig(Section):
             raise ConfigError(f"model: gates = {strange}, expected early exits: {list(self.exits[:-1])}")
         if strange := sorted({*self.routed_layers} - {*range(1, self.num_layers + 1)}):
             raise ConfigError(f"model: routed_layers = {strange}, expected layers from 1 to {self.num_layers}")
-        one_of("model: routing_rule", self.routing_rule, ("predictor", "threshold"))
 
     @property
     def adapter_width(self) -> int:
@@ -122,28 +125,20 @@ class ModelConfig(Section):
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(Section):
+class TokenizerConfig(Section, table="tokenizer"):
     """How text becomes tokens."""
 
-    table: ClassVar[str] = "tokenizer"
-
-    kind: str = setting("bpe", "'bpe' (byte-level, trained on the corpus) or 'char'")
+    kind: str = setting("bpe", "'bpe' (byte-level, trained on the corpus) or 'char'", ("bpe", "char"))
     bpe_vocab_size: int = setting(4096, "words that byte-level BPE learns, with those of the 256 bytes and the end", Bounds(257))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("tokenizer: kind", self.kind, TOKENIZERS)
 
 
 @dataclass(frozen=True)
-class TrainConfig(Section):
+class TrainConfig(Section, table="train"):
     """How the weights are found."""
-
-    table: ClassVar[str] = "train"
 
     layer_weights: dict[int, float] = field(
         default_factory=lambda: {4: 0.2, 8: 0.3, 12: 1.0},
-        metadata={"help": "weight of each exit's loss, by layer (from 1)", "bounds": AT_LEAST_0},
+        metadata={"help": "weight of each exit's loss, by layer (from 1)", "allowed": AT_LEAST_0},
     )
     steps: int = setting(1000, "optimizer steps in all", AT_LEAST_1)
     batch_size: int = setting(8, "sequences in a step", AT_LEAST_1)
@@ -162,7 +157,9 @@ class TrainConfig(Section):
     eval_tokens: int = setting(20000, "validation tokens in each look", AT_LEAST_1)
     save_every: int = setting(200, "steps between two checkpoints", AT_LEAST_1)
     accumulate: int = setting(1, "batches whose gradients are averaged before a step", AT_LEAST_1)
-    precision: str = setting("fp32", "of the matrix products: 'fp32', 'bf16' or 'fp16' (autocast; weights stay fp32)")
+    precision: str = setting(
+        "fp32", "of the matrix products: 'fp32', 'bf16' or 'fp16' (autocast; weights stay fp32)", ("fp32", "bf16", "fp16")
+    )
     recompute_activations: bool = setting(False, "in the backward pass, instead of keeping them: less memory, more time")
     patience: int = setting(
         0, "stop after so many evaluations without a better perplexity at the last exit, keep the best model; 0 never stops", AT_LEAST_0
@@ -171,7 +168,6 @@ class TrainConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("train: precision", self.precision, ("fp32", "bf16", "fp16"))
         if not any(self.layer_weights.values()):
             raise ConfigError("train: layer_weights are all 0; nothing would be trained")
 
@@ -190,13 +186,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         exits = list(self.model.exits)
-        for layer in self.train.layer_weights if self.method.weight_rule == "given" else ():
+        for layer in self.train.layer_weights if self.method.weight.rule == "given" else ():
             if layer not in exits:
                 raise ConfigError(f"train: layer_weights names layer {layer}, which is no exit; exits = {exits}")
         if idle := self.method.for_early_exits if len(exits) == 1 else ():
-            raise ConfigError(f"method: {idle[0]} = {getattr(self.method, idle[0])!r} needs an early exit; exits = {exits}")
-        if self.method.weight_rule == "layerskip" and exits[0] == 1:
-            message = "method: weight_rule = 'layerskip' gives the exit after layer 1 the weight 0; it is not trained"
+            raise ConfigError(f"{idle[0]} needs an early exit; exits = {exits}")
+        if self.method.weight.rule == "layerskip" and exits[0] == 1:
+            message = "method.weight: rule = 'layerskip' gives the exit after layer 1 the weight 0; it is not trained"
             warnings.warn(message, SettingWarning, stacklevel=2)
         if strange := sorted({*self.method.layer_lr_scales} - {*range(1, self.model.num_layers + 1)}):
             raise ConfigError(f"method: layer_lr_scales names {strange}, expected layers from 1 to {self.model.num_layers}")
@@ -234,14 +230,10 @@ class Recipe:
         }
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
-        """The recipe with some fields replaced, each named as in its section. Raises ConfigError."""
+        """The recipe with some fields replaced, each named as the option of the command line. Raises ConfigError."""
         values = self.to_dict()
         for name, value in options.items():
-            owners = [table for table, section in SECTIONS.items() if name in {f.name for f in dataclasses.fields(section)}]
-            if not owners:
-                known = [f.name for section in SECTIONS.values() for f in dataclasses.fields(section)]
-                raise ConfigError(f"unknown field '{name}'; {did_you_mean(name, known)}")
-            values[owners[0]][name] = value
+            set_option(values, name, value)
             if name == "dim" and "ffn_dim" not in options:
                 values["model"]["ffn_dim"] = 0  # follows the width unless it was asked for
             if name in ("dim", "num_heads") and "head_dim" not in options:
@@ -250,6 +242,20 @@ class Recipe:
 
 
 SECTIONS: Mapping[str, type[Section]] = {"model": ModelConfig, "tokenizer": TokenizerConfig, "train": TrainConfig, "method": MethodConfig}
+OPTIONS: Mapping[str, tuple[str, ...]] = {  # an option's name -> where its setting is in a recipe
+    **{name: ("method", *path) for name, path in METHOD.items()},
+    **{"_".join(path): (table, *path) for table, section in SECTIONS.items() for path, _, _ in section.settings()},
+}
+
+
+def set_option(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set one setting of a recipe's dictionary, by the name of its option. Raises ConfigError."""
+    if name not in OPTIONS:
+        raise ConfigError(f"unknown field '{name}'; {did_you_mean(name, OPTIONS)}")
+    *tables, last = OPTIONS[name]
+    for table in tables:
+        values = values[table]
+    values[last] = value
 
 
 def recipe_names() -> list[str]:
@@ -275,7 +281,10 @@ def load_recipe(name: str) -> Recipe:
 
 def _laid_over(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**base, **values}
-    return {**merged, **{table: {**base.get(table, {}), **values.get(table, {})} for table in SECTIONS if table in merged}}
+    tables = {
+        table: laid_over(section, values.get(table, {}), base.get(table, {})) for table, section in SECTIONS.items() if table in merged
+    }
+    return {**merged, **tables}
 
 
 def _read_recipe(name: str) -> dict[str, Any]:
@@ -289,6 +298,7 @@ def _read_recipe(name: str) -> dict[str, Any]:
     else:
         raise ConfigError(f"unknown recipe '{name}'; {did_you_mean(name, recipe_names())} (list them: ease-train recipes)")
     try:
-        return tomllib.loads(text)
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {name} is not valid TOML: {error}") from None
+    return {**values, "method": regrouped(values["method"])} if "method" in values else values

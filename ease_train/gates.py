@@ -142,14 +142,14 @@ class GateTrainer:
         config = replace(checkpoint.recipe.model, gates=early, gate_width=settings.gate_width)
         torch.manual_seed(settings.seed)
         model = Decoder(config)
-        kept = {name: value for name, value in checkpoint.model.state_dict().items() if not name.startswith("gates.")}
+        kept = {name: value for name, value in checkpoint.model.state_dict().items() if ".gate." not in name}
         model.load_state_dict(kept, strict=False)
         self.device = usable_device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.gates = {layer: cast(Gate, model.gates[str(layer)]).requires_grad_(True) for layer in early}
+        self.gates = {layer: cast(Gate, leave.gate).requires_grad_(True) for layer, leave in model.early_exits.items()}
         self.checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, model=config), model=model, train_state=None)
         self.settings = settings
-        self.optimizer = torch.optim.AdamW(self.model.gates.parameters(), lr=settings.learning_rate)
+        self.optimizer = torch.optim.AdamW([p for gate in self.gates.values() for p in gate.parameters()], lr=settings.learning_rate)
         length = checkpoint.recipe.train.sequence_length
         sums = {} if source else dict(checkpoint.data_sha256)
         text = replace(self.checkpoint, data=source or known_data(checkpoint), data_sha256=sums, num_documents={})
@@ -159,7 +159,7 @@ class GateTrainer:
 
     def _state_caches(self, folder: Path) -> dict[str, StateCache]:
         recipe = self.checkpoint.recipe
-        settings = (recipe.method.distill_temperature, recipe.train.precision)  # those of tuning, which may have filled it
+        settings = (recipe.method.distill.temperature, recipe.train.precision)  # those of tuning, which may have filled it
         splits = {"train": self.blocks, "validation": self.validation}
         return {split: StateCache(folder, self.model, blocks, *settings) for split, blocks in splits.items()}
 

@@ -32,11 +32,12 @@ from ease_train.errors import CheckpointError, ForeignError, SettingWarning
 from ease_train.files import written_aside
 from ease_train.foreign import ROTARY_BUFFER, Foreign, foreign_config, foreign_name, model_config
 from ease_train.model import Decoder
+from ease_train.renames import renamed
 from ease_train.tokens import settled, tokens_without_row
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXITS, EXIT_WEIGHTS = "ease.json", "ease_exits.safetensors"  # what transformers has no place for
-DRAFT_HEAD = "draft_head.weight"
+REDUCED_HEAD = "reduced_head.known.weight"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OF_THE_EMBEDDING = EMBEDDING.removeprefix("model.")
 NEEDED_OF_HUB = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -398,10 +399,11 @@ def converted(foreign: Mapping[str, Tensor], config: ModelConfig, exit_weights: 
     for name, known in theirs.items():
         weights[name] = _checked(known, foreign[known], expected[name].shape)
     weights |= {name: _checked(name, value, value.shape) for name, value in exit_weights.items()}
-    if "draft_ids" in weights and DRAFT_HEAD not in weights:
-        weights[DRAFT_HEAD] = weights["embed.weight" if config.tie_embeddings else "lm_head.weight"][weights["draft_ids"]]
-    for name in expected:
-        if name.startswith("exit_norms.") and name not in weights:
+    if REDUCED_HEAD in expected and REDUCED_HEAD not in weights:
+        lm_head = weights["embed.weight" if config.tie_embeddings else "lm_head.weight"]
+        weights[REDUCED_HEAD] = lm_head[weights["reduced_head.ids"]]
+    for name in (f"exits.{layer}.norm.weight" for layer in config.exits):
+        if name in expected and name not in weights:
             weights[name] = weights["norm.weight"].clone()
     try:
         return filled(config, weights, "the model's files")
@@ -431,16 +433,16 @@ def adopt_with_exits(foreign: Foreign, folder: Path, max_positions: int | None, 
             raise ForeignError(f"the exits in {folder} belong to another model: {name} = {value}, but {getattr(config, name)} in {source}")
     with _opened(folder / EXIT_WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    exit_weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    exit_weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in renamed(tensors).items()}
     return _checkpoint(foreign, config, exit_weights, source)
 
 
 def exit_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """What transformers has no place for. A reduced head whose rows are the LM head's is not among it: they are read there."""
     model = checkpoint.model
-    own = {name: value for name, value in model.state_dict().items() if foreign_name(name) is None}
-    if model.draft_head is not None and torch.equal(model.draft_head.weight, model.lm_head.weight[model.draft_ids]):
-        del own[DRAFT_HEAD]
+    own, reduced = model.exit_state(), model.reduced_head
+    if reduced is not None and torch.equal(reduced.known.weight, model.lm_head.weight[reduced.ids]):
+        del own[REDUCED_HEAD]
     return own
 
 

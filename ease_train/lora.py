@@ -32,8 +32,10 @@ class LowRankUpdate(nn.Module):
 
 def add_low_rank(model: Decoder, rank: int, alpha: float) -> None:
     """Give every matrix of the layers an update, and freeze what is neither that nor an exit's own."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(("exit_norms.", "adapters.", "exit_heads.", "draft_head.", "draft_rest.")))
+    model.requires_grad_(False)
+    model.exits.requires_grad_(True)
+    if model.reduced_head is not None:
+        model.reduced_head.requires_grad_(True)
     for module in [module for module in model.layers.modules() if isinstance(module, nn.Linear)]:
         parametrize.register_parametrization(module, "weight", LowRankUpdate(module.weight, rank, alpha / rank))
 

@@ -10,7 +10,7 @@ Shapes: N tokens (batch times sequence), D width, V vocabulary (M + 1 for a redu
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,45 +19,37 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_train.gradients import split_gradient
+from ease_train.method import Distill
 from ease_train.model import Decoder
 from ease_train.states import States
 
 CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """What one step minimises: the weights of the exits, and what is asked of them beside their cross-entropy.
 
-    weights                 layer (from 1) -> weight; exits with weight 0 are left out
-    distill_weight          lambda: an early exit's loss is CE + lambda T^2 KL(last || exit) + mu |h_last - h_exit|^2
-    distill_temperature     T
-    distill_hidden_weight   mu; a mean over the width, after the exits' norms; the last exit's side gets no gradient
-    routing_threshold       above 0, a token trains only the first exit whose top probability reaches it, else the last, each
-                            with weight 1
-    gradient                what the layers see of it: `joint`, `equilibrium`, `detached` (gradients.py)
-    drop                    layer dropout, one probability a layer (LayerSkip)
-    predictor_weight        weight of the Mixture-of-Depths predictors' loss
-    labels                  what the early exits' CE is with: the `text`, or the token that the last exit finds most likely (`last-exit`)
+    weights             layer (from 1) -> weight; exits with weight 0 are left out
+    distill             an early exit's loss is CE + lambda T^2 KL(last || exit) + mu |h_last - h_exit|^2, with lambda its `weight`,
+                        T its `temperature` and mu its `hidden_weight` (a mean over the width, after the exits' norms; the last
+                        exit's side gets no gradient); CE is with the token that its `labels` name
+    routing_threshold   above 0, a token trains only the first exit whose top probability reaches it, else the last, each
+                        with weight 1
+    gradient            what the layers see of it: `joint`, `equilibrium`, `detached` (gradients.py)
+    drop                layer dropout, one probability a layer (LayerSkip)
+    predictor_weight    weight of the Mixture-of-Depths predictors' loss
     """
 
     weights: Mapping[int, float]
-    distill_weight: float = 0.0
-    distill_temperature: float = 1.0
-    distill_hidden_weight: float = 0.0
+    distill: Distill = field(default_factory=Distill)
     routing_threshold: float = 0.0
     gradient: str = "joint"
     drop: tuple[float, ...] = ()
     predictor_weight: float = 1.0
-    labels: str = "text"
-
-    @property
-    def distils(self) -> bool:
-        """Whether the last exit is needed as a teacher."""
-        return self.distill_weight > 0 or self.distill_hidden_weight > 0 or self.labels == "last-exit"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Teacher:
     """The last exit, which learns nothing here: what its head reads (N, D), and the head's weight (V, D).
 
@@ -88,7 +80,7 @@ class _Teacher:
         return self.weight[self.ids]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """The chunked loss's constants: for each exit, its head among the given ones and its weights; and the teacher, if any."""
 
@@ -200,9 +192,14 @@ def exit_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Obj
     """
     rows, last = _exit_rows(model, input_ids, objective), model.config.num_layers
     teacher, labels = None, targets.flatten()
-    if objective.distils:
-        teacher = _Teacher(rows[last].detach(), model.lm_head.weight.detach(), objective.distill_temperature, _early_ids(model))
-        labels = top_tokens(model, last, teacher.hidden) if objective.labels == "last-exit" else labels
+    if objective.distill.on:
+        teacher = _Teacher(
+            hidden=rows[last].detach(),
+            weight=model.lm_head.weight.detach(),
+            temperature=objective.distill.temperature,
+            ids=_early_ids(model),
+        )
+        labels = top_tokens(model, last, teacher.hidden) if objective.distill.labels == "last-exit" else labels
     total, losses = _rows_loss(model, rows, (labels, targets.flatten()), objective, teacher)
     if model.training and (predictor := model.predictor_loss()) is not None:
         total = total + objective.predictor_weight * predictor
@@ -213,15 +210,20 @@ def state_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Ob
     """`exit_loss` of the early exits, from what the frozen layers made of `input_ids` before, which need not run again."""
     wanted = [layer for layer in states.hidden if objective.weights.get(layer, 0.0) > 0]
     rows = {layer: model.exit_hidden(states.hidden[layer], layer).flatten(0, 1) for layer in wanted}
-    last, head, ids = states.last.flatten(0, 1), model.lm_head.weight.detach(), _early_ids(model)
-    teacher = _Teacher(last, head, objective.distill_temperature, ids, states.log_sums.flatten()) if objective.distils else None
-    labels = states.top if objective.labels == "last-exit" else targets
-    return _rows_loss(model, rows, (labels.flatten(), targets.flatten()), objective, teacher)
+    teacher = _Teacher(
+        hidden=states.last.flatten(0, 1),
+        weight=model.lm_head.weight.detach(),
+        temperature=objective.distill.temperature,
+        ids=_early_ids(model),
+        log_sums=states.log_sums.flatten(),
+    )
+    labels = states.top if objective.distill.labels == "last-exit" else targets
+    return _rows_loss(model, rows, (labels.flatten(), targets.flatten()), objective, teacher if objective.distill.on else None)
 
 
 def _early_ids(model: Decoder) -> Tensor | None:
     """The tokens that the early exits know; None: all."""
-    return model.head_ids(model.config.exits[0])
+    return model.exit(model.config.exits[0]).head.ids
 
 
 def _rows_loss(
@@ -230,26 +232,31 @@ def _rows_loss(
     """The loss of exits whose heads read `rows` {layer: (N, D)}; labels of the early ones and of the last (N)."""
     layers, last = list(rows), model.config.num_layers
     weights = tuple(objective.weights.get(layer, 0.0) for layer in layers)
-    heads = [model.head(layer) for layer in layers]
+    heads = [model.exit(layer).head for layer in layers]
     unique = list(dict.fromkeys(heads))
-    matrices = [model.head_weight(layers[heads.index(head)]) for head in unique]
-    places = tuple(unique.index(head) for head in heads)
-    ids = tuple(model.head_ids(layer) for layer in layers)
-    distill = tuple(objective.distill_weight * weight * (layer != last) for layer, weight in zip(layers, weights, strict=True))
-    plan = _Plan(places, ids, weights, distill, objective.distill_temperature, objective.routing_threshold, teacher)
+    matrices = [head.weight for head in unique]
+    plan = _Plan(
+        heads=tuple(unique.index(head) for head in heads),
+        ids=tuple(head.ids for head in heads),
+        weights=weights,
+        distill=tuple(objective.distill.weight * weight * (layer != last) for layer, weight in zip(layers, weights, strict=True)),
+        temperature=objective.distill.temperature,
+        threshold=objective.routing_threshold,
+        teacher=teacher,
+    )
     wanted = torch.stack([labels[layer == last] for layer in layers])  # (E, N)
     total, losses = _ExitLoss.apply(wanted, plan, len(matrices), *matrices, *rows.values())  # type: ignore[no-untyped-call]
-    if objective.distill_hidden_weight and teacher is not None:
+    if objective.distill.hidden_weight and teacher is not None:
         early = [(rows[layer], weight) for layer, weight in zip(layers, weights, strict=True) if layer != last]
         distances = [weight * F.mse_loss(hidden, teacher.hidden) for hidden, weight in early]
-        total = total + objective.distill_hidden_weight * sum(distances, torch.zeros_like(total))
+        total = total + objective.distill.hidden_weight * sum(distances, torch.zeros_like(total))
     return total, dict(zip(layers, losses.tolist(), strict=True))
 
 
 def _exit_rows(model: Decoder, input_ids: Tensor, objective: Objective) -> dict[int, Tensor]:
     """What the heads of the needed exits read, shallow first. Shape: (B, S) -> {layer: (N, D)}."""
     wanted = {layer for layer, weight in objective.weights.items() if weight > 0}
-    if objective.distils:
+    if objective.distill.on:
         wanted.add(model.config.num_layers)
     rows: dict[int, Tensor] = {}
     hidden = model.embed(input_ids)
@@ -267,7 +274,7 @@ def exit_cross_entropy(
     model: Decoder, input_ids: Tensor, targets: Tensor, layer_weights: Mapping[int, float]
 ) -> tuple[Tensor, dict[int, float]]:
     """`exit_loss` for nothing but weights: the sum over exits of weight times mean cross-entropy."""
-    return exit_loss(model, input_ids, targets, Objective(layer_weights))
+    return exit_loss(model, input_ids, targets, Objective(weights=layer_weights))
 
 
 @dataclass(frozen=True)
@@ -296,7 +303,7 @@ def _loss_and_top(model: Decoder, layer: int, rows: Tensor, targets: Tensor) -> 
     """An exit's mean cross-entropy, and its most likely tokens. Shape: (N, D), (N) -> (), (N)."""
     size, total, tops = max(1, CHUNK_ELEMENTS // model.config.vocab_size), 0.0, []
     for start in range(0, len(targets), size):
-        logits = model.exit_logits(layer, rows[start : start + size]).float()
+        logits = model.exit(layer).head(rows[start : start + size]).float()
         total += F.cross_entropy(logits, targets[start : start + size], reduction="sum").item()
         tops.append(logits.argmax(dim=-1))
     return total / len(targets), torch.cat(tops)
@@ -306,7 +313,7 @@ def _loss_and_top(model: Decoder, layer: int, rows: Tensor, targets: Tensor) -> 
 def top_tokens(model: Decoder, layer: int, hidden: Tensor) -> Tensor:
     """An exit's most likely tokens, without ever holding all logits. Shape: (N, D) -> (N) int64."""
     size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
-    return torch.cat([model.exit_logits(layer, rows).argmax(dim=-1) for rows in torch.split(hidden, size)])
+    return torch.cat([model.exit(layer).head(rows).argmax(dim=-1) for rows in torch.split(hidden, size)])
 
 
 def exit_losses(model: Decoder, input_ids: Tensor, targets: Tensor) -> dict[int, float]:

@@ -4,7 +4,6 @@ Knows nothing about losses, tokenizers or files. Shapes: B batch, S sequence, D 
 Layers and exits are numbered from 1.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ease_train.blocks import Block, rotary_tables
 from ease_train.config import ModelConfig
-from ease_train.exits import Gate, exit_adapter, start_as_identity
+from ease_train.exits import Exit, Gate, LMHead, ReducedHead, exit_adapter, start_as_identity
 from ease_train.routed import RoutedBlock
 
 __all__ = ["Block", "Decoder", "RoutedBlock"]
@@ -26,13 +25,11 @@ class Decoder(nn.Module):
     model = Decoder(ModelConfig(vocab_size=4096))
     logits = model(input_ids)                       # full depth, (B, S, V)
     for layer, hidden in model.exit_states(input_ids):
-        logits = model.head(layer)(model.exit_hidden(hidden, layer))
+        logits = model.exit(layer).head(model.exit_hidden(hidden, layer))
     """
 
     cos: Tensor
     sin: Tensor
-    draft_ids: Tensor
-    draft_log_shares: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,27 +40,29 @@ class Decoder(nn.Module):
         layers = range(1, config.num_layers + 1)
         self.layers = nn.ModuleList(RoutedBlock(config) if layer in config.routed_layers else Block(config) for layer in layers)
         self.norm = nn.RMSNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
-        own = early if config.exit_norm == "own" and config.final_norm else ()
-        self.exit_norms = nn.ModuleDict({str(layer): nn.RMSNorm(config.dim, config.norm_eps) for layer in own})
-        adapted = early if config.exit_adapter != "none" else ()
-        self.adapters = nn.ModuleDict({str(layer): exit_adapter(config) for layer in adapted})
-        headed = early if config.exit_head == "own" else ()
-        self.exit_heads = nn.ModuleDict({str(layer): nn.Linear(config.dim, config.vocab_size, bias=False) for layer in headed})
-        self.draft_head: nn.Linear | None = None
-        self.draft_rest: nn.Linear | None = None
-        if early and config.exit_head == "reduced":
-            self.draft_head = nn.Linear(config.dim, config.exit_vocab_size, bias=False)
-            self.draft_rest = nn.Linear(config.dim, 1, bias=False)  # all tokens that the reduced head does not know, as one
-            self.register_buffer("draft_ids", torch.arange(config.exit_vocab_size))  # ascending; chosen by `choose_draft_ids`
-            self.register_buffer("draft_log_shares", torch.zeros(config.vocab_size))  # of the rest, by token; 0 for known ones
-            self.draft_log_shares[config.exit_vocab_size :] = -math.log(config.vocab_size - config.exit_vocab_size)
-        self.gates = nn.ModuleDict({str(layer): Gate(config.dim, config.gate_width) for layer in config.gates})
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        parts: dict[str, dict[int, nn.Module]] = {}  # kind by kind: a seed draws the weights in this order
+        if config.exit_norm == "own" and config.final_norm:
+            parts["norm"] = {layer: nn.RMSNorm(config.dim, config.norm_eps) for layer in early}
+        if config.exit_adapter != "none":
+            parts["adapter"] = {layer: exit_adapter(config) for layer in early}
+        if config.exit_head == "own":
+            parts["head"] = {layer: LMHead(config) for layer in early}
+        reduced_head = ReducedHead(config) if early and config.exit_head == "reduced" else None
+        parts["gate"] = {layer: Gate(config.dim, config.gate_width) for layer in config.gates}
+        lm_head = LMHead(config)
+        self.exits = nn.ModuleDict()
+        for layer in config.exits:
+            own = {name: modules[layer] for name, modules in parts.items() if layer in modules}
+            head = reduced_head if reduced_head is not None and layer in early else lm_head
+            self.exits[str(layer)] = Exit(own, {"norm": self.norm, "head": head})
+        self.reduced_head = reduced_head
+        self.lm_head = lm_head
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.apply(self._initialise)
-        for adapter in self.adapters.values():
+        for part in self.parts():
+            part.apply(self._initialise)
+        for adapter in parts.get("adapter", {}).values():
             start_as_identity(adapter)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
@@ -116,69 +115,35 @@ class Decoder(nn.Module):
             hidden = self.run_layers(hidden, first, last)
             yield last, hidden
 
-    def exit_block(self, layer: int) -> Block | None:
-        """The layer of its own that an exit after `layer` begins with, where it has one: it attends, as the model's layers do."""
-        adapter = self.adapters[str(layer)] if str(layer) in self.adapters else None  # noqa: SIM401 - a ModuleDict has no get
-        return adapter if isinstance(adapter, Block) else None
+    def exit(self, layer: int) -> Exit:
+        """The exit after `layer`."""
+        return cast(Exit, self.exits[str(layer)])
 
-    def exit_module(self, layer: int) -> nn.Module:
-        """What stands between a hidden state at `layer`, after the exit's block where it has one, and the exit's head.
-
-        An adapter that is no block, then the norm; each token on its own. Shape: (..., D) -> (..., D).
-        """
-        norm = self.exit_norms[str(layer)] if str(layer) in self.exit_norms else self.norm  # noqa: SIM401 - a ModuleDict has no get
-        adapted = str(layer) in self.adapters and self.exit_block(layer) is None
-        return nn.Sequential(self.adapters[str(layer)], norm) if adapted else norm
+    @property
+    def early_exits(self) -> dict[int, Exit]:
+        """All exits but the last, by layer."""
+        return {layer: self.exit(layer) for layer in self.config.exits[:-1]}
 
     def exit_hidden(self, hidden: Tensor, layer: int) -> Tensor:
         """What the exit's head and gate read. Shape: (..., D) -> (..., D); (B, S, D) from position 0 where the exit has a block."""
-        if (block := self.exit_block(layer)) is not None:
-            hidden = self._through(block, hidden)
-        return cast(Tensor, self.exit_module(layer)(hidden))
+        leave = self.exit(layer)
+        if leave.block is not None:
+            hidden = self._through(leave.block, hidden)
+        return cast(Tensor, leave(hidden))
 
-    def head(self, layer: int) -> nn.Linear:
-        """The LM head of an exit: its own, the early exits' reduced one, or the shared one. Shape: (..., D) -> (..., V or M)."""
-        if self.draft_head is not None and layer != self.config.num_layers:
-            return self.draft_head
-        own = str(layer) in self.exit_heads
-        return cast(nn.Linear, self.exit_heads[str(layer)]) if own else self.lm_head
+    def parts(self) -> Iterator[nn.Module]:
+        """Every part once, the exits' kind by kind: the order in which a seed draws weights, and an optimizer numbers them."""
+        exits = self.early_exits.values()
+        norms, adapters, heads, gates = ([leave.own[kind] for leave in exits if kind in leave.own] for kind in Exit.PARTS)
+        yield from (self.embed, self.layers, self.norm, *norms, *adapters, *heads)
+        yield from (part for part in (self.reduced_head, *gates, self.lm_head) if part is not None)
 
-    def head_ids(self, layer: int) -> Tensor | None:
-        """The tokens that an exit's head knows, ascending, where it does not know all. Shape: (M) int64."""
-        return self.draft_ids if self.draft_head is not None and layer != self.config.num_layers else None
-
-    def head_weight(self, layer: int) -> Tensor:
-        """The head's matrix; a reduced head's last row is for the rest of the vocabulary as one. Shape: (V, D), or (M + 1, D)."""
-        head = self.head(layer)
-        return head.weight if self.draft_rest is None or head is not self.draft_head else torch.cat((head.weight, self.draft_rest.weight))
-
-    def exit_logits(self, layer: int, exit_hidden: Tensor) -> Tensor:
-        """Logits of the whole vocabulary. What a reduced head gives the rest is shared out as these tokens were counted.
-
-        Shape: (..., D) -> (..., V).
-        """
-        logits: Tensor = self.head(layer)(exit_hidden)
-        ids = self.head_ids(layer)
-        if ids is None or self.draft_rest is None:
-            return logits
-        rest: Tensor = self.draft_rest(exit_hidden) + self.draft_log_shares
-        return rest.index_copy(-1, ids, logits)
-
-    @torch.no_grad()
-    def choose_draft_ids(self, counts: Tensor) -> None:
-        """Let the reduced head know the tokens that were counted most often, its rows the LM head's. Shape: counts (V) int64.
-
-        The rest's row starts as the mean of theirs; each of them was counted once more than it was, so that none has no share.
-        """
-        assert self.draft_head is not None
-        assert self.draft_rest is not None
-        most_first = counts.argsort(descending=True, stable=True)
-        self.draft_ids.copy_(most_first[: len(self.draft_ids)].sort().values)
-        self.draft_head.weight.copy_(self.lm_head.weight[self.draft_ids])
-        rest = most_first[len(self.draft_ids) :]
-        shares = (counts[rest] + 1) / (counts[rest] + 1).sum()
-        self.draft_log_shares.zero_().index_copy_(0, rest, shares.log().to(self.draft_log_shares.dtype))
-        self.draft_rest.weight.copy_(shares.to(self.lm_head.weight.dtype) @ self.lm_head.weight[rest])
+    def exit_state(self) -> dict[str, Tensor]:
+        """What belongs to the exits alone, by the names of the state dictionary."""
+        parts = {"exits": self.exits, "reduced_head": self.reduced_head}
+        return {
+            f"{part}.{name}": value for part, module in parts.items() if module is not None for name, value in module.state_dict().items()
+        }
 
     def predictor_loss(self) -> Tensor | None:
         """Mean loss of the routed blocks' predictors in the last forward pass of training; None without routed blocks."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ease_train.config import TrainConfig
 from ease_train.errors import ConfigError
@@ -20,6 +20,11 @@ def learning_rate(step: int, settings: TrainConfig) -> float:
     return settings.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
+def parameters(model: Decoder) -> list[nn.Parameter]:
+    """All of a model's parameters, each once, in the order of its parts."""
+    return list(dict.fromkeys(parameter for part in model.parts() for parameter in part.parameters()))
+
+
 def create_optimizer(model: Decoder, settings: TrainConfig, layer_lr_scales: Mapping[int, float] | None = None) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on matrices only.
 
@@ -27,15 +32,14 @@ def create_optimizer(model: Decoder, settings: TrainConfig, layer_lr_scales: Map
     share; embedding, norms outside the layers, exits and head have the full rate.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = int(name.split(".")[1]) + 1 if name.startswith("layers.") else 0
-        decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
-        groups.setdefault(((layer_lr_scales or {}).get(layer, 1.0), decay), []).append(parameter)
+    scales = {parameter: scale for layer, scale in (layer_lr_scales or {}).items() for parameter in model.layers[layer - 1].parameters()}
+    for parameter in parameters(model):
+        if parameter.requires_grad:
+            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((scales.get(parameter, 1.0), decay), []).append(parameter)
     options = [
-        {"params": parameters, "weight_decay": decay, "lr": settings.learning_rate * scale, "lr_scale": scale}
-        for (scale, decay), parameters in groups.items()
+        {"params": group, "weight_decay": decay, "lr": settings.learning_rate * scale, "lr_scale": scale}
+        for (scale, decay), group in groups.items()
     ]
     return torch.optim.AdamW(options, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
 
@@ -43,9 +47,12 @@ def create_optimizer(model: Decoder, settings: TrainConfig, layer_lr_scales: Map
 def train_exits_only(model: Decoder, heads: bool) -> None:
     """Freeze all but the early exits' norms, adapters and, if wanted, heads. Raises ConfigError when they have none of their own."""
     model.requires_grad_(False)
-    own = [model.exit_norms, model.adapters, model.draft_rest, *((model.exit_heads, model.draft_head) if heads else ())]
-    for modules in own:
-        if modules is not None:
-            modules.requires_grad_(True)
+    model.exits.requires_grad_(True)
+    if model.reduced_head is not None:
+        model.reduced_head.requires_grad_(True)
+        model.reduced_head.known.requires_grad_(heads)
+    for leave in model.early_exits.values():
+        if "head" in leave.own:
+            leave.head.requires_grad_(heads)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("method: trains = 'exits', but the exits have no norm, adapter or head of their own; set exit_adapter = 'mlp'")

@@ -29,7 +29,7 @@ class LayeredDecoder(Decoder):
 
     def forward_all_layers(self, input_ids: Tensor) -> list[Tensor]:
         """Logits of every layer. Shape: (B, S) int64 -> num_layers of (B, S, V)."""
-        return [self.exit_logits(layer, self.exit_hidden(hidden, layer)) for layer, hidden in self.exit_states(input_ids)]
+        return [self.exit(layer).head(self.exit_hidden(hidden, layer)) for layer, hidden in self.exit_states(input_ids)]
 
     def forward_train(self, input_ids: Tensor, exit_layer: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """Logits at `exit_layer`, logits of the last layer, and the exit's confidence, its largest probability.
@@ -86,9 +86,9 @@ class TokenRoutedTransformer(StandardTransformer):
         """
         last = self.config.num_layers
         if epoch < warmup_epochs:
-            objective = Objective({self.exit_layer: alpha, last: 1 - alpha})
+            objective = Objective(weights={self.exit_layer: alpha, last: 1 - alpha})
         else:
-            objective = Objective({self.exit_layer: 1.0, last: 1.0}, routing_threshold=self.routing_threshold)
+            objective = Objective(weights={self.exit_layer: 1.0, last: 1.0}, routing_threshold=self.routing_threshold)
         return exit_loss(self, input_ids, targets, objective)[0]
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ease_train.config import Recipe
 from ease_train.errors import ConfigError
-from ease_train.method import MethodConfig
+from ease_train.method import Curriculum, ExitWarmup, MethodConfig
 from ease_train.sections import one_of
 
 SHAPES = ("constant", "linear", "cosine", "step")
@@ -62,42 +62,42 @@ def normalized(weights: Mapping[int, float]) -> dict[int, float]:
 
 
 def ruled_weights(method: MethodConfig, given: Mapping[int, float], exits: Sequence[int]) -> dict[int, float]:
-    """The weights that `weight_rule` gives the exits, before anything that changes over time.
+    """The weights that `weight.rule` gives the exits, before anything that changes over time.
 
     `depth`: w_i = i / sum of i (CALM, arXiv 2207.07061, eq. 5). `layerskip`: e(l) = e_scale * (0 + 1 + .. + l) for a layer
     l = 0..L-2, and e(L-1) = (L-1) + e_scale * (0 + .. + L-2) (arXiv 2404.16710, eq. 4).
     """
-    if method.weight_rule == "uniform":
+    if method.weight.rule == "uniform":
         return dict.fromkeys(exits, 1.0 / len(exits))
-    if method.weight_rule == "depth":
+    if method.weight.rule == "depth":
         return {layer: layer / sum(exits) for layer in exits}
-    if method.weight_rule == "layerskip":
+    if method.weight.rule == "layerskip":
         last = exits[-1] - 1  # the paper's L - 1
-        weights = {layer: method.exit_scale * layer * (layer - 1) / 2 for layer in exits[:-1]}
-        return {**weights, exits[-1]: last + method.exit_scale * last * (last - 1) / 2}
+        weights = {layer: method.weight.scale * layer * (layer - 1) / 2 for layer in exits[:-1]}
+        return {**weights, exits[-1]: last + method.weight.scale * last * (last - 1) / 2}
     return dict(given)
 
 
-def warmed_up(weight: float, step: int, method: MethodConfig) -> float:
+def warmed_up(weight: float, step: int, warmup: ExitWarmup) -> float:
     """An early exit's weight during EE-LLM's warm-up: w0 + r (w - w0), r = t/W or (1 + cos(pi (t/W + 1)))/2 (arXiv 2312.04916)."""
-    if method.exit_warmup == "none" or step >= method.exit_warmup_steps:
+    if not warmup.on or step >= warmup.steps:
         return weight
-    share = step / method.exit_warmup_steps
-    if method.exit_warmup == "cosine":
+    share = step / warmup.steps
+    if warmup.schedule == "cosine":
         share = (1 + math.cos(math.pi * (share + 1))) / 2
-    return method.exit_warmup_from + share * (weight - method.exit_warmup_from)
+    return warmup.start + share * (weight - warmup.start)
 
 
-def enabled_exits(step: int, steps: int, method: MethodConfig, exits: Sequence[int]) -> list[int]:
+def enabled_exits(step: int, steps: int, curriculum: Curriculum, exits: Sequence[int]) -> list[int]:
     """The exits that a curriculum trains at a step (LayerSkip, arXiv 2404.16710, section 4.1.2); the last one always.
 
     `rotational`: every R-th exit, rotated by one each step. `gradual`: from the last to the first, one more every T/(2n) steps.
     """
-    if method.curriculum == "none":
+    if not curriculum.on:
         return list(exits)
     early, count = exits[:-1], len(exits)
-    if method.curriculum == "rotational":
-        chosen = [layer for i, layer in enumerate(early) if (i - step) % method.rotate_every == 0]
+    if curriculum.kind == "rotational":
+        chosen = [layer for i, layer in enumerate(early) if (i - step) % curriculum.every == 0]
     else:
         chosen = [layer for i, layer in enumerate(early) if step >= (count - 1 - i) * steps / (2 * count)]
     return [*chosen, exits[-1]]
@@ -107,11 +107,11 @@ def exit_weights(step: int, recipe: Recipe) -> dict[int, float]:
     """The weight of each exit's loss at a step, those that are not trained left out."""
     method, exits = recipe.method, recipe.model.exits
     weights = {layer: weight for layer, weight in ruled_weights(method, recipe.train.layer_weights, exits).items() if weight > 0}
-    if method.alpha_schedule != "none":
-        schedule = AlphaSchedule(method.alpha_schedule, method.alpha_start, method.alpha_end, method.alpha_steps)
+    if method.alpha.on:
+        schedule = AlphaSchedule(method.alpha.schedule, method.alpha.start, method.alpha.end, method.alpha.steps)
         weights = with_alpha({**dict.fromkeys((exits[0], exits[-1]), 0.0), **weights}, schedule.get_alpha(step, recipe.train.steps))
-    weights = {layer: weight if layer == exits[-1] else warmed_up(weight, step, method) for layer, weight in weights.items()}
-    chosen = enabled_exits(step, recipe.train.steps, method, exits)
+    weights = {layer: weight if layer == exits[-1] else warmed_up(weight, step, method.exit_warmup) for layer, weight in weights.items()}
+    chosen = enabled_exits(step, recipe.train.steps, method.curriculum, exits)
     weights = {layer: weights[layer] for layer in chosen if weights.get(layer, 0.0) > 0}
     return normalized(weights) if method.normalize_weights else weights
 
@@ -121,8 +121,8 @@ def drop_rates(step: int, recipe: Recipe) -> tuple[float, ...]:
 
     p(l, t) = S(t) D(l) p_max with D(l) = exp(l ln2 / (L-1)) - 1, l from 0, and S(t) = 1 or exp(t ln2 / (T-1)) - 1.
     """
-    method, layers, steps = recipe.method, recipe.model.num_layers, recipe.train.steps
-    if method.layer_dropout == 0.0:
+    dropout, layers, steps = recipe.method.layer_dropout, recipe.model.num_layers, recipe.train.steps
+    if not dropout.on:
         return ()
-    in_time = 1.0 if method.layer_dropout_time == "constant" else 2.0 ** (step / max(1, steps - 1)) - 1
-    return tuple(in_time * (2.0 ** (layer / max(1, layers - 1)) - 1) * method.layer_dropout for layer in range(layers))
+    in_time = 1.0 if dropout.schedule == "constant" else 2.0 ** (step / max(1, steps - 1)) - 1
+    return tuple(in_time * (2.0 ** (layer / max(1, layers - 1)) - 1) * dropout.rate for layer in range(layers))

@@ -1,11 +1,13 @@
 """One table of a recipe as a frozen dataclass: names, types and bounds checked, plain dictionaries in and out."""
 
 import dataclasses
+import inspect
 import math
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field
+from pkgutil import resolve_name
 from typing import Any, ClassVar, Self
 
 from ease_train.errors import ConfigError, did_you_mean
@@ -38,9 +40,9 @@ ABOVE_0 = Bounds(0, open_low=True)
 SEEDS = Bounds(0, 2**63 - 1)
 
 
-def setting(default: Any, help: str, bounds: Bounds | None = None) -> Any:  # noqa: A002 - the word the command line uses
-    """A dataclass field with its help text and, for numbers, their bounds."""
-    return field(default=default, metadata={"help": help, "bounds": bounds})
+def setting(default: Any, help: str, allowed: Bounds | tuple[str, ...] | None = None) -> Any:  # noqa: A002 - the command line's word
+    """A dataclass field with its help text and what it may hold: numbers within bounds, one of some words, or anything."""
+    return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
 def one_of(where: str, value: str, known: tuple[str, ...]) -> None:
@@ -49,18 +51,34 @@ def one_of(where: str, value: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{where} = '{value}'; {did_you_mean(value, known)}")
 
 
+def named_function(where: str, name: str) -> Callable[..., Any]:
+    """The function that 'module:function' names, from where Python finds modules. Raises ConfigError."""
+    try:
+        found: Callable[..., Any] = resolve_name(name)
+        if not callable(found):
+            raise ValueError(f"a {type(found).__name__}")
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{where} = '{name}', expected 'module:function' from PYTHONPATH: {error}") from None
+    return found
+
+
 @dataclass(frozen=True)
 class Section:
-    """One table of a recipe: built from and turned into a plain dictionary. Raises ConfigError for a number out of its field's bounds."""
+    """One table of a recipe: built from and turned into a plain dictionary. Raises ConfigError for what a field may not hold."""
 
     table: ClassVar[str]
 
+    def __init_subclass__(cls, table: str) -> None:
+        cls.table = table
+
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value, bounds = getattr(self, f.name), f.metadata.get("bounds")
+            value, allowed = getattr(self, f.name), f.metadata.get("allowed")
+            if isinstance(allowed, tuple):
+                one_of(f"{self.table}: {f.name}", value, allowed)
             numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-            if bounds is not None and not all(number in bounds for number in numbers):
-                raise ConfigError(f"{self.table}: {f.name} = {list(value) if isinstance(value, tuple) else value}, expected {bounds}")
+            if isinstance(allowed, Bounds) and not all(number in allowed for number in numbers):
+                raise ConfigError(f"{self.table}: {f.name} = {list(value) if isinstance(value, tuple) else value}, expected {allowed}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -72,12 +90,36 @@ class Section:
                 raise ConfigError(f"{where}: unknown field '{name}'; {did_you_mean(name, fields)}")
         return cls(**{name: _coerce(value, hints[name], f"{where}: {name}") for name, value in values.items()})
 
+    @classmethod
+    def settings(cls, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Field[Any], Any]]:
+        """Every setting with its path and its type, those of the sections within it too."""
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            if is_section(hints[f.name]):
+                yield from hints[f.name].settings((*path, f.name))
+            else:
+                yield (*path, f.name), f, hints[f.name]
+
     def to_dict(self) -> dict[str, Any]:
         """The section as JSON-ready values (tuples as lists, layer numbers as strings)."""
         return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
 
+def is_section(hint: Any) -> bool:
+    """Whether a field of this type is a section of its own."""
+    return inspect.isclass(hint) and issubclass(hint, Section)
+
+
+def laid_over(section: type[Section], values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Two dictionaries of a section: what `values` does not set is taken from `base`, setting by setting."""
+    hints = typing.get_type_hints(section)
+    within = [name for name, value in values.items() if is_section(hints.get(name)) and isinstance(value, Mapping)]
+    return {**base, **values, **{name: laid_over(hints[name], values[name], base.get(name, {})) for name in within}}
+
+
 def _coerce(value: Any, hint: Any, where: str) -> Any:
+    if is_section(hint) and isinstance(value, Mapping):
+        return hint.from_dict(value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     try:
         if origin is types.UnionType:  # only "X | None" is used
@@ -99,5 +141,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, dict):
-        return {str(key): item for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     return value

@@ -29,7 +29,6 @@ from ease_train.model import Decoder
 
 BLOCKS_AT_ONCE = 4
 LOGITS_AT_ONCE = 1 << 24  # elements: 64 MB
-FROZEN = ("embed.", "layers.", "norm.", "lm_head.")
 Ask = Callable[..., Any]  # question, blocks -> question(model, input_ids, targets), as the trainer asks it
 
 
@@ -79,10 +78,10 @@ class StateCache:
 
     def _sum(self, model: Decoder, precision: str) -> str:
         digest = hashlib.sha256(f"1:{self.layers}:{self.temperature}:{precision}:{self.blocks.shape}".encode())
-        for name, value in sorted(model.state_dict().items()):
-            if name.startswith(FROZEN):
-                digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().numpy().data)
+        state = model.state_dict()
+        for name in sorted(state.keys() - model.exit_state().keys()):
+            digest.update(name.encode())
+            digest.update(state[name].detach().cpu().contiguous().numpy().data)
         digest.update(np.ascontiguousarray(self.blocks).data)
         return digest.hexdigest()[:32]
 

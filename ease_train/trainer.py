@@ -29,10 +29,11 @@ from ease_train.errors import ConfigError, DataError, DivergenceError
 from ease_train.lora import add_low_rank, merged
 from ease_train.losses import Objective, exit_figures, exit_loss, state_loss
 from ease_train.model import Decoder
-from ease_train.optimizer import create_optimizer, learning_rate, train_exits_only
+from ease_train.optimizer import create_optimizer, learning_rate, parameters, train_exits_only
 from ease_train.parallel import Workers, load_optimizer, whole
 from ease_train.resuming import Asked
 from ease_train.schedules import drop_rates, exit_weights
+from ease_train.sections import named_function
 from ease_train.states import StateCache, States
 from ease_train.tokens import cached_stream, check_rows, num_ids, pack, train_tokenizer
 
@@ -91,23 +92,20 @@ def objective_at(step: int, recipe: Recipe) -> Objective:
     """What a step (from 0) minimises under a recipe's method."""
     method = recipe.method
     return Objective(
-        exit_weights(step, recipe),
-        method.distill_weight,
-        method.distill_temperature,
-        method.distill_hidden_weight,
-        method.routing_threshold if step >= method.routing_warmup_steps else 0.0,
-        method.exit_gradient,
-        drop_rates(step, recipe),
-        method.predictor_weight,
-        method.labels,
+        weights=exit_weights(step, recipe),
+        distill=method.distill,
+        routing_threshold=method.routing.threshold if step >= method.routing.warmup_steps else 0.0,
+        gradient=method.exit_gradient,
+        drop=drop_rates(step, recipe),
+        predictor_weight=method.predictor_weight,
     )
 
 
 def weights_may_rest(recipe: Recipe) -> bool:
     """Whether some step leaves weights without a gradient: an exit that is not trained, always or at times, or a gate."""
     method, model = recipe.method, recipe.model
-    moving = {method.curriculum, method.exit_warmup, method.alpha_schedule} != {"none"}
-    return moving or bool(model.gates) or set(exit_weights(0, recipe)) != set(model.exits)
+    moving = method.curriculum.on or method.exit_warmup.on or method.alpha.on or method.objective or method.loss
+    return bool(moving or model.gates) or set(exit_weights(0, recipe)) != set(model.exits)
 
 
 def check_warm_ups(recipe: Recipe) -> None:
@@ -115,8 +113,8 @@ def check_warm_ups(recipe: Recipe) -> None:
     train, method = recipe.train, recipe.method
     lengths = {
         "train: warmup_steps": train.warmup_steps,
-        "method: exit_warmup_steps": method.exit_warmup_steps,
-        "method: routing_warmup_steps": method.routing_warmup_steps,
+        "method.exit_warmup: steps": method.exit_warmup.steps,
+        "method.routing: warmup_steps": method.routing.warmup_steps,
     }
     for name, length in lengths.items():
         if length > train.steps:
@@ -133,7 +131,7 @@ def known_data(checkpoint: Checkpoint) -> str:
 def layers_rest(recipe: Recipe) -> bool:
     """Whether a run's layers see every block alike in every epoch, so that their hidden states can be kept."""
     method = recipe.method
-    return method.trains != "all" and not method.layer_dropout and not method.routing_threshold
+    return method.trains != "all" and not (method.layer_dropout.on or method.routing.on or method.objective or method.loss)
 
 
 def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDArray[np.int32]:
@@ -187,13 +185,16 @@ class Trainer:
         self.checkpoint, self.recipe, self.settings = checkpoint, checkpoint.recipe, checkpoint.recipe.train
         self.workers, self.cache = workers or Workers(), cache
         self.device, state = self.workers.device, checkpoint.train_state
+        method = self.recipe.method
+        self.objective_at = named_function("method: objective", method.objective) if method.objective else objective_at
+        self.loss = named_function("method: loss", method.loss) if method.loss else exit_loss
         self.best: Kept | None = None
         if state is None:
             check_warm_ups(self.recipe)
-        if state is not None and "weights" in state and ("best" in state or not self.recipe.method.lora_rank):
+        if state is not None and "weights" in state and ("best" in state or not self.recipe.method.lora.on):
             self.best = Kept.of(checkpoint.step, self.recipe.model, checkpoint.model.state_dict())
-        if self.recipe.method.lora_rank:
-            add_low_rank(checkpoint.model, self.recipe.method.lora_rank, self.recipe.method.lora_alpha)
+        if self.recipe.method.lora.on:
+            add_low_rank(checkpoint.model, self.recipe.method.lora.rank, self.recipe.method.lora.alpha)
         if state is not None and "weights" in state:
             checkpoint.model.load_state_dict(state["weights"])
             checkpoint.step = state["step"]
@@ -239,8 +240,8 @@ class Trainer:
             recipe = replace(recipe, model=replace(recipe.model, vocab_size=needed))
         torch.manual_seed(recipe.train.seed)
         begun = Checkpoint(recipe, Decoder(recipe.model), tokenizer, 0, source, base=base)
-        if begun.model.draft_head is not None:
-            begun.model.choose_draft_ids(token_counts(begun, cache))
+        if begun.model.reduced_head is not None:
+            begun.model.reduced_head.choose_tokens(token_counts(begun, cache), begun.model.lm_head.weight)
         return cls(begun, workers, cache)
 
     @classmethod
@@ -280,7 +281,7 @@ class Trainer:
         """Where the hidden states of the training and validation blocks are kept, if they are."""
         if self.cache is None or self.workers.count > 1 or not layers_rest(self.recipe):
             return None, None
-        settings = (self.recipe.method.distill_temperature, self.settings.precision)
+        settings = (self.recipe.method.distill.temperature, self.settings.precision)
         train, validation = (StateCache(self.cache, self.model, blocks, *settings) for blocks in (self.blocks, self.validation))
         return train, validation
 
@@ -310,7 +311,7 @@ class Trainer:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         loss, by_exit = self._backward(np.split(batch, self.workers.count)[self.workers.rank])
         self.scaler.unscale_(self.optimizer)
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters(self.model), self.settings.grad_clip)))
         overflows = not math.isfinite(norm) and self.scaler.get_scale() > 1  # fp16: the step is left out, the scale halved
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflows):
             what = f"the loss is {loss}, its gradient's norm {norm}, at step {self.checkpoint.step + 1}"
@@ -325,7 +326,7 @@ class Trainer:
 
     def _backward(self, batch: NDArray[np.int32]) -> tuple[float, dict[int, float]]:
         """Add up the gradients of a step's batches; their mean losses. Shape: (accumulate * batch_size, sequence_length + 1)."""
-        objective, parts = objective_at(self.checkpoint.step, self.recipe), np.split(batch, self.settings.accumulate)
+        objective, parts = self.objective_at(self.checkpoint.step, self.recipe), np.split(batch, self.settings.accumulate)
         self.model.train()
         if objective.drop:  # not the same sequences in every process
             place = (self.settings.seed, self.checkpoint.step, self.workers.rank)
@@ -343,7 +344,7 @@ class Trainer:
     def _loss(self, part: NDArray[np.int32], numbers: NDArray[np.int64], objective: Objective) -> tuple[Tensor, dict[int, float]]:
         """A batch's loss, from its hidden states where they are kept."""
         states = self._kept(self.train_states, numbers)
-        loss, by_exit = self._ask(exit_loss, part, objective) if states is None else self._ask(state_loss, part, objective, states)
+        loss, by_exit = self._ask(self.loss, part, objective) if states is None else self._ask(state_loss, part, objective, states)
         return loss, by_exit
 
     def _kept(self, cache: StateCache | None, numbers: NDArray[np.int64]) -> States | None:
@@ -404,9 +405,9 @@ class Trainer:
         state: dict[str, Any] = {"optimizer": self.workers.gathered(self.optimizer.state_dict()), "scaler": self.scaler.state_dict()}
         weights = self._whole_weights()
         if self.workers.first:
-            changed = self.workers.sharded or self.recipe.method.lora_rank > 0
+            changed = self.workers.sharded or self.recipe.method.lora.on
             saved = self.best or (self._plain(weights) if changed else Kept(step, self.model))
-            state |= {"weights": weights, "step": step} if self.best or self.recipe.method.lora_rank else {}
+            state |= {"weights": weights, "step": step} if self.best or self.recipe.method.lora.on else {}
             state |= {"best": saved.step} if self.best else {}
             save_checkpoint(replace(self.checkpoint, step=saved.step, model=saved.model, train_state=state), out)
         self.workers.wait()
@@ -414,7 +415,7 @@ class Trainer:
 
     def _plain(self, weights: Mapping[str, Tensor]) -> Kept:
         """A copy of the model as it is now, without low-rank updates beside its matrices."""
-        return Kept.of(self.checkpoint.step, self.recipe.model, merged(weights, self.recipe.method.lora_alpha))
+        return Kept.of(self.checkpoint.step, self.recipe.model, merged(weights, self.recipe.method.lora.alpha))
 
     def _whole_weights(self) -> dict[str, Tensor]:
         """The model's state dictionary, whole where the weights are in shards (every process must ask)."""

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ease_train.checkpoint import Checkpoint
-from ease_train.config import OF_THE_EXITS, SECTIONS, Recipe
-from ease_train.errors import ConfigError, did_you_mean
+from ease_train.config import OF_THE_EXITS, OPTIONS, Recipe, set_option
+from ease_train.errors import ConfigError
 from ease_train.model import Block, Decoder
 from ease_train.parallel import Workers
 from ease_train.trainer import Trainer, known_data, token_counts
@@ -28,14 +29,12 @@ def tuned_recipe(trained: Recipe, recipe: Recipe, options: Mapping[str, Any]) ->
     values["model"] = {**shape, **{name: values["model"][name] for name in OF_THE_EXITS}, "gates": []}
     values["tokenizer"] = trained.tokenizer.to_dict()
     for name, value in options.items():
-        table = next((table for table, section in SECTIONS.items() if name in section.__dataclass_fields__), None)
+        table = OPTIONS.get(name, ("unknown",))[0]
         if table == "tokenizer" or (table == "model" and name not in OF_THE_EXITS):
             raise ConfigError(
                 f"{name} = {value!r} would change the trained model; expected settings of its exits: {', '.join(OF_THE_EXITS)}"
             )
-        if table is None:
-            raise ConfigError(f"unknown field '{name}'; {did_you_mean(name, OF_THE_EXITS)}")
-        values[table][name] = value
+        set_option(values, name, value)
     return Recipe.from_dict(values, recipe.name)
 
 
@@ -45,23 +44,20 @@ def with_exits(model: Decoder, recipe: Recipe) -> Decoder:
     fresh, trained = grown.state_dict(), model.state_dict()
     kept = {name: value for name, value in trained.items() if name in fresh and fresh[name].shape == value.shape}
     grown.load_state_dict(fresh | kept)
-    new = {name.rpartition(".")[0] for name in fresh.keys() - kept.keys()}
-    with torch.no_grad():
-        for layer in recipe.model.exits[:-1]:
-            if f"exit_norms.{layer}" in new:
-                grown.exit_norms[str(layer)].load_state_dict(model.norm.state_dict())
-            if f"exit_heads.{layer}" in new:
-                grown.head(layer).weight.copy_(model.lm_head.weight)
-            block, follows = grown.exit_block(layer), model.layers[layer]
-            if block is not None and f"adapters.{layer}.attention.q_proj" in new and isinstance(follows, Block):
-                block.load_state_dict(follows.state_dict())
+    for layer, leave in grown.early_exits.items():
+        starts: dict[str, nn.Module] = {"norm": model.norm, "head": model.lm_head}
+        if leave.block is not None and isinstance(model.layers[layer], Block):
+            starts["adapter"] = model.layers[layer]
+        for name, part in leave.own.items():
+            if name in starts and any(f"exits.{layer}.{name}.{weight}" not in kept for weight in part.state_dict()):
+                part.load_state_dict(starts[name].state_dict())
     return grown
 
 
-def knows_no_draft(trained: Decoder, grown: Decoder) -> bool:
-    """Whether a reduced head is still to be chosen: there is one, and the trained model had none of its size."""
-    had = trained.draft_head
-    return grown.draft_head is not None and (had is None or had.weight.shape != grown.draft_head.weight.shape)
+def has_new_reduced_head(trained: Decoder, grown: Decoder) -> bool:
+    """Whether a reduced head's tokens are still to be chosen: there is one, and the trained model had none of its size."""
+    had, has = trained.reduced_head, grown.reduced_head
+    return has is not None and (had is None or len(had.ids) != len(has.ids))
 
 
 def begin_tuning(
@@ -84,9 +80,9 @@ def begin_tuning(
     model = with_exits(trained.model, chosen)
     data, sums = (source, {}) if source else (known_data(trained), trained.data_sha256)
     tuned = Checkpoint(chosen, model, trained.tokenizer, 0, data, conventions=trained.conventions, data_sha256=dict(sums), base=recipe)
-    if knows_no_draft(trained.model, model):
+    if model.reduced_head is not None and has_new_reduced_head(trained.model, model):
         text = replace(tuned, data=counted, data_sha256={}, num_documents={}) if counted else tuned
-        model.choose_draft_ids(token_counts(text, cache))
+        model.reduced_head.choose_tokens(token_counts(text, cache), model.lm_head.weight)
     elif counted is not None:
         raise ConfigError(f"count data {counted} has no effect: no reduced head is to be chosen (--exit-head reduced)")
     return Trainer(tuned, workers, cache)

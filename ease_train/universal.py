@@ -139,7 +139,7 @@ class UniversalTrainer:
         self._check_layers(model, weights, "weights")
         if not any(weight > 0 for weight in weights.values()):
             weights = {model.config.num_layers: 1.0}
-        return exit_loss(model, x.to(self.device), y.to(self.device), Objective(weights))[0]
+        return exit_loss(model, x.to(self.device), y.to(self.device), Objective(weights=weights))[0]
 
     def train_epoch(
         self,

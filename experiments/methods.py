@@ -92,7 +92,7 @@ METHODS = Study(
         "auxiliary loss": Method("auxiliary", (*exits(3, 9), *weights(at_3=0.5, at_9=0.5)), (3,)),
         "asymmetric": Method("asymmetric", ASYMMETRIC, (3,)),
         "discriminative": Method("discriminative", (*ASYMMETRIC, *SLOWER), (3,)),
-        "LayerSkip": Method("layerskip", (*exits(3, 6, 9), "--rotate-every", "2"), (3, 6)),
+        "LayerSkip": Method("layerskip", (*exits(3, 6, 9), "--curriculum-every", "2"), (3, 6)),
         "self-distillation": Method("self-distillation", (*exits(3, 6, 9), *weights(at_3=0.3, at_6=0.3, at_9=1.0)), (3, 6)),
         "token-routed": Method("token-routed", (*ASYMMETRIC, "--routing-warmup-steps", "500"), (3,)),
         "Mixture-of-Depths": Method("mixture-of-depths", (*exits(9), *weights(at_9=1.0), *ROUTED), ()),

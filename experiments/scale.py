@@ -7,7 +7,7 @@ to the machine's ridge (where arithmetic takes as long as reading); K/V, activat
 the time of one layer: full depth costs L + h, where h is the head's share.
 
 recompute   a token that leaves at exit e costs e + h; one that does not L + h, its pass taking the pending ones along. With a gate.
-verify      j drafts cost j (e + r h) with a draft head of r of the head's size; the pass that judges them costs L + h, and gives
+verify      j drafts cost j (e + r h) with a reduced head of r of the whole one's size; the pass that judges them costs L + h, and gives
             (1 - a^(j+1)) / (1 - a) tokens at acceptance a (Leviathan et al. 2023, arXiv 2211.17192, equation 1). The best j up to 16.
 """
 
@@ -91,18 +91,18 @@ def recompute(shape: Shape, exit_layer: float, leaving: float) -> float:
     return (shape.layers + shape.head) / (exit_layer + (1 - leaving) * (shape.layers - exit_layer) + shape.head)
 
 
-def verify(shape: Shape, exit_layer: float, acceptance: float, draft_head: float) -> float:
+def verify(shape: Shape, exit_layer: float, acceptance: float, reduced_head: float) -> float:
     """Speed-up of drafting every token at one exit, at the best number of drafts."""
     full, best = shape.layers + shape.head, 1.0
     for drafts in range(1, LONGEST_DRAFT + 1):
         tokens = (1 - acceptance ** (drafts + 1)) / (1 - acceptance)
-        best = max(best, full * tokens / (drafts * (exit_layer + draft_head * shape.head) + full))
+        best = max(best, full * tokens / (drafts * (exit_layer + reduced_head * shape.head) + full))
     return best
 
 
-def break_even(shape: Shape, exit_layer: float, draft_head: float) -> float | None:
+def break_even(shape: Shape, exit_layer: float, reduced_head: float) -> float | None:
     """The acceptance, to 0.01, from which drafting pays."""
-    return next((percent / 100 for percent in range(1, 100) if verify(shape, exit_layer, percent / 100, draft_head) > 1.0), None)
+    return next((percent / 100 for percent in range(1, 100) if verify(shape, exit_layer, percent / 100, reduced_head) > 1.0), None)
 
 
 def main() -> None:

@@ -98,7 +98,8 @@ def measure(checkpoints: dict[str, Checkpoint], rows: list[dict[str, Any]]) -> d
 
 def note(found: Found, model: Decoder, layer: int, exit_hidden: Tensor, last: Tensor, targets: Tensor) -> None:
     """Add one document. Shape: exit_hidden (n, D), last and targets (n)."""
-    logprobs, ids = model.exit_logits(layer, exit_hidden).log_softmax(dim=-1), model.head_ids(layer)
+    head = model.exit(layer).head
+    logprobs, ids = head(exit_hidden).log_softmax(dim=-1), head.ids
     confidence, top = logprobs.max(dim=-1)
     found.agrees.append((top == last).numpy())
     found.confidence.append(confidence.numpy())

@@ -36,7 +36,8 @@ def shallower(recipe: Recipe) -> Recipe:
 @pytest.mark.parametrize("name", [n if n in IN_FAST_SUITE else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_a_recipe_trains_exports_runs_and_is_scored(name: str, corpus_file: Path, tmp_path: Path) -> None:
     recipe = shallower(load_recipe(name))
-    shorter = {field: 2 for field in ("exit_warmup_steps", "routing_warmup_steps") if getattr(recipe.method, field)}
+    warmups = {"exit_warmup_steps": recipe.method.exit_warmup.steps, "routing_warmup_steps": recipe.method.routing.warmup_steps}
+    shorter = {name: 2 for name, steps in warmups.items() if steps}
     for _ in Trainer.begin(recipe.with_options({**TINY, **shorter}), str(corpus_file)).fit(tmp_path / "checkpoint"):
         pass
     export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")

@@ -59,11 +59,12 @@ def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS, **model_fields:
         model.embed.weight.mul_(20.0)
         if not config.tie_embeddings:
             model.lm_head.weight.mul_(25.0)
-        for norm in model.exit_norms.values():
+        own = [(kind, part) for leave in model.early_exits.values() for kind, part in leave.own.items()]
+        for norm in (part for kind, part in own if kind == "norm"):
             norm.weight.uniform_(0.5, 1.5)
-        for gate in model.gates.parameters():
+        for gate in (weight for kind, part in own if kind == "gate" for weight in part.parameters()):
             gate.mul_(60.0)  # probabilities that spread, too
-        for adapter in model.adapters.parameters():
+        for adapter in (weight for kind, part in own if kind == "adapter" for weight in part.parameters()):
             if adapter.ndim == 2:
                 adapter.normal_(std=0.2)
     save_checkpoint(Checkpoint(Recipe("tiny", "", "", config, tokenizer_config, train), model, tokenizer, 0, "corpus.txt"), path)

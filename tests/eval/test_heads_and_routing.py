@@ -80,7 +80,7 @@ def test_a_gate_decides_as_in_torch_and_the_head_runs_only_for_who_leaves(gated:
     tokens = list(engine.generate(sequence))
     calls = Counter((call.graph, call.number) for call in stack.trace)
     with torch.no_grad():
-        gates = {e: model.gates[str(e)](model.exit_hidden(h[0], e)) for e, h in model.exit_states(torch.tensor([ids[:-1]])) if e < 6}
+        gates = {e: model.exit(e).gate(model.exit_hidden(h[0], e)) for e, h in model.exit_states(torch.tensor([ids[:-1]])) if e < 6}
     expected = [2 if gates[2][i] >= threshold else 4 if gates[4][i] >= threshold else 6 for i in range(89)]
     assert [t.depth for t in tokens] == expected
     left = Counter(expected)
@@ -135,9 +135,9 @@ def test_an_exits_layer_and_reduced_head_say_what_they_say_in_torch(blocks: Made
     tokens = list(engine.generate(sequence))
     with torch.no_grad():
         (hidden,) = (h for e, h in model.exit_states(torch.tensor([ids[:-1]])) if e == 4)
-        logprobs = model.exit_logits(4, model.exit_hidden(hidden, 4))[0].log_softmax(-1)
+        logprobs = model.exit(4).head(model.exit_hidden(hidden, 4))[0].log_softmax(-1)
     assert {t.depth for t in tokens} == {4}
-    known = set(model.draft_ids.tolist())
+    known = set(model.reduced_head.ids.tolist())
     assert [t.top_logprobs[0][0] for t in tokens] == logprobs[6:].argmax(-1).tolist()
     expected = [logprobs[i, ids[i + 1]].item() for i in range(6, 89)]
     np.testing.assert_allclose([t.logprob for t in tokens], expected, rtol=1e-3, atol=1e-4)

@@ -38,7 +38,7 @@ def test_every_graph_equals_torch_and_greedy_tokens_agree(tiny_bundle: Path, tin
 
 
 @pytest.mark.parametrize(
-    "name", ["layers.3.attention.k_proj.weight", "exit_norms.2.weight", "lm_head.weight", "layers.5.mlp.down_proj.weight"]
+    "name", ["layers.3.attention.k_proj.weight", "exits.2.norm.weight", "lm_head.weight", "layers.5.mlp.down_proj.weight"]
 )
 def test_verify_finds_a_weight_that_differs(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     other = tmp_path / "checkpoint"

@@ -3,9 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from ease_train import checkpoint as checkpoint_module
@@ -14,6 +16,7 @@ from ease_train.config import Recipe
 from ease_train.errors import CheckpointError
 from ease_train.files import written_aside
 from ease_train.model import Decoder
+from ease_train.renames import METHOD
 from ease_train.tokens import train_tokenizer
 
 
@@ -123,7 +126,7 @@ def edit_config(path: Path, **changes: object) -> None:
 
 def test_newer(saved: Path) -> None:
     edit_config(saved, format_version=99)
-    with pytest.raises(CheckpointError, match=r"has format_version 99, this version of EASE reads up to 1; update: pip"):
+    with pytest.raises(CheckpointError, match=r"has format_version 99, this version of EASE reads up to 2; update: pip"):
         load_checkpoint(saved)
 
 
@@ -145,7 +148,7 @@ def test_damaged_file(saved: Path, name: str) -> None:
 def test_weights_of_another_model(recipe: Recipe, saved: Path, tmp_path: Path) -> None:
     save_checkpoint(make(recipe, 1, exits=[1, 2, 3, 4]), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", saved / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"weights do not fit the model: missing \[\], unexpected \['exit_norms\.1\.weight'\]"):
+    with pytest.raises(CheckpointError, match=r"weights do not fit the model: missing \[\], unexpected \['exits\.1\.norm\.weight'\]"):
         load_checkpoint(saved)
 
 
@@ -157,3 +160,73 @@ def test_nothing_is_unpickled(saved: Path) -> None:
     torch.save({"optimizer": Trap()}, saved / "train_state" / "state.pt")
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         load_checkpoint(saved, resume=True)
+
+
+OLD_NAMES = {  # of one exit's weight in format 1
+    "exits.2.norm.weight": "exit_norms.2.weight",
+    "exits.2.adapter.norm.weight": "adapters.2.norm.weight",
+    "exits.2.adapter.down.weight": "adapters.2.down.weight",
+    "exits.2.head.weight": "exit_heads.2.weight",
+    "exits.2.gate.score.out.weight": "gates.2.score.out.weight",
+    "exits.2.gate.temperature": "gates.2.temperature",
+    "reduced_head.known.weight": "draft_head.weight",
+    "reduced_head.rest.weight": "draft_rest.weight",
+    "reduced_head.ids": "draft_ids",
+    "reduced_head.log_shares": "draft_log_shares",
+}
+KINDS: list[dict[str, Any]] = [
+    {"exit_adapter": "mlp", "exit_head": "own", "gates": [2]},
+    {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 3},
+]
+
+
+def in_format_1(name: str) -> str:
+    if (exact := OLD_NAMES.get(name)) is not None:
+        return exact
+    _, layer, *rest = name.split(".")
+    old = {"norm": "exit_norms", "adapter": "adapters", "head": "exit_heads", "gate": "gates"}
+    return ".".join((old[rest[0]], layer, *rest[1:])) if name.startswith("exits.") else name
+
+
+def write_as_format_1(path: Path) -> None:
+    """Turn a checkpoint of today into one of format 1."""
+    weights = load_file(path / "model.safetensors")
+    save_file({in_format_1(name): value for name, value in weights.items()}, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    method = config["recipe"]["method"]
+    flat = {old: method[table][name] for old, (table, name) in METHOD.items()}
+    tables = {table for table, _ in METHOD.values()}
+    config["recipe"]["method"] = {name: value for name, value in method.items() if name not in tables} | flat
+    (path / "config.json").write_text(json.dumps({**config, "format_version": 1}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_format_1_is_read(recipe: Recipe, tmp_path: Path, kind: dict[str, Any]) -> None:
+    values = recipe.to_dict()
+    values["method"] |= {"distill": {"weight": 0.5, "temperature": 3.0}, "curriculum": {"kind": "rotational", "every": 3}}
+    before = make(Recipe.from_dict(values, "tiny"), 5, **kind)
+    before.train_state["weights"] = {in_format_1(name): value for name, value in before.model.state_dict().items()}
+    save_checkpoint(before, tmp_path / "c")
+    write_as_format_1(tmp_path / "c")
+    stored = load_file(tmp_path / "c" / "model.safetensors")
+    assert not [name for name in stored if name.startswith(("exits.", "reduced_head."))]
+    assert {*OLD_NAMES.values()} & stored.keys()
+    after = load_checkpoint(tmp_path / "c", resume=True)
+    assert after.recipe == before.recipe
+    for weights in (after.model.state_dict(), after.train_state["weights"]):
+        assert weights.keys() == before.model.state_dict().keys()
+        assert all(torch.equal(value, weights[name]) for name, value in before.model.state_dict().items())
+
+
+def test_the_shared_exits_have_names_of_today_or_of_format_1() -> None:
+    from ease_train.renames import renamed
+
+    folder = Path(__file__).parents[2] / "exits" / "smollm2-135m-instruct"
+    recipe = Recipe.from_dict(
+        {k: v for k, v in json.loads((folder / "ease.json").read_text()).items() if k not in ("step", "figures")}, "x"
+    )
+    with torch.device("meta"):
+        expected = Decoder(recipe.model).exit_state()
+    found = renamed(load_file(folder / "ease_exits.safetensors"))
+    assert expected.keys() - found.keys() == {"reduced_head.known.weight"}, "its rows are the LM head's"
+    assert {name: value.shape for name, value in found.items()} == {name: expected[name].shape for name in found}

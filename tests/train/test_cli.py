@@ -73,7 +73,7 @@ def test_a_bad_value_is_one_line_and_leaves_nothing(small_corpus: str, tmp_path:
 def test_a_warning_is_one_line_said_once(small_corpus: str, tmp_path: Path) -> None:
     found = fit(tmp_path / "c", small_corpus, "--rotate-every", "3")
     assert found.exit_code == 0
-    assert found.stderr == "warning: method: rotate_every = 3 has no effect without curriculum\n"
+    assert found.stderr == "warning: method.curriculum: every = 3 has no effect without kind\n"
 
 
 def test_wrong_names(small_corpus: str, tmp_path: Path) -> None:

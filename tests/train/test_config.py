@@ -1,10 +1,8 @@
 """Recipes: names, types and values are checked, and a wrong one is named with what was expected."""
 
-import dataclasses
 import json
 import math
 import tomllib
-import typing
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ease_train.config import SECTIONS, ModelConfig, Recipe, TokenizerConfig, load_recipe, recipe_names
+from ease_train.config import OPTIONS, SECTIONS, ModelConfig, Recipe, TokenizerConfig, load_recipe, recipe_names
 from ease_train.errors import ConfigError
 from ease_train.method import GateConfig
 from ease_train.sections import Bounds, Section
@@ -67,11 +65,10 @@ def test_wrong_field(make_recipe: Maker, table: str, fields: dict[str, Any], mes
 NUMERIC = {int, float, tuple[int, ...], tuple[float, ...], dict[int, float]}
 
 
-def numeric_fields() -> list[tuple[type[Section], str]]:
-    """Every field of every section that holds numbers."""
+def numeric_settings() -> list[tuple[type[Section], tuple[str, ...]]]:
+    """Every setting of every section, and of those within it, that holds numbers."""
     sections = (*SECTIONS.values(), GateConfig)
-    hints = {section: typing.get_type_hints(section) for section in sections}
-    return [(section, f.name) for section in sections for f in dataclasses.fields(section) if hints[section][f.name] in NUMERIC]
+    return [(section, path) for section in sections for path, _, hint in section.settings() if hint in NUMERIC]
 
 
 def just_outside(bounds: Bounds, whole: bool) -> list[float]:
@@ -83,16 +80,17 @@ def just_outside(bounds: Bounds, whole: bool) -> list[float]:
     return [low, high, math.nan, math.inf, -math.inf]
 
 
-@pytest.mark.parametrize(("section", "name"), numeric_fields())
-def test_every_number_has_bounds_and_nothing_beyond_them_passes(section: type[Section], name: str) -> None:
-    hint = typing.get_type_hints(section)[name]
-    bounds = section.__dataclass_fields__[name].metadata.get("bounds")
-    assert isinstance(bounds, Bounds), f"{section.table}: {name} has no bounds"
+@pytest.mark.parametrize(("section", "path"), numeric_settings())
+def test_every_number_has_bounds_and_nothing_beyond_them_passes(section: type[Section], path: tuple[str, ...]) -> None:
+    field, hint = next((f, hint) for found, f, hint in section.settings() if found == path)
+    bounds = field.metadata.get("allowed")
+    assert isinstance(bounds, Bounds), f"{section.table}: {'.'.join(path)} has no bounds"
     for number in just_outside(bounds, whole=hint in (int, tuple[int, ...])):
         value = {1: number} if hint == dict[int, float] else number if hint in (int, float) else [number]
+        values = {path[-1]: value} if len(path) == 1 else {path[0]: {path[1]: value}}
         with pytest.raises(ConfigError) as error:
-            section.from_dict({name: value}, "test")
-        assert str(error.value) == f"{section.table}: {name} = {value}, expected {bounds}"
+            section.from_dict(values, "test")
+        assert str(error.value) == f"{'.'.join((section.table, *path[:-1]))}: {path[-1]} = {value}, expected {bounds}"
 
 
 @pytest.mark.parametrize(
@@ -158,3 +156,22 @@ def test_no_such_recipe(name: str, message: str) -> None:
 def test_an_unknown_table_is_named() -> None:
     with pytest.raises(ConfigError, match=r"unknown field 'modell'; did you mean 'model'\?"):
         Recipe.from_dict(tomllib.loads("[modell]\ndim = 3\n"), "x")
+
+
+def test_a_method_with_the_flat_names_of_before_is_the_same(make_recipe: Maker, tmp_path: Path) -> None:
+    flat = {"rotate_every": 3, "curriculum": "rotational", "labels": "last-exit", "distill_weight": 0.5}
+    tables = {"curriculum": {"kind": "rotational", "every": 3}, "distill": {"labels": "last-exit", "weight": 0.5}}
+    assert make_recipe(method=flat) == make_recipe(method=tables)
+    assert make_recipe().with_options(flat) == make_recipe(method=tables)
+    named = {"curriculum_every": 3, "curriculum_kind": "rotational", "distill_labels": "last-exit", "distill_weight": 0.5}
+    assert make_recipe().with_options(named) == make_recipe(method=tables)
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "layerskip"\n[method]\nrotate_every = 4\n', encoding="utf-8")
+    method = load_recipe(str(path)).method
+    assert (method.curriculum.kind, method.curriculum.every, method.weight.rule) == ("rotational", 4, "layerskip")
+
+
+def test_options_name_one_setting_each() -> None:
+    paths = [("_".join(path), (table, *path)) for table, section in SECTIONS.items() for path, _, _ in section.settings()]
+    assert len(dict(paths)) == len(paths)
+    assert {name: OPTIONS[name] for name, _ in paths} == dict(paths)

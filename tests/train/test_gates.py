@@ -37,7 +37,7 @@ def test_the_label_is_agreement_with_the_last_layer(trained: Path, monkeypatch: 
         for parameter in model.layers[2:].parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
         ids = torch.randint(model.config.vocab_size, (4, 16))
-        said = {layer: model.head(layer)(model.exit_hidden(h, layer)).argmax(-1).flatten() for layer, h in model.exit_states(ids)}
+        said = {layer: model.exit(layer).head(model.exit_hidden(h, layer)).argmax(-1).flatten() for layer, h in model.exit_states(ids)}
         monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 7 * model.config.vocab_size)
         found = agreement(model, ids)
     assert set(found) == {2, 3}
@@ -53,11 +53,11 @@ def test_exits_with_a_reduced_head_agree_where_they_say_the_same(make_recipe: Ca
     states = dict(model.exit_states(ids))
     last = model.lm_head(model.norm(states[4])).argmax(-1).flatten()
     counts = torch.zeros(40, dtype=torch.int64).index_fill(0, last.unique()[::2], 1)  # every second token that the last layer says
-    model.choose_draft_ids(counts)
+    model.reduced_head.choose_tokens(counts, model.lm_head.weight)
     found = agreement(model, ids)
-    assert 0 < torch.isin(last, model.draft_ids).sum() < 64
+    assert 0 < torch.isin(last, model.reduced_head.ids).sum() < 64
     for layer, (hidden, labels) in found.items():
-        assert torch.equal(labels, model.exit_logits(layer, hidden).argmax(-1) == last)
+        assert torch.equal(labels, model.exit(layer).head(hidden).argmax(-1) == last)
 
 
 def test_both_classes_weigh_the_same() -> None:
@@ -128,14 +128,14 @@ def test_gates_learn_and_are_calibrated(trained: Path) -> None:
         assert found.auc > 0.7
         assert found.ece < 0.1
         assert found.brier < found.agreement * (1 - found.agreement)  # better than always saying the share
-        assert trainer.model.gates[str(layer)].temperature.item() == pytest.approx(found.temperature)
+        assert trainer.model.exit(layer).gate.temperature.item() == pytest.approx(found.temperature)
 
 
 def test_the_same_seed_gives_the_same_gates(trained: Path) -> None:
     def weights(seed: int) -> torch.Tensor:
         trainer = GateTrainer(load_checkpoint(trained), GateConfig(**{**QUICK, "steps": 4, "seed": seed}))
         list(trainer.fit())
-        return trainer.model.gates["2"].score.out.weight
+        return trainer.model.exit(2).gate.score.out.weight
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))

@@ -82,7 +82,7 @@ def test_half_precision_files_are_read_as_fp32(family: str, tmp_path: Path) -> N
     weights = import_model(str(tmp_path / "hf"), (1, 3)).model.state_dict()
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert torch.equal(weights["layers.1.mlp.up_proj.weight"], model.model.layers[1].mlp.up_proj.weight.float())
-    assert torch.equal(weights["exit_norms.3.weight"], weights["norm.weight"])
+    assert torch.equal(weights["exits.3.norm.weight"], weights["norm.weight"])
 
 
 def test_conventions_come_along(llama: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_block_exits_and_a_reduced_head_round_trip(tiny_checkpoint: Path, tmp_pa
     first = min(trained.recipe.model.exits)
     recipe = tuned_recipe(trained.recipe, load_recipe("ee-tuning"), {"exits": [first], "layer_weights": {first: 1.0}, **settings})
     grown = with_exits(trained.model, recipe)
-    grown.choose_draft_ids(torch.arange(recipe.model.vocab_size))
+    grown.reduced_head.choose_tokens(torch.arange(recipe.model.vocab_size), grown.lm_head.weight)
     export_model(Checkpoint(recipe, grown, trained.tokenizer, 0, "unknown"), tmp_path / "hf")
     again = import_model(str(tmp_path / "hf"))
     assert again.recipe.model == recipe.model
@@ -260,14 +260,14 @@ def test_exits_alone_go_back_onto_their_model(llama: Path, tmp_path: Path) -> No
     settings = {"exits": [2], "layer_weights": {2: 1.0}, "sequence_length": 32, "exit_adapter": "low-rank", **reduced}
     recipe = tuned_recipe(plain.recipe, load_recipe("ee-tuning"), settings)
     grown = with_exits(plain.model, recipe)
-    grown.choose_draft_ids(torch.arange(recipe.model.vocab_size))
-    torch.nn.init.normal_(grown.adapters["2"].up.weight)
+    grown.reduced_head.choose_tokens(torch.arange(recipe.model.vocab_size), grown.lm_head.weight)
+    torch.nn.init.normal_(grown.exit(2).adapter.up.weight)
     metrics = [{"step": 1, "agreement": {"2": 0.2}}, {"step": 2, "agreement": {"2": 0.5}}, {"step": 2, "gates": {"2": {"auc": 0.7}}}]
     export_exits(Checkpoint(recipe, grown, plain.tokenizer, 2, "unknown", metrics), tmp_path / "exits")
     tensors = load_file(tmp_path / "exits" / "ease_exits.safetensors")
-    assert "draft_head.weight" not in tensors, "its rows are the LM head's"
+    assert "reduced_head.known.weight" not in tensors, "its rows are the LM head's"
     kinds = {name: value.dtype for name, value in tensors.items()}
-    assert kinds.pop("draft_ids") == torch.int64
+    assert kinds.pop("reduced_head.ids") == torch.int64
     assert set(kinds.values()) == {torch.float16}
     written = json.loads((tmp_path / "exits" / "ease.json").read_text())
     assert written["figures"] == {"agreement": {"2": 0.5}, "gates": {"2": {"auc": 0.7}}}
@@ -277,10 +277,10 @@ def test_exits_alone_go_back_onto_their_model(llama: Path, tmp_path: Path) -> No
     for name, value in again.model.state_dict().items():
         expected = grown.state_dict()[name]
         assert torch.equal(value, expected.half().float() if name in kinds else expected), name
-    grown.draft_head.weight.data[0, 0] += 1
+    grown.reduced_head.known.weight.data[0, 0] += 1
     export_exits(Checkpoint(recipe, grown, plain.tokenizer, 2, "unknown"), tmp_path / "exits")
     again = import_model(str(llama), with_exits=tmp_path / "exits")
-    assert torch.equal(again.model.draft_head.weight, grown.draft_head.weight.half().float())
+    assert torch.equal(again.model.reduced_head.known.weight, grown.reduced_head.known.weight.half().float())
 
 
 def test_exits_of_another_model_are_refused(llama: Path, tmp_path: Path) -> None:

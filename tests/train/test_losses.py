@@ -63,10 +63,10 @@ def test_the_gradient_scales_with_what_follows(recipe: Recipe) -> None:
 def test_an_exit_without_weight_gets_no_gradient(recipe: Recipe) -> None:
     model, inputs, targets = model_and_batch(recipe)
     exit_cross_entropy(model, inputs, targets, {2: 0.0, 3: 1.0, 4: 0.0})[0].backward()
-    assert model.exit_norms["2"].weight.grad is None
+    assert model.exit(2).norm.weight.grad is None
     assert model.norm.weight.grad is None
     assert all(p.grad is None for p in model.layers[3].parameters())  # no layer runs past the last exit with a weight
-    assert model.exit_norms["3"].weight.grad.abs().sum() > 0
+    assert model.exit(3).norm.weight.grad.abs().sum() > 0
     assert all(p.grad.abs().sum() > 0 for p in model.layers[0].parameters())
 
 

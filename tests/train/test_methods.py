@@ -8,6 +8,7 @@ from ease_train import losses
 from ease_train.config import ModelConfig, Recipe
 from ease_train.gradients import split_gradient
 from ease_train.losses import Objective, exit_loss
+from ease_train.method import Distill
 from ease_train.model import Decoder
 from ease_train.optimizer import create_optimizer
 
@@ -43,7 +44,7 @@ def assert_same(found: Gradients, expected: Gradients) -> None:
 
 
 def exit_logits(model: Decoder, inputs: torch.Tensor) -> dict[int, torch.Tensor]:
-    return {layer: model.head(layer)(model.exit_hidden(h, layer)).flatten(0, 1) for layer, h in model.exit_states(inputs)}
+    return {layer: model.exit(layer).head(model.exit_hidden(h, layer)).flatten(0, 1) for layer, h in model.exit_states(inputs)}
 
 
 @pytest.mark.parametrize("chunk", [5, 1024])
@@ -64,7 +65,9 @@ def test_distillation(
             loss = loss + 0.7 * temperature**2 * kl + 0.4 * ((model.exit_hidden(hidden, layer) - last) ** 2).mean()
         expected = expected + WEIGHTS[layer] * loss
     wanted = gradients(model, expected)
-    total, by_exit = exit_loss(model, inputs, targets, Objective(WEIGHTS, 0.7, temperature, 0.4))
+    total, by_exit = exit_loss(
+        model, inputs, targets, Objective(weights=WEIGHTS, distill=Distill(weight=0.7, temperature=temperature, hidden_weight=0.4))
+    )
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
     assert by_exit[2] == pytest.approx(F.cross_entropy(found[2], targets.flatten()).item(), rel=1e-5)
     assert_same(gradients(model, total), wanted)
@@ -73,9 +76,9 @@ def test_distillation(
 def test_the_teacher_gets_no_gradient(recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     """With no loss of its own, the last exit only teaches: nothing above the student's layers learns."""
     model = make_model(recipe, exit_head="own")
-    total, _ = exit_loss(model, *batch, Objective({2: 1.0}, 1.0, 2.0, 1.0))
+    total, _ = exit_loss(model, *batch, Objective(weights={2: 1.0}, distill=Distill(weight=1.0, hidden_weight=1.0)))
     found = gradients(model, total)
-    assert found["exit_heads.2.weight"].abs().sum() > 0
+    assert found["exits.2.head.weight"].abs().sum() > 0
     assert found["layers.0.mlp.up_proj.weight"].abs().sum() > 0
     assert "norm.weight" not in found or found["norm.weight"].abs().sum() == 0
     assert all(grad.abs().sum() == 0 for name, grad in found.items() if name.startswith(("layers.2", "layers.3")))
@@ -97,7 +100,7 @@ def test_each_token_trains_the_first_exit_that_is_sure(recipe: Recipe, batch: tu
         for layer, chosen in {2: at_2, 3: at_3, 4: at_4}.items()
     )
     wanted = gradients(model, expected)
-    total, _ = exit_loss(model, inputs, targets, Objective(WEIGHTS, routing_threshold=threshold))
+    total, _ = exit_loss(model, inputs, targets, Objective(weights=WEIGHTS, routing_threshold=threshold))
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
     assert_same(gradients(model, total), wanted)
 
@@ -106,17 +109,17 @@ def parts(model: Decoder, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[int,
     """The gradient of each exit's weighted loss alone."""
     out = {}
     for layer, weight in WEIGHTS.items():
-        out[layer] = gradients(model, exit_loss(model, *batch, Objective({layer: weight}))[0])
+        out[layer] = gradients(model, exit_loss(model, *batch, Objective(weights={layer: weight}))[0])
     return out
 
 
 def test_detached_exits_leave_the_layers_to_the_last_one(recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     model = make_model(recipe, tie_embeddings=False)
     alone = parts(model, batch)
-    found = gradients(model, exit_loss(model, *batch, Objective(WEIGHTS, gradient="detached"))[0])
+    found = gradients(model, exit_loss(model, *batch, Objective(weights=WEIGHTS, gradient="detached"))[0])
     layers = {name for name in found if name.startswith(("layers", "embed"))}
     assert_same({n: found[n] for n in layers}, {n: alone[4][n] for n in layers})
-    assert_same({n: found[n] for n in ("exit_norms.2.weight",)}, {n: alone[2][n] for n in ("exit_norms.2.weight",)})
+    assert_same({n: found[n] for n in ("exits.2.norm.weight",)}, {n: alone[2][n] for n in ("exits.2.norm.weight",)})
     head = {"lm_head.weight": sum(alone[layer]["lm_head.weight"] for layer in WEIGHTS)}
     assert_same({"lm_head.weight": found["lm_head.weight"]}, head)
 
@@ -124,12 +127,12 @@ def test_detached_exits_leave_the_layers_to_the_last_one(recipe: Recipe, batch: 
 def test_equilibrium_gives_each_layer_the_mean_of_the_exits_behind_it(recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     model = make_model(recipe, tie_embeddings=False)
     alone = parts(model, batch)
-    found = gradients(model, exit_loss(model, *batch, Objective(WEIGHTS, gradient="equilibrium"))[0])
+    found = gradients(model, exit_loss(model, *batch, Objective(weights=WEIGHTS, gradient="equilibrium"))[0])
     for name in (n for n in found if n.startswith("layers")):
         behind = [layer for layer in WEIGHTS if layer >= int(name.split(".")[1]) + 1]
         expected = sum(alone[layer][name] for layer in behind) / len(behind)
         assert_same({name: found[name]}, {name: expected})
-    assert_same({"e": found["exit_norms.3.weight"]}, {"e": alone[3]["exit_norms.3.weight"]})
+    assert_same({"e": found["exits.3.norm.weight"]}, {"e": alone[3]["exits.3.norm.weight"]})
 
 
 def test_the_gradient_rules_do_not_touch_the_forward_pass() -> None:
@@ -173,7 +176,7 @@ def test_discriminative_groups(recipe: Recipe) -> None:
 
 def test_recomputed_activations_change_nothing_but_memory(recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     model = make_model(recipe)
-    expected = gradients(model, exit_loss(model, *batch, Objective(WEIGHTS))[0])
+    expected = gradients(model, exit_loss(model, *batch, Objective(weights=WEIGHTS))[0])
     model.recompute_activations = True
-    found = gradients(model, exit_loss(model, *batch, Objective(WEIGHTS))[0])
+    found = gradients(model, exit_loss(model, *batch, Objective(weights=WEIGHTS))[0])
     assert all(torch.equal(found[name], expected[name]) for name in expected)

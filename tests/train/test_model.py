@@ -99,7 +99,7 @@ def test_logits_equal_the_reference(fields: dict[str, object]) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("exit_norm", "name"), [("own", "exit_norms.1"), ("shared", "norm")])
+@pytest.mark.parametrize(("exit_norm", "name"), [("own", "exits.1.norm"), ("shared", "norm")])
 def test_an_exit_has_its_norm(exit_norm: str, name: str) -> None:
     model = lively(ModelConfig(vocab_size=13, dim=32, num_layers=3, exits=(1, 3), exit_norm=exit_norm))
     reference, ids = Reference(model), [3, 1, 4, 1, 5]

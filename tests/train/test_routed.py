@@ -114,7 +114,7 @@ def test_the_predictor_learns_the_choice_and_touches_nothing_else(block: RoutedB
 def test_the_router_learns_from_the_loss(config: ModelConfig) -> None:
     model = Decoder(config)
     ids = torch.randint(13, (2, 9))
-    objective = Objective({2: 0.5, 4: 1.0}, predictor_weight=3.0)
+    objective = Objective(weights={2: 0.5, 4: 1.0}, predictor_weight=3.0)
     total, by_exit = exit_loss(model.train(), ids[:, :-1], ids[:, 1:], objective)
     predictors = [model.layers[i].predictor_loss for i in (1, 3)]
     expected = 0.5 * by_exit[2] + by_exit[4] + 3.0 * torch.stack(predictors).mean().item()

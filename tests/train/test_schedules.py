@@ -146,18 +146,21 @@ def test_tokens_are_routed_after_the_warm_up(make_recipe: Maker) -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"weight_rule": "dept"}, "weight_rule = 'dept'; did you mean 'depth'?"),
-        ({"curriculum": "rotate"}, "curriculum = 'rotate'; did you mean 'rotational'?"),
-        ({"layer_dropout": 2.0}, "layer_dropout = 2.0, expected a number from 0 to 1"),
-        ({"distill_weight": -1.0}, "distill_weight = -1.0, expected at least 0"),
-        ({"distill_temperature": 0.0}, "distill_temperature = 0.0, expected more than 0"),
-        ({"rotate_every": 0}, "rotate_every = 0, expected at least 1"),
+        ({"weight_rule": "dept"}, "method.weight: rule = 'dept'; did you mean 'depth'?"),
+        ({"curriculum": "rotate"}, "method.curriculum: kind = 'rotate'; did you mean 'rotational'?"),
+        ({"layer_dropout": 2.0}, "method.layer_dropout: rate = 2.0, expected a number from 0 to 1"),
+        ({"distill_weight": -1.0}, "method.distill: weight = -1.0, expected at least 0"),
+        ({"distill_temperature": 0.0}, "method.distill: temperature = 0.0, expected more than 0"),
+        ({"rotate_every": 0}, "method.curriculum: every = 0, expected at least 1"),
         ({"layer_lr_scales": {2: -1.0}}, "layer_lr_scales = {2: -1.0}, expected at least 0"),
         ({"layer_lr_scales": {7: 1.0}}, "layer_lr_scales names [7], expected layers from 1 to 4"),
         ({"alpha_schedule": "linear", "weight_rule": "depth"}, "both set the exit weights; leave one out"),
-        ({"alpha_schedule": "linear", "exit_warmup": "linear"}, "both move the early exits' weights; leave one out"),
-        ({"alpha_schedule": "step"}, "alpha_schedule = 'step' without alpha_steps"),
-        ({"exit_warmup": "linear"}, "exit_warmup_steps = 0, expected at least 1"),
+        (
+            {"alpha_schedule": "linear", "exit_warmup": "linear", "exit_warmup_steps": 3},
+            "both move the early exits' weights; leave one out",
+        ),
+        ({"alpha_schedule": "step"}, "method.alpha: schedule = 'step' without steps"),
+        ({"exit_warmup": "linear"}, "method.exit_warmup: steps = 0, expected at least 1"),
         ({"routing_threshold": 0.5, "curriculum": "gradual"}, "both choose the exits to train; leave one out"),
         ({"routing_threshold": 0.5, "distill_weight": 1.0}, "nothing to distil from; leave one out"),
     ],
@@ -171,10 +174,10 @@ def test_wrong_and_contradictory_methods(make_recipe: Maker, method: dict[str, o
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"rotate_every": 3}, "method: rotate_every = 3 has no effect without curriculum"),
-        ({"distill_temperature": 3.0}, "distill_temperature = 3.0 has no effect without distill_weight"),
-        ({"alpha_end": 0.2}, "alpha_end = 0.2 has no effect without alpha_schedule"),
-        ({"routing_warmup_steps": 3}, "routing_warmup_steps = 3 has no effect without routing_threshold"),
+        ({"rotate_every": 3}, "method.curriculum: every = 3 has no effect without kind"),
+        ({"distill_temperature": 3.0}, "method.distill: temperature = 3.0 has no effect without weight"),
+        ({"alpha_end": 0.2}, "method.alpha: end = 0.2 has no effect without schedule"),
+        ({"routing_warmup_steps": 3}, "method.routing: warmup_steps = 3 has no effect without threshold"),
     ],
 )
 def test_a_setting_without_effect_warns(make_recipe: Maker, method: dict[str, object], message: str) -> None:

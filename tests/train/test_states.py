@@ -33,7 +33,7 @@ def trained(make_recipe: Maker, small_corpus: str) -> Checkpoint:
 
 
 def begin(trained: Checkpoint, cache: Path | None = None, **options: Any) -> Trainer:
-    recipe = load_recipe("kangaroo-fr-spec")
+    recipe = load_recipe("kangaroo-reduced-head")
     return begin_tuning(trained, recipe, {**EXITS, **QUICK, **options}, cache=cache)
 
 
@@ -116,8 +116,8 @@ def test_the_key_is_all_that_the_states_depend_on(trained: Checkpoint, tmp_path:
 
     before = path()
     with torch.no_grad():
-        model.adapters["2"].mlp.up_proj.weight += 1.0
-        model.draft_head.weight += 1.0
+        model.exit(2).adapter.mlp.up_proj.weight += 1.0
+        model.reduced_head.known.weight += 1.0
     assert path() == before
     others = {path(2.0), path(1.0, "bf16"), path(chosen=trainer.blocks[1:6])}
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_an_imported_model_needs_its_data_named(trained: Checkpoint, small_corpu
     assert "no early exit" in result.stderr
     numbers = "--exits 2 --layer-weights 2 1 --exit-vocab-size 9 --steps 2 --warmup-steps 1 --batch-size 2"
     numbers += " --sequence-length 16 --eval-tokens 32 --threads 1"
-    command = ["tune", str(tmp_path / "imported"), "--recipe", "kangaroo-fr-spec", "--out", str(tmp_path / "tuned"), *numbers.split()]
+    command = ["tune", str(tmp_path / "imported"), "--recipe", "kangaroo-reduced-head", "--out", str(tmp_path / "tuned"), *numbers.split()]
     assert "name the text to train on with --data" in CliRunner().invoke(main, command).stderr
     result = CliRunner().invoke(main, [*command, "--data", small_corpus, "--cache", str(tmp_path / "cache")])
     assert result.exit_code == 0, result.output

@@ -291,11 +291,11 @@ def test_a_kill_at_any_moment_loses_nothing(make_recipe: Maker, small_corpus: st
         ({"train": {"warmup_steps": 13}}, "train: warmup_steps = 13, expected at most steps = 12; set both"),
         (
             {"method": {"exit_warmup": "linear", "exit_warmup_steps": 99}},
-            "method: exit_warmup_steps = 99, expected at most steps = 12; set both",
+            "method.exit_warmup: steps = 99, expected at most steps = 12; set both",
         ),
         (
             {"method": {"routing_threshold": 0.5, "routing_warmup_steps": 99}},
-            "method: routing_warmup_steps = 99, expected at most steps = 12; set both",
+            "method.routing: warmup_steps = 99, expected at most steps = 12; set both",
         ),
     ],
 )

@@ -35,7 +35,7 @@ def test_a_frozen_model_gets_exits_that_learn(plain: Path, tmp_path: Path) -> No
     before, after = load_checkpoint(plain), load_checkpoint(tmp_path / "tuned")
     weights = after.model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in before.model.state_dict().items())
-    assert {name.split(".")[0] for name in weights.keys() - before.model.state_dict().keys()} == {"exit_norms", "adapters"}
+    assert {name.split(".")[2] for name in weights.keys() - before.model.state_dict().keys()} == {"norm", "adapter"}
     assert (after.recipe.model.exits, after.recipe.model.dim, after.step) == ((2, 4), 16, 30)
     assert after.tokenizer.to_str() == before.tokenizer.to_str()
 
@@ -47,8 +47,8 @@ def test_new_exits_start_as_the_models_own_parts(plain: Path) -> None:
     model = begin_tuning(trained, load_recipe("ee-tuning"), {**TO_2, "exit_head": "own"}).model
     hidden = torch.randn(3, 16)
     expected = trained.model.lm_head(trained.model.norm(hidden))
-    torch.testing.assert_close(model.head(2)(model.exit_hidden(hidden, 2)), expected)
-    assert model.head(2).weight is not model.lm_head.weight
+    torch.testing.assert_close(model.exit(2).head(model.exit_hidden(hidden, 2)), expected)
+    assert model.exit(2).head.weight is not model.lm_head.weight
 
 
 def test_a_new_exits_block_is_the_layer_that_follows_and_its_head_the_rows_of_frequent_tokens(plain: Path, tmp_path: Path) -> None:
@@ -56,48 +56,54 @@ def test_a_new_exits_block_is_the_layer_that_follows_and_its_head_the_rows_of_fr
     options = {**TO_2, "exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 7}
     trainer = begin_tuning(trained, load_recipe("ee-tuning"), options)
     model = trainer.model
-    block = model.exit_block(2)
+    block = model.exit(2).block
     assert block is not None
     assert all(torch.equal(value, trained.model.layers[2].state_dict()[name]) for name, value in block.state_dict().items())
     counts = torch.from_numpy(trainer.blocks[:, :-1].copy()).flatten().bincount(minlength=trained.recipe.model.vocab_size)
-    outside = torch.ones(len(counts), dtype=torch.bool).index_fill(0, model.draft_ids, False)
-    assert len(model.draft_ids) == 7
-    assert model.draft_ids.tolist() == sorted(model.draft_ids.tolist())
-    assert counts[model.draft_ids].min() >= counts[outside].max() > 0
-    assert torch.equal(model.head(2).weight, trained.model.lm_head.weight[model.draft_ids])
+    outside = torch.ones(len(counts), dtype=torch.bool).index_fill(0, model.reduced_head.ids, False)
+    assert len(model.reduced_head.ids) == 7
+    assert model.reduced_head.ids.tolist() == sorted(model.reduced_head.ids.tolist())
+    assert counts[model.reduced_head.ids].min() >= counts[outside].max() > 0
+    assert torch.equal(model.exit(2).head.known.weight, trained.model.lm_head.weight[model.reduced_head.ids])
     counted = tmp_path / "counted.jsonl"
     counted.write_text('{"text": "etetetet et"}\n' * 20)
     elsewhere = begin_tuning(trained, load_recipe("ee-tuning"), {**options, "exit_vocab_size": 2}, counted=str(counted)).model
-    assert elsewhere.draft_ids.tolist() == sorted(trained.tokenizer.token_to_id(letter) for letter in "et")
-    learns = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    assert learns == {"exit_norms", "adapters", "draft_head", "draft_rest"}
+    assert elsewhere.reduced_head.ids.tolist() == sorted(trained.tokenizer.token_to_id(letter) for letter in "et")
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {part.split(".adapter.")[0] for part in learns} == {
+        "exits.2.norm.weight",
+        "exits.2",
+        "reduced_head.known.weight",
+        "reduced_head.rest.weight",
+    }
     kept = begin_tuning(trained, load_recipe("ee-tuning"), {**options, "trains": "adapters"}).model
-    assert {name.split(".")[0] for name, p in kept.named_parameters() if p.requires_grad} == learns - {"draft_head"}
+    still = {name for name, p in kept.named_parameters() if p.requires_grad}
+    assert still == learns - {"reduced_head.known.weight"}
 
 
 def test_a_reduced_head_that_is_there_keeps_its_tokens(recipe: Recipe, make_recipe: Maker, small_corpus: str) -> None:
     fields = {"exit_head": "reduced", "exit_vocab_size": 7}
     checkpoint = Trainer.begin(make_recipe(model=fields), small_corpus).checkpoint
-    before = checkpoint.model.draft_ids.clone()
+    before = checkpoint.model.reduced_head.ids.clone()
     with torch.no_grad():
-        checkpoint.model.draft_ids.copy_(torch.arange(7))
-        checkpoint.model.draft_head.weight.fill_(0.5)
+        checkpoint.model.reduced_head.ids.copy_(torch.arange(7))
+        checkpoint.model.reduced_head.known.weight.fill_(0.5)
     options = {**TO_2, **fields, "exits": [2, 3]}
     model = begin_tuning(checkpoint, load_recipe("ee-tuning"), options).model
-    assert before.tolist() != model.draft_ids.tolist() == [*range(7)]
-    assert (model.draft_head.weight == 0.5).all()
+    assert before.tolist() != model.reduced_head.ids.tolist() == [*range(7)]
+    assert (model.reduced_head.known.weight == 0.5).all()
     larger = begin_tuning(checkpoint, load_recipe("ee-tuning"), {**options, "exit_vocab_size": 8}).model
-    assert torch.equal(larger.draft_head.weight, checkpoint.model.lm_head.weight[larger.draft_ids])
+    assert torch.equal(larger.reduced_head.known.weight, checkpoint.model.lm_head.weight[larger.reduced_head.ids])
 
 
 def test_exits_that_are_there_keep_what_they_learned(recipe: Recipe, small_corpus: str) -> None:
     checkpoint: Checkpoint = Trainer.begin(recipe, small_corpus).checkpoint
     with torch.no_grad():
-        checkpoint.model.exit_norms["2"].weight.fill_(3.0)
+        checkpoint.model.exit(2).norm.weight.fill_(3.0)
         checkpoint.model.norm.weight.fill_(2.0)
     options = {**QUICK, "exits": [1, 2, 3], "layer_weights": {1: 1.0, 4: 1.0}}
     model = begin_tuning(checkpoint, load_recipe("small"), options).model
-    assert [model.exit_norms[layer].weight[0].item() for layer in ("1", "2")] == [2.0, 3.0]
+    assert [model.exit(layer).norm.weight[0].item() for layer in (1, 2)] == [2.0, 3.0]
     assert all(parameter.requires_grad for parameter in model.parameters())  # the recipe trains all
 
 
@@ -141,7 +147,7 @@ def test_low_rank_updates_start_at_nothing_and_are_saved_as_plain_weights(plain:
     before, model, ids = load_checkpoint(plain).model, trainer.model, torch.randint(20, (2, 9))
     torch.testing.assert_close(model(ids), before(ids))
     learns = {name.split(".")[-1] if "parametrizations" in name else name for name, p in model.named_parameters() if p.requires_grad}
-    assert learns == {"down", "up", "exit_norms.2.weight", "exit_norms.3.weight"}
+    assert learns == {"down", "up", "exits.2.norm.weight", "exits.3.norm.weight"}
     for _ in trainer.fit(tmp_path / "tuned"):
         pass
     after = load_checkpoint(tmp_path / "tuned").model
