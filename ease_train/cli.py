@@ -115,7 +115,7 @@ IDLE: dict[str, tuple[str, Callable[[Recipe], bool]]] = {  # an option -> when i
     "adapter_dim": ("--exit-adapter low-rank or mlp", lambda recipe: recipe.model.exit_adapter in ("low-rank", "mlp")),
     "capacity": ("--routed-layers", lambda recipe: bool(recipe.model.routed_layers)),
     "routing_rule": ("--routed-layers", lambda recipe: bool(recipe.model.routed_layers)),
-    "layer_weights": ("--weight-rule given", lambda recipe: recipe.method.weight_rule == "given"),
+    "layer_weights": ("--weight-rule given", lambda recipe: recipe.method.weight.rule == "given"),
 }
 
 
