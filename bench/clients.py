@@ -70,7 +70,7 @@ def passes(client: httpx.Client) -> tuple[float, float]:
 def main(bundle: Path, json_file: Path | None) -> None:
     """Measure a server with one client and with eight."""
     port = free_port()
-    command = [sys.executable, "-m", "ease_runtime.cli", "serve", str(bundle), "--port", str(port), "--threshold", "off"]
+    command = [sys.executable, "-m", "ease_runtime.cli.main", "serve", str(bundle), "--port", str(port), "--threshold", "off"]
     process = subprocess.Popen([*command, "--model-name", "it"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:

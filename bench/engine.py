@@ -19,15 +19,15 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from ease_eval.latency import Setting, Text, ideal_seconds, measure
-from ease_runtime.costs import Costs, Pace
-from ease_runtime.engine import Engine
+from ease_eval.measure.latency import Setting, Text, ideal_seconds, measure
+from ease_runtime.engine.costs import Costs, Pace
+from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.probe import measure_costs
+from ease_runtime.engine.sampling import Greedy
+from ease_runtime.engine.sequence import TokenSequence
+from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import FULL_DEPTH, ThresholdPolicy, make_policy
-from ease_runtime.probe import measure_costs
-from ease_runtime.sampling import Greedy
-from ease_runtime.sequence import TokenSequence
-from ease_runtime.stack import OrtStack
-from ease_runtime.thresholds import Thresholds
+from ease_runtime.policies.thresholds import Thresholds
 
 PROMPT, NEW, LONG, ROUNDS = 32, 48, 256, 3
 Row = dict[str, Any]

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from ease_export.build import export_bundle
-from ease_train.checkpoint import Checkpoint, save_checkpoint
-from ease_train.config import ModelConfig, Recipe, TokenizerConfig, TrainConfig
-from ease_train.model import Decoder
-from ease_train.tokens import train_tokenizer
+from ease_train.data.tokens import train_tokenizer
+from ease_train.model.decoder import Decoder
+from ease_train.training.checkpoint import Checkpoint, save_checkpoint
+from ease_train.training.config import ModelConfig, Recipe, TokenizerConfig, TrainConfig
 
 EXITS = (10, 15, 30)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ease_runtime.engine import Engine
+from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.sampling import Given
+from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import make_policy
-from ease_runtime.sampling import Given
-from ease_runtime.stack import OrtStack
 
 NUM_TOKENS, ROUNDS = 120, 5
 SETTINGS = (("off", None, "recompute"), ("0.5", 0.5, "recompute"), ("0.5", 0.5, "propagate"), ("0", 0.0, "propagate"))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ease_eval.cli_speed import show_comparison
-from ease_eval.compare import Plan, compare_peers
-from ease_eval.files import write_whole
+from ease_common.files import write_whole
+from ease_eval.cli.speed import show_comparison
+from ease_eval.peers.compare import Plan, compare_peers
 from ease_eval.provenance import provenance
 from ease_runtime.llm import LLM
 

@@ -21,11 +21,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ease_train.config import ModelConfig, load_recipe
-from ease_train.losses import Objective, exit_loss
-from ease_train.method import Distill
-from ease_train.model import Decoder
-from ease_train.trainer import Trainer
+from ease_train.methods.losses import Objective, exit_loss
+from ease_train.methods.method import Distill
+from ease_train.model.decoder import Decoder
+from ease_train.training.config import ModelConfig, load_recipe
+from ease_train.training.trainer import Trainer
 
 MEMORY = (("one exit", "12", 0.0), ("four exits", "3,6,9,12", 0.0), ("four exits, distilled", "3,6,9,12", 1.0))
 WARM_UP = 2  # steps of a turn that do not count

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import click
 
-import ease_eval.cli
+import ease_eval.cli.main
 import ease_export.cli
-import ease_runtime.cli
+import ease_runtime.cli.main
 import ease_train.cli
 
 PROGRAMS = {
     "ease-train": ease_train.cli.main,
     "ease-export": ease_export.cli.main,
-    "ease-run": ease_runtime.cli.main,
-    "ease-eval": ease_eval.cli.main,
+    "ease-run": ease_runtime.cli.main.main,
+    "ease-eval": ease_eval.cli.main.main,
 }
 PAGE = Path(__file__).parent / "cli.md"
 HEADER = "# Commands\n\nMade from `--help` by `make docs`; `make check` fails when it has drifted.\n"

@@ -14,7 +14,8 @@ import onnx
 import onnxruntime
 import torch
 
-from ease_export.errors import ExportError
+from ease_common.errors import EaseError, ExportError
+from ease_common.files import written_aside
 from ease_export.plan import (
     REDUCED_HEAD_FILE,
     SIMILARITY_FILE,
@@ -30,8 +31,7 @@ from ease_export.plan import (
 from ease_export.quantize import BITS, BLOCK_SIZE, WeightQuantizer, add_contrib_domain
 from ease_export.trace import Tracer
 from ease_export.weights import WeightFiles
-from ease_runtime.errors import EaseError
-from ease_runtime.manifest import (
+from ease_runtime.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     WEIGHT_BITS,
@@ -42,10 +42,9 @@ from ease_runtime.manifest import (
     WeightForm,
     sha256_of,
 )
-from ease_runtime.stack import OrtStack
-from ease_train.checkpoint import TEMPLATE_FILE, Checkpoint, load_checkpoint, not_finite
-from ease_train.files import written_aside
-from ease_train.model import Decoder
+from ease_runtime.ort.stack import OrtStack
+from ease_train.model.decoder import Decoder
+from ease_train.training.checkpoint import TEMPLATE_FILE, Checkpoint, load_checkpoint, not_finite
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -102,7 +101,7 @@ def check_finite(model: Decoder, what: str) -> None:
 def check_runs(folder: Path, checkpoint_path: Path, precision: str) -> None:
     """Load a bundle as whoever uses it will, and run each graph once. Raises ExportError when onnxruntime does not."""
     try:
-        OrtStack(folder).run_every_graph()
+        OrtStack(folder, num_threads=None).run_every_graph()
     except (EaseError, RuntimeError) as error:  # the latter is ONNX Runtime's
         reason = str(error).splitlines()[0].replace(f"{folder}/", "")
         raise ExportError(f"{checkpoint_path} in {precision} gives graphs that do not run: {reason}") from None

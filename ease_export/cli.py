@@ -8,21 +8,15 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ease_runtime.chat import ChatTemplate
-from ease_runtime.commands import ErrorGroup
-from ease_runtime.errors import EaseError
-from ease_runtime.manifest import FORMAT_VERSION, PRECISIONS, Manifest, load_manifest
-from ease_train.errors import TrainError
+from ease_common.chat import ChatTemplate
+from ease_common.commands import CommandGroup
+from ease_runtime.bundle.manifest import FORMAT_VERSION, PRECISIONS, Manifest, load_manifest
 
 if TYPE_CHECKING:
     from ease_export.verify import Report
 
 
-class ExportGroup(ErrorGroup):
-    errors = (EaseError, TrainError)
-
-
-@click.group(cls=ExportGroup)
+@click.group(cls=CommandGroup)
 @click.version_option(package_name="ease-lm")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:

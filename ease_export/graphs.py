@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.onnx import ops
 
-from ease_train import exits
-from ease_train.model import Block, Decoder, RoutedBlock
+from ease_train.model import exits
+from ease_train.model.decoder import Block, Decoder, RoutedBlock
 
 OPSET = 24
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ease_export.errors import ExportError
+from ease_common.errors import ExportError
 from ease_export.graphs import (
     ExitHead,
     FirstSegment,
@@ -22,7 +22,7 @@ from ease_export.graphs import (
     Segment,
     Similarity,
 )
-from ease_train.model import Decoder, RoutedBlock
+from ease_train.model.decoder import Decoder, RoutedBlock
 
 HEAD_FILE = "head.onnx"
 REDUCED_HEAD_FILE = "reduced_head.onnx"  # of all early exits

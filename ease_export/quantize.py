@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 from torch import nn
 
-from ease_train.exits import ReducedHead
-from ease_train.model import Decoder, RoutedBlock
+from ease_train.model.decoder import Decoder, RoutedBlock
+from ease_train.model.exits import ReducedHead
 
 BITS = {"int8": 8, "int4": 4}
 OUTER_BITS = 8  # of the embedding and the LM heads

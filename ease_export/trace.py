@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from ease_export.errors import ExportError
+from ease_common.errors import ExportError
 from ease_export.graphs import OPSET
 from ease_export.plan import TRACED_LAYERS, Plan
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ease_common.errors import ExportError, RequestError
 from ease_export.build import export_bundle, is_bundle
-from ease_export.errors import ExportError
-from ease_runtime.errors import RequestError
-from ease_runtime.manifest import FORMAT_VERSION, MANIFEST_FILE, PRECISIONS, Manifest, sha256_of
-from ease_runtime.thresholds import Thresholds
+from ease_runtime.bundle.manifest import FORMAT_VERSION, MANIFEST_FILE, PRECISIONS, Manifest, sha256_of
+from ease_runtime.policies.thresholds import Thresholds
 
 SUMS = {"checkpoint_config_sha256": "config.json", "weights_sha256": "model.safetensors"}
 

@@ -20,18 +20,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ease_export.errors import ExportError
+from ease_common.errors import ExportError
 from ease_export.quantize import BITS, round_trip
-from ease_runtime.buffers import RowCache
-from ease_runtime.engine import Engine
-from ease_runtime.graphs import load_session
-from ease_runtime.manifest import SegmentInfo
+from ease_runtime.bundle.manifest import SegmentInfo
+from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.runner import Runner
+from ease_runtime.engine.sequence import TokenSequence
+from ease_runtime.ort.buffers import RowCache
+from ease_runtime.ort.graphs import load_session
+from ease_runtime.ort.stack import Cache, OrtStack
 from ease_runtime.policies import HeadOutput
-from ease_runtime.runner import Runner
-from ease_runtime.sequence import TokenSequence
-from ease_runtime.stack import Cache, OrtStack
-from ease_train.checkpoint import load_checkpoint
-from ease_train.model import Block, Decoder, RoutedBlock
+from ease_train.model.decoder import Block, Decoder, RoutedBlock
+from ease_train.training.checkpoint import load_checkpoint
 
 TOLERANCE = 1e-5  # of fp32 arithmetic, of the largest magnitude
 TOLERANCES = {"fp32": TOLERANCE, "fp16": 1e-2, "int8": TOLERANCE, "int4": TOLERANCE}  # by precision
@@ -106,7 +106,7 @@ class ExactStack(OrtStack):
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
                     attribute.i = EXACT
-        return load_session(path, self.log_level, self.device, model.SerializeToString())
+        return load_session(path, self.log_level, self.device, changed=model.SerializeToString(), own_threads=self.own_threads)
 
 
 def verify_bundle(bundle: Path, checkpoint_path: Path, num_generated: int = 200) -> Report:

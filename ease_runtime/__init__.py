@@ -4,13 +4,13 @@ import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read by onnxruntime when it is imported, so before that
 
-from ease_runtime.engine import Engine
-from ease_runtime.errors import BundleError, DeviceError, EaseError, RequestError
+from ease_common.errors import BundleError, DeviceError, EaseError, RequestError
+from ease_runtime.engine.engine import Engine
 from ease_runtime.generation import Timing, TokenEvent
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.policies import ExitPolicy, make_policy
-from ease_runtime.thresholds import Thresholds
+from ease_runtime.policies.thresholds import Thresholds
 
 __all__ = [
     "LLM",

@@ -7,8 +7,8 @@ for event in conversation.say("Hello"):
 
 from collections.abc import Generator
 
-from ease_runtime.chat import PlainTemplate
-from ease_runtime.errors import RequestError
+from ease_common.chat import PlainTemplate
+from ease_common.errors import RequestError
 from ease_runtime.generation import Generation, Timing, TokenEvent
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options

@@ -7,7 +7,7 @@ threshold that is off is an answer: nothing shall leave, whatever else is said.
 
 from collections.abc import Sequence
 
-from ease_runtime.errors import RequestError
+from ease_common.errors import RequestError
 from ease_runtime.options import Options
 
 OF_EXITS = ("policy", "catch_up", "min_exit", "patience", "decay")

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, NoReturn
 
-from ease_runtime.errors import RequestError
-from ease_runtime.thresholds import Thresholds
+from ease_common.errors import RequestError
+from ease_runtime.policies.thresholds import Thresholds
 
 LONGEST_NAME = 80  # characters
 LONGEST_ID = 20  # digits of a token

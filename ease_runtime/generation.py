@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from ease_runtime.sequence import TokenSequence
-from ease_runtime.text import Piece, TextWriter
+from ease_runtime.engine.sequence import TokenSequence
+from ease_runtime.text.streaming import Piece, TextWriter
 
 
 @dataclass(frozen=True)

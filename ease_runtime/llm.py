@@ -22,22 +22,22 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ease_runtime.chat import ChatTemplate, Message
-from ease_runtime.costs import DEFAULT_CAP
+from ease_common.chat import ChatTemplate, Message
+from ease_common.errors import BundleError, DeviceError, RequestError
+from ease_common.own import is_own
+from ease_runtime.bundle.manifest import Manifest
 from ease_runtime.effect import check_effect, effect_notes
-from ease_runtime.engine import Engine
-from ease_runtime.errors import BundleError, DeviceError, RequestError
+from ease_runtime.engine.costs import DEFAULT_CAP
+from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.sampling import Sampler
+from ease_runtime.engine.sequence import TokenSequence
 from ease_runtime.generation import Choice, Generation, Timing, TokenEvent
-from ease_runtime.manifest import Manifest
 from ease_runtime.options import Options
-from ease_runtime.own import is_own
+from ease_runtime.ort.stack import Stack, open_stack
 from ease_runtime.policies import ExitPolicy, make_policy
-from ease_runtime.sampling import Sampler
-from ease_runtime.sequence import TokenSequence
-from ease_runtime.special import SpecialTokens, check_unicode
-from ease_runtime.stack import Stack, open_stack
-from ease_runtime.text import StopPattern, TextWriter
-from ease_runtime.unknown import unknown_id
+from ease_runtime.text.special import SpecialTokens, check_unicode
+from ease_runtime.text.streaming import StopPattern, TextWriter
+from ease_runtime.text.unknown import unknown_id
 
 
 class TextEngine:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ease_runtime.errors import RequestError, did_you_mean
+from ease_common.errors import RequestError, did_you_mean
+from ease_common.own import is_own, load_own
+from ease_runtime.engine.sampling import AdjustedGreedy, Adjustments, Greedy, GumbelSampler, Sampler, seed_of
 from ease_runtime.fields import read_value, setting
-from ease_runtime.own import is_own, load_own
 from ease_runtime.policies import POLICIES, ExitPolicy, make_policy
-from ease_runtime.sampling import AdjustedGreedy, Adjustments, Greedy, GumbelSampler, Sampler, seed_of
-from ease_runtime.thresholds import OFF, Thresholds
+from ease_runtime.policies.thresholds import OFF, Thresholds
 
 MAX_CHOICES = 64  # completions of one request
 MAX_LOGPROBS = 20

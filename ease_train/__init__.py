@@ -1,6 +1,6 @@
 """EASE's training package: language models whose tokens can leave early.
 
-Names load on first use, so that `import ease_train.corpora` and `ease-train --help` need no torch.
+Names load on first use, so that `import ease_train.data.corpora` and `ease-train --help` need no torch.
 
     from ease_train import DEEDTransformer, UniversalConfig, UniversalTrainer
 """
@@ -9,24 +9,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from ease_train.config import ModelConfig, Recipe, TokenizerConfig, TrainConfig, load_recipe, recipe_names
-    from ease_train.method import MethodConfig
-    from ease_train.model import Decoder
-    from ease_train.originals import DEEDTransformer, MoDTransformer, StandardTransformer, TokenRoutedTransformer
-    from ease_train.schedules import AlphaSchedule
-    from ease_train.trainer import Trainer
-    from ease_train.universal import PRESETS, UniversalConfig, UniversalTrainer
+    from ease_train.methods.method import MethodConfig
+    from ease_train.methods.originals import DEEDTransformer, MoDTransformer, StandardTransformer, TokenRoutedTransformer
+    from ease_train.methods.schedules import AlphaSchedule
+    from ease_train.methods.universal import PRESETS, UniversalConfig, UniversalTrainer
+    from ease_train.model.decoder import Decoder
+    from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from ease_train.training.config import ModelConfig, Recipe, TokenizerConfig, TrainConfig, load_recipe, recipe_names
+    from ease_train.training.trainer import Trainer
 
 _HOMES = {
-    "checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
-    "config": ("ModelConfig", "Recipe", "TokenizerConfig", "TrainConfig", "load_recipe", "recipe_names"),
-    "method": ("MethodConfig",),
-    "model": ("Decoder",),
-    "originals": ("DEEDTransformer", "MoDTransformer", "StandardTransformer", "TokenRoutedTransformer"),
-    "schedules": ("AlphaSchedule",),
-    "trainer": ("Trainer",),
-    "universal": ("PRESETS", "UniversalConfig", "UniversalTrainer"),
+    "training.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
+    "training.config": ("ModelConfig", "Recipe", "TokenizerConfig", "TrainConfig", "load_recipe", "recipe_names"),
+    "methods.method": ("MethodConfig",),
+    "model.decoder": ("Decoder",),
+    "methods.originals": ("DEEDTransformer", "MoDTransformer", "StandardTransformer", "TokenRoutedTransformer"),
+    "methods.schedules": ("AlphaSchedule",),
+    "training.trainer": ("Trainer",),
+    "methods.universal": ("PRESETS", "UniversalConfig", "UniversalTrainer"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

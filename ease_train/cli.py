@@ -1,7 +1,6 @@
 """ease-train: train models that can stop early."""
 
 import signal
-import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,16 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ease_train.config import SECTIONS, Recipe, load_recipe, recipe_names
-from ease_train.corpora import SOURCES
-from ease_train.errors import SettingWarning, TrainError
-from ease_train.method import GateConfig
-from ease_train.renames import METHOD
-from ease_train.sections import Section
+from ease_common.commands import CommandGroup
+from ease_common.errors import SettingWarning, TrainError
+from ease_common.settings import Section
+from ease_train.data.corpora import SOURCES
+from ease_train.methods.method import GateConfig
+from ease_train.training.config import SECTIONS, Recipe, load_recipe, recipe_names
+from ease_train.training.renames import METHOD
 
 if typing.TYPE_CHECKING:
-    from ease_train.gates import GateTrainer
-    from ease_train.trainer import Event, Trainer
+    from ease_train.training.gates import GateTrainer
+    from ease_train.training.trainer import Event, Trainer
 
 OPTION_KINDS: dict[Any, dict[str, Any]] = {
     int: {"type": int},
@@ -41,25 +41,6 @@ cache_option = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep the tokens of the data in this folder, and the hidden states of frozen layers.",
 )
-
-
-class ErrorGroup(click.Group):
-    """A group whose commands end an EASE error with one line on stderr and exit code 1 (a traceback with --debug).
-
-    What it warns of is one line too, said once.
-    """
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("once", SettingWarning)
-                warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
-                return super().invoke(ctx)
-        except TrainError as error:
-            if ctx.params.get("debug"):
-                raise
-            click.echo(f"error: {error}", err=True)
-            sys.exit(1)
 
 
 def section_options(section: type[Section], prefix: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -133,7 +114,7 @@ def given_options(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: dict(value) if isinstance(value, tuple) and isinstance(value[0], tuple) else value for name, value in given.items()}
 
 
-@click.group(cls=ErrorGroup)
+@click.group(cls=CommandGroup)
 @click.version_option(package_name="ease-lm")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
@@ -184,8 +165,8 @@ def fit(
 
 def fit_once(recipe: str | None, options: dict[str, Any], data: str | None, out: Path, resume: bool, **place: Any) -> None:
     """Begin or resume one run, and train it to its end."""
-    from ease_train.resuming import Asked
-    from ease_train.trainer import Trainer
+    from ease_train.training.resuming import Asked
+    from ease_train.training.trainer import Trainer
 
     base = load_recipe(recipe) if recipe else None
     if resume:
@@ -213,8 +194,8 @@ def tune(checkpoint: Path, recipe: str, data: str | None, counted: str | None, o
     """Give CHECKPOINT new exits, or train its own on. Resume with `ease-train fit --out OUT --resume`."""
     import torch
 
-    from ease_train.checkpoint import load_checkpoint
-    from ease_train.tune import begin_tuning
+    from ease_train.training.checkpoint import load_checkpoint
+    from ease_train.training.tune import begin_tuning
 
     if threads:
         torch.set_num_threads(threads)
@@ -237,8 +218,8 @@ def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: i
     """Train a gate at every early exit of CHECKPOINT, whose own weights stay as they are."""
     import torch
 
-    from ease_train.checkpoint import load_checkpoint, save_checkpoint
-    from ease_train.gates import GateTrainer
+    from ease_train.training.checkpoint import load_checkpoint, save_checkpoint
+    from ease_train.training.gates import GateTrainer
 
     if threads:
         torch.set_num_threads(threads)
@@ -258,8 +239,8 @@ def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: i
 @click.option("--max-positions", type=click.IntRange(2), help="Cut the model's context to so many tokens.")
 def import_(source: str, out: Path, layers: tuple[int, ...], with_exits: Path | None, max_positions: int | None) -> None:
     """Turn a pretrained model into a checkpoint: a Hugging Face directory or hub id, or a .gguf file (Llama, Mistral, Qwen)."""
-    from ease_train.checkpoint import save_checkpoint
-    from ease_train.huggingface import import_model
+    from ease_train.convert.huggingface import import_model
+    from ease_train.training.checkpoint import save_checkpoint
 
     if out.exists():
         raise TrainError(f"{out} is there already; choose another --out")
@@ -277,8 +258,8 @@ def import_(source: str, out: Path, layers: tuple[int, ...], with_exits: Path | 
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 def export_hf(checkpoint: Path, out: Path) -> None:
     """Write CHECKPOINT as a Hugging Face directory that transformers loads, its exits in files beside (`import` reads them back)."""
-    from ease_train.checkpoint import load_checkpoint
-    from ease_train.huggingface import export_model
+    from ease_train.convert.huggingface import export_model
+    from ease_train.training.checkpoint import load_checkpoint
 
     export_model(load_checkpoint(checkpoint), out)
     click.echo(f"{out}: written")
@@ -289,8 +270,8 @@ def export_hf(checkpoint: Path, out: Path) -> None:
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 def export_exits(checkpoint: Path, out: Path) -> None:
     """Write what belongs to CHECKPOINT's exits alone, in fp16, to share (`import --with-exits OUT` gives them to the model again)."""
-    from ease_train.checkpoint import load_checkpoint
-    from ease_train.huggingface import export_exits as write
+    from ease_train.convert.huggingface import export_exits as write
+    from ease_train.training.checkpoint import load_checkpoint
 
     write(load_checkpoint(checkpoint), out)
     size = sum(file.stat().st_size for file in out.iterdir())
@@ -299,8 +280,8 @@ def export_exits(checkpoint: Path, out: Path) -> None:
 
 def show_gates(trainer: "GateTrainer") -> None:
     """Train the gates and show their quality on the validation split."""
-    from ease_train.gates import GateStep
-    from ease_train.trainer import StatesEvent
+    from ease_train.training.gates import GateStep
+    from ease_train.training.trainer import StatesEvent
 
     console = Console()
     with Progress(TextColumn("gates"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
@@ -364,7 +345,7 @@ def interrupts() -> Iterator[list[int]]:
 
 def show(event: "Event", progress: Progress, task: Any) -> None:
     """One event on the terminal: steps move the bar, the rest gets a line."""
-    from ease_train.trainer import EvalEvent, StatesEvent, StepEvent
+    from ease_train.training.trainer import EvalEvent, StatesEvent, StepEvent
 
     if isinstance(event, StepEvent):
         losses = " ".join(f"{layer}:{loss:.3f}" for layer, loss in event.exit_losses.items())

@@ -16,14 +16,14 @@ from typing import Any
 import click
 import numpy as np
 
-from ease_eval.files import write_whole
-from ease_eval.latency import Setting, Text, measure
-from ease_eval.perplexity import Scores, score_window
+from ease_common.files import write_whole
+from ease_eval.measure.latency import Setting, Text, measure
+from ease_eval.measure.perplexity import Scores, score_window
+from ease_eval.measure.table import make_settings, make_speed
 from ease_eval.provenance import provenance
-from ease_eval.table import make_settings, make_speed
-from ease_runtime.commands import ThresholdFlag
+from ease_runtime.cli.commands import ThresholdFlag
 from ease_runtime.llm import LLM
-from ease_train.corpora import load_documents
+from ease_train.data.corpora import load_documents
 
 OUT = Path("docs/experiments/catch-up.json")
 LENGTHS = (128, 256, 512, 1024, 2048)

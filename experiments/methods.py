@@ -22,13 +22,13 @@ from typing import Any
 import click
 import numpy as np
 
-from ease_eval.documents import Document, first_tokens
-from ease_eval.files import write_whole
-from ease_eval.perplexity import record_exits, score_documents
+from ease_common.files import write_whole
+from ease_eval.measure.documents import Document, first_tokens
+from ease_eval.measure.perplexity import record_exits, score_documents
 from ease_runtime.llm import LLM
 from ease_runtime.policies import FULL_DEPTH, ExitPolicy, make_policy
-from ease_train.checkpoint import read_metrics
-from ease_train.corpora import load_documents
+from ease_train.data.corpora import load_documents
+from ease_train.training.checkpoint import read_metrics
 
 DATA, SEEDS, LEARNING_RATES = "wikitext-2", (42, 43, 44), (2e-3, 4e-3, 8e-3)
 STEPS, TRIAL_STEPS = 2000, 400

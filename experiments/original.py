@@ -20,10 +20,10 @@ import click
 import torch
 from rich.console import Console
 
-from ease_eval.files import write_whole
-from ease_train.corpora import load_documents
-from ease_train.originals import LayeredDecoder, original_config
-from ease_train.universal import PRESETS, Batch, UniversalConfig, UniversalTrainer
+from ease_common.files import write_whole
+from ease_train.data.corpora import load_documents
+from ease_train.methods.originals import LayeredDecoder, original_config
+from ease_train.methods.universal import PRESETS, Batch, UniversalConfig, UniversalTrainer
 
 RESULTS = Path("docs/experiments/original.json")
 SEEDS = (42, 43, 44, 45, 46)

@@ -19,7 +19,7 @@ from pages import KINDS, LAYERS, TEXTS
 from tables import FOLDER, Row, interval, leaves_early, load, named
 from training_tables import MORE_TEXT, RECORDED, STOP_TEXT, Originals, exits_early
 
-from ease_eval.figures import Draw, drawn, svg
+from ease_eval.measure.figures import Draw, drawn, svg
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ease_eval.files import write_whole
+from ease_common.files import write_whole
 
 RUNS, OUT = Path("runs/precisions"), Path("docs/experiments/precisions.json")
 MODELS = {  # checkpoint, text, scored tokens

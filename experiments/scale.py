@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ease_eval.files import write_whole
+from ease_common.files import write_whole
 
 RESULTS = Path("docs/experiments/scale.json")
 LONGEST_DRAFT = 16

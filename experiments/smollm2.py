@@ -12,8 +12,8 @@ from typing import Any
 import click
 import torch
 
-from ease_eval.files import write_whole
-from ease_train.checkpoint import read_metrics
+from ease_common.files import write_whole
+from ease_train.training.checkpoint import read_metrics
 
 RUNS, OUT = Path("runs/llm"), Path("docs/experiments/smollm2-exits.json")
 NAMES = ("exits-low-rank", "exits-block", "exits-block-distilled", "layerskip")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ease_runtime.thresholds import Thresholds
+from ease_runtime.policies.thresholds import Thresholds
 
 FOLDER = Path("docs/experiments")
 STUDENT_T = {3: 4.303, 5: 2.776}  # 97.5 % point of Student's t at n - 1 degrees of freedom, by n

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ease_train.checkpoint import Checkpoint, load_checkpoint
-from ease_train.model import Decoder
+from ease_train.model.decoder import Decoder
+from ease_train.training.checkpoint import Checkpoint, load_checkpoint
 
 RESAMPLES, SEED = 1000, 42
 LONGEST = 700  # tokens of a document that are read

@@ -26,8 +26,8 @@ from typing import Any
 
 import click
 
-from ease_runtime.chat import ChatTemplate
-from ease_train.corpora import load_documents
+from ease_common.chat import ChatTemplate
+from ease_train.data.corpora import load_documents
 
 SEED = 42
 HELDOUT_QUESTIONS = 473  # the last ones of GSM8K's train file, which has 7473

@@ -99,7 +99,7 @@ def precisions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     Tied, with biases and normed queries, so that every kind of product is there; grouped heads wider than dim / heads.
     """
     from ease_export.build import export_bundle
-    from ease_runtime.manifest import PRECISIONS
+    from ease_runtime.bundle.manifest import PRECISIONS
 
     path = tmp_path_factory.mktemp("tied")
     fields = {"tie_embeddings": True, "attention_bias": True, "qk_norm": True, "head_dim": 24}

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import toy_text
-from ease_runtime.chat import ChatTemplate
+from ease_common.chat import ChatTemplate
+from ease_runtime.engine.mock import MockStack
 from ease_runtime.llm import TextEngine
-from ease_runtime.mock import MockStack
 from ease_runtime.server.app import Service, Settings, create_app
 
 LETTERS = "abcdefghijklmnopqrstuv"

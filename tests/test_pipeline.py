@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = {"ease-train": "ease_train.cli", "ease-export": "ease_export.cli", "ease-run": "ease_runtime.cli", "ease-eval": "ease_eval.cli"}
+PROGRAMS = {
+    "ease-train": "ease_train.cli",
+    "ease-export": "ease_export.cli",
+    "ease-run": "ease_runtime.cli.main",
+    "ease-eval": "ease_eval.cli.main",
+}
 
 
 def run(program: str, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from ease_eval.perplexity import score_documents
+from ease_eval.measure.perplexity import score_documents
 from ease_export.build import export_bundle
 from ease_export.verify import TOLERANCE, verify_bundle
 from ease_runtime.llm import LLM, Options
 from ease_runtime.policies import FULL_DEPTH
-from ease_train.config import Recipe, load_recipe, recipe_names
-from ease_train.trainer import Trainer
+from ease_train.training.config import Recipe, load_recipe, recipe_names
+from ease_train.training.trainer import Trainer
 
 TINY = {"dim": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 32, "max_positions": 48, "kind": "char"}
 TINY |= {"steps": 4, "batch_size": 4, "sequence_length": 16, "warmup_steps": 2, "eval_every": 4, "eval_tokens": 64, "save_every": 4}

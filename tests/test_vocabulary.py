@@ -13,17 +13,16 @@ from click.testing import CliRunner
 from ease_runtime.policy import ExitPolicy
 from tokenizers import AddedToken, Tokenizer
 
-from ease_eval.cli import main as evaluate
-from ease_eval.likelihood import score_continuation
-from ease_eval.perplexity import score_documents
-from ease_runtime.cli import main as runtime
-from ease_runtime.errors import BundleError, RequestError
+from ease_common.errors import BundleError, ConfigError, RequestError
+from ease_eval.cli.main import main as evaluate
+from ease_eval.measure.perplexity import score_documents
+from ease_eval.tasks.likelihood import score_continuation
+from ease_runtime.bundle.manifest import FileInfo, load_manifest, sha256_of
+from ease_runtime.cli.main import main as runtime
 from ease_runtime.llm import LLM
-from ease_runtime.manifest import FileInfo, load_manifest, sha256_of
 from ease_train.cli import main as train
-from ease_train.config import load_recipe
-from ease_train.errors import ConfigError
-from ease_train.trainer import Trainer
+from ease_train.training.config import load_recipe
+from ease_train.training.trainer import Trainer
 
 TOOL = 320  # the first id past the embedding
 SAID = f"the text has '<tool>', the token {TOOL}, for which this model has no row: its vocabulary has {TOOL}"

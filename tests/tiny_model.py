@@ -34,10 +34,10 @@ def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS, **model_fields:
     """
     import torch
 
-    from ease_train.checkpoint import Checkpoint, save_checkpoint
-    from ease_train.config import ModelConfig, Recipe, TokenizerConfig, TrainConfig
-    from ease_train.model import Decoder
-    from ease_train.tokens import train_tokenizer
+    from ease_train.data.tokens import train_tokenizer
+    from ease_train.model.decoder import Decoder
+    from ease_train.training.checkpoint import Checkpoint, save_checkpoint
+    from ease_train.training.config import ModelConfig, Recipe, TokenizerConfig, TrainConfig
 
     tokenizer_config = TokenizerConfig(kind="bpe", bpe_vocab_size=320)
     tokenizer = train_tokenizer([corpus()], tokenizer_config)

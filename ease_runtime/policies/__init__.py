@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ease_runtime.errors import RequestError, did_you_mean
-from ease_runtime.own import is_own, load_own
+from ease_common.errors import RequestError, did_you_mean
+from ease_common.own import is_own, load_own
 from ease_runtime.policies.budget import Budget
 from ease_runtime.policies.gate import Gate
 from ease_runtime.policies.head import Entropy, Fixed, Margin, MaxProb
 from ease_runtime.policies.patience import Patience
 from ease_runtime.policies.protocol import ExitOutput, ExitPolicy, HeadOutput, ThresholdPolicy
 from ease_runtime.policies.similarity import Similarity
-from ease_runtime.thresholds import Thresholds
+from ease_runtime.policies.thresholds import Thresholds
 
 __all__ = ["FULL_DEPTH", "POLICIES", "ExitOutput", "ExitPolicy", "HeadOutput", "ThresholdPolicy", "make_policy"]
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ease_runtime.policies.protocol import ExitOutput, Floats, ThresholdPolicy
-from ease_runtime.thresholds import Thresholds
+from ease_runtime.policies.thresholds import Thresholds
 
 GAIN = 0.25  # how far thresholds move for a token that used all layers too many
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ease_runtime.thresholds import OFF, Thresholds
+from ease_runtime.policies.thresholds import OFF, Thresholds
 
 Floats = NDArray[np.float32]
 

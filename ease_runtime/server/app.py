@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ease_runtime.errors import RequestError
+from ease_common.errors import RequestError
 from ease_runtime.generation import TokenEvent
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options

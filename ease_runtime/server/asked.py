@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ease_runtime.errors import RequestError, did_you_mean
+from ease_common.errors import RequestError, did_you_mean
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ease_runtime.errors import EaseError
+from ease_common.errors import EaseError
+from ease_runtime.engine.sequence import TokenSequence
 from ease_runtime.generation import Choice, Generation, TokenEvent
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
-from ease_runtime.sequence import TokenSequence
 from ease_runtime.server.errors import ApiError
 from ease_runtime.server.metrics import Metrics
 from ease_runtime.server.shadow import Shadow

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ease_runtime.errors import RequestError
+from ease_common.errors import RequestError
 
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error", 405: "invalid_request_error"}
 KINDS |= {413: "invalid_request_error", 429: "rate_limit_error"}

@@ -5,7 +5,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from ease_runtime.errors import RequestError
+from ease_common.errors import RequestError
 from ease_runtime.llm import TextEngine
 from ease_runtime.server.app import Settings, create_app
 from ease_runtime.server.errors import extra_missing

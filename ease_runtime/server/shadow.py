@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ease_runtime.engine import Engine
+from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.sampling import Given, Greedy
+from ease_runtime.engine.sequence import TokenSequence
 from ease_runtime.policies import make_policy
-from ease_runtime.sampling import Given, Greedy
-from ease_runtime.sequence import TokenSequence
 
 EPSILON = 0.05  # chance to call it drift where there is none
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ease_runtime.errors import RequestError
+from ease_common.errors import RequestError
 
 
 class Journal:

@@ -7,8 +7,8 @@ from typing import Any
 
 import onnxruntime
 
+from ease_runtime.bundle.manifest import MANIFEST_FILE, sha256_of
 from ease_runtime.llm import LLM
-from ease_runtime.manifest import MANIFEST_FILE, sha256_of
 
 
 def provenance(bundle: Path, llm: LLM, num_threads: int) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ease_runtime.engine import Engine
+from ease_runtime.engine.engine import Engine
+from ease_runtime.ort.stack import OrtStack, open_stack
 from ease_runtime.policies import HeadOutput, make_policy
-from ease_runtime.stack import OrtStack, open_stack
 
 PROMPT = [1, 5, 9]
 

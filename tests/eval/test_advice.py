@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ease_eval.advice import advise, auroc, best_threshold, depths_of, exit_sets, reach_of
-from ease_eval.cli import main
-from ease_eval.latency import Setting, Text
-from ease_runtime.costs import SIZES, Costs
-from ease_runtime.engine import Engine
+from ease_eval.cli.main import main
+from ease_eval.measure.advice import advise, auroc, best_threshold, depths_of, exit_sets, reach_of
+from ease_eval.measure.latency import Setting, Text
+from ease_runtime.engine.costs import SIZES, Costs
+from ease_runtime.engine.engine import Engine
 from ease_runtime.llm import LLM
+from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import FULL_DEPTH, make_policy
-from ease_runtime.stack import OrtStack
 
 LAYERS = (2, 4, 6)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ease_eval.agreement import read_prompts
-from ease_runtime.errors import RequestError
+from ease_common.errors import RequestError
+from ease_eval.measure.agreement import read_prompts
 
 
 def test_prompts_of_json_lines(tmp_path: Path) -> None:

@@ -12,17 +12,26 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ease_eval.calibrate import binomial_tail, calibrate, candidates, harm, hoeffding_bentkus, lowest_threshold, walk, write_certificate
-from ease_eval.cli import main
-from ease_eval.perplexity import Scores, record_exits, score_documents
-from ease_runtime.engine import Engine
-from ease_runtime.errors import BundleError, RequestError
+from ease_common.errors import BundleError, RequestError
+from ease_eval.cli.main import main
+from ease_eval.measure.calibrate import (
+    binomial_tail,
+    calibrate,
+    candidates,
+    harm,
+    hoeffding_bentkus,
+    lowest_threshold,
+    walk,
+    write_certificate,
+)
+from ease_eval.measure.perplexity import Scores, record_exits, score_documents
+from ease_runtime.bundle.manifest import load_manifest
+from ease_runtime.engine.engine import Engine
 from ease_runtime.generation import Timing
 from ease_runtime.llm import LLM
-from ease_runtime.manifest import load_manifest
 from ease_runtime.options import Options
+from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import FULL_DEPTH, make_policy
-from ease_runtime.stack import OrtStack
 
 
 def test_binomial_tail_by_hand() -> None:

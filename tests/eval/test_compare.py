@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from ease_eval.cli import main
-from ease_eval.compare import Peer, Plan, Worker, agreement, compare_peers
-from ease_runtime.errors import RequestError
-from ease_train.checkpoint import load_checkpoint
-from ease_train.huggingface import export_model
+from ease_common.errors import RequestError
+from ease_eval.cli.main import main
+from ease_eval.peers.compare import Peer, Plan, Worker, agreement, compare_peers
+from ease_train.convert.huggingface import export_model
+from ease_train.training.checkpoint import load_checkpoint
 
 PROMPTS = [[5, 17, 30, 8], [44, 9, 100, 3]]
 

@@ -8,12 +8,12 @@ import pytest
 from click.testing import CliRunner
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from ease_eval.cli import main
-from ease_eval.documents import Document, coverage
+from ease_eval.cli.main import main
+from ease_eval.measure.documents import Document, coverage
+from ease_runtime.engine.mock import MockStack
 from ease_runtime.llm import TextEngine
-from ease_runtime.mock import MockStack
-from ease_runtime.unknown import unknown_id
-from ease_train.corpora import load_documents
+from ease_runtime.text.unknown import unknown_id
+from ease_train.data.corpora import load_documents
 
 TEXT = "the 日本 sea 👍 "
 

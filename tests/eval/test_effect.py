@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from ease_eval.cli import main
+from ease_eval.cli.main import main
 
 
 def run(*arguments: object) -> Result:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ease_eval.grading import FILTERS, FIRST_LINE, FLEXIBLE, IGNORED, STRICT, filter_of, is_right
+from ease_eval.tasks.grading import FILTERS, FIRST_LINE, FLEXIBLE, IGNORED, STRICT, filter_of, is_right
 
 # said, answer, right by strict-match, right by flexible-extract
 GRADED = [

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from ease_eval.likelihood import encode_pair
-from ease_eval.perplexity import score_documents
-from ease_runtime.engine import Engine
-from ease_runtime.errors import RequestError
+from ease_common.errors import RequestError
+from ease_eval.measure.perplexity import score_documents
+from ease_eval.tasks.likelihood import encode_pair
+from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.sampling import Given
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.policies import FULL_DEPTH, make_policy
-from ease_runtime.sampling import Given
-from ease_train.checkpoint import load_checkpoint
+from ease_train.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 pytest.importorskip("lm_eval", reason="lm_eval is not installed", exc_type=ImportError)
@@ -37,7 +37,7 @@ def instance() -> Any:
 
 
 def model(bundle: Path, arguments: str = "", **more: Any) -> Any:
-    from ease_eval.harness import EaseLM
+    from ease_eval.tasks.harness import EaseLM
 
     return EaseLM.create_from_arg_string(f"bundle={bundle}{arguments}", more)
 
@@ -50,7 +50,7 @@ def test_the_model_is_found_by_its_name() -> None:
     """By older harnesses once the module is imported, by those with plugins through the entry point."""
     from lm_eval.api.registry import get_model
 
-    from ease_eval.harness import EaseLM
+    from ease_eval.tasks.harness import EaseLM
 
     assert get_model("ease") is EaseLM
     (entry,) = importlib.metadata.entry_points(group="lm_eval.models", name="ease")
@@ -221,8 +221,8 @@ def test_likelihoods_are_those_of_the_harness_own_model(tiny_checkpoint: Path, t
 
     import foreign_models
     from ease_export.build import export_bundle
-    from ease_train.checkpoint import save_checkpoint
-    from ease_train.huggingface import export_model, import_model
+    from ease_train.convert.huggingface import export_model, import_model
+    from ease_train.training.checkpoint import save_checkpoint
 
     checkpoint, folder = tiny_checkpoint, tmp_path / "hf"
     if kind == "trained here":

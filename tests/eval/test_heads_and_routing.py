@@ -11,19 +11,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from ease_eval.perplexity import score_documents
+from ease_common.errors import BundleError, RequestError
+from ease_eval.measure.perplexity import score_documents
 from ease_export.cli import render_manifest
 from ease_export.verify import TOLERANCE, verify_bundle
-from ease_runtime.device import Device
-from ease_runtime.engine import Engine
-from ease_runtime.errors import BundleError, RequestError
-from ease_runtime.manifest import load_manifest, parse_manifest
+from ease_runtime.bundle.manifest import load_manifest, parse_manifest
+from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.sampling import Given, GumbelSampler
+from ease_runtime.engine.sequence import TokenSequence
+from ease_runtime.ort.device import Device
+from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import FULL_DEPTH, make_policy
-from ease_runtime.sampling import Given, GumbelSampler
-from ease_runtime.sequence import TokenSequence
-from ease_runtime.stack import OrtStack
-from ease_train.checkpoint import load_checkpoint
-from ease_train.model import Decoder, RoutedBlock
+from ease_train.model.decoder import Decoder, RoutedBlock
+from ease_train.training.checkpoint import load_checkpoint
 
 Made = tuple[Path, Path]  # a checkpoint and its bundle
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from ease_eval.likelihood import NoTokensError, encode_pair, score_continuation
-from ease_eval.perplexity import score_documents
+from ease_eval.measure.perplexity import score_documents
+from ease_eval.tasks.likelihood import NoTokensError, encode_pair, score_continuation
+from ease_runtime.engine.mock import MockStack
 from ease_runtime.llm import LLM, TextEngine
-from ease_runtime.mock import MockStack
 from ease_runtime.policies import make_policy
 
 MERGES = [(".", "Ċ"), ("Ċ", "Ċ"), (".Ċ", "Ċ"), ("h", "e"), ("l", "l"), ("ll", "o"), ("he", "l"), ("Ġ", "he"), ("a", ".Ċ")]

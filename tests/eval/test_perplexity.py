@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ease_eval.likelihood import score_continuation
-from ease_eval.perplexity import Scores, score_documents, windows
-from ease_runtime.engine import Engine
+from ease_eval.measure.perplexity import Scores, score_documents, windows
+from ease_eval.tasks.likelihood import score_continuation
+from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.sampling import Given
+from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import ExitPolicy, make_policy
-from ease_runtime.sampling import Given
-from ease_runtime.stack import OrtStack
-from ease_train.checkpoint import load_checkpoint
-from ease_train.model import Decoder
+from ease_train.model.decoder import Decoder
+from ease_train.training.checkpoint import load_checkpoint
 
 THRESHOLDS = (0.3, 0.5, 0.8)
 TIE = 1e-5  # a confidence this near its threshold may fall on either side in torch and in ONNX Runtime

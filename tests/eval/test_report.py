@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ease_eval.cli import main
-from ease_eval.files import write_whole
-from ease_eval.reliability import bins, expected_error, fit_temperature, scale
+from ease_common.files import write_whole
+from ease_eval.cli.main import main
+from ease_eval.measure.reliability import bins, expected_error, fit_temperature, scale
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SMALL = ["--scored-tokens", "300", "--texts", "2", "--prompt-tokens", "8", "--new-tokens", "16", "--rounds", "2"]

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from ease_eval import table as table_module
-from ease_eval.cli import main
-from ease_eval.latency import Setting, Text, Timings, ideal_seconds, measure
-from ease_eval.table import Scored, make_speed, quality_cells
-from ease_eval.weights import bytes_read
-from ease_runtime.engine import Engine
-from ease_runtime.layout import Call
+from ease_eval.cli.main import main
+from ease_eval.measure import table as table_module
+from ease_eval.measure.latency import Setting, Text, Timings, ideal_seconds, measure
+from ease_eval.measure.table import Scored, make_speed, quality_cells
+from ease_eval.measure.weights import bytes_read
+from ease_runtime.bundle.manifest import load_manifest
+from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.layout import Call
 from ease_runtime.llm import LLM
-from ease_runtime.manifest import load_manifest
+from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import make_policy
-from ease_runtime.stack import OrtStack
 
 CONTRACT = {"policy", "threshold", "catch_up", "ppl", "mean_depth", "depth_fraction", "tokens_per_second"}
 CONTRACT |= {"latency_ms_p50", "latency_ms_p95", "speedup", "ideal_speedup"}

@@ -11,16 +11,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from ease_eval import tasks as tasks_module
-from ease_eval.cli import main
+from ease_eval.cli.main import main
 from ease_eval.journal import Journal
-from ease_eval.likelihood import NoTokensError, encode_pair
-from ease_eval.task_files import examples, parse, read_tasks
-from ease_eval.tasks import interval, run_task
+from ease_eval.tasks import tasks as tasks_module
+from ease_eval.tasks.likelihood import NoTokensError, encode_pair
+from ease_eval.tasks.task_files import examples, parse, read_tasks
+from ease_eval.tasks.tasks import interval, run_task
+from ease_runtime.engine.sampling import Given
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.sampling import Given
-from ease_train.checkpoint import load_checkpoint
+from ease_train.training.checkpoint import load_checkpoint
 
 CHOICES = [
     {"context": "And the king went up to", "choices": ["the mountain", "the sea", "a stone"], "answer": 0},

@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_model
+from ease_common.errors import ExportError
 from ease_export import build
 from ease_export.build import export_bundle
-from ease_export.errors import ExportError
 from ease_export.plan import Plan
 from ease_export.verify import TOLERANCE, torch_greedy, verify_bundle
-from ease_runtime.engine import Engine
-from ease_runtime.manifest import load_manifest
-from ease_runtime.stack import OrtStack
-from ease_train.checkpoint import load_checkpoint, save_checkpoint
-from ease_train.model import Decoder
+from ease_runtime.bundle.manifest import load_manifest
+from ease_runtime.engine.engine import Engine
+from ease_runtime.ort.stack import OrtStack
+from ease_train.model.decoder import Decoder
+from ease_train.training.checkpoint import load_checkpoint, save_checkpoint
 
 NUM_GREEDY = 200
 

@@ -15,10 +15,10 @@ from ease_export.build import export_bundle
 from ease_export.cli import main
 from ease_export.quantize import BITS, Quantized, matrices, round_trip
 from ease_export.verify import TOLERANCES, verify_bundle
-from ease_runtime.buffers import RowCache
-from ease_runtime.layout import Span
-from ease_runtime.stack import OrtStack
-from ease_train.checkpoint import load_checkpoint
+from ease_runtime.engine.layout import Span
+from ease_runtime.ort.buffers import RowCache
+from ease_runtime.ort.stack import OrtStack
+from ease_train.training.checkpoint import load_checkpoint
 
 PRECISIONS = ("fp32", "int8", "int4")
 Made = tuple[Path, dict[str, Path]]  # a checkpoint, and its bundles by precision

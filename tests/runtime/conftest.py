@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ease_runtime.stack import OrtStack
+from ease_runtime.ort.stack import OrtStack
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import toy_text
-from ease_runtime.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
-from ease_runtime.errors import RequestError
+from ease_common.errors import RequestError
+from ease_runtime.cli.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
+from ease_runtime.engine.mock import MockStack
 from ease_runtime.llm import TextEngine
-from ease_runtime.mock import MockStack
 from ease_runtime.options import Options
 
 LETTERS = "abcdefghijklmnopqrstuv"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from ease_runtime.cli import main
+from ease_runtime.cli.main import main
 
 PROMPT = "And the king"
 
@@ -137,7 +137,7 @@ def test_batch_goes_on_after_a_kill(tiny_bundle: Path, tmp_path: Path) -> None:
     lines = [{"prompt": f"And the king {n}", "max_tokens": 5 + n % 60, "temperature": 1.0, "seed": n} for n in range(120)]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     arguments = ["batch", str(tiny_bundle), str(source), str(out), "--device", "cpu"]
-    process = subprocess.Popen([sys.executable, "-m", "ease_runtime.cli", *arguments], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "ease_runtime.cli.main", *arguments], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not out.exists() or out.read_bytes().count(b"\n") < 5:
         assert time.monotonic() < deadline
@@ -170,6 +170,6 @@ def test_batch_on_a_ray_cluster_of_two_workers(tiny_bundle: Path, tmp_path: Path
     assert ease_run("batch", tiny_bundle, source, here, *common).exit_code == 0
     there.write_bytes(b"".join(here.read_bytes().splitlines(keepends=True)[:3]))
     arguments = ["batch", str(tiny_bundle), str(source), str(there), *common, "--ray", "local", "--ray-workers", "2", "--threads", "1"]
-    done = subprocess.run([sys.executable, "-m", "ease_runtime.cli", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "ease_runtime.cli.main", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert there.read_bytes() == here.read_bytes()

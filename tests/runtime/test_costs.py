@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from ease_runtime.costs import SIZES, Costs, Pace
-from ease_runtime.engine import Engine
-from ease_runtime.mock import MockStack
+from ease_runtime.engine.costs import SIZES, Costs, Pace
+from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.mock import MockStack
+from ease_runtime.engine.schedule import near, schedule
+from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import make_policy
-from ease_runtime.schedule import near, schedule
-from ease_runtime.stack import OrtStack
 
 LAYERS = (2, 4)
 

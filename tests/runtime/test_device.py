@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ease_runtime import device as device_module
-from ease_runtime import stack as stack_module
-from ease_runtime.device import CPU, CUDA, Device, DeviceArray, choose_device, why_no_cuda
-from ease_runtime.engine import CATCH_UPS, Engine
-from ease_runtime.errors import BundleError, DeviceError
-from ease_runtime.layout import Call
+from ease_common.errors import BundleError, DeviceError
+from ease_runtime.engine.engine import CATCH_UPS, Engine
+from ease_runtime.engine.layout import Call
+from ease_runtime.engine.probe import CallProbe
+from ease_runtime.engine.sampling import GumbelSampler
+from ease_runtime.engine.sequence import Token
+from ease_runtime.ort import device as device_module
+from ease_runtime.ort import stack as stack_module
+from ease_runtime.ort.device import CPU, CUDA, Device, DeviceArray, choose_device, why_no_cuda
+from ease_runtime.ort.stack import OrtStack, open_stack
 from ease_runtime.policies import FULL_DEPTH, make_policy
-from ease_runtime.probe import CallProbe
-from ease_runtime.sampling import GumbelSampler
-from ease_runtime.sequence import Token
-from ease_runtime.stack import OrtStack, open_stack
 
 ELSEWHERE = Device("cpu", "CPUExecutionProvider", own_memory=True)  # bound by address, never a numpy array
 
@@ -46,7 +46,7 @@ def test_memory_of_its_own_gives_the_same_bits(tiny_bundle: Path, tiny_stack: Or
 
 def test_nothing_large_crosses_to_the_host(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither caches nor states while tokens are decoded, in a pool that is large enough."""
-    monkeypatch.setattr("ease_runtime.buffers.POOL_ROWS", 5000)
+    monkeypatch.setattr("ease_runtime.ort.buffers.POOL_ROWS", 5000)
     stack = OrtStack(tiny_bundle, device=ELSEWHERE)
 
     def crossing(self: DeviceArray) -> np.ndarray:

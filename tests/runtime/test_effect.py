@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from ease_runtime.cli import main
+from ease_common.errors import RequestError
+from ease_runtime.cli.main import main
 from ease_runtime.effect import check_effect, effect_notes
-from ease_runtime.errors import RequestError
 from ease_runtime.options import Options
 from ease_runtime.server.asked import read_chat, read_completion
 from served import text_engine
@@ -120,7 +120,7 @@ def test_what_a_body_says_without_effect_is_refused() -> None:
 
 
 def test_a_line_of_a_batch_gets_its_log_probabilities_and_its_notes() -> None:
-    from ease_runtime.batch import answer_lines
+    from ease_runtime.cli.batch import answer_lines
 
     lines = [
         b'{"prompt": "abc", "max_tokens": 3, "logprobs": 2, "n": 2, "top_k": 4}',

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ease_runtime import engine as engine_module
-from ease_runtime import schedule as schedule_module
-from ease_runtime.engine import CATCH_UPS, Engine
-from ease_runtime.errors import RequestError
-from ease_runtime.layout import Span
-from ease_runtime.mock import MockCache, MockStack
+from ease_common.errors import RequestError
+from ease_runtime.engine import engine as engine_module
+from ease_runtime.engine import schedule as schedule_module
+from ease_runtime.engine.engine import CATCH_UPS, Engine
+from ease_runtime.engine.layout import Span
+from ease_runtime.engine.mock import MockCache, MockStack
+from ease_runtime.engine.sampling import Greedy, GumbelSampler, Sampler
+from ease_runtime.engine.schedule import Batch, schedule
+from ease_runtime.engine.sequence import Token, TokenSequence
 from ease_runtime.policies import FULL_DEPTH, ExitOutput, ExitPolicy, HeadOutput, make_policy
-from ease_runtime.sampling import Greedy, GumbelSampler, Sampler
-from ease_runtime.schedule import Batch, schedule
-from ease_runtime.sequence import Token, TokenSequence
 
 VOCAB = 23
 LOSSY = ("propagate", "recompute")  # catch-ups whose tokens leave for good

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from ease_runtime.engine import Engine
-from ease_runtime.errors import EaseError
-from ease_runtime.manifest import MANIFEST_FILE, sha256_of
-from ease_runtime.stack import OrtStack
+from ease_common.errors import EaseError
+from ease_runtime.bundle.manifest import MANIFEST_FILE, sha256_of
+from ease_runtime.engine.engine import Engine
+from ease_runtime.ort.stack import OrtStack
 
 JUNK = [None, True, -1, 0, 1, 3, 10**9, 2**63, 0.5, "", "x", "../manifest.json", "/etc/passwd", "segment_02.onnx", [], {}, [1], {"a": 1}]
 SECONDS = 300  # for a hundred mutations

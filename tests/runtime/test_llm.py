@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 import toy_text
-from ease_runtime.chat import ChatTemplate
+from ease_common.chat import ChatTemplate
+from ease_common.errors import DeviceError, RequestError
 from ease_runtime.conversation import Conversation
-from ease_runtime.errors import DeviceError, RequestError
+from ease_runtime.engine.mock import MockStack
 from ease_runtime.generation import Timing, TokenEvent
 from ease_runtime.llm import TextEngine, load_tokenizer
-from ease_runtime.mock import MockStack
 from ease_runtime.options import Options
-from ease_runtime.thresholds import OFF
+from ease_runtime.policies.thresholds import OFF
 
 LETTERS = "abcdefghijklmnopqrstuv"
 CHATML = (

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ease_runtime.errors import BundleError
-from ease_runtime.manifest import FORMAT_VERSION, MANIFEST_FILE, load_manifest, parse_manifest, sha256_of
-from ease_runtime.stack import OrtStack
+from ease_common.errors import BundleError
+from ease_runtime.bundle.manifest import FORMAT_VERSION, MANIFEST_FILE, load_manifest, parse_manifest, sha256_of
+from ease_runtime.ort.stack import OrtStack
 
 REMEDY = "export the bundle again: ease-export build CHECKPOINT"
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ease_runtime.layout import Call, Span
-from ease_runtime.mock import MockCache, MockStack
+from ease_runtime.engine.layout import Call, Span
+from ease_runtime.engine.mock import MockCache, MockStack
 
 IDS = np.array([4, 8, 15, 16, 2, 3, 9, 1], np.int64)
 

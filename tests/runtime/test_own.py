@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ease_eval.calibrate import calibrate
-from ease_eval.cli import main as eval_main
-from ease_eval.documents import Document
-from ease_eval.table import Amounts, make_table
-from ease_runtime.cli import main as run_main
-from ease_runtime.errors import RequestError
+from ease_common.errors import RequestError
+from ease_eval.cli.main import main as eval_main
+from ease_eval.measure.calibrate import calibrate
+from ease_eval.measure.documents import Document
+from ease_eval.measure.table import Amounts, make_table
+from ease_runtime.cli.main import main as run_main
+from ease_runtime.engine.sampling import Greedy
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.policies import ThresholdPolicy, find_policy
-from ease_runtime.sampling import Greedy
-from ease_runtime.thresholds import Thresholds
+from ease_runtime.policies.thresholds import Thresholds
 
 PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ease_runtime.errors import RequestError
+from ease_common.errors import RequestError
 from ease_runtime.policies import FULL_DEPTH, POLICIES, ExitOutput, HeadOutput, make_policy
-from ease_runtime.thresholds import EXPECTED, OFF, Thresholds
+from ease_runtime.policies.thresholds import EXPECTED, OFF, Thresholds
 
 
 def output_of(logits: np.ndarray) -> HeadOutput:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = "from ease_runtime.cli import main; main(['generate', {bundle!r}, '--prompt', 'And', '--max-tokens', '2', '--threads', '1'])"
+RUN = "from ease_runtime.cli.main import main; main(['generate', {bundle!r}, '--prompt', 'And', '--max-tokens', '2', '--threads', '1'])"
 IMPORT = "import {package}; import os; assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'; import onnxruntime"
 
 
@@ -29,7 +29,7 @@ def test_a_run_leaves_home_untouched(tiny_bundle: Path, tmp_path: Path) -> None:
     assert left_in_home(RUN.format(bundle=str(tiny_bundle)), tmp_path) == []
 
 
-@pytest.mark.parametrize("package", ["ease_export", "ease_eval", "ease_eval.peer_worker"])
+@pytest.mark.parametrize("package", ["ease_export", "ease_eval", "ease_eval.peers.peer_worker"])
 def test_every_package_turns_it_off_first(package: str, tmp_path: Path) -> None:
     pytest.importorskip(package)
     assert left_in_home(IMPORT.format(package=package), tmp_path) == []

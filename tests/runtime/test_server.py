@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ease_runtime.errors import RequestError
+from ease_common.errors import RequestError
 from ease_runtime.generation import Timing
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
@@ -444,7 +444,19 @@ def test_a_server_that_ends_cuts_what_does_not_end_in_time() -> None:
 
 def test_the_command_serves_until_it_is_told_to_end(tiny_bundle: Path) -> None:
     """On SIGTERM what runs is finished, and the exit code is 0."""
-    command = [sys.executable, "-m", "ease_runtime.cli", "serve", str(tiny_bundle), "--port", "0", "--threads", "1", "--max-tokens", "250"]
+    command = [
+        sys.executable,
+        "-m",
+        "ease_runtime.cli.main",
+        "serve",
+        str(tiny_bundle),
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--max-tokens",
+        "250",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         address = next(found[0] for line in process.stderr if (found := re.search(r"http://[0-9.:]+", line)))
@@ -463,7 +475,7 @@ def test_the_command_serves_until_it_is_told_to_end(tiny_bundle: Path) -> None:
 
 def test_a_port_that_is_taken_is_said(tiny_bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        command = [sys.executable, "-m", "ease_runtime.cli", "serve", str(tiny_bundle), "--port", str(taken.getsockname()[1])]
+        command = [sys.executable, "-m", "ease_runtime.cli.main", "serve", str(tiny_bundle), "--port", str(taken.getsockname()[1])]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "is the port taken? choose another: --port" in done.stderr.splitlines()[-1]

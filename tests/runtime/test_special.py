@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ease_runtime.chat import ChatTemplate
-from ease_runtime.errors import RequestError
-from ease_runtime.special import SpecialTokens
+from ease_common.chat import ChatTemplate
+from ease_common.errors import RequestError
+from ease_runtime.text.special import SpecialTokens
 
 START, END, THINK = "<|im_start|>", "<|im_end|>", "<think>"
 CHATML = (

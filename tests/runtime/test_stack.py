@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ease_runtime import buffers, graphs
-from ease_runtime.buffers import HiddenPool, RowCache
-from ease_runtime.engine import CATCH_UPS, Engine
-from ease_runtime.errors import BundleError, DeviceError
-from ease_runtime.layout import Span
+from ease_common.errors import BundleError, DeviceError
+from ease_runtime.engine.engine import CATCH_UPS, Engine
+from ease_runtime.engine.layout import Span
+from ease_runtime.engine.sampling import Greedy, GumbelSampler
+from ease_runtime.engine.sequence import Token, TokenSequence
+from ease_runtime.ort import buffers, graphs
+from ease_runtime.ort.buffers import HiddenPool, RowCache
+from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import FULL_DEPTH, make_policy
-from ease_runtime.sampling import Greedy, GumbelSampler
-from ease_runtime.sequence import Token, TokenSequence
-from ease_runtime.stack import OrtStack
 
 NUM_TOKENS = 96
 SIZES = (1, 2, 3, 16, 48, 96)  # tokens a pass; none but the last is a whole number of the others, all divide 96

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import toy_text
-from ease_runtime.sequence import Token
-from ease_runtime.text import Detokenizer, Piece, StopMatcher, StopPattern, TextWriter, num_shared
+from ease_runtime.engine.sequence import Token
+from ease_runtime.text.streaming import Detokenizer, Piece, StopMatcher, StopPattern, TextWriter, num_shared
 
 BYTES, PIECES = toy_text.byte_tokenizer(), toy_text.piece_tokenizer()
 

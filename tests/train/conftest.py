@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ease_train.config import Recipe
+from ease_train.training.config import Recipe
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {"dim": 16, "num_layers": 4, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 32, "max_positions": 32, "exits": [2, 3, 4]},

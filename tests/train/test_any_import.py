@@ -21,13 +21,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 import foreign_models
 import tiny_model
-from ease_runtime.chat import ChatTemplate
+from ease_common.chat import ChatTemplate
+from ease_common.errors import TrainError
+from ease_runtime.engine.mock import MockStack
 from ease_runtime.llm import TextEngine
-from ease_runtime.mock import MockStack
-from ease_runtime.text import Detokenizer
-from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ease_train.errors import TrainError
-from ease_train.huggingface import import_model
+from ease_runtime.text.streaming import Detokenizer
+from ease_train.convert.huggingface import import_model
+from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 NUM_DIRECTORIES = int(os.environ.get("EASE_IMPORTS", "25"))

@@ -10,13 +10,13 @@ import transformers
 from click.testing import CliRunner
 
 import foreign_models
+from ease_common.chat import ChatTemplate
+from ease_common.errors import SettingWarning
 from ease_export.cli import main as ease_export
-from ease_runtime.chat import ChatTemplate
-from ease_runtime.cli import main as ease_run
+from ease_runtime.cli.main import main as ease_run
 from ease_runtime.llm import LLM
 from ease_train.cli import main as ease_train
-from ease_train.errors import SettingWarning
-from ease_train.huggingface import export_model, import_model
+from ease_train.convert.huggingface import export_model, import_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
@@ -141,7 +141,8 @@ def test_special_tokens_reach_the_template_and_go_back(llama: Path, tmp_path: Pa
     assert expected == "<s><|eot|></s>HelloFalse"
     run = CliRunner().invoke
     assert run(ease_train, ["import", str(folder), "--out", str(tmp_path / "checkpoint")]).exit_code == 0
-    assert run(ease_export, ["build", str(tmp_path / "checkpoint"), str(tmp_path / "bundle")]).exit_code == 0
+    built = run(ease_export, ["build", str(tmp_path / "checkpoint"), str(tmp_path / "bundle")])
+    assert built.exit_code == 0, built.output
     template = LLM(tmp_path / "bundle", num_threads=1).template
     assert template is not None
     assert template.render(chat) == expected

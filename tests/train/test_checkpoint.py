@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from ease_train import checkpoint as checkpoint_module
-from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ease_train.config import Recipe
-from ease_train.errors import CheckpointError
-from ease_train.files import written_aside
-from ease_train.model import Decoder
-from ease_train.renames import METHOD
-from ease_train.tokens import train_tokenizer
+from ease_common.errors import CheckpointError
+from ease_common.files import written_aside
+from ease_train.data.tokens import train_tokenizer
+from ease_train.model.decoder import Decoder
+from ease_train.training import checkpoint as checkpoint_module
+from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ease_train.training.config import Recipe
+from ease_train.training.renames import METHOD
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_format_1_is_read(recipe: Recipe, tmp_path: Path, kind: dict[str, Any]) 
 
 
 def test_the_shared_exits_have_names_of_today_or_of_format_1() -> None:
-    from ease_train.renames import renamed
+    from ease_train.training.renames import renamed
 
     folder = Path(__file__).parents[2] / "exits" / "smollm2-135m-instruct"
     recipe = Recipe.from_dict(

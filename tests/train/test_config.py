@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from ease_train.config import OPTIONS, SECTIONS, ModelConfig, Recipe, TokenizerConfig, load_recipe, recipe_names
-from ease_train.errors import ConfigError
-from ease_train.method import GateConfig
-from ease_train.sections import Bounds, Section
+from ease_common.errors import ConfigError
+from ease_common.settings import Bounds, Section
+from ease_train.methods.method import GateConfig
+from ease_train.training.config import OPTIONS, SECTIONS, ModelConfig, Recipe, TokenizerConfig, load_recipe, recipe_names
 
 Maker = Callable[..., Recipe]
 

@@ -15,10 +15,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from ease_train import mapped
-from ease_train.corpora import SPLITS, load_documents, sum_of
-from ease_train.errors import DataError
-from ease_train.text_files import DOCUMENT_CHARACTERS, file_texts
+from ease_common.errors import DataError
+from ease_train.data import mapped
+from ease_train.data.corpora import SPLITS, load_documents, sum_of
+from ease_train.data.text_files import DOCUMENT_CHARACTERS, file_texts
 
 DOCUMENTS = [f"document number {i}" for i in range(45)]
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from ease_train.blocks import Block
-from ease_train.config import ModelConfig, Recipe
-from ease_train.errors import ConfigError
-from ease_train.exits import Gate, LowRankAdapter, MLPAdapter
-from ease_train.losses import Objective, exit_loss, exit_losses
-from ease_train.method import Distill
-from ease_train.model import Decoder
+from ease_common.errors import ConfigError
+from ease_train.methods.losses import Objective, exit_loss, exit_losses
+from ease_train.methods.method import Distill
+from ease_train.model.blocks import Block
+from ease_train.model.decoder import Decoder
+from ease_train.model.exits import Gate, LowRankAdapter, MLPAdapter
+from ease_train.training.config import ModelConfig, Recipe
 
 BLOCKS = {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 2}
 
@@ -196,8 +196,8 @@ def test_a_gate_is_a_probability_with_a_temperature() -> None:
 
 @pytest.mark.parametrize("kind", [{"exit_adapter": "mlp", "exit_head": "own"}, BLOCKS])
 def test_all_of_it_survives_a_checkpoint(recipe: Recipe, tmp_path: Path, kind: dict[str, object]) -> None:
-    from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from ease_train.tokens import train_tokenizer
+    from ease_train.data.tokens import train_tokenizer
+    from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
     tokenizer = train_tokenizer(["abc"], recipe.tokenizer)
     more = {"vocab_size": tokenizer.get_vocab_size(), **kind, "gates": [2], "routed_layers": [3]}

@@ -10,15 +10,15 @@ import torch
 from click.testing import CliRunner
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from ease_train import losses
-from ease_train.checkpoint import load_checkpoint
+from ease_common.errors import ConfigError
 from ease_train.cli import main
-from ease_train.config import Recipe
-from ease_train.errors import ConfigError
-from ease_train.gates import GateReport, GateStep, GateTrainer, agreement, auc, balanced_loss, platt_scaling, quality
-from ease_train.method import GateConfig
-from ease_train.model import Decoder
-from ease_train.trainer import Trainer
+from ease_train.methods import losses
+from ease_train.methods.method import GateConfig
+from ease_train.model.decoder import Decoder
+from ease_train.training.checkpoint import load_checkpoint
+from ease_train.training.config import Recipe
+from ease_train.training.gates import GateReport, GateStep, GateTrainer, agreement, auc, balanced_loss, platt_scaling, quality
+from ease_train.training.trainer import Trainer
 
 QUICK = {"steps": 60, "batch_size": 8, "learning_rate": 0.03, "eval_tokens": 2000}
 
@@ -102,11 +102,11 @@ def test_only_the_gates_change(trained: Path) -> None:
     after = trainer.checkpoint.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert {name for name in after if name not in before} == {
-        f"gates.{layer}.{part}" for layer in (2, 3) for part in ("score.out.weight", "score.out.bias", "temperature")
+        f"exits.{layer}.gate.{part}" for layer in (2, 3) for part in ("score.out.weight", "score.out.bias", "temperature")
     }
-    assert all(after[f"gates.{layer}.temperature"] > 0 for layer in (2, 3))
+    assert all(after[f"exits.{layer}.gate.temperature"] > 0 for layer in (2, 3))
     fresh = GateTrainer(load_checkpoint(trained), GateConfig(**QUICK)).checkpoint.model.state_dict()
-    assert not torch.equal(after["gates.2.score.out.weight"], fresh["gates.2.score.out.weight"])
+    assert not torch.equal(after["exits.2.gate.score.out.weight"], fresh["exits.2.gate.score.out.weight"])
 
 
 def test_gates_learn_and_are_calibrated(trained: Path) -> None:

@@ -15,9 +15,9 @@ from gguf import GGMLQuantizationType, TokenType
 from gguf.quants import quantize
 
 import foreign_models
-from ease_train.errors import ForeignError
-from ease_train.gguf import GGUFFile, PackedTensor, rope_scaling
-from ease_train.huggingface import import_model
+from ease_common.errors import ForeignError
+from ease_train.convert.gguf import GGUFFile, PackedTensor, rope_scaling
+from ease_train.convert.huggingface import import_model
 
 NAMES = {
     "input_layernorm": "attn_norm",

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import foreign_models
-from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ease_common.errors import ForeignError
 from ease_train.cli import main
-from ease_train.config import load_recipe
-from ease_train.errors import ForeignError
-from ease_train.huggingface import export_exits, export_model, import_model
-from ease_train.tune import tuned_recipe, with_exits
+from ease_train.convert.huggingface import export_exits, export_model, import_model
+from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ease_train.training.config import load_recipe
+from ease_train.training.tune import tuned_recipe, with_exits
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 TOLERANCE = 1e-4  # of the largest logit
@@ -314,7 +314,7 @@ def edited(source: Path, folder: Path, **changes: Any) -> Path:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary embeddings of the kind 'yarn'"),
         ({"num_hidden_layers": 5}, "lack 9 weights, the first is model.layers.4.input_layernorm.weight"),
         ({"num_hidden_layers": 3}, "hold 9 weights that this decoder has no place for, the first is model.layers.3"),
-        ({"intermediate_size": 64}, "has the shape [96, 48], expected [64, 48]"),
+        ({"intermediate_size": 64}, "has the shape [96, 48], but config.json makes it [64, 48]"),
     ],
 )
 def test_what_cannot_be_imported_is_one_clear_line(llama: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -365,7 +365,7 @@ def test_a_hub_id_without_network_and_no_id_at_all(tmp_path: Path) -> None:
 def test_without_transformers_only_some_files_are_out_of_reach(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "ease_train.gguf", raising=False)
+    monkeypatch.delitem(sys.modules, "ease_train.convert.gguf", raising=False)
     assert import_model(str(llama), (2,)).recipe.model.exits == (2, 4)
     (edited(llama, tmp_path / "hf") / "tokenizer.json").unlink()
     (tmp_path / "model.gguf").write_bytes(b"GGUF")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from ease_train import losses
-from ease_train.config import Recipe
-from ease_train.losses import exit_cross_entropy, exit_losses
-from ease_train.model import Decoder
+from ease_train.methods import losses
+from ease_train.methods.losses import exit_cross_entropy, exit_losses
+from ease_train.model.decoder import Decoder
+from ease_train.training.config import Recipe
 
 VOCABULARY = 11
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from ease_train import losses
-from ease_train.config import ModelConfig, Recipe
-from ease_train.gradients import split_gradient
-from ease_train.losses import Objective, exit_loss
-from ease_train.method import Distill
-from ease_train.model import Decoder
-from ease_train.optimizer import create_optimizer
+from ease_train.methods import losses
+from ease_train.methods.gradients import split_gradient
+from ease_train.methods.losses import Objective, exit_loss
+from ease_train.methods.method import Distill
+from ease_train.model.decoder import Decoder
+from ease_train.training.config import ModelConfig, Recipe
+from ease_train.training.optimizer import create_optimizer
 
 VOCABULARY = 11
 WEIGHTS = {2: 0.3, 3: 0.25, 4: 1.5}

@@ -5,8 +5,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ease_train.config import ModelConfig
-from ease_train.model import Decoder
+from ease_train.model.decoder import Decoder
+from ease_train.training.config import ModelConfig
 
 Array = NDArray[np.float64]
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from ease_train.checkpoint import load_checkpoint
-from ease_train.config import Recipe
-from ease_train.errors import ConfigError
-from ease_train.parallel import Workers
-from ease_train.trainer import StepEvent, Trainer
+from ease_common.errors import ConfigError
+from ease_train.training.checkpoint import load_checkpoint
+from ease_train.training.config import Recipe
+from ease_train.training.parallel import Workers
+from ease_train.training.trainer import StepEvent, Trainer
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]
 ACCELERATE += ["--mixed_precision", "no", "--main_process_port", "0"]
@@ -25,8 +25,8 @@ WORKER = """
 import json, sys
 from pathlib import Path
 import torch
-from ease_train.config import Recipe
-from ease_train.trainer import StepEvent, Trainer
+from ease_train.training.config import Recipe
+from ease_train.training.trainer import StepEvent, Trainer
 
 torch.set_num_threads(1)
 recipe, out, sharded = Recipe.from_dict(json.loads(sys.argv[1]), "tiny"), Path(sys.argv[3]), bool(int(sys.argv[4]))

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ease_train.checkpoint import load_checkpoint
-from ease_train.config import load_recipe, recipe_names
-from ease_train.errors import ConfigError
-from ease_train.trainer import EvalEvent, StepEvent, Trainer, objective_at
+from ease_common.errors import ConfigError
+from ease_train.training.checkpoint import load_checkpoint
+from ease_train.training.config import load_recipe, recipe_names
+from ease_train.training.trainer import EvalEvent, StepEvent, Trainer, objective_at
 
 TINY = {
     "dim": 16,

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from ease_train.checkpoint import load_checkpoint
-from ease_train.config import Recipe
-from ease_train.corpora import load_documents, sum_of
-from ease_train.errors import ConfigError, DataError, SettingWarning
-from ease_train.gates import GateTrainer
-from ease_train.method import GateConfig
-from ease_train.optimizer import learning_rate
-from ease_train.resuming import Asked
-from ease_train.trainer import StepEvent, Trainer
-from ease_train.tune import begin_tuning
+from ease_common.errors import ConfigError, DataError, SettingWarning
+from ease_train.data.corpora import load_documents, sum_of
+from ease_train.methods.method import GateConfig
+from ease_train.training.checkpoint import load_checkpoint
+from ease_train.training.config import Recipe
+from ease_train.training.gates import GateTrainer
+from ease_train.training.optimizer import learning_rate
+from ease_train.training.resuming import Asked
+from ease_train.training.trainer import StepEvent, Trainer
+from ease_train.training.tune import begin_tuning
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -66,7 +66,7 @@ def test_more_steps_follow_the_longer_schedule(out: Path, begun: Recipe) -> None
         Trainer.resume(out, asked=Asked({"steps": 6}))
 
 
-@pytest.mark.filterwarnings("ignore::ease_train.errors.SettingWarning")
+@pytest.mark.filterwarnings("ignore::ease_common.errors.SettingWarning")
 def test_a_moved_text_is_the_same_text(out: Path, text: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(out, elsewhere)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from ease_train.blocks import Block, rotary_tables
-from ease_train.config import ModelConfig
-from ease_train.losses import Objective, exit_loss
-from ease_train.model import Decoder
-from ease_train.routed import RoutedBlock
+from ease_train.methods.losses import Objective, exit_loss
+from ease_train.model.blocks import Block, rotary_tables
+from ease_train.model.decoder import Decoder
+from ease_train.model.routed import RoutedBlock
+from ease_train.training.config import ModelConfig
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from ease_train.config import Recipe
-from ease_train.errors import ConfigError, SettingWarning
-from ease_train.schedules import AlphaSchedule, drop_rates, exit_weights
-from ease_train.trainer import objective_at
+from ease_common.errors import ConfigError, SettingWarning
+from ease_train.methods.schedules import AlphaSchedule, drop_rates, exit_weights
+from ease_train.training.config import Recipe
+from ease_train.training.trainer import objective_at
 
 Maker = Callable[..., Recipe]
 ALL = {"model": {"num_layers": 8, "exits": list(range(1, 9))}}

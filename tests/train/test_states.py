@@ -10,17 +10,17 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from ease_train import states as states_module
-from ease_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ease_common.errors import ConfigError, DataError
 from ease_train.cli import main
-from ease_train.config import Recipe, load_recipe
-from ease_train.errors import ConfigError, DataError
-from ease_train.gates import GateReport, GateTrainer
-from ease_train.method import GateConfig
-from ease_train.model import Decoder
-from ease_train.states import StateCache
-from ease_train.trainer import EvalEvent, StatesEvent, StepEvent, Trainer
-from ease_train.tune import begin_tuning
+from ease_train.methods.method import GateConfig
+from ease_train.model.decoder import Decoder
+from ease_train.training import states as states_module
+from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ease_train.training.config import Recipe, load_recipe
+from ease_train.training.gates import GateReport, GateTrainer
+from ease_train.training.states import StateCache
+from ease_train.training.trainer import EvalEvent, StatesEvent, StepEvent, Trainer
+from ease_train.training.tune import begin_tuning
 
 Maker = Callable[..., Recipe]
 EXITS = {"exits": [2, 3], "layer_weights": {2: 1.0, 3: 0.5}, "exit_vocab_size": 9, "distill_temperature": 2.0, "distill_hidden_weight": 0.1}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ease_train.corpora import SPLITS, load_documents
-from ease_train.errors import DataError
-from ease_train.stdlib import library_files, split_of, without_copies
+from ease_common.errors import DataError
+from ease_train.data.corpora import SPLITS, load_documents
+from ease_train.data.stdlib import library_files, split_of, without_copies
 
 
 def code(name: str, lines: int = 40) -> str:

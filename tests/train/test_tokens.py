@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from ease_train import tokens
-from ease_train.config import TokenizerConfig
-from ease_train.errors import DataError
-from ease_train.tokens import END, UNKNOWN, cached_stream, encode_stream, pack, train_tokenizer
+from ease_common.errors import DataError
+from ease_train.data import tokens
+from ease_train.data.tokens import END, UNKNOWN, cached_stream, encode_stream, pack, train_tokenizer
+from ease_train.training.config import TokenizerConfig
 
 TEXT = "And the king went up;\n\n  two spaces, a tab\t, naïve café — “quotes” 日本語 🙂\n"
 

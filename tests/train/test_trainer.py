@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from ease_train.checkpoint import load_checkpoint
-from ease_train.config import Recipe, TrainConfig
-from ease_train.errors import ConfigError, DataError, DivergenceError
-from ease_train.losses import exit_losses
-from ease_train.optimizer import create_optimizer, learning_rate
-from ease_train.trainer import EvalEvent, SaveEvent, StepEvent, Trainer
+from ease_common.errors import ConfigError, DataError, DivergenceError
+from ease_train.methods.losses import exit_losses
+from ease_train.training.checkpoint import load_checkpoint
+from ease_train.training.config import Recipe, TrainConfig
+from ease_train.training.optimizer import create_optimizer, learning_rate
+from ease_train.training.trainer import EvalEvent, SaveEvent, StepEvent, Trainer
 
 Maker = Callable[..., Recipe]
 
@@ -251,8 +251,8 @@ import json, sys
 from pathlib import Path
 from typing import Any
 import torch
-from ease_train.config import Recipe
-from ease_train.trainer import Trainer
+from ease_train.training.config import Recipe
+from ease_train.training.trainer import Trainer
 
 torch.set_num_threads(1)
 out = Path(sys.argv[3])

@@ -7,12 +7,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from ease_train.checkpoint import Checkpoint, load_checkpoint
+from ease_common.errors import ConfigError
 from ease_train.cli import main
-from ease_train.config import Recipe, load_recipe
-from ease_train.errors import ConfigError
-from ease_train.trainer import StepEvent, Trainer
-from ease_train.tune import begin_tuning, tuned_recipe
+from ease_train.training.checkpoint import Checkpoint, load_checkpoint
+from ease_train.training.config import Recipe, load_recipe
+from ease_train.training.trainer import StepEvent, Trainer
+from ease_train.training.tune import begin_tuning, tuned_recipe
 
 Maker = Callable[..., Recipe]
 QUICK = {"steps": 30, "batch_size": 4, "sequence_length": 16, "warmup_steps": 2, "eval_tokens": 64, "save_every": 30, "learning_rate": 0.02}
@@ -176,5 +176,5 @@ def test_layerskip_tuning_resumes_to_the_bit(plain: Path, tmp_path: Path, option
 
 
 def test_low_rank_updates_of_frozen_layers_are_a_contradiction(recipe: Recipe) -> None:
-    with pytest.raises(ConfigError, match="lora_rank updates the layers, which trains = 'exits' freezes"):
+    with pytest.raises(ConfigError, match="lora updates the layers, which trains = 'exits' freezes"):
         tuned_recipe(recipe, load_recipe("ee-tuning"), {**TO_2, "lora_rank": 4})

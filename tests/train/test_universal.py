@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 import ease_train
+from ease_common.errors import ConfigError, DataError
 from ease_train import (
     PRESETS,
     AlphaSchedule,
@@ -21,9 +22,8 @@ from ease_train import (
     UniversalConfig,
     UniversalTrainer,
 )
-from ease_train.errors import ConfigError, DataError
-from ease_train.originals import LayeredDecoder
-from ease_train.routed import RoutedBlock
+from ease_train.methods.originals import LayeredDecoder
+from ease_train.model.routed import RoutedBlock
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 MODELS = [StandardTransformer, DEEDTransformer, TokenRoutedTransformer, MoDTransformer]
@@ -307,7 +307,9 @@ def test_every_exported_name_loads() -> None:
         ease_train.StandardTransformr  # noqa: B018 - the attribute access is the test
 
 
-@pytest.mark.parametrize("code", ["import ease_train.corpora, ease_train.config, ease_train.schedules", "from ease_train.cli import main"])
+@pytest.mark.parametrize(
+    "code", ["import ease_train.data.corpora, ease_train.training.config, ease_train.methods.schedules", "from ease_train.cli import main"]
+)
 def test_what_needs_no_torch_imports_none(code: str) -> None:
     program = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
     modules = json.loads(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 from tokenizers import Tokenizer
 
-from ease_train.errors import ForeignError
-from ease_train.vocabularies import (
+from ease_common.errors import ForeignError
+from ease_train.convert.vocabularies import (
     SPACE,
     SPLITS,
     TokenType,

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 
 import foreign_models
+from ease_common.errors import ForeignError, SettingWarning
 from ease_train.cli import main
-from ease_train.errors import ForeignError, SettingWarning
-from ease_train.foreign import UNSAID, UNSAID_BY_KIND
-from ease_train.huggingface import import_model
+from ease_train.convert.foreign import UNSAID, UNSAID_BY_KIND
+from ease_train.convert.huggingface import import_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 TOLERANCE = 1e-4  # of the largest logit

@@ -1,0 +1,1 @@
+"""The bundle directory: what its manifest says, and what its graphs take and give."""

@@ -1,0 +1,35 @@
+"""Options that several commands which run a bundle share."""
+
+from typing import Any
+
+import click
+
+from ease_runtime.ort.device import DEVICES
+from ease_runtime.policies.thresholds import Thresholds
+
+DEVICE_FLAG = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help=f"One of: {', '.join(DEVICES)}; auto is CUDA where it can run the bundle.",
+)
+
+
+class ThresholdFlag(click.ParamType[Thresholds]):
+    """One threshold for every early exit, or one each: 0.5 or off,0.7."""
+
+    name = "X[,X...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Thresholds:
+        return Thresholds.of(value)
+
+
+class ThresholdRows(click.ParamType[tuple[Thresholds, ...]]):
+    """Several settings, each one threshold for every early exit: 0.5,0.7,0.9."""
+
+    name = "X[,X...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Thresholds, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(ThresholdFlag().convert(part, param, ctx) for part in str(value).split(","))

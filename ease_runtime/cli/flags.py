@@ -1,0 +1,66 @@
+"""The fields of Options as flags of a command, with their own defaults and help texts."""
+
+import typing
+from collections.abc import Callable, Container, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+import click
+
+from ease_runtime.cli.commands import ThresholdFlag
+from ease_runtime.options import FLAGS, Options
+from ease_runtime.policies.thresholds import Thresholds
+
+Command = Callable[..., Any]
+NAMES = {field: f"--{flag}" for flag, field in FLAGS.items()}
+
+
+class IdBias(click.ParamType[tuple[int, float]]):
+    """A token id and what is added to its logit: 42=-100."""
+
+    name = "ID=BIAS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        if isinstance(value, tuple):
+            return value
+        token, _, bias = str(value).partition("=")
+        try:
+            return int(token), float(bias)
+        except ValueError:
+            self.fail(f"'{value}' is not a token id and a number, like 42=-100", param, ctx)
+
+
+KINDS: dict[Any, dict[str, Any]] = {
+    int: {"type": int},
+    float: {"type": float},
+    str: {"type": str},
+    Thresholds: {"type": ThresholdFlag()},
+    tuple[str, ...]: {"type": str, "multiple": True},
+    Mapping[int, float]: {"type": IdBias(), "multiple": True},
+}
+
+
+def option_flags(*, without: Container[str] = ()) -> Callable[[Command], Command]:
+    """Give a command one flag a field of Options, but for those `without`; `read_flags` makes the options of what click passes on."""
+    hints = typing.get_type_hints(Options)
+
+    def decorate(command: Command) -> Command:
+        for field in reversed(fields(Options)):
+            if field.name not in without:
+                command = _flag(field, hints[field.name])(command)
+        return command
+
+    return decorate
+
+
+def _flag(field: "Field[Any]", hint: Any) -> Callable[[Command], Command]:
+    choices = typing.get_args(hint)
+    kind = KINDS[choices[0] if type(None) in choices else hint]
+    name = NAMES.get(field.name, f"--{field.name.replace('_', '-')}")
+    default = {} if field.default in (MISSING, None, ()) else {"default": field.default, "show_default": True}
+    return click.option(name, field.name, help=field.metadata["help"], **kind, **default)
+
+
+def read_flags(given: Mapping[str, Any]) -> Options:
+    """The options that the flags say. Raises RequestError for a value outside its range."""
+    return Options(**{**given, "logit_bias": dict(given.get("logit_bias", ()))})

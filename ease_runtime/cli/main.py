@@ -1,0 +1,251 @@
+"""ease-run: run a bundle."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ease_common.commands import CommandGroup, given_flags
+from ease_common.errors import EaseError, RequestError
+from ease_runtime.cli.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
+from ease_runtime.cli.commands import DEVICE_FLAG
+from ease_runtime.cli.flags import option_flags, read_flags
+from ease_runtime.cli.show import as_object, by_choice, print_coloured, print_legend, print_notes, print_plain, print_summary
+from ease_runtime.conversation import Conversation
+from ease_runtime.generation import Timing
+from ease_runtime.llm import LLM
+from ease_runtime.options import Options
+from ease_runtime.server.app import Settings
+from ease_runtime.server.run import serve as run_server
+
+
+@click.group(cls=CommandGroup)
+@click.version_option(package_name="ease-lm")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Run models whose tokens leave early."""
+
+
+PLACE = ("device", "num_threads", "adapt")
+
+
+def model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where and how a bundle runs: LLM's arguments by the names of PLACE."""
+    text = "Measure what passes cost, and leave early only where it pays (but for verify, tokens then depend on the machine)."
+    command = click.option("--adapt", is_flag=True, help=text)(command)
+    command = click.option("--threads", "num_threads", default=0, help="CPU threads; 0 takes all.")(command)
+    return DEVICE_FLAG(command)
+
+
+def take_place(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the flags of PLACE out of what click passes on."""
+    return {name: given.pop(name) for name in PLACE}
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="The text to continue; - reads it from standard input.")
+@option_flags()
+@click.option("--show-exits", is_flag=True, help="Colour each token by its depth, with a legend and figures.")
+@click.option("--compare", is_flag=True, help="Also time the same prompt at full depth.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@model_flags
+def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json: bool, **given: Any) -> None:
+    """Continue a prompt."""
+    place, options, text = take_place(given), read_flags(given), read_prompt(prompt)
+    llm, timing = LLM(bundle, num_slots=options.n, **place), Timing()
+    llm.check(llm.prepare(options))
+    if compare and not llm.leaves_early(options):
+        raise RequestError("--compare has nothing to compare: no token leaves early; give a threshold (--threshold 0.7)")
+    for flag in without_effect(llm, options, show_exits=show_exits, as_json=as_json):
+        click.echo(f"note: {flag}", err=True)
+    if compare:  # warm both paths up, so that neither pays for first-time allocations
+        for warm_up in (options, options.at_full_depth()):
+            list(llm.generate(text, warm_up))
+    events, console = llm.generate(text, options, timing), Console(highlight=False, soft_wrap=True)
+    if show_exits and not as_json:
+        print_legend(llm.stack.exit_layers, console)
+    if as_json:
+        shown = list(events)
+    else:
+        shown = []
+        for choice in by_choice(events) if options.n > 1 else [events]:
+            shown += print_coloured(choice, llm.stack.exit_layers, console) if show_exits else print_plain(choice)
+    full_depth = time_full_depth(llm, text, options) if compare else None
+    if as_json:
+        click.echo(json.dumps(as_object(shown, timing, full_depth, llm.token_text), ensure_ascii=False))
+        return
+    print_notes(timing)
+    if show_exits or compare:
+        print_summary(shown, timing, llm.stack.exit_layers, full_depth, console)
+
+
+def without_effect(llm: LLM, options: Options, *, show_exits: bool = False, as_json: bool = False) -> list[str]:
+    """What to tell of flags of a command that change nothing in what it says."""
+    notes = []
+    if llm.engine.adapt and not llm.leaves_early(options):
+        notes.append("--adapt has no effect at full depth; give a threshold (--threshold 0.7)")
+    if show_exits and as_json:
+        notes.append("--show-exits has no effect with --json, which tells each token's depth")
+    if options.logprobs and not as_json:
+        notes.append("--logprobs has no effect without --json")
+    return notes
+
+
+def time_full_depth(llm: LLM, prompt: str, options: Options) -> Timing:
+    """The same prompt with no early exit, timed."""
+    timing = Timing()
+    list(llm.generate(prompt, options.at_full_depth(), timing))
+    return timing
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt, or standard input for '-'. Raises RequestError when it is no UTF-8."""
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the prompt on standard input is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--system", help="What the model is told first.")
+@option_flags(without=("n", "logprobs"))
+@click.option("--show-exits", is_flag=True, help="Colour each token by its depth, with a legend and figures.")
+@model_flags
+def chat(bundle: Path, system: str | None, show_exits: bool, **given: Any) -> None:
+    """Talk to a model; what was said stays in its cache. /reset forgets it, /quit or Ctrl-D ends."""
+    place, options = take_place(given), read_flags(given)
+    llm = LLM(bundle, **place)
+    llm.check(llm.prepare(options))
+    conversation, console = Conversation(llm, options, system), Console(highlight=False, soft_wrap=True)
+    for note in without_effect(llm, options):
+        click.echo(f"note: {note}", err=True)
+    if llm.template is None:
+        click.echo("this bundle has no chat template (a base model): your lines are continued as plain text", err=True)
+    if show_exits:
+        print_legend(llm.stack.exit_layers, console)
+    while (line := read_line()) not in (None, "/quit"):
+        if line == "/reset":
+            conversation.reset()
+        elif line:
+            answer(conversation, line, llm.stack.exit_layers if show_exits else None, console)
+
+
+def read_line() -> str | None:
+    """What the user says; None at the end of the input."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        click.echo(err=True)
+        return None
+
+
+def answer(conversation: Conversation, line: str, exit_layers: tuple[int, ...] | None, console: Console) -> None:
+    """One turn. An error ends the turn, not the chat."""
+    timing = Timing()
+    events = conversation.say(line, timing)
+    try:
+        shown = print_plain(events) if exit_layers is None else print_coloured(events, exit_layers, console)
+    except EaseError as error:
+        click.echo(f"error: {error}; /reset forgets the conversation", err=True)
+        return
+    finally:
+        events.close()
+    print_notes(timing)
+    if exit_layers is not None:
+        print_summary(shown, timing, exit_layers, None, console)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on.")
+@click.option("--model-name", help="What clients call the model; the bundle's directory by default.")
+@click.option("--api-key", envvar="EASE_API_KEY", show_envvar=True, help="Answer only requests with this key.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Completions that run together.")
+@click.option("--max-queued", type=click.IntRange(0), default=64, show_default=True, help="Completions that wait; more get 429.")
+@click.option("--max-body", type=click.IntRange(1), default=Settings.max_body_bytes, show_default=True, help="Largest body, in bytes.")
+@click.option("--max-prompt", type=click.IntRange(1), help="Longest prompt, in tokens; what the model takes by default.")
+@click.option("--grace", type=click.FloatRange(0, 86400), default=30.0, show_default=True, help="Seconds for what runs when told to stop.")
+@click.option("--shadow", type=click.FloatRange(0, 1), default=0.0, help="Share of the early answers to compare with full depth.")
+@option_flags(without=("seed", "n", "stop", "logprobs", "logit_bias"))
+@model_flags
+def serve(
+    bundle: Path,
+    host: str,
+    port: int,
+    model_name: str | None,
+    api_key: str | None,
+    batch_size: int,
+    grace: float,
+    shadow: float,
+    **given: Any,
+) -> None:
+    """Serve a bundle as OpenAI's API, with metrics and a page to try it. Flags of generation hold where a request says nothing."""
+    limits = {"max_body_bytes": given.pop("max_body"), "max_prompt_tokens": given.pop("max_prompt"), "max_queued": given.pop("max_queued")}
+    place, options = take_place(given), read_flags(given)
+    name = model_name or bundle.resolve().name
+    llm = LLM(bundle, num_slots=batch_size, **place)
+    llm.check(llm.prepare(options))
+    if shadow and len(llm.stack.exit_layers) == 1:
+        raise RequestError(f"--shadow {shadow:g} has nothing to compare: this bundle has no early exit")
+    settings = Settings(name, options, api_key, **limits, shadow=shadow, certificate=llm.manifest.calibration or None)
+    run_server(llm, settings, host=host, port=port, grace_seconds=grace)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompts", metavar="IN.jsonl", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("out", metavar="OUT.jsonl", type=click.Path(path_type=Path, dir_okay=False))
+@option_flags()
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Requests that run together.")
+@click.option("--ray", metavar="ADDRESS", help="Spread the lines over a Ray cluster; 'local' starts one here.")
+@click.option("--ray-workers", type=click.IntRange(1), default=2, show_default=True, help="With --ray: copies of the model there.")
+@model_flags
+def batch(bundle: Path, prompts: Path, out: Path, batch_size: int, ray: str | None, ray_workers: int, **given: Any) -> None:
+    """Answer every line of IN.jsonl, in order.
+
+    A line is an object with a "prompt" or "messages", and options of its own where they differ from the flags. A line that
+    cannot be answered gets an "error" in its place. Run again after an interruption, it goes on where it stopped.
+    """
+    place, options = take_place(given), read_flags(given)
+    if ray is None and given_flags("ray_workers"):
+        raise RequestError(f"--ray-workers {ray_workers} has no effect without --ray ADDRESS")
+    if not out.parent.is_dir():
+        raise RequestError(f"{out.parent}, where {out.name} should go, is no directory; make it first")
+    if out.exists() and out.samefile(prompts):
+        raise RequestError(f"{out} is the file of the prompts; give another file for the answers")
+    total, num_done = count_lines(prompts), count_answers(out)
+    if num_done > total:
+        raise RequestError(f"{out} has {num_done} answers, but {prompts} only {total} lines; give another file")
+    lines = numbered_lines(prompts, num_done + 1)
+    if num_done == total:
+        answers: Iterable[str] = ()
+    elif ray is None:
+        answers = answer_lines(LLM(bundle, num_slots=batch_size, **place), lines, options, batch_size)
+    else:
+        from ease_runtime.cli.cluster import Cluster
+
+        answers = Cluster(ray, ray_workers).answer_lines(bundle, lines, options, batch_size, place)
+    with progress_bar() as bar:
+        task = bar.add_task("answered", total=total, completed=num_done)
+        for number in write_answers(out, answers):
+            bar.update(task, completed=num_done + number)
+
+
+def progress_bar() -> Progress:
+    """On standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+if __name__ == "__main__":
+    main()

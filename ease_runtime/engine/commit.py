@@ -1,0 +1,172 @@
+"""What a pass means: the policy decides, the sampler chooses, drafts are judged, a sequence ends. Runs no graph.
+
+`commit` takes what an exit said of a sequence after a pass (`Runner.run`), and says whether tokens came out of it.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ease_runtime.engine.costs import FIRST_LOOK, Pace
+from ease_runtime.engine.layout import SegmentShape
+from ease_runtime.engine.schedule import Work
+from ease_runtime.engine.sequence import Leaving, Token, TokenSequence
+from ease_runtime.policies import FULL_DEPTH, ExitOutput, HeadOutput
+
+Layout = Sequence[SegmentShape]
+
+
+def commit(sequence: TokenSequence, work: Work, said: ExitOutput | None, layout: Layout, *, num_running: int) -> bool:
+    """Let the policy decide and the sampler choose. Whether tokens came out, or the sequence ended."""
+    decision, newest = sequence.decision, work.stop == len(sequence.tokens) and work.start >= sequence.num_prompt
+    if decision.pace and work.kind == "segment" and newest and sequence.may_draft:
+        decision.pace.entered[work.segment] += 1
+    if work.kind == "kv" or work.stop < len(sequence.tokens):
+        return False
+    if said is not None and said.head is not None and not np.isfinite(said.head.top_prob).all():
+        return fail(sequence, f"the model's logits are no finite numbers at position {work.stop - 1}")
+    if said is not None:
+        _decide(sequence, work.segment, said, layout)
+    if decision.leaving is not None:
+        return False
+    last = work.segment == len(layout) - 1
+    if sequence.request.catch_up == "verify" and last:
+        assert said is not None, "full depth judges the drafts"
+        return _judge(sequence, said, layout, num_running)
+    if decision.token is None or (sequence.prefilling and not last):
+        decision.level = work.segment + 1
+        return False
+    return _emit(sequence, decision.token, num_running)
+
+
+def fail(sequence: TokenSequence, message: str) -> bool:
+    """End a sequence with an error; the others go on."""
+    sequence.finish_reason, sequence.error = "error", message
+    return True
+
+
+def depths(sequence: TokenSequence, segment: int, positions: NDArray[np.int64], layout: Layout) -> NDArray[np.int64]:
+    """Layers that positions have used up to the end of a segment: those they went around do not count. Shape: (N) -> (N)."""
+    found = np.full(len(positions), sum(shape.num_layers for shape in layout[: segment + 1]))
+    for number, shape in enumerate(layout[: segment + 1]):
+        if shape.routed:
+            found -= shape.num_layers * ~sequence.counters.inside[number, positions]
+    return found
+
+
+def _decide(sequence: TokenSequence, segment: int, said: ExitOutput, layout: Layout) -> None:
+    """Let the newest token leave at the exit behind a segment, or not: sets its token, or `leaving` when a gate opens."""
+    decision = sequence.decision
+    policy, state = decision.policy, decision.state
+    if said.head is None:
+        confidence = policy.confidence(said, state)
+        if policy.leaves(said.exit_index, confidence, sequence.progress, state)[0]:
+            decision.leaving = Leaving(segment, float(confidence[0]))
+        return
+    if not said.early and sequence.request.catch_up == "verify":
+        return  # `_judge` looks at all positions
+    if decision.leaving is not None:
+        sure, decision.leaving = decision.leaving.confidence, None
+    else:
+        confidence = policy.confidence(said, state)
+        if said.early and not policy.leaves(said.exit_index, confidence, sequence.progress, state)[0]:
+            return
+        sure = float(confidence[0])
+    decision.token = _token(sequence, segment, said.head, len(sequence.tokens), sure, layout)
+
+
+def _token(sequence: TokenSequence, segment: int, output: HeadOutput, position: int, confidence: float, layout: Layout) -> Token:
+    """The token that the sampler takes for `position` from a head's output for one token, after a segment."""
+    logits, top_id = output.logits[0], int(output.top_id[0])
+    chosen = sequence.request.sampler.pick(logits, top_id, sequence.tokens, position)
+    base = math.log(output.top_prob[0]) - float(logits[top_id])
+    depth = int(depths(sequence, segment, np.array([position - 1]), layout)[0])
+    best = _largest(logits, sequence.request.num_logprobs)
+    return Token(chosen, depth, confidence, float(logits[chosen]) + base, tuple((i, float(logits[i]) + base) for i in best))
+
+
+def _emit(sequence: TokenSequence, token: Token, num_running: int) -> bool:
+    """Append a token: as a draft under verify, else for good."""
+    sequence.tokens.append(token.id)
+    if sequence.request.catch_up == "verify":
+        sequence.drafts.tokens.append(token)
+        sequence.decision.set_out()
+        return False
+    _keep(sequence, token, len(sequence.tokens), num_running)
+    return True
+
+
+def _judge(sequence: TokenSequence, said: ExitOutput, layout: Layout, num_running: int) -> bool:
+    """Let full depth say what follows each position: accept the drafts that say the same, and crop at the first that does not."""
+    output = said.head
+    assert output is not None, "full depth has a head"
+    drafts, last = sequence.drafts, len(layout) - 1
+    tokens, judged, accepted = drafts.tokens, drafts.judged, drafts.accepted
+    for i, before in enumerate(said.positions.tolist()):
+        token = _token(sequence, last, output.tokens(i, i + 1), before + 1, float(output.top_prob[i]), layout)
+        drafted = i < len(tokens)
+        agrees = drafted and tokens[i].id == token.id
+        drafts.judged += drafted
+        drafts.accepted += agrees
+        if not agrees:
+            sequence.crop(before + 1)
+            sequence.tokens.append(token.id)
+        else:
+            token = Token(token.id, tokens[i].depth, tokens[i].confidence, token.logprob, token.top_logprobs, drafted=True)
+        _keep(sequence, token, before + 2, num_running)
+        if not agrees or sequence.finish_reason is not None:
+            break
+    pace = sequence.decision.pace
+    if pace and drafts.length and sequence.finish_reason is None:
+        pace.judged(drafts.judged - judged, drafts.accepted - accepted)
+        _adapt_drafting(sequence, pace, num_running)
+    return True
+
+
+def _adapt_drafting(sequence: TokenSequence, pace: Pace, num_running: int) -> None:
+    """Draft as many tokens as pays; for good none when that is none."""
+    if pace.entered[0] < FIRST_LOOK:
+        return
+    drafts = sequence.drafts
+    drafts.length = pace.draft_length(num_running)
+    if drafts.length == 0:
+        sequence.counters.asked = frozenset()
+        share = f"{drafts.accepted} of {drafts.judged} drafts accepted"
+        sequence.notes.append(f"verify turned itself off after {len(sequence.produced)} tokens: it does not pay here ({share})")
+
+
+def _adapt_leaving(sequence: TokenSequence, pace: Pace, num_running: int) -> None:
+    """Stay at full depth for good once leaving early is seen to be slower."""
+    if pace.pays(num_running):
+        return
+    decision, catch_up = sequence.decision, sequence.request.catch_up
+    decision.policy, decision.state, decision.pace = FULL_DEPTH, None, None
+    sequence.counters.asked = frozenset()
+    sequence.notes.append(f"leaving early does not pay here: full depth after {len(sequence.produced)} tokens (catch-up {catch_up})")
+
+
+def _keep(sequence: TokenSequence, token: Token, length: int, num_running: int) -> None:
+    """A token stands, as the last of `length`: see whether the sequence ends with it."""
+    sequence.produced.append(token)
+    decision, request = sequence.decision, sequence.request
+    decision.set_out()
+    decision.policy.note_depth(token.depth, decision.state)
+    if token.id in request.stop_ids:
+        sequence.finish_reason = "stop"
+    elif length >= request.max_length:
+        sequence.finish_reason = "length"
+    if sequence.finish_reason is not None:
+        del sequence.tokens[length:]
+        sequence.drafts.tokens = []
+    elif decision.pace and request.catch_up != "verify" and len(sequence.produced) % FIRST_LOOK == 0:
+        _adapt_leaving(sequence, decision.pace, num_running)
+
+
+def _largest(logits: NDArray[np.float32], count: int) -> Iterable[int]:
+    """The ids of the `count` largest logits, the largest first."""
+    if count == 0:
+        return ()
+    best = np.argpartition(logits, -count)[-count:] if count < len(logits) else np.arange(len(logits))
+    return (int(i) for i in best[np.argsort(-logits[best], kind="stable")])

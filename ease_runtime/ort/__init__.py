@@ -1,0 +1,1 @@
+"""ONNX Runtime: devices, buffers, sessions, and the stack of graphs that the engine drives."""

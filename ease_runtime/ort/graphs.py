@@ -1,0 +1,154 @@
+"""ONNX Runtime sessions, and IOBindings over numpy buffers that are kept from pass to pass."""
+
+import functools
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ease_common.errors import BundleError, DeviceError
+from ease_runtime.bundle.signatures import Signature
+from ease_runtime.ort.device import CPU, Device
+
+INDICES = ("input_ids", "index", "before", "positions", "spread", "places", "write_indices", "top_id")
+TYPES = {**dict.fromkeys(INDICES, "tensor(int64)"), **dict.fromkeys(("active", "goes_in"), "tensor(bool)")}  # others: float
+BINDINGS_KEPT = 128  # a graph, of different shapes; building one costs about 100 µs
+
+
+@functools.cache
+def start_thread_pool(num_threads: int) -> None:
+    """Give the process one ONNX Runtime thread pool, which all sessions share. Raises DeviceError when it has another.
+
+    With the default, a spinning pool a session, two segments ran 2x slower and thirty 13x slower than one graph.
+    """
+    try:
+        ort.set_global_thread_pool_sizes(num_threads, 1)
+    except Exception:  # ONNX Runtime's exceptions share no base of their own
+        raise DeviceError("onnxruntime's thread pool is there already, with another number of threads: a process has one") from None
+
+
+@functools.cache
+def share_arena() -> None:
+    """Give the process one arena for what graphs compute in between, which all sessions share: they never run at once.
+
+    With an arena each, every segment keeps what the longest prompt took of it (40 MB more at 135M parameters in three segments).
+    """
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, None)
+
+
+def load_session(
+    path: Path,
+    log_level: int,
+    device: Device = CPU,
+    *,
+    changed: bytes | None = None,
+    own_threads: bool = False,
+) -> ort.InferenceSession:
+    """Open a graph, or a `changed` form of it over the same files of weights. Raises BundleError when ONNX Runtime cannot.
+
+    Sessions share the process's threads, unless this one has its `own_threads`.
+    """
+    options = ort.SessionOptions()
+    if device.provider != CPU.provider:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # a node left on the CPU would be a silent copy
+    options.use_per_session_threads = own_threads
+    share_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.log_severity_level = log_level
+    if changed is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        return ort.InferenceSession(changed or str(path), options, providers=[device.provider], enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+        raise BundleError(f"{path} cannot be loaded by onnxruntime {ort.__version__}: {str(error).splitlines()[0]}") from None
+
+
+def check_signature(session: ort.InferenceSession, path: Path, signature: Signature, floats: str = "tensor(float)") -> None:
+    """Whether a graph takes and gives what the manifest says, or buffers bound to it would not fit. Raises BundleError."""
+    for found, expected, what in zip((session.get_inputs(), session.get_outputs()), signature, ("inputs", "outputs"), strict=True):
+        names = {value.name for value in found}
+        if names != set(expected):
+            odd = ", ".join(sorted(names ^ set(expected)))
+            raise BundleError(f"{path} is not the graph that the manifest describes: its {what} differ in {odd}; export the bundle again")
+        for value in found:
+            shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+            if value.type != TYPES.get(value.name, floats) or shape != expected[value.name]:
+                raise BundleError(
+                    f"{path} is not the graph that the manifest describes: {value.name} is {value.type} {list(value.shape)}, "
+                    f"expected {list(expected[value.name])}; export the bundle again"
+                )
+
+
+@dataclass
+class Clock:
+    """What has passed inside ONNX Runtime."""
+
+    seconds: float = 0.0
+    calls: int = 0
+
+
+class Binding:
+    """An IOBinding. Small inputs and outputs are numpy arrays of its own; the rest is bound by address in the device's memory."""
+
+    def __init__(self, session: ort.InferenceSession, input_names: frozenset[str], device: Device, clock: Clock) -> None:
+        self.session, self.io, self.input_names, self.device = session, session.io_binding(), input_names, device
+        self.clock = clock
+        self.bound: dict[str, Any] = {}  # what the changing names are bound to, so that only changes are bound again
+        self.own: dict[str, NDArray[Any]] = {}
+        self.sent: dict[str, NDArray[Any]] = {}  # on a device with its own memory: small inputs, which binding copies there
+
+    def input(self, name: str, array: NDArray[Any]) -> None:
+        """Read an input from a small array, as it is at each run."""
+        self.own[name] = array
+        if self.device.own_memory:
+            self.sent[name] = array
+        else:
+            self.io.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def output(self, name: str, array: NDArray[Any]) -> None:
+        """Write an output into an array, now and in later runs."""
+        self.own[name] = array
+        self.io.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def input_at(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], pointer: int) -> None:
+        """Read an input from the device's memory."""
+        self.io.bind_input(name, self.device.name, 0, dtype, shape, pointer)
+
+    def output_at(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], pointer: int) -> None:
+        """Write an output into the device's memory."""
+        self.io.bind_output(name, self.device.name, 0, dtype, shape, pointer)
+
+    def run(self) -> None:
+        for name, array in self.sent.items():
+            self.io.bind_cpu_input(name, array)
+        began = time.perf_counter()
+        self.session.run_with_iobinding(self.io)
+        self.clock.seconds += time.perf_counter() - began
+        self.clock.calls += 1
+
+
+class Graph:
+    """A session with one binding for each shape of its inputs, the least used forgotten. `bind` fills a new one."""
+
+    def __init__(self, session: ort.InferenceSession, bind: Callable[..., None], device: Device, clock: Clock) -> None:
+        self.session, self.bind, self.device, self.clock = session, bind, device, clock
+        self.input_names = frozenset(i.name for i in session.get_inputs())
+        self.bindings: OrderedDict[Hashable, Binding] = OrderedDict()
+
+    def binding(self, *shape: int) -> Binding:
+        """The binding for a shape, which is passed to `bind` when it is new."""
+        if (binding := self.bindings.get(shape)) is None:
+            binding = self.bindings[shape] = Binding(self.session, self.input_names, self.device, self.clock)
+            self.bind(binding, *shape)
+            if len(self.bindings) > BINDINGS_KEPT:
+                self.bindings.popitem(last=False)
+        else:
+            self.bindings.move_to_end(shape)
+        return binding

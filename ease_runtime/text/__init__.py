@@ -1,0 +1,1 @@
+"""Between text and tokens: streamed text, stop strings, special and unknown tokens."""

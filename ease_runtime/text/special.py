@@ -1,0 +1,113 @@
+"""Special tokens that a text only mentions stay text; those that a chat template writes are real.
+
+    special = SpecialTokens(tokenizer)
+    special.encode_text("the tag <|end|>")          # no special token among the ids
+    special.encode_chat(template, messages)         # the template's alone
+    special.split("<|im_end|>\\n")                   # (2, "\\n"): how a stop string looks among tokens
+
+Knows nothing about models or requests.
+"""
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+from tokenizers import AddedToken, Tokenizer
+
+from ease_common.chat import Message, check_messages
+from ease_common.errors import RequestError
+
+DIGITS = 30  # of a random number that no text holds by chance
+ID_DIGITS = 9
+
+
+class Template(Protocol):
+    """What makes a text of messages."""
+
+    def render(self, messages: Sequence[Message]) -> str: ...
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer, which texts may hold as words."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: dict[int, AddedToken] = {
+            token: added for token, added in tokenizer.get_added_tokens_decoder().items() if added.special
+        }
+        self.ids = {added.content: token for token, added in self.tokens.items()}
+        longest_first = sorted(self.ids, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        # Digits, which no template changes: the first stand in messages for what must stay text, the others never leave this object.
+        self.mention, self.marker = (f"{secrets.randbelow(10**DIGITS):0{DIGITS}}" for _ in range(2))
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of a text in which nothing is a special token. Raises RequestError."""
+        check_unicode(text)
+        tokenizer = self.blind[0] if self.pattern.search(text) else self.tokenizer
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_chat(self, template: Template, messages: Sequence[Message]) -> list[int]:
+        """The ids of messages in a template's form. Raises RequestError."""
+        check_messages(messages)
+        hidden = [{name: value if name == "role" else self._hide(value) for name, value in m.items()} for m in messages]
+        text = template.render(hidden)
+        check_unicode(text)
+        if self.mention not in text:
+            plain: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+            return plain
+        marked = self.pattern.sub(lambda found: self._stand_in(self.marker, found[0]), text)
+        shown = re.sub(rf"{self.mention}(\d{{{ID_DIGITS}}})", lambda found: self.tokens[int(found[1])].content, marked)
+        tokenizer, meant = self.blind
+        return [meant.get(token, token) for token in tokenizer.encode(shown, add_special_tokens=False).ids]
+
+    def split(self, text: str) -> tuple[str | int, ...]:
+        """A text as characters, but the id of a special token where its text stands."""
+        items: list[str | int] = []
+        end = 0
+        for found in self.pattern.finditer(text):
+            items += [*text[end : found.start()], self.ids[found[0]]]
+            end = found.end()
+        return (*items, *text[end:])
+
+    @cached_property
+    def blind(self) -> tuple[Tokenizer, dict[int, int]]:
+        """A copy of the tokenizer that knows special tokens by their markers only, and which ids these markers stand for.
+
+        Made when it is first needed: a large vocabulary takes a second, and its memory again.
+        """
+        copy = Tokenizer.from_str(self.tokenizer.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+        copy.encode_special_tokens = True
+        meant: dict[int, int] = {}
+        for token, added in self.tokens.items():
+            marker = self._stand_in(self.marker, added.content)
+            flags = {name: getattr(added, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+            copy.add_tokens([AddedToken(marker, special=False, **flags)])
+            known = copy.token_to_id(marker)
+            assert known is not None, "it was added the line before"
+            meant[known] = token
+        return copy, meant
+
+    def _stand_in(self, secret: str, content: str) -> str:
+        return f"{secret}{self.ids[content]:0{ID_DIGITS}}"
+
+    def _hide(self, value: Any) -> Any:
+        """The same value, with stand-ins for the special tokens that its texts mention."""
+        if isinstance(value, str):
+            return self.pattern.sub(lambda found: self._stand_in(self.mention, found[0]), value)
+        if isinstance(value, Mapping):
+            return {name: self._hide(part) for name, part in value.items()}
+        return [self._hide(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def check_unicode(text: str) -> None:
+    """Raises RequestError for a text that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the text is no valid Unicode: half of a surrogate pair at character {error.start}") from None

@@ -1,0 +1,205 @@
+"""A model as Hugging Face writes it, and as it is here: one table of names, read in both directions.
+
+Llama 2 and 3, SmolLM2, Mistral (without its sliding window), Qwen2 and 2.5, Qwen3. Knows nothing about files.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ease_common.errors import ForeignError
+from ease_train.convert.conventions import Conventions
+from ease_train.training.config import ModelConfig
+
+OUTER = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+IN_LAYER = {
+    "attention_norm": "input_layernorm",
+    "attention.q_proj": "self_attn.q_proj",
+    "attention.k_proj": "self_attn.k_proj",
+    "attention.v_proj": "self_attn.v_proj",
+    "attention.o_proj": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate_proj": "mlp.gate_proj",
+    "mlp.up_proj": "mlp.up_proj",
+    "mlp.down_proj": "mlp.down_proj",
+}
+CONFIG = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_dim": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+UNSAID = {  # what transformers takes where config.json does not name a field; None follows from other fields
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+}
+UNSAID_BY_KIND: dict[str, dict[str, int]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+}
+MOST_POSITIONS = 1 << 22  # whose rotary tables take 2 GB
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ROTARY_BUFFER = ".rotary_emb.inv_freq"  # which old files hold beside the weights
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A Hugging Face model: the values of its config.json, its weights by their names there, and what comes along.
+
+    `report` says line by line what of the source was used, where its reader counts that.
+    """
+
+    config: dict[str, Any]
+    weights: Mapping[str, Tensor]
+    tokenizer: Tokenizer
+    conventions: Conventions
+    report: tuple[str, ...] = ()
+
+
+def foreign_name(name: str) -> str | None:
+    """The Hugging Face name of a weight; None for what belongs to the exits, and to this project alone."""
+    module, _, kind = name.rpartition(".")
+    if module in OUTER:
+        return f"{OUTER[module]}.{kind}"
+    head, _, rest = module.partition(".")
+    number, _, inner = rest.partition(".")
+    return f"model.layers.{number}.{IN_LAYER[inner]}.{kind}" if head == "layers" and inner in IN_LAYER else None
+
+
+def model_config(values: Mapping[str, Any], exits: tuple[int, ...], max_positions: int | None, tied: bool) -> ModelConfig:
+    """A config.json as ours; `tied` says whether embedding and LM head are one matrix.
+
+    Raises ForeignError for what would compute otherwise.
+    """
+    kind = values.get("model_type")
+    _refuse_features(values, kind)
+    if missing := [name for name in NEEDED if name not in values]:
+        raise ForeignError(f"config.json lacks {', '.join(missing)}: it describes no decoder of the Llama family")
+    values = {**UNSAID, **UNSAID_BY_KIND[str(kind)], **values}
+    for name in CONFIG.values():
+        _check_field(name, values[name])
+    given = {ours: values[theirs] for ours, theirs in CONFIG.items() if values[theirs] is not None}
+    positions = _positions(values, kind)
+    positions = min(max_positions or positions, positions)
+    if positions > MOST_POSITIONS:
+        raise ForeignError(f"config.json has a context of {positions} tokens, expected at most {MOST_POSITIONS}; cut it: --max-positions N")
+    return ModelConfig.from_dict(
+        {
+            "num_kv_heads": given["num_heads"],
+            **given,
+            **rotary_settings(values),
+            "tie_embeddings": tied,
+            "max_positions": positions,
+            "attention_bias": kind == "qwen2",
+            "qk_norm": kind == "qwen3",
+            "exits": exits,
+        },
+        "config.json",
+    )
+
+
+def _check_field(name: str, value: Any) -> None:
+    """Raise ForeignError unless a field of config.json holds what transformers would take."""
+    if name == "tie_word_embeddings":
+        sound, expected = type(value) is bool, "true or false"
+    elif name == "rms_norm_eps":
+        sound, expected = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to 1"
+    else:
+        follows = value is None and UNSAID.get(name, 0) is None
+        sound, expected = follows or (type(value) is int and value >= 1), "a whole number of at least 1"
+    if not sound:
+        raise ForeignError(f"config.json has {name} = {value!r}, expected {expected}")
+
+
+def _refuse_features(values: Mapping[str, Any], kind: Any) -> None:
+    """Raise ForeignError, in one line, for an architecture or a feature that this decoder has not."""
+    if kind not in ARCHITECTURES:
+        raise ForeignError(f"models of the type '{kind}' cannot be imported; expected one of: {', '.join(ARCHITECTURES)}")
+    unsupported = {
+        "hidden_act": values.get("hidden_act", "silu") not in ("silu", "swish"),  # two names of one function
+        "attention_bias": kind in ("llama", "qwen3") and bool(values.get("attention_bias")),  # on the output projection, too
+        "mlp_bias": kind == "llama" and bool(values.get("mlp_bias")),
+        "quantization_config": values.get("quantization_config") is not None,
+    }
+    for name, found in unsupported.items():
+        if found:
+            raise ForeignError(f"config.json has {name} = {values[name]!r}, which this decoder does not compute")
+
+
+def _positions(values: Mapping[str, Any], kind: Any) -> int:
+    """The longest text that this model attends to as a whole: past its sliding window, where it has one, it would not."""
+    longest: int = values["max_position_embeddings"]
+    slides = kind == "mistral" or (kind != "llama" and values.get("use_sliding_window"))
+    window = values["sliding_window"] if slides else None
+    if window is not None:
+        _check_field("sliding_window", window)
+    return longest if window is None else min(longest, window)
+
+
+def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, in the form of transformers before version 5, or of 5 (rope_parameters).
+
+    Where a file has both, transformers reads the first. Raises ForeignError.
+    """
+    found = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(found, Mapping):
+        raise ForeignError(f"config.json has rope_scaling = {found!r}, expected an object")
+    rope = dict(found)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    share = values.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    if kind not in ("default", "linear", "llama3") or share != 1.0:
+        raise ForeignError(f"rotary embeddings of the kind '{kind}' (share {share}) cannot be imported; expected: default, linear, llama3")
+    names = {"default": (), "linear": LLAMA3_SCALING[:1], "llama3": LLAMA3_SCALING}[kind]
+    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    for name in ("rope_theta", *names):
+        value: Any = rope.get(name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ForeignError(f"config.json has rotary embeddings of the kind '{kind}' with {name} = {value!r}, expected a number above 0")
+    return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": tuple(float(rope[name]) for name in names)}
+
+
+def foreign_config(config: ModelConfig) -> dict[str, Any]:
+    """Our configuration as a config.json. Raises ForeignError for what transformers' models have not."""
+    if not config.final_norm or config.routed_layers or (config.qk_norm and config.attention_bias):
+        raise ForeignError(
+            "only models with a final norm, without routed layers, and not with both bias and q/k norm have a transformers form"
+        )
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
+    values = {theirs: getattr(config, ours) for ours, theirs in CONFIG.items()}
+    scaling = dict(zip(LLAMA3_SCALING, config.rope_scaling, strict=False))
+    rope: dict[str, Any] = {"rope_type": ("default", "linear", "", "", "llama3")[len(scaling)], **scaling}
+    if "original_max_position_embeddings" in rope:
+        rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
+    return {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        **values,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope if scaling else None,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }

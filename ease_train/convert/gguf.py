@@ -1,0 +1,484 @@
+"""GGUF files, llama.cpp's format: metadata and tensors as llama.cpp reads them, with no other loader in between.
+
+    file = GGUFFile(Path("model.gguf"))
+    file.config                                        # the values of a config.json
+    file.tensors["layers.0.attention.q_proj.weight"]   # packed rows under our name, with their ggml type
+    file.foreign()                                     # the whole model, dequantised tensor by tensor
+
+Every key of `<architecture>.*` and `tokenizer.*` is used, known to change nothing, or refused by name; so is every
+tensor.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ease_common.errors import ForeignError
+from ease_train.convert.conventions import Conventions
+from ease_train.convert.foreign import LLAMA3_SCALING, Foreign, foreign_name
+from ease_train.convert.vocabularies import (
+    Split,
+    TokenType,
+    Vocabulary,
+    byte_level,
+    sentencepiece_bpe,
+    split_of,
+    unigram,
+)
+from ease_train.model.blocks import stretched
+
+OUTER = {"token_embd": "embed", "output_norm": "norm", "output": "lm_head"}
+IN_BLOCK = {
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.q_proj",
+    "attn_k": "attention.k_proj",
+    "attn_v": "attention.v_proj",
+    "attn_output": "attention.o_proj",
+    "ffn_norm": "mlp_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+BIASED = ("attn_q", "attn_k", "attn_v")
+HEAD_NORMS = {"attn_q_norm": "attention.q_norm", "attn_k_norm": "attention.k_norm"}
+ROPE_FACTORS = "rope_freqs.weight"
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # "llama" is Mistral's and SmolLM2's, too
+
+NEUTRAL: dict[str, Any] = {  # what llama.cpp computes otherwise with another value
+    "attention.causal": True,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "expert_shared_count": 0,
+    "logit_scale": 1.0,
+    "nextn_predict_layers": 0,
+    "pooling_type": 0,
+    "residual_scale": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "use_parallel_residual": False,
+}
+HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length")
+NEUTRAL_TOKENIZER: dict[str, Any] = {
+    "tokenizer.ggml.add_sep_token": False,
+    "tokenizer.ggml.precompiled_charsmap": [],
+    "tokenizer.ggml.suppress_tokens": [],
+}
+HARMLESS_TOKENIZER = (
+    *(f"tokenizer.ggml.{name}_token_id" for name in ("seperator", "separator", "mask", "cls", "prefix", "suffix", "middle")),
+    *(f"tokenizer.ggml.fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
+    "tokenizer.ggml.token_type_count",
+    "tokenizer.huggingface.json",
+    "tokenizer.chat_templates",
+)
+SAMPLING = {
+    "temp": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+END_OF_TURN = (  # what llama.cpp takes for the end of an answer by its text: files name one such token of several
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "[EOT]", "[EOS]"),
+    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001 - DeepSeek's
+)
+
+
+class Reader(GGUFReader):
+    """gguf's reader, which would count to the length that a damaged file claims for an array."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == GGUFValueType.ARRAY:
+            length, left = int(self._get(orig_offs + 4, np.uint64)[0]), len(self.data) - orig_offs
+            if length > left:
+                raise ValueError(f"an array of {length} values in the {left} bytes that are left")
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
+@dataclass
+class Metadata:
+    """A file's keys and values; which of them were asked for, by their names. Every reader raises ForeignError."""
+
+    reader: GGUFReader
+    used: set[str] = field(default_factory=set)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.reader.fields
+
+    def value(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value of a key, of this type; without a default it has to be there."""
+        if key not in self:
+            if default is None:
+                raise ForeignError(f"the file lacks {key}, without which the model is not known")
+            return default
+        self.used.add(key)
+        try:
+            found = self.reader.fields[key].contents()
+        except UnicodeDecodeError as error:
+            raise ForeignError(f"{key} is no text: {error}") from None
+        if kind is float and type(found) is int:
+            found = float(found)
+        if type(found) is not kind or (isinstance(found, float) and not math.isfinite(found)):
+            shown = repr(found)
+            raise ForeignError(f"{key} = {shown[:60]}, expected {_NAMES[kind]}")
+        return found
+
+    def per_layer(self, key: str, default: int | None = None) -> int:
+        """A whole number that a file may give once for all layers, or once for each; they have to be the same in all."""
+        found = [default] if key not in self else self.reader.fields[key].contents()
+        if isinstance(found, list) and found and all(number == found[0] for number in found) and type(found[0]) is int:
+            self.used.add(key)
+            return int(found[0])
+        if isinstance(found, list):
+            raise ForeignError(f"{key} = {found[:8]}: layers of different shapes cannot be imported")
+        return int(self.value(key, int))
+
+    def token(self, key: str, tokens: int) -> int | None:
+        """A token's id, if the file names one."""
+        if key not in self:
+            return None
+        number = int(self.value(key, int))
+        if not 0 <= number < tokens:
+            raise ForeignError(f"{key} = {number}, expected a token from 0 to {tokens - 1}")
+        return number
+
+
+_NAMES = {
+    str: "a text",
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    list: "a list",
+}
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A tensor as its file keeps it: `data` holds one packed row each for the outer dimensions of `shape`.
+
+    `heads` is the number of heads whose rotated pairs lie side by side there (llama.cpp's order), 0 where rows are in
+    our order.
+    """
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    data: NDArray[Any]
+    heads: int = 0
+
+    def rows(self) -> NDArray[Any]:
+        """The packed rows in our order, first halves of the rotated pairs before second ones."""
+        if not self.heads:
+            return self.data
+        paired = self.data.reshape(self.heads, -1, 2, *self.data.shape[1:])
+        return paired.swapaxes(1, 2).reshape(self.data.shape)
+
+    def floats(self) -> Tensor:
+        """The weights as fp32, in `shape`. Raises ForeignError for a type that gguf cannot dequantise."""
+        try:
+            values = gguf.dequantize(self.rows(), self.kind)
+        except (NotImplementedError, ValueError) as error:
+            reason = str(error).strip() or type(error).__name__
+            raise ForeignError(f"{self.name} is stored as {self.kind.name}, which gguf cannot dequantise: {reason}") from None
+        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(self.shape)
+
+
+class Dequantised(Mapping[str, Tensor]):
+    """The tensors of a file as fp32 by their Hugging Face names, each dequantised when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, PackedTensor]) -> None:
+        self.tensors = {foreign_name(name): tensor for name, tensor in tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].floats()
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.tensors if name is not None)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def read_gguf(path: Path) -> Foreign:
+    """The model of a .gguf file. Raises ForeignError, one line that begins with the file's name."""
+    try:
+        return GGUFFile(path).foreign()
+    except ForeignError as error:
+        line = str(error)
+        raise ForeignError(line if line.startswith(str(path)) else f"{path}: {line}") from None
+
+
+class GGUFFile:
+    """A file's model: `config` (the values of a config.json) and `tensors`, packed, by our names. Raises ForeignError."""
+
+    def __init__(self, path: Path) -> None:
+        self.reader = _opened(path)
+        self.metadata = Metadata(self.reader)
+        self.architecture = self.metadata.value("general.architecture", str, "unknown")
+        if self.architecture not in ARCHITECTURES:
+            expected = ", ".join(ARCHITECTURES)
+            raise ForeignError(f"{path} holds a model of the type '{self.architecture}'; expected one of: {expected}")
+        self._check_whole()
+        self.stored = {tensor.name: tensor for tensor in self.reader.tensors}
+        self.config = self._config()
+        self.tensors = self._tensors()
+
+    def foreign(self) -> Foreign:
+        """The whole model. Raises ForeignError for a tokenizer that is not known, and for keys that are not."""
+        tokenizer, conventions = self.tokenizer_and_conventions()
+        self._check_keys()
+        return Foreign(self.config, Dequantised(self.tensors), tokenizer, conventions, self.report())
+
+    def report(self) -> tuple[str, ...]:
+        """What of the file was used, line by line."""
+        kinds = Counter(tensor.tensor_type.name for tensor in self.reader.tensors)
+        types = ", ".join(f"{count} {name}" for name, count in kinds.most_common())
+        keys = [key for key in self.reader.fields if not key.startswith("GGUF.")]
+        without = [key for key in keys if key not in self.metadata.used]
+        return (
+            f"tensors used: all {len(self.reader.tensors)} ({types})",
+            f"metadata used: {', '.join(key for key in keys if key in self.metadata.used)}",
+            f"metadata that changes nothing here: {', '.join(without) or 'none'}",
+        )
+
+    def _check_whole(self) -> None:
+        kind, parts = (
+            self.metadata.value("general.type", str, "model"),
+            self.metadata.value("split.count", int, 1),
+        )
+        if kind != "model":
+            raise ForeignError(f"general.type = '{kind}', expected a model")
+        if parts > 1:
+            raise ForeignError(f"this is one of {parts} parts; join them: llama-gguf-split --merge FIRST_PART OUT.gguf")
+        if self.reader.byte_order != "I":
+            raise ForeignError("the file's bytes are in the other order than this machine's; convert the model again on this one")
+
+    def _config(self) -> dict[str, Any]:
+        arch, read = self.architecture, self.metadata
+        heads, width = (
+            read.per_layer(f"{arch}.attention.head_count"),
+            read.value(f"{arch}.embedding_length", int),
+        )
+        for name, number in {"attention.head_count": heads, "embedding_length": width}.items():
+            if number < 1:
+                raise ForeignError(f"{arch}.{name} = {number}, expected at least 1")
+        head_dim = read.value(f"{arch}.attention.key_length", int, width // heads)
+        for name in ("attention.value_length", "rope.dimension_count"):
+            if (found := read.value(f"{arch}.{name}", int, head_dim)) != head_dim:
+                raise ForeignError(f"{arch}.{name} = {found}, expected the width of a head, {head_dim}")
+        window = read.value(f"{arch}.attention.sliding_window", int, 0)
+        positions = read.value(f"{arch}.context_length", int)
+        return {
+            "model_type": arch,
+            "vocab_size": self._vocab_size(),
+            "hidden_size": width,
+            "num_hidden_layers": read.value(f"{arch}.block_count", int),
+            "num_attention_heads": heads,
+            "num_key_value_heads": read.per_layer(f"{arch}.attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "intermediate_size": read.per_layer(f"{arch}.feed_forward_length"),
+            "max_position_embeddings": min(positions, window) if window > 0 else positions,
+            "rms_norm_eps": read.value(f"{arch}.attention.layer_norm_rms_epsilon", float),
+            "tie_word_embeddings": "output.weight" not in self.stored,
+            "rope_parameters": self._rope(head_dim),
+        }
+
+    def _vocab_size(self) -> int:
+        if "token_embd.weight" not in self.stored:
+            raise ForeignError("the file lacks the tensor token_embd.weight")
+        rows = int(self.stored["token_embd.weight"].shape[-1])
+        if (said := self.metadata.value(f"{self.architecture}.vocab_size", int, rows)) != rows:
+            raise ForeignError(f"{self.architecture}.vocab_size = {said}, but token_embd.weight has {rows} rows")
+        return rows
+
+    def _rope(self, head_dim: int) -> dict[str, Any]:
+        """The rotary embedding as a config.json of transformers 5 has it."""
+        arch, read = self.architecture, self.metadata
+        theta = read.value(f"{arch}.rope.freq_base", float, 10000.0)
+        kind = read.value(f"{arch}.rope.scaling.type", str, "linear")  # as in llama.cpp: a factor alone is linear
+        old = read.value(f"{arch}.rope.scale_linear", float, 0.0)
+        factor = read.value(f"{arch}.rope.scaling.factor", float, old) or 1.0
+        if kind not in ("none", "linear"):
+            raise ForeignError(f"{arch}.rope.scaling.type = '{kind}' cannot be imported; expected none or linear")
+        linear = kind == "linear" and factor != 1.0
+        if ROPE_FACTORS not in self.stored or arch != "llama":
+            scaling = {"rope_type": "linear", "factor": factor} if linear else {"rope_type": "default"}
+            return {**scaling, "rope_theta": theta}
+        if linear:
+            raise ForeignError(f"both {ROPE_FACTORS} and {arch}.rope.scaling.factor = {factor} stretch the rotary embedding; expected one")
+        factors = self._packed(ROPE_FACTORS).floats().double()
+        if len(factors) != head_dim // 2:
+            raise ForeignError(f"{ROPE_FACTORS} has {len(factors)} values, expected {head_dim // 2}, one for each rotated pair")
+        return {**rope_scaling(factors, theta), "rope_theta": theta}
+
+    def _packed(self, name: str, heads: int = 0) -> PackedTensor:
+        stored = self.stored[name]
+        shape = tuple(int(size) for size in reversed(stored.shape))
+        return PackedTensor(name, stored.tensor_type, shape, stored.data, heads)
+
+    def _tensors(self) -> dict[str, PackedTensor]:
+        """The tensors by our names: each that the model needs, and none beside."""
+        layers = self.config["num_hidden_layers"]
+        if layers > len(self.stored):
+            raise ForeignError(f"{self.architecture}.block_count = {layers}, but the file holds {len(self.stored)} tensors in all")
+        ours = {f"{theirs}.weight": f"{name}.weight" for theirs, name in OUTER.items()}
+        for layer in range(layers):
+            ours |= {f"blk.{layer}.{theirs}": f"layers.{layer}.{name}" for theirs, name in self._in_block.items()}
+        optional = {"output.weight"} | ({ROPE_FACTORS} if self.architecture == "llama" else set())
+        if missing := [name for name in ours if name not in self.stored and name not in optional]:
+            raise ForeignError(f"the file lacks {len(missing)} tensors that the model needs, the first is {missing[0]}")
+        if strange := [name for name in self.stored if name not in ours and name not in optional]:
+            raise ForeignError(f"the file holds {len(strange)} tensors that this decoder has no place for, the first is {strange[0]}")
+        return {name: self._packed(theirs, self._paired_heads(theirs)) for theirs, name in ours.items() if theirs in self.stored}
+
+    @cached_property
+    def _in_block(self) -> dict[str, str]:
+        inner = IN_BLOCK | (HEAD_NORMS if self.architecture == "qwen3" else {})
+        names = {f"{theirs}.weight": f"{name}.weight" for theirs, name in inner.items()}
+        if self.architecture == "qwen2":
+            names |= {f"{theirs}.bias": f"{IN_BLOCK[theirs]}.bias" for theirs in BIASED}
+        return names
+
+    def _paired_heads(self, name: str) -> int:
+        heads = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}
+        inner = name.split(".", 2)[-1]
+        if self.architecture != "llama" or inner not in heads:
+            return 0
+        count, rows = int(self.config[heads[inner]]), int(self.stored[name].shape[-1])
+        if rows != count * self.config["head_dim"]:
+            raise ForeignError(f"{name} has {rows} rows, expected {count} heads of {self.config['head_dim']}")
+        return count
+
+    def tokenizer_and_conventions(self) -> tuple[Tokenizer, Conventions]:
+        """The tokenizer, and how texts begin and end. Raises ForeignError for what is not known."""
+        read, model = self.metadata, self.metadata.value("tokenizer.ggml.model", str)
+        if model not in ("gpt2", "llama", "t5"):
+            raise ForeignError(f"tokenizer.ggml.model = '{model}' cannot be imported; expected gpt2, llama or t5")
+        tokens = read.value("tokenizer.ggml.tokens", list)
+        if len(tokens) > self.config["vocab_size"]:
+            raise ForeignError(f"the file has {len(tokens)} tokens, but token_embd.weight {self.config['vocab_size']} rows")
+        named = ("bos", "eos", "eot", "eom", "unknown", "padding")
+        ids = {name: read.token(f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in named}
+        vocabulary = self._vocabulary(tokens, model)
+        split = Split((), starts=model == "llama")
+        if model == "gpt2":
+            split = split_of(read.value("tokenizer.ggml.pre", str))
+        if read.value("tokenizer.ggml.add_eos_token", bool, model == "t5"):
+            raise ForeignError(
+                "tokenizer.ggml.add_eos_token is true (or left to t5's default): a token after every prompt is not known here"
+            )
+        starts = read.value("tokenizer.ggml.add_bos_token", bool, split.starts)
+        if starts and ids["bos"] is None:
+            raise ForeignError("the file lacks tokenizer.ggml.bos_token_id, and a start token stands before every text")
+        by_text = (number for number, token in enumerate(tokens) if token in END_OF_TURN)
+        stops = tuple(dict.fromkeys(token for token in (ids["eos"], ids["eot"], ids["eom"], *by_text) if token is not None))
+        conventions = Conventions(ids["bos"] if starts else None, stops, self._chat_template(), self._generation(ids))
+        return self._tokenizer(model, vocabulary, split, ids["unknown"]), conventions
+
+    def _vocabulary(self, tokens: list[str], model: str) -> Vocabulary:
+        types = self.metadata.value("tokenizer.ggml.token_type", list)
+        unscored = [0.0] * len(tokens) if model == "gpt2" else None
+        scores = self.metadata.value("tokenizer.ggml.scores", list, unscored)
+        for name, values in {"token_type": types, "scores": scores}.items():
+            if len(values) != len(tokens):
+                raise ForeignError(f"tokenizer.ggml.{name} has {len(values)} values for {len(tokens)} tokens")
+        special = {number for number, kind in enumerate(types) if kind in (TokenType.CONTROL, TokenType.UNKNOWN)}
+        special |= {number for number, token in enumerate(tokens) if token in END_OF_TURN}
+        return Vocabulary(tokens, types, scores, frozenset(special))
+
+    def _tokenizer(self, model: str, vocabulary: Vocabulary, split: Split, unknown: int | None) -> Tokenizer:
+        read = self.metadata
+        prefix = read.value("tokenizer.ggml.add_space_prefix", bool, model == "llama")
+        merge = read.value("tokenizer.ggml.remove_extra_whitespaces", bool, False)
+        if model == "gpt2":
+            return byte_level(vocabulary, read.value("tokenizer.ggml.merges", list), split)
+        if unknown is None:
+            raise ForeignError("the file lacks tokenizer.ggml.unknown_token_id, which its vocabulary needs")
+        if model == "llama":
+            return sentencepiece_bpe(vocabulary, unknown, prefix)
+        return unigram(vocabulary, unknown, prefix, merge)
+
+    def _chat_template(self) -> str | None:
+        key = "tokenizer.chat_template"
+        return self.metadata.value(key, str) if key in self.metadata else None
+
+    def _generation(self, ids: Mapping[str, int | None]) -> dict[str, Any]:
+        """What the makers sample with, and the tokens that frame texts, by transformers' names."""
+        framing = {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["padding"]}
+        found: dict[str, Any] = {name: token for name, token in framing.items() if token is not None}
+        for theirs, name in SAMPLING.items():
+            if (key := f"general.sampling.{theirs}") in self.metadata:
+                found[name] = self.metadata.value(key, int if theirs == "top_k" else float)
+        return found
+
+    def _check_keys(self) -> None:
+        """Refuse keys of the model and of its tokenizer that were not used and may change what is computed."""
+        arch, read = self.architecture, self.metadata
+        neutral = {f"{arch}.{name}": value for name, value in NEUTRAL.items()} | NEUTRAL_TOKENIZER
+        harmless = {*(f"{arch}.{name}" for name in HARMLESS), *HARMLESS_TOKENIZER}
+        if read.value("tokenizer.ggml.model", str) != "gpt2":
+            harmless.add("tokenizer.ggml.pre")  # splits are byte-level BPE's
+        for key in self.reader.fields:
+            unused = key.startswith((f"{arch}.", "tokenizer.")) and key not in read.used and key not in harmless
+            if not unused or key.startswith("tokenizer.chat_template."):
+                continue
+            value = self.reader.fields[key].contents()
+            if key not in neutral:
+                raise ForeignError(f"{key} = {str(value)[:60]!r} is not known here; what it changes would be lost")
+            if value != neutral[key]:
+                raise ForeignError(f"{key} = {str(value)[:60]}, expected {neutral[key]}: this decoder computes nothing else")
+
+
+def _opened(path: Path) -> Reader:
+    try:
+        return Reader(path)
+    except Exception as error:  # a damaged file: anything from numpy's or gguf's own checks
+        raise ForeignError(f"{path} is no GGUF file that can be read: {str(error).splitlines()[0]}") from None
+
+
+def rope_scaling(factors: Tensor, theta: float) -> dict[str, Any]:
+    """The settings that the factors of `rope_freqs.weight` were computed from: none, linear, or Llama 3's.
+
+    Llama 3's are known up to a common measure of LOW, HIGH and POSITIONS, which LOW = 1 fixes. Shape: (P/2) float64.
+    Raises ForeignError for other factors.
+    """
+    factor = float(factors.max())
+    if torch.equal(factors, torch.full_like(factors, factor)):
+        return {"rope_type": "linear", "factor": factor} if factor != 1.0 else {"rope_type": "default"}
+    half = len(factors)
+    frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    for settings in _llama3_candidates(factors, frequencies / (2 * math.pi)):
+        if torch.allclose(frequencies / stretched(frequencies, (factor, *settings)), factors, rtol=1e-5, atol=0.0):
+            return {"rope_type": "llama3", **dict(zip(LLAMA3_SCALING, (factor, *settings), strict=True))}
+    raise ForeignError(f"{ROPE_FACTORS} holds factors from {float(factors.min())} to {factor} that are not Llama 3's, nor linear")
+
+
+def _llama3_candidates(factors: Tensor, turns: Tensor) -> Iterator[tuple[float, float, float]]:
+    """(LOW, HIGH, POSITIONS) to try; `turns` are those that a pair makes in one position. Shape: two of (P/2)."""
+    factor = factors.max()
+    kept = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    between = (kept > 1e-6) & (kept < 1 - 1e-6)
+    if between.any():
+        positions = float(((3 * kept + 1) / turns)[between].median())
+    else:  # any number fits that is between the last pair left alone and the first one stretched
+        positions = float((4 / turns[kept > 0.5].min() * (1 / turns[kept < 0.5].max())).sqrt())
+    yield 1.0, 4.0, float(round(positions))
+    yield 1.0, 4.0, positions
+    if int(between.sum()) > 1:
+        rise, start = np.polyfit(turns[between].numpy(), kept[between].numpy(), 1)
+        span = -1 / start
+        yield 1.0, 1.0 + round(span, 3), float(round(rise * span))
+        yield 1.0, 1.0 + span, rise * span

@@ -1,0 +1,534 @@
+"""Hugging Face model directories: read into a checkpoint, and written back from one.
+
+    checkpoint = import_model("HuggingFaceTB/SmolLM2-135M-Instruct", exits=(10, 20))      # a directory, a hub id or a .gguf file
+    export_model(checkpoint, Path("smollm2-hf"))     # transformers loads it; what belongs to the exits lies in files beside
+    export_exits(checkpoint, Path("smollm2-exits"))     # these files alone, small enough to share
+
+Reading safetensors and .gguf files needs no transformers (the latter need the package gguf); a tokenizer that is not in the form
+of tokenizer.json does.
+"""
+
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+from ease_common.chat import SPECIAL_TOKENS, ChatTemplate
+from ease_common.errors import CheckpointError, ForeignError, SettingWarning
+from ease_common.files import written_aside
+from ease_train.convert.conventions import Conventions
+from ease_train.convert.foreign import ROTARY_BUFFER, Foreign, foreign_config, foreign_name, model_config
+from ease_train.data.tokens import settled, tokens_without_row
+from ease_train.model.decoder import Decoder
+from ease_train.training.checkpoint import UNKNOWN_DATA, Checkpoint, filled, not_finite
+from ease_train.training.config import OF_THE_EXITS, ModelConfig, Recipe, TokenizerConfig, TrainConfig
+from ease_train.training.renames import renamed
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+EXITS, EXIT_WEIGHTS = "ease.json", "ease_exits.safetensors"  # what transformers has no place for
+REDUCED_HEAD = "reduced_head.known.weight"
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+OF_THE_EMBEDDING = EMBEDDING.removeprefix("model.")
+NEEDED_OF_HUB = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+GENERATION = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "bos_token_id", "eos_token_id", "pad_token_id")
+NAMED = ("bos_token", "eos_token")
+WITH_TRANSFORMERS = "needs transformers: pip install 'ease-lm[hf]'"
+
+
+def import_model(
+    source: str,
+    exits: tuple[int, ...] = (),
+    max_positions: int | None = None,
+    with_exits: Path | None = None,
+    report: Callable[[str], object] | None = None,
+) -> Checkpoint:
+    """A foreign model as a checkpoint with untrained exits, whose norms start as the final norm. Raises ForeignError, ConfigError.
+
+    Without `exits` it has those in the folder `with_exits`, or those that `export_model` wrote beside it, if any. `report` is
+    called with each line of what of a .gguf file was used.
+    """
+    if source.endswith(".gguf"):
+        foreign, folder = read_gguf_file(Path(source)), None
+        if report is not None:
+            for line in foreign.report:
+                report(line)
+    else:
+        folder = Path(source) if Path(source).is_dir() else download(source)
+        foreign = read_directory(folder)
+    if with_exits is None and not exits and folder is not None and (folder / EXITS).is_file():
+        with_exits = folder
+    if with_exits is not None:
+        return adopt_with_exits(foreign, with_exits, max_positions, source)
+    return adopt(foreign, exits, max_positions, source)
+
+
+def read_gguf_file(path: Path) -> Foreign:
+    """The model of a .gguf file. Raises ForeignError."""
+    if not path.is_file():
+        raise ForeignError(f"no file at {path}")
+    try:
+        from ease_train.convert.gguf import read_gguf
+    except ImportError:
+        raise ForeignError(f"reading {path.name} needs gguf: pip install 'ease-lm[hf]'") from None
+    return read_gguf(path)
+
+
+def download(name: str) -> Path:
+    """A model's files from the hub, or from its cache. Raises ForeignError."""
+    from huggingface_hub import snapshot_download
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ForeignError(f"no model at {name}: expected a Hugging Face directory, a hub id like OWNER/NAME, or a .gguf file")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(NEEDED_OF_HUB)))
+    except Exception as error:  # the hub's client lets through whatever its transport raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        remedy = "is it spelt right, is it gated (hf auth login), is the hub in reach? A directory on this machine needs no hub"
+        raise ForeignError(f"{name} did not come from the Hugging Face hub: {reason} ({remedy})") from None
+
+
+def read_directory(folder: Path) -> Foreign:
+    """A Hugging Face model directory; its weights are read one by one as they are asked for. Raises ForeignError."""
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise ForeignError(f"{folder} is no Hugging Face model: config.json is missing")
+    if "recipe" in config:
+        raise ForeignError(f"{folder} is a checkpoint of this project already; nothing to import")
+    model_config(config, (), None, tied=False)  # refused in our words, before transformers reads the same file
+    tokenizer, names = read_named_tokenizer(folder)
+    return Foreign(config, Shards(folder), tokenizer, read_conventions(folder, config, tokenizer, names))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None when there is no such file. Raises ForeignError."""
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ForeignError(f"{path} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ForeignError(f"{path} holds no JSON object")
+    return values
+
+
+class Shards(Mapping[str, Tensor]):
+    """The tensors of a directory's safetensors files as fp32, read when they are asked for. Raises ForeignError.
+
+    As transformers has it, `model.safetensors` goes before an index, and names may lack the prefix of the decoder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        names = dict[str, Path]()
+        for name in _weight_files(folder):
+            with _opened(folder / name) as file:
+                names |= dict.fromkeys(file.keys(), folder / name)
+        bare = OF_THE_EMBEDDING in names
+        self.places = {f"model.{name}" if bare and name != LM_HEAD else name: (path, name) for name, path in names.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, stored = self.places[name]
+        with _opened(path) as file:
+            tensor: Tensor = file.get_tensor(stored)
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ForeignError(f"{path.name}: {name} is stored as {tensor.dtype}; quantised weights cannot be imported")
+        return tensor.to(torch.float32, copy=True)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of a directory's safetensors files, which are all there. Raises ForeignError."""
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    index = read_json(folder / INDEX)
+    if index is None:
+        raise ForeignError(f"{folder} lacks {WEIGHTS}{_instead(folder)}")
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ForeignError(f"{folder / INDEX} is damaged: weight_map should name a file for each tensor")
+    files = sorted(set(places.values()))
+    if outside := [name for name in files if Path(name).name != name]:
+        raise ForeignError(f"{folder / INDEX} names {outside[0]!r}, which is no file of its own directory")
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise ForeignError(f"{folder} lacks {', '.join(missing)} ({len(missing)} of {len(files)} shards)")
+    return files
+
+
+def _instead(folder: Path) -> str:
+    """What a directory without weights that can be read holds in their place, and what to do about it."""
+    if (folder / "adapter_config.json").is_file():
+        return ": it is an adapter of peft; merge it into its model and save that (merge_and_unload, save_pretrained)"
+    if others := sorted(path.name for path in folder.glob("*.safetensors")):
+        return f" and {INDEX}; is {others[0]} meant? Give it the first name"
+    remedy = "transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(OTHER) writes them so"
+    return f"; weights in another form (.bin, .pt) are not read: {remedy}"
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ForeignError(f"{path} is no safetensors file: {error}") from None
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model directory. Raises ForeignError."""
+    return read_named_tokenizer(folder)[0]
+
+
+def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]]:
+    """The tokenizer of a model directory, and the texts of its `bos_token` and `eos_token`. Raises ForeignError.
+
+    It is as transformers reads it, where that is installed: what else the directory says may add tokens, or change how texts are cut.
+    """
+    described = tokenizer_settings(folder)
+    if described.get("split_special_tokens"):
+        raise ForeignError(f"{folder} has split_special_tokens = true: its chat template would be read as plain text; set it to false")
+    try:
+        import transformers
+    except ImportError:
+        tokenizer, names = _tokenizer_alone(folder, described), described
+    else:
+        if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+            _check_sentencepiece(folder / "tokenizer.model")
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity(logging.ERROR)
+        try:
+            with without_templates(folder) as files:
+                known = transformers.AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
+            tokenizer, names = known.backend_tokenizer, {name: getattr(known, name) for name in NAMED}
+        except Exception as error:  # whatever its many tokenizers raise
+            raise ForeignError(f"{folder} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}") from None
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+    return settled(tokenizer), {name: _text_of(names.get(name)) for name in NAMED}
+
+
+@contextmanager
+def without_templates(folder: Path) -> Iterator[Path]:
+    """The same directory without its chat templates, by links: one that cannot be read costs chat, not the tokenizer."""
+    with tempfile.TemporaryDirectory() as temporary:
+        for entry in folder.iterdir():
+            if not entry.name.startswith(("chat_template", "additional_chat_templates")):
+                (Path(temporary) / entry.name).symlink_to(entry.resolve())
+        yield Path(temporary)
+
+
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """What stands beside a tokenizer, of which tokenizer.json knows nothing. Raises ForeignError."""
+    return {**(read_json(folder / "special_tokens_map.json") or {}), **(read_json(folder / "tokenizer_config.json") or {})}
+
+
+def _tokenizer_alone(folder: Path, described: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer.json by itself, where it is all there is to know. Raises ForeignError."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ForeignError(f"{folder} has no tokenizer.json, and converting another form {WITH_TRANSFORMERS}")
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ForeignError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+    named = [value for name, value in described.items() if name.endswith("_token")]
+    texts = [_text_of(token) for token in (*named, *described.get("added_tokens_decoder", {}).values())]
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if more := sorted({text for text in texts if text is not None} - added):
+        raise ForeignError(f"{folder} names tokens that tokenizer.json has not ({more[0]}); adding them {WITH_TRANSFORMERS}")
+    return tokenizer
+
+
+def _text_of(token: Any) -> str | None:
+    """The text of a special token, which is named by it or by an object that holds it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _check_sentencepiece(path: Path) -> None:
+    """Refuse a vocabulary of SentencePiece's that transformers reads as another: it takes each for BPE. Raises ForeignError."""
+    try:
+        from google.protobuf.message import DecodeError
+
+        proto = import_module("sentencepiece.sentencepiece_model_pb2")
+    except ImportError:
+        raise ForeignError(f"{path} needs sentencepiece to be read: pip install 'ease-lm[hf]'") from None
+    model = proto.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
+        return  # tiktoken's, which has the same name
+    if model.trainer_spec.model_type != proto.TrainerSpec.BPE:
+        kind = proto.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
+        raise ForeignError(f"{path} is a {kind} vocabulary, expected BPE; a tokenizer.json beside it would be read instead")
+
+
+def read_conventions(
+    folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, names: Mapping[str, str | None] | None = None
+) -> Conventions:
+    """How the model's texts begin and end, and its template: from the files beside its weights. Raises ForeignError.
+
+    `names`: the tokenizer's `bos_token` and `eos_token`, where they are known already.
+    """
+    described, generation = tokenizer_settings(folder), read_json(folder / "generation_config.json") or {}
+    names = names or {name: _text_of(described.get(name)) for name in NAMED}
+    begin, end = (None if (text := names[name]) is None else tokenizer.token_to_id(text) for name in NAMED)
+    stops = [end, *_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
+    stop_ids = tuple(dict.fromkeys(token for token in stops if token is not None))
+    kept = {name: generation[name] for name in GENERATION if generation.get(name) is not None}
+    kept["bos_token_id"] = begin  # the tokenizer's, for templates and likelihoods: generation_config.json may name another
+    return Conventions(start_id(tokenizer), stop_ids, _template(folder, described), kept, _special_tokens(described))
+
+
+def _ids(value: Any) -> list[int]:
+    return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]
+
+
+def start_id(tokenizer: Tokenizer) -> int | None:
+    """The token that the tokenizer puts before every text, whatever its configuration says of it. Raises ForeignError."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    if whole.ids == plain.ids:
+        return None
+    if whole.ids[1:] != plain.ids:
+        expected = "expected nothing more than one token before the text: change post_processor in tokenizer.json"
+        raise ForeignError(f"the tokenizer makes {' '.join(whole.tokens)} of the text 'a'; {expected}")
+    first: int = whole.ids[0]
+    return first
+
+
+def _template(folder: Path, named: Mapping[str, Any]) -> str | None:
+    """The chat template: a file of its own, or in the tokenizer's configuration, alone or as the one named 'default'."""
+    path = folder / "chat_template.jinja"
+    template = path.read_bytes() if path.is_file() else named.get("chat_template")
+    if isinstance(template, list):
+        named_so = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        if "default" not in named_so:
+            warn(f"no chat template is named 'default' (there are: {', '.join(map(str, named_so))}); imported without one")
+        template = named_so.get("default")
+    return read_template(template) if isinstance(template, str | bytes) else None
+
+
+def read_template(source: str | bytes) -> str | None:
+    """A template's text; None where it has none. One that cannot be read is warned of: it costs chat only."""
+    if (problem := ChatTemplate(source).problem) is not None:
+        warn(problem)
+    try:
+        return source if isinstance(source, str) else source.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def warn(message: str) -> None:
+    warnings.warn(message, SettingWarning, stacklevel=2)
+
+
+def _special_tokens(named: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of the special tokens that a tokenizer's configuration names, for templates."""
+    given = {name: named.get(name) for name in SPECIAL_TOKENS}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def adopt(foreign: Foreign, exits: tuple[int, ...], max_positions: int | None, source: str) -> Checkpoint:
+    """A foreign model as a checkpoint. Raises ForeignError, ConfigError."""
+    return _checkpoint(foreign, read_config(foreign, exits, max_positions), {}, source)
+
+
+def read_config(foreign: Foreign, exits: tuple[int, ...], max_positions: int | None) -> ModelConfig:
+    """A foreign model's configuration; where config.json and the tensors disagree, as transformers reads it.
+
+    Raises ForeignError, ConfigError.
+    """
+    num_layers = foreign.config.get("num_hidden_layers")
+    if type(num_layers) is int and num_layers > len(foreign.weights):
+        found = f"the model's files hold {len(foreign.weights)} tensors in all"
+        raise ForeignError(f"config.json has num_hidden_layers = {num_layers}, but {found}")
+    return model_config(foreign.config, exits, max_positions, is_tied(foreign))
+
+
+def is_tied(foreign: Foreign) -> bool:
+    """Whether embedding and LM head are one matrix: config.json says so, and the files hold no two that differ."""
+    if foreign.config.get("tie_word_embeddings", False) is not True:
+        return False
+    if not {EMBEDDING, LM_HEAD} <= foreign.weights.keys():
+        return True
+    return torch.equal(foreign.weights[EMBEDDING], foreign.weights[LM_HEAD])
+
+
+def _checkpoint(foreign: Foreign, config: ModelConfig, exit_weights: Mapping[str, Tensor], source: str) -> Checkpoint:
+    recipe = Recipe(
+        name="imported",
+        description=f"the weights of {source}",
+        paper="",
+        model=config,
+        tokenizer=TokenizerConfig(),
+        train=TrainConfig(layer_weights={config.num_layers: 1.0}, sequence_length=min(256, config.max_positions)),
+    )
+    start = foreign.conventions.start_id
+    if start is not None and start >= config.vocab_size:
+        token = foreign.tokenizer.id_to_token(start)
+        raise ForeignError(f"{token!r} (id {start}) stands before every text, but the embedding has {config.vocab_size} rows")
+    model = converted(foreign.weights, config, exit_weights)
+    if without := tokens_without_row(foreign.tokenizer, config.vocab_size):
+        warnings.warn(without, SettingWarning, stacklevel=2)
+    return Checkpoint(recipe, model, foreign.tokenizer, 0, UNKNOWN_DATA, conventions=foreign.conventions)
+
+
+def converted(foreign: Mapping[str, Tensor], config: ModelConfig, exit_weights: Mapping[str, Tensor]) -> Decoder:
+    """A decoder with the foreign weights, each of which it uses (but the rotary tables of old files).
+
+    Raises ForeignError when some lack, do not fit, belong to nothing here or are no finite numbers.
+    """
+    with torch.device("meta"):
+        expected = Decoder(config).state_dict()
+    theirs = {name: known for name in expected if (known := foreign_name(name)) is not None}
+    used = set(theirs.values())
+    if config.tie_embeddings:
+        del theirs["lm_head.weight"]
+        theirs["embed.weight"] = EMBEDDING if EMBEDDING in foreign else LM_HEAD  # one of them, or two that are equal
+    if missing := sorted({*theirs.values()} - foreign.keys()):
+        untied = f"; config.json ties no {LM_HEAD} to the embedding (tie_word_embeddings)" if missing[0] == LM_HEAD else ""
+        raise ForeignError(f"the model's files lack {len(missing)} weights, the first is {missing[0]}{untied}")
+    if strange := [name for name in foreign if name not in used and not name.endswith(ROTARY_BUFFER)]:
+        found = f"the model's files hold {len(strange)} weights that this decoder has no place for"
+        raise ForeignError(f"{found}, the first is {strange[0]}")
+    weights = dict[str, Tensor]()
+    for name, known in theirs.items():
+        weights[name] = _checked(known, foreign[known], expected[name].shape)
+    weights |= {name: _checked(name, value, value.shape) for name, value in exit_weights.items()}
+    if REDUCED_HEAD in expected and REDUCED_HEAD not in weights:
+        lm_head = weights["embed.weight" if config.tie_embeddings else "lm_head.weight"]
+        weights[REDUCED_HEAD] = lm_head[weights["reduced_head.ids"]]
+    for name in (f"exits.{layer}.norm.weight" for layer in config.exits):
+        if name in expected and name not in weights:
+            weights[name] = weights["norm.weight"].clone()
+    try:
+        return filled(config, weights, "the model's files")
+    except CheckpointError as error:
+        raise ForeignError(str(error)) from None
+
+
+def _checked(name: str, weight: Tensor, shape: torch.Size) -> Tensor:
+    """A foreign weight that has this shape, and numbers that are finite. Raises ForeignError."""
+    if weight.shape != shape:
+        raise ForeignError(f"{name} has the shape {[*weight.shape]}, but config.json makes it {[*shape]}")
+    if where := not_finite(weight):
+        raise ForeignError(f"{name} {where}: the model is damaged, and would say nothing; get its files again")
+    return weight
+
+
+def adopt_with_exits(foreign: Foreign, folder: Path, max_positions: int | None, source: str) -> Checkpoint:
+    """A foreign model with the exits that `export_model` or `export_exits` wrote. Raises ForeignError, ConfigError."""
+    values = (read_json(folder / EXITS) or {}).get("model")
+    if values is None:
+        raise ForeignError(f"{folder} holds no exits: expected {EXITS} and {EXIT_WEIGHTS}, as `ease-train export-exits` writes them")
+    theirs = ModelConfig.from_dict(values, EXITS)
+    config = read_config(foreign, theirs.exits, max_positions)
+    config = replace(config, **{name: getattr(theirs, name) for name in (*OF_THE_EXITS, "gates", "gate_width")})
+    for name, value in asdict(replace(theirs, max_positions=config.max_positions)).items():
+        if value != getattr(config, name):
+            raise ForeignError(f"the exits in {folder} belong to another model: {name} = {value}, but {getattr(config, name)} in {source}")
+    with _opened(folder / EXIT_WEIGHTS) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    exit_weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in renamed(tensors).items()}
+    return _checkpoint(foreign, config, exit_weights, source)
+
+
+def exit_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What transformers has no place for. A reduced head whose rows are the LM head's is not among it: they are read there."""
+    model = checkpoint.model
+    own, reduced = model.exit_state(), model.reduced_head
+    if reduced is not None and torch.equal(reduced.known.weight, model.lm_head.weight[reduced.ids]):
+        del own[REDUCED_HEAD]
+    return own
+
+
+def export_exits(checkpoint: Checkpoint, out: Path) -> None:
+    """Write what belongs to the exits alone, in fp16, with the recipe and the last figures of their training. Raises ForeignError."""
+    if out.exists() and not (out / EXITS).is_file():
+        raise ForeignError(f"{out} is there already and was not written by export-exits; choose another name, or remove it")
+    figures = {name: line[name] for line in checkpoint.metrics for name in ("perplexity", "agreement", "gates") if name in line}
+    tensors = {name: value.half() if value.is_floating_point() else value for name, value in exit_tensors(checkpoint).items()}
+    try:
+        with written_aside(out) as folder:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, folder / EXIT_WEIGHTS)
+            write_json(folder / EXITS, {**checkpoint.recipe.to_dict(), "step": checkpoint.step, "figures": figures})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ForeignError(f"could not write {out}: {error}; nothing half is left there") from None
+
+
+def export_model(checkpoint: Checkpoint, out: Path) -> None:
+    """Write a checkpoint as a directory that transformers loads, its exits in files beside. Raises ForeignError."""
+    if out.exists() and not (out / EXITS).is_file():
+        raise ForeignError(f"{out} is there already and was not written by export-hf; choose another name, or remove it")
+    model, ours = checkpoint.recipe.model, checkpoint.model.state_dict()
+    config = foreign_config(model)
+    if model.tie_embeddings:
+        del ours["lm_head.weight"]
+    theirs = {known: value.contiguous() for name, value in ours.items() if (known := foreign_name(name)) is not None}
+    exits = {name: value.contiguous() for name, value in exit_tensors(checkpoint).items()}
+    stops = checkpoint.conventions.stop_ids
+    generation = {"eos_token_id": list(stops), **checkpoint.conventions.generation}
+    begin = generation.get("bos_token_id", checkpoint.conventions.start_id)
+    try:
+        with written_aside(out) as folder:
+            save_file(theirs, folder / WEIGHTS, metadata={"format": "pt"})
+            save_file(exits, folder / EXIT_WEIGHTS)
+            write_json(folder / EXITS, {"model": model.to_dict()})
+            write_json(folder / "config.json", {**config, "bos_token_id": begin, "eos_token_id": stops[0] if stops else None})
+            write_json(folder / "generation_config.json", generation)
+            write_tokenizer(checkpoint, begin, folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ForeignError(f"could not write {out}: {error}; no half model is left there") from None
+
+
+def write_tokenizer(checkpoint: Checkpoint, begin: int | None, folder: Path) -> None:
+    """The tokenizer's files, in the form that transformers' AutoTokenizer obeys."""
+    conventions, tokenizer = checkpoint.conventions, checkpoint.tokenizer
+    special = {"bos_token": begin, "eos_token": conventions.stop_ids[0] if conventions.stop_ids else None}
+    described: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": conventions.start_id is not None,  # for llama.cpp's converter; transformers obeys the post-processor
+        "clean_up_tokenization_spaces": False,
+        **{name: tokenizer.id_to_token(token) for name, token in special.items() if token is not None},
+        **conventions.special_tokens,
+    }
+    with_start(tokenizer, conventions.start_id).save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", described)
+    if conventions.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(conventions.chat_template, encoding="utf-8")
+
+
+def with_start(tokenizer: Tokenizer, start: int | None) -> Tokenizer:
+    """A tokenizer whose post-processor puts the token `start` before every text; the same one where it does already."""
+    if start_id(tokenizer) == start:
+        return tokenizer
+    before = [] if start is None else [tokenizer.id_to_token(start)]
+    changed = Tokenizer.from_str(tokenizer.to_str())
+    changed.post_processor = TemplateProcessing(
+        single=[*before, "$A"],
+        pair=[*before, "$A", *(f"{token}:1" for token in before), "$B:1"],
+        special_tokens=[(token, start) for token in before],
+    )
+    return changed
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

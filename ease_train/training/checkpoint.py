@@ -1,0 +1,212 @@
+"""The checkpoint directory: all that is needed to rebuild the model, and to go on training it.
+
+    config.json         format_version, the recipe with every field, the recipe that the run began with, the step, the data,
+                        the sha256 and number of its texts, the conventions, versions
+    model.safetensors   the weights
+    tokenizer.json
+    chat_template.jinja for models that have one
+    metrics.jsonl       one line a log step or evaluation
+    metrics.csv         the same numbers as a table
+    train_state/        optimizer, and the run's own weights where the model is the best so far; only for resuming
+
+Written aside and renamed; nothing is ever unpickled.
+"""
+
+import json
+import pickle
+import platform
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_model
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ease_common.errors import CheckpointError
+from ease_common.files import restore_interrupted, written_aside
+from ease_train.convert.conventions import Conventions
+from ease_train.data.tokens import settled
+from ease_train.model.blocks import rotary_tables
+from ease_train.model.decoder import Decoder
+from ease_train.training.config import ModelConfig, Recipe
+from ease_train.training.logs import metrics_csv
+from ease_train.training.renames import renamed
+
+FORMAT_VERSION = 2  # 1: renames.py
+UNKNOWN_DATA = "unknown"  # what a foreign model was trained on
+TEMPLATE_FILE = "chat_template.jinja"
+STATE_FILE = Path("train_state") / "state.pt"
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint directory holds. `train_state` is None when the checkpoint was loaded only to be used.
+
+    `conventions` are by default those of a tokenizer trained here. `data_sha256` are the sums of the splits trained on (`sum_of`),
+    by name, and `num_documents` their counts; none where they are unknown. `base` is the recipe as it was before the run's own options.
+    """
+
+    recipe: Recipe
+    model: Decoder
+    tokenizer: Tokenizer
+    step: int
+    data: str
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    train_state: dict[str, Any] | None = None
+    conventions: Conventions = None  # type: ignore[assignment]
+    data_sha256: dict[str, str] = field(default_factory=dict)
+    base: Recipe | None = None
+    num_documents: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.conventions is None:
+            self.conventions = Conventions.of(self.tokenizer)
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the directory, replacing an older one at `path` only when the new one is complete.
+
+    Raises CheckpointError when the disk does not take it; what was at `path` is then still there.
+    """
+    try:
+        with written_aside(path) as folder:
+            config = {
+                "format_version": FORMAT_VERSION,
+                "step": checkpoint.step,
+                "data": checkpoint.data,
+                "data_sha256": checkpoint.data_sha256,
+                "num_documents": checkpoint.num_documents,
+                "conventions": checkpoint.conventions.to_dict(),
+                "versions": {"torch": torch.__version__, "python": platform.python_version()},
+                "recipe": checkpoint.recipe.to_dict(),
+            }
+            if checkpoint.base is not None:
+                config["base"] = checkpoint.base.to_dict()
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_model(checkpoint.model, str(folder / "model.safetensors"))
+            checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
+            if checkpoint.conventions.chat_template is not None:
+                (folder / TEMPLATE_FILE).write_text(checkpoint.conventions.chat_template, encoding="utf-8")
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in checkpoint.metrics), encoding="utf-8")
+            (folder / "metrics.csv").write_text(metrics_csv(checkpoint.metrics), encoding="utf-8")
+            if checkpoint.train_state is not None:
+                (folder / STATE_FILE.parent).mkdir()
+                torch.save(checkpoint.train_state, folder / STATE_FILE)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
+        kept = f"; the checkpoint of before is still at {path}" if path.exists() else ""
+        raise CheckpointError(f"could not save step {checkpoint.step} to {path}: {error}{kept}") from None
+
+
+def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
+    """Read a checkpoint, with the training state when `resume` is set.
+
+    Raises CheckpointError when it is missing, incomplete or newer than this version.
+    """
+    restore_interrupted(path)
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}; make one: ease-train fit demo --out {path}")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", *([str(STATE_FILE)] if resume else [])):
+        if not (path / name).is_file():
+            remedy = f"train it again: ease-train fit RECIPE --out {path}"
+            raise CheckpointError(f"{path} is no complete checkpoint: {name} is missing; {remedy}")
+    config = _read_config(path)
+    try:
+        recipe = Recipe.from_dict(config["recipe"], str(path / "config.json"))
+        base = Recipe.from_dict(config["base"], str(path / "config.json")) if "base" in config else None
+        model = load_weights(recipe.model, path / "model.safetensors")
+        tokenizer = _load_tokenizer(path / "tokenizer.json")
+        state = _load_state(path / STATE_FILE) if resume else None
+        conventions = _read_conventions(config, path) or Conventions.of(tokenizer)
+        metrics = read_metrics(path)
+    except (KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    return Checkpoint(
+        recipe,
+        model,
+        tokenizer,
+        config["step"],
+        config["data"],
+        metrics,
+        state,
+        conventions,
+        data_sha256=config.get("data_sha256", {}),
+        num_documents=config.get("num_documents", {}),
+        base=base,
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """What the run at `path` logged: a line a log step or evaluation. Raises OSError or ValueError for a missing or damaged file."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        version = config["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path / 'config.json'} is damaged; restore it, or train again") from None
+    if version > FORMAT_VERSION:
+        reads = f"this version of EASE reads up to {FORMAT_VERSION}; update: pip install --upgrade ease-lm"
+        raise CheckpointError(f"{path} has format_version {version}, {reads}")
+    return dict(config)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return settled(Tokenizer.from_file(str(path)))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise CheckpointError(f"{path.name}: {error}") from None
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path.name} is damaged")
+    state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    return {**state, "weights": renamed(state["weights"])} if "weights" in state else state
+
+
+def _read_conventions(config: dict[str, Any], path: Path) -> Conventions | None:
+    template = path / TEMPLATE_FILE
+    source = template.read_text(encoding="utf-8") if template.is_file() else None
+    return Conventions.from_dict(config["conventions"], source) if "conventions" in config else None
+
+
+def not_finite(weight: Tensor) -> str | None:
+    """What to say of a weight that holds NaN or infinity: the first, and how many there are. None for a sound one."""
+    if not weight.is_floating_point() or (finite := weight.isfinite()).all():
+        return None
+    places = (~finite).nonzero().tolist()
+    return f"holds {weight[tuple(places[0])].item()} at {places[0]} ({len(places)} of {weight.numel()} numbers are not finite)"
+
+
+def load_weights(config: ModelConfig, path: Path) -> Decoder:
+    """A decoder with the weights of a file, which are in memory once. Raises CheckpointError when they do not fit."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+    return filled(config, renamed(weights), path.name)
+
+
+def filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Decoder:
+    """A decoder over these tensors, without the time and memory of weights of its own. Raises CheckpointError when they do not fit."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    tied = {"lm_head.weight", "embed.weight"} if config.tie_embeddings else set()
+    if tied & weights.keys():
+        weights |= dict.fromkeys(tied, weights[min(tied & weights.keys())])
+    expected = model.state_dict()
+    if strange := expected.keys() ^ weights.keys():
+        missing, unexpected = sorted(strange & expected.keys()), sorted(strange & weights.keys())
+        raise CheckpointError(f"{where}: weights do not fit the model: missing {missing}, unexpected {unexpected}")
+    for name, value in weights.items():
+        if value.shape != expected[name].shape:
+            raise CheckpointError(f"{where}: {name} has the shape {[*value.shape]}, expected {[*expected[name].shape]}")
+    model.load_state_dict(weights, assign=True)
+    if tied:
+        model.lm_head.weight = model.embed.weight
+    model.cos, model.sin = rotary_tables(config)
+    return model

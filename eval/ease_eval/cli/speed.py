@@ -1,0 +1,181 @@
+"""The commands of ease-eval about machines: compare, advise."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from ease_common.commands import given_flags
+from ease_common.errors import RequestError
+from ease_common.files import write_whole
+from ease_eval.cli.measure import JSON_FLAG, POLICY_FLAG, Asked, measure_flags, narrow_table
+from ease_eval.measure.advice import Advice
+from ease_eval.measure.advice import advise as make_advice
+from ease_eval.measure.agreement import read_prompts
+from ease_eval.measure.documents import first_tokens
+from ease_eval.measure.table import Amounts, choose_texts, quality_cells
+from ease_eval.peers.compare import Comparison, Plan, cells, compare_peers
+from ease_eval.provenance import provenance
+from ease_eval.results import as_json
+from ease_runtime.cli.commands import ThresholdFlag
+from ease_runtime.engine.engine import CATCH_UPS
+from ease_runtime.llm import LLM
+from ease_runtime.options import Options
+from ease_runtime.policies.thresholds import Thresholds
+from ease_train.data.corpora import load_documents, sum_of
+
+# COLUMNS of a comparison for a terminal of 80 columns
+NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB", "same\ntexts", "agree")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="The same model as a Hugging Face directory.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="The same model for llama.cpp.")
+@click.option("--python", type=click.Path(path_type=Path), default=".venv-peers/bin/python", show_default=True, help="That of the peers.")
+@click.option("--threshold", type=ThresholdFlag(), help="One more row of ours: early exits at this threshold, or one an exit.")
+@POLICY_FLAG
+@click.option("--catch-up", default="recompute", show_default=True, help=f"{', '.join(CATCH_UPS)}.")
+@click.option("--exit", "exit_layer", type=int, help="Layer of transformers' assistant_early_exit; the bundle's middle exit by default.")
+@click.option("--data", default="kjv", show_default=True, help="A corpus, as for table, whose texts' beginnings are the prompts.")
+@click.option("--split", default="test", show_default=True, help="train, validation or test.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="Or a file of prompts, as for agreement.")
+@click.option("--texts", default=4, show_default=True, help="Prompts.")
+@click.option("--prompt-tokens", default=32, show_default=True, help="Tokens of a prompt at most.")
+@click.option("--new-tokens", default=Plan.new_tokens, show_default=True, help="Tokens generated after each.")
+@click.option("--rounds", default=Plan.rounds, show_default=True, help="Timed rounds, after one to warm up.")
+@click.option(
+    "--timeout", default=Plan.answer_seconds, show_default=True, help="Seconds after which a runtime that does not answer is ended."
+)
+@click.option(
+    "--work", type=click.Path(path_type=Path), default=Plan.work, show_default=True, help="Where peers put models that they build."
+)
+@click.option("--threads", default=0, help="CPU threads of each; 0 takes all.")
+@JSON_FLAG
+@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.")
+def compare(
+    bundle: Path,
+    data: str,
+    split: str,
+    prompts: Path | None,
+    texts: int,
+    prompt_tokens: int,
+    threshold: Thresholds | None,
+    policy: str,
+    catch_up: str,
+    timeout: float,
+    json_file: Path | None,
+    markdown_file: Path | None,
+    **given: Any,
+) -> None:
+    """Generate beside transformers, onnxruntime-genai and llama.cpp: the same weights and prompts, in turns.
+
+    The other runtimes live in a virtual environment of their own: make peers. One that is not there, or fails, is named and
+    left out.
+    """
+    for unused in given_flags("policy", "catch_up") if threshold is None else ():
+        raise RequestError(f"{unused} has no effect without --threshold, which asks for a row of early exits")
+    for unused in given_flags("data", "split") if prompts else ():
+        raise RequestError(f"{unused} has no effect beside --prompts; leave one out")
+    if threshold is not None and not threshold:
+        raise RequestError("--threshold off asks no exit; EASE at full depth is always a row")
+    settings: dict[str, Any] | None = {"threshold": threshold.to_json(), "policy": policy, "catch_up": catch_up} if threshold else None
+    plan = Plan(bundle, settings=settings, answer_seconds=timeout, **given)
+    llm = LLM(bundle, device="cpu", num_threads=plan.threads)
+    if settings:
+        llm.engine.check(llm.policy(Options(**settings)), catch_up)
+    source = provenance(bundle, llm, plan.threads)
+    if prompts:
+        asked = [llm.encode(text)[:prompt_tokens] for text in read_prompts(prompts, texts)]
+    else:
+        amounts = Amounts(num_texts=texts, prompt_tokens=prompt_tokens, new_tokens=plan.new_tokens)
+        corpus = load_documents(data, split)
+        documents = [llm.encode_text(text) for text in corpus]
+        source |= {"data_sha256": sum_of(corpus)}
+        asked = [list(text.tokens[:prompt_tokens]) for text in choose_texts(documents, amounts, llm.stack.max_positions)]
+    del llm  # its memory is for the others
+    result = compare_peers(plan, asked, tell=lambda line: click.echo(line, err=True))
+    source |= {"checkpoint": str(plan.checkpoint), "prompts": str(prompts or f"{data} ({split})")}
+    for file, text in ((json_file, result.to_json(source)), (markdown_file, result.markdown())):
+        if file:
+            write_whole(file, text)
+    show_comparison(result, Console())
+
+
+def show_comparison(result: Comparison, console: Console) -> None:
+    """A line a runtime; those without figures after the table."""
+    shown = RichTable(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column in NARROW_COLUMNS:
+        shown.add_column(column, justify="left" if column in NARROW_COLUMNS[:2] else "right", no_wrap=column == NARROW_COLUMNS[0])
+    for row in result.rows:
+        if row.error is None:
+            shown.add_row(*cells(row))
+    console.print(shown)
+    for row in result.rows:
+        if row.error is not None:
+            click.echo(f"{row.runtime}: {row.error}")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@measure_flags
+@click.option("--tolerance", default=0.05, show_default=True, help="Share of the tokens that may be said unlike at full depth.")
+@click.option("--show", default=10, show_default=True, help="Sets of exits that are shown, the fastest first.")
+@JSON_FLAG
+def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **given: Any) -> None:
+    """What each exit of a bundle is good for, and which of them are worth having on this machine.
+
+    Costs are timed here, call by call; the predictions that follow from them stand beside measured speed-ups. Give a model
+    exits at many layers (ease-train import --exits 5,10,15,20,25) to see where it should have them.
+    """
+    asked = Asked.of(bundle, **given)
+    amounts, settings = asked.amounts, asked.settings()
+    chosen = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
+    scored = [document.ids for document in first_tokens(asked.documents, amounts.scored_tokens)]
+    advice = make_advice(asked.llm, scored, chosen, settings, tolerance, amounts.num_rounds)
+    if json_file:
+        text = {"data": asked.data, "data_sha256": asked.data_sha256, "split": asked.split}
+        source = {**provenance(bundle, asked.llm, asked.threads), **text, **asdict(amounts)}
+        write_whole(json_file, json.dumps({**source, **as_json(advice)}, indent=2) + "\n")
+    show_advice(advice, show, Console())
+
+
+def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
+    """Exits, predictions, sets of exits."""
+    exits = narrow_table("exit", "says as\nfull depth", "confidence", "when\nright", "when\nwrong", "told\napart", "ppl")
+    for one in advice.exits:
+        figures = (one.mean_confidence, one.confidence_when_right, one.confidence_when_wrong, one.separation)
+        exits.add_row(
+            str(one.layer), f"{one.agreement:.3f}", *(number(value, "{:.3f}") for value in figures), quality_cells(one.perplexity, 1.0)[0]
+        )
+    console.print(exits)
+    console.print(
+        f"suitability {advice.suitability:.3f}: the share of the layers that an oracle over these exits would save", highlight=False
+    )
+    checked = narrow_table("threshold", "catch-up", "depth", "predicted", "measured", "error")
+    for row in advice.predictions:
+        speeds = (f"{row.predicted_speedup:.2f}x", f"{row.measured_speedup:.2f}x", f"{row.error:+.1%}")
+        checked.add_row(str(row.threshold), row.catch_up, f"{row.mean_depth:.2f}", *speeds)
+    console.print(checked)
+    best = narrow_table("exits", "threshold", "unlike", "depth", "predicted", "oracle\ndepth", "oracle")
+    for place in advice.placements[:num_shown]:
+        speeds = (f"{place.predicted_speedup:.2f}x", f"{place.oracle_mean_depth:.2f}", f"{place.oracle_speedup:.2f}x")
+        depth = (number(place.threshold, "{:.3f}"), f"{place.disagreement:.3f}", f"{place.mean_depth:.2f}")
+        best.add_row(",".join(map(str, place.exits)), *depth, *speeds)
+    console.print(best)
+    fastest = advice.placements[0]
+    if fastest.threshold is None or fastest.predicted_speedup <= 1.0:
+        verdict = f"no set of these exits is predicted to be faster than full depth with {advice.tolerance:g} of the tokens unlike it"
+    else:
+        verdict = f"best: exits after {','.join(map(str, fastest.exits))} at {fastest.threshold:g}; ease-eval calibrate gives a guarantee"
+    console.print(verdict, highlight=False)
+
+
+def number(value: float | None, form: str) -> str:
+    """A figure, or a dash."""
+    return "–" if value is None else form.format(value)

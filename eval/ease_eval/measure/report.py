@@ -1,0 +1,106 @@
+"""One self-contained HTML file of a bundle's measurements: figures, tables, a passage coloured by depth, where it all comes from.
+
+    make_report(llm, table, documents, Path("report.html"))
+
+Nothing in it is loaded from elsewhere. Beside it, the figures as PNG and SVG.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from ease_eval.measure.figures import by_position, depth_shares, drawn, pareto, reliability, row_label, save, svg
+from ease_eval.measure.latency import Setting
+from ease_eval.measure.reliability import measure_reliability
+from ease_eval.measure.table import COLUMNS, Row, Table, cells, score_settings
+from ease_runtime.generation import TokenEvent
+from ease_runtime.llm import LLM
+from ease_runtime.options import Options
+from ease_runtime.policies import make_policy
+
+TITLES = {
+    "perplexity-speed": "What it costs and what it saves",
+    "depth-shares": "Where tokens leave",
+    "depth-by-position": "Depth along a text",
+    "reliability": "Does the confidence mean what it says?",
+}
+PROMPT_TOKENS, PASSAGE_TOKENS = 24, 120
+BINS = 16
+# Tints of the early exits' and the last layer's passages, light and dark, in the order of depth.
+TINTS = (
+    ("#b6e3ff", "#0c4a7c"),
+    ("#ffe2a8", "#6e4400"),
+    ("#c8f2cd", "#1b5227"),
+    ("#e9d5ff", "#4c2889"),
+    ("#ffd1dc", "#79213c"),
+    ("#e5e7eb", "#343b43"),
+)
+
+
+def make_report(llm: LLM, table: Table, documents: Sequence[Sequence[int]], out: Path) -> str:
+    """The report's text; its figures go to a folder beside `out`."""
+    rows = table.rows
+    found = measure_reliability(llm.engine, documents, rows[0].policy)
+    draws = {
+        "perplexity-speed": pareto(rows),
+        "depth-shares": depth_shares(rows),
+        "depth-by-position": by_position(depths_by_position(llm, documents, rows), bin_width(documents)),
+        "reliability": reliability(found),
+    }
+    if len(rows) == 1:
+        del draws["perplexity-speed"]
+    if not found:
+        del draws["reliability"]
+    save(draws, out.with_suffix(""))
+    prompt = documents[0][:PROMPT_TOKENS]
+    depths, tints = llm.stack.exit_layers, dict(zip(reversed(llm.stack.exit_layers), reversed(TINTS), strict=False))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ease_eval.measure", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("report.html.j2").render(
+        table=table,
+        columns=COLUMNS,
+        cells=[cells(row) for row in rows],
+        names=[row_label(row) for row in rows],
+        said=[describe(row) for row in rows],
+        prompt=llm.tokenizer.decode(list(prompt)),
+        passages=[passage(llm, prompt, row) for row in rows],
+        figures={TITLES[name]: [svg(drawn(draw, dress)) for dress in ("light", "dark")] for name, draw in draws.items()},
+        colours={depth: tints.get(depth, TINTS[-1]) for depth in depths},
+    )
+
+
+def describe(row: Row) -> str:
+    """A setting's figures in a line."""
+    return (
+        f"perplexity {row.ppl:.2f} ({100 * (row.ppl_ratio - 1):+.1f} %), {row.speedup:.2f}x as fast "
+        f"({row.speedup_range[0]:.2f} to {row.speedup_range[1]:.2f}), {row.mean_depth:.2f} layers a token"
+    )
+
+
+def passage(llm: LLM, prompt: Sequence[int], row: Row) -> list[TokenEvent]:
+    """A greedy continuation under a row's setting."""
+    room = llm.stack.max_positions - len(prompt)
+    options = Options(max_tokens=min(PASSAGE_TOKENS, room), policy=row.policy, threshold=row.threshold, catch_up=row.catch_up)
+    return list(llm.generate(list(prompt), options))
+
+
+def bin_width(documents: Sequence[Sequence[int]]) -> int:
+    """Positions in a bin, so that BINS of them cover the longest document's first window."""
+    return max(1, -(-(max(map(len, documents)) - 1) // BINS))
+
+
+def depths_by_position(llm: LLM, documents: Sequence[Sequence[int]], rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Mean depth in each bin of positions, for every setting but off (for off where it is alone)."""
+    limit, width, shown = llm.stack.max_positions, bin_width(documents), rows[1:] or rows
+    settings = [Setting(make_policy(row.policy, row.threshold, llm.stack.exit_layers), row.catch_up) for row in shown]
+    totals, counts = np.zeros((len(shown), BINS)), np.zeros(BINS)
+    for ids in documents:
+        scores = score_settings(llm, [ids[: limit + 1]], settings)
+        place = np.minimum(np.arange(len(scores[0].depths)) // width, BINS - 1)
+        totals += [np.bincount(place, one.depths, BINS) for one in scores]
+        counts += np.bincount(place, minlength=BINS)
+    used = counts > 0
+    return {row_label(row): (total[used] / counts[used]).tolist() for row, total in zip(shown, totals, strict=True)}

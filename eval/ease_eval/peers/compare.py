@@ -1,0 +1,313 @@
+"""The same weights and prompts in other runtimes, each a process of its own, taking turns within one run.
+
+    comparison = compare_peers(Plan(bundle, checkpoint, python=Path(".venv-peers/bin/python")), prompts)
+    print(comparison.markdown())
+
+Every runtime answers every prompt once a round, in an order that rotates; the first round warms up and is not counted.
+One that is not there, does not start, crashes or hangs is named with its reason, and the others go on.
+"""
+
+import json
+import os
+import queue
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ease_common.errors import RequestError
+from ease_eval.peers import peer_worker
+from ease_runtime.bundle.manifest import load_manifest
+from ease_runtime.policies.thresholds import Thresholds
+
+START_SECONDS = 1800.0  # onnxruntime-genai first builds its model
+GENAI_PRECISION = {"int4": "int4"}  # what its builder makes for a CPU; else fp32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared. Raises RequestError for a checkpoint that is none of the bundle's model.
+
+    `python` is that of the peers' environment; `settings` (options like threshold and catch_up) make a row of early exits.
+    """
+
+    bundle: Path
+    checkpoint: Path
+    python: Path
+    gguf: Path | None = None
+    settings: dict[str, Any] | None = None
+    exit_layer: int | None = None  # of transformers' self-speculation; None: the bundle's middle early exit
+    new_tokens: int = 64
+    rounds: int = 5
+    threads: int = 0
+    answer_seconds: float = 600.0
+    work: Path = Path("runs/peers")  # for models that peers build
+
+    def __post_init__(self) -> None:
+        for name, least in (("new_tokens", 2), ("rounds", 1)):
+            if getattr(self, name) < least:
+                raise RequestError(f"{name} = {getattr(self, name)}, expected at least {least}")
+        manifest, config = load_manifest(self.bundle), read_config(self.checkpoint)
+        if (config.get("vocab_size"), config.get("num_hidden_layers")) != (manifest.vocab_size, manifest.num_layers):
+            raise RequestError(
+                f"{self.checkpoint} has {config.get('num_hidden_layers')} layers and {config.get('vocab_size')} tokens, "
+                f"{self.bundle} has {manifest.num_layers} and {manifest.vocab_size}: not the same model"
+            )
+        if self.gguf is not None and not self.gguf.is_file():
+            raise RequestError(f"no GGUF file at {self.gguf}")
+        early = manifest.exit_layers[:-1]
+        if self.exit_layer is None and early:
+            object.__setattr__(self, "exit_layer", early[len(early) // 2])
+        if self.exit_layer is not None and not 0 < self.exit_layer < manifest.num_layers:
+            raise RequestError(f"exit layer {self.exit_layer} is outside 1..{manifest.num_layers - 1}")
+
+    def peers(self) -> list["Peer"]:
+        """Every runtime that this plan can ask, EASE at full depth first."""
+        precision = load_manifest(self.bundle).precision
+        common = {"checkpoint": str(self.checkpoint.resolve()), "threads": self.threads}
+        own = {"bundle": str(self.bundle.resolve()), "threads": self.threads}
+        peers = [Peer("ease", precision, sys.executable, {"runtime": "ease", "settings": {}, **own})]
+        if self.settings:
+            peers.append(
+                Peer(f"ease {describe(self.settings)}", precision, sys.executable, {"runtime": "ease", "settings": self.settings, **own})
+            )
+        python = str(self.python)
+        peers.append(Peer("transformers eager", "fp32", python, {"runtime": "transformers eager", **common}))
+        if self.exit_layer is not None:
+            asked = {"runtime": "transformers early exit", "exit_layer": self.exit_layer, **common}
+            peers.append(Peer(f"transformers early exit {self.exit_layer}", "fp32", python, asked))
+        genai = GENAI_PRECISION.get(precision, "fp32")
+        named = sha256(f"{self.checkpoint.resolve()} {self.threads}".encode()).hexdigest()[:8]
+        asked = {
+            "runtime": "onnxruntime-genai",
+            "built": str((self.work / f"genai-{genai}-{named}").resolve()),
+            "precision": genai,
+            **common,
+        }
+        peers.append(Peer("onnxruntime-genai", genai, python, asked))
+        if self.gguf is not None:
+            asked = {"runtime": "llama.cpp", "gguf": str(self.gguf.resolve()), "context": 4096, "threads": self.threads}
+            peers.append(Peer("llama.cpp", self.gguf.stem, python, asked))
+        return peers
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """A row's settings in a few characters."""
+    threshold = Thresholds.of(settings.get("threshold"))
+    return f"{settings.get('policy', 'max-prob')} {threshold} {settings.get('catch_up', 'recompute')}"
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """The config of a Hugging Face directory. Raises RequestError where it is none."""
+    file = checkpoint / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RequestError(f"{checkpoint} is no Hugging Face directory: no readable config.json") from None
+    if "model_type" not in config:
+        raise RequestError(f"{checkpoint} is no Hugging Face directory; make one of a checkpoint: ease-train export-hf {checkpoint} DIR")
+    return config
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A runtime, and how its process is started."""
+
+    name: str
+    precision: str
+    python: str
+    asked: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One runtime: medians over the counted answers, or an `error` and no figures."""
+
+    runtime: str
+    precision: str
+    version: str | None = None
+    error: str | None = None
+    tokens_per_second: float | None = None  # after the first token
+    tokens_per_second_range: tuple[float, float] | None = None  # over rounds
+    first_token_ms: float | None = None
+    resident_mb: float | None = None
+    ease_over_this: float | None = None  # EASE's speed at full depth over this one's, median of the ratios prompt by prompt
+    same_texts: float | None = None  # share of the prompts with EASE's full-depth text, up to where that ends
+    mean_agreement: float | None = None  # share of each text before the first difference
+
+
+COLUMNS = ("runtime", "precision", "tokens/s", "ease is", "first token ms", "resident MB", "same texts", "agreement")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, and what they were measured on."""
+
+    num_prompts: int
+    new_tokens: int
+    rounds: int
+    rows: tuple[Row, ...]
+
+    def to_json(self, source: dict[str, Any]) -> str:
+        """As JSON text, with where it comes from."""
+        return json.dumps({**source, **asdict(self)}, indent=2) + "\n"
+
+    def markdown(self) -> str:
+        """As a Markdown table; runtimes without figures stand below it."""
+        lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in self.rows if row.error is None]
+        return "\n".join([*lines, *(f"\n{row.runtime}: {row.error}" for row in self.rows if row.error)]) + "\n"
+
+
+def cells(row: Row) -> list[str]:
+    """A row as the texts of COLUMNS."""
+    figures = (row.tokens_per_second, row.ease_over_this, row.first_token_ms, row.resident_mb, row.same_texts, row.mean_agreement)
+    forms = ("{:.1f}", "{:.2f}x", "{:.0f}", "{:.0f}", "{:.0%}", "{:.0%}")
+    shown = ["–" if value is None else form.format(value) for form, value in zip(forms, figures, strict=True)]
+    return [row.runtime, row.precision, *shown]
+
+
+class Worker:
+    """A peer's process. `error` says why there is none, or no longer."""
+
+    def __init__(self, peer: Peer, answer_seconds: float) -> None:
+        self.peer, self.answer_seconds, self.version = peer, answer_seconds, None
+        self.rounds: list[list[dict[str, Any]]] = []
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.error: str | None = None
+        if not Path(peer.python).is_file():
+            self.error = f"no Python at {peer.python}; run: make peers"
+            return
+        command = [peer.python, peer_worker.__file__, json.dumps(peer.asked)]
+        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None, "it is a pipe"
+        for line in self.process.stdout:
+            if line.startswith("{"):  # a foreign runtime may print what it likes
+                self.lines.put(line)
+        self.lines.put(None)
+
+    def start(self) -> None:
+        """Wait until the model is loaded."""
+        if self.error is None:
+            self.version = self._read(START_SECONDS).get("version")
+
+    def ask(self, prompt: Sequence[int], new: int) -> dict[str, Any] | None:
+        """A prompt's answer; None once the process is of no use."""
+        assert self.process.stdin is not None, "it is a pipe"
+        with suppress(OSError):  # if it has ended, reading tells how
+            self.process.stdin.write(json.dumps({"prompt": list(prompt), "new": new}) + "\n")
+            self.process.stdin.flush()
+        answer = self._read(self.answer_seconds)
+        return answer if self.error is None else None
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        try:
+            line = self.lines.get(timeout=seconds)
+        except queue.Empty:
+            self.error = f"no answer in {seconds:g} seconds"
+            self.stop()
+            return {}
+        if line is None:
+            self.error = f"its process ended: {ending(self.process.wait())}"
+            return {}
+        answer: dict[str, Any] = json.loads(line)
+        self.error = answer.get("error")
+        return answer
+
+    def stop(self) -> None:
+        """End the process."""
+        if hasattr(self, "process"):
+            self.process.kill()
+            self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
+                assert pipe is not None, "both are pipes"
+                with suppress(OSError):  # what stood in it went with the process
+                    pipe.close()
+
+
+def ending(code: int) -> str:
+    """How a process ended, in words."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def compare_peers(plan: Plan, prompts: Sequence[Sequence[int]], tell: Callable[[str], None] = lambda _: None) -> Comparison:
+    """Ask every runtime for every prompt (ids), in turns; `tell` takes a line on how far it is.
+
+    Raises RequestError without prompts, or when EASE itself cannot run.
+    """
+    if not prompts:
+        raise RequestError("no prompts to compare runtimes on; give at least one")
+    plan.work.mkdir(parents=True, exist_ok=True)
+    workers = []
+    try:
+        for peer in plan.peers():  # one after the other: loading takes memory
+            workers.append(Worker(peer, plan.answer_seconds))
+            workers[-1].start()
+            tell(f"{peer.name}: {workers[-1].error or 'ready'}")
+        if workers[0].error is not None:
+            raise RequestError(f"ease itself does not run: {workers[0].error}")
+        for number in range(plan.rounds + 1):
+            take_turns(workers, prompts, plan.new_tokens, number)
+            tell(f"round {number} of {plan.rounds}" if number else "warm")
+    finally:
+        for worker in workers:
+            worker.stop()
+    stops = frozenset(load_manifest(plan.bundle).stop_ids)
+    rows = tuple(make_row(worker, workers[0], stops, plan.new_tokens) for worker in workers)
+    return Comparison(len(prompts), plan.new_tokens, plan.rounds, rows)
+
+
+def take_turns(workers: Sequence[Worker], prompts: Sequence[Sequence[int]], new: int, number: int) -> None:
+    """One round: every prompt to every runtime that still answers, each time another first. Round 0 warms up."""
+    for worker in workers:
+        if number:
+            worker.rounds.append([])
+    for place, prompt in enumerate(prompts):
+        for i in range(len(workers)):
+            worker = workers[(i + place + number) % len(workers)]
+            if worker.error is not None:
+                continue
+            answer = worker.ask(prompt, new)
+            if answer is not None and number:
+                worker.rounds[-1].append(answer)
+
+
+def make_row(worker: Worker, ease: Worker, stops: frozenset[int], new: int) -> Row:
+    """A runtime's figures against EASE's at full depth."""
+    row = Row(worker.peer.name, worker.peer.precision, worker.version, worker.error or ease.error)
+    if row.error is not None:
+        return row
+    answers, ours = [a for part in worker.rounds for a in part], [a for part in ease.rounds for a in part]
+    speeds = [(new - 1) * len(part) / sum(a["rest"] for a in part) for part in worker.rounds]
+    shared = [agreement(a["ids"], b["ids"], stops) for a, b in zip(answers, ours, strict=True)]
+    memory = answers[-1]["resident"]
+    return replace(
+        row,
+        tokens_per_second=statistics.median(speeds),
+        tokens_per_second_range=(min(speeds), max(speeds)),
+        first_token_ms=1000 * statistics.median(a["first"] for a in answers),
+        resident_mb=None if memory is None else memory / 1e6,
+        ease_over_this=statistics.median(a["rest"] / b["rest"] for a, b in zip(answers, ours, strict=True)),
+        same_texts=sum(share == 1.0 for share in shared) / len(shared),
+        mean_agreement=statistics.mean(shared),
+    )
+
+
+def agreement(ids: Sequence[int], ours: Sequence[int], stops: frozenset[int]) -> float:
+    """The share of our text before the first difference; what follows our first stop token does not count."""
+    end = next((place + 1 for place, token in enumerate(ours) if token in stops), len(ours))
+    same = next((place for place, (a, b) in enumerate(zip(ids, ours[:end], strict=False)) if a != b), min(len(ids), end))
+    return same / end
