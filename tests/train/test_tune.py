@@ -176,5 +176,5 @@ def test_layerskip_tuning_resumes_to_the_bit(plain: Path, tmp_path: Path, option
 
 
 def test_low_rank_updates_of_frozen_layers_are_a_contradiction(recipe: Recipe) -> None:
-    with pytest.raises(ConfigError, match="lora_rank updates the layers, which trains = 'exits' freezes"):
+    with pytest.raises(ConfigError, match="lora updates the layers, which trains = 'exits' freezes"):
         tuned_recipe(recipe, load_recipe("ee-tuning"), {**TO_2, "lora_rank": 4})
