@@ -10,7 +10,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from ease_runtime.policy import ExitPolicy
+from ease_runtime.policies import FULL_DEPTH
 from tokenizers import AddedToken, Tokenizer
 
 from ease_common.errors import BundleError, ConfigError, RequestError
@@ -66,9 +66,9 @@ def test_ids_are_refused_wherever_they_come_in(bundle: Path, beyond: int) -> Non
     doors: list[Callable[[], object]] = [
         lambda: engine.start([0, beyond], max_new_tokens=1),
         lambda: engine.open([0, beyond]),
-        lambda: score_continuation(engine, [0, 17], [beyond], [ExitPolicy()], "recompute"),
-        lambda: score_continuation(engine, [0, beyond], [17], [ExitPolicy()], "recompute"),
-        lambda: score_documents(engine, [[0, 17, beyond]], [ExitPolicy()], "propagate"),
+        lambda: score_continuation(engine, [0, 17], [beyond], [FULL_DEPTH], "recompute"),
+        lambda: score_continuation(engine, [0, beyond], [17], [FULL_DEPTH], "recompute"),
+        lambda: score_documents(engine, [[0, 17, beyond]], [FULL_DEPTH], "propagate"),
     ]
     for door in doors:
         with pytest.raises(RequestError, match=message):
@@ -111,7 +111,7 @@ def test_a_vocabulary_has_room_for_its_tokenizer(corpus_file: Path) -> None:
 
 def test_rows_without_tokens_are_harmless(bundle: Path) -> None:
     assert LLM(bundle).token_text(5000) == ""
-    assert np.isfinite(score_continuation(LLM(bundle).engine, [0, 17], [TOOL - 1], [ExitPolicy()], "recompute")[0].logprobs).all()
+    assert np.isfinite(score_continuation(LLM(bundle).engine, [0, 17], [TOOL - 1], [FULL_DEPTH], "recompute")[0].logprobs).all()
 
 
 def test_a_start_token_without_a_row_is_a_damaged_manifest(tiny_bundle: Path, tmp_path: Path) -> None:

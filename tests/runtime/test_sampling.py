@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ease_common.errors import RequestError
-from ease_runtime.engine.engine import sampling
+from ease_runtime.engine import sampling
 from ease_runtime.engine.sampling import AdjustedGreedy, Adjustments, Given, Greedy, GumbelSampler, Sampler, gumbel_noise, seed_of
 
 DRAWS = 6_000
