@@ -1,25 +1,27 @@
 """Lists on the command line. They have one grammar: commas and repetition both add, so `--exits 3,6` is `--exits 3 --exits 6`."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
 
-class FiniteFloat(click.ParamType[float]):
+class FiniteFloat(click.types.FloatParamType):
     """A number, neither NaN nor infinite."""
 
-    name = "number"
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+class FiniteRange(click.FloatRange):
+    """A number within a range, never NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            self.fail(f"{value!r} is not a number", param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number", param, ctx)
-        return number
+        return float(super().convert(FiniteFloat().convert(value, param, ctx), param, ctx))
 
 
 class CommaList(click.ParamType[tuple[Any, ...]]):
@@ -35,12 +37,10 @@ class CommaList(click.ParamType[tuple[Any, ...]]):
 
 
 def joined(_: click.Context, __: click.Parameter, values: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """All occurrences of a list option as one list; the callback of `list_option`."""
+    """All occurrences of a list option as one list."""
     return tuple(item for occurrence in values for item in occurrence)
 
 
-def list_option(
-    *names: str, item: click.ParamType[Any], metavar: str, **settings: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A click option that takes a list: commas within an occurrence, occurrences after each other."""
-    return click.option(*names, type=CommaList(item, metavar), multiple=True, callback=joined, metavar=metavar, **settings)
+def list_of(item: click.ParamType[Any], name: str) -> dict[str, Any]:
+    """What makes a click option a list: commas within an occurrence, occurrences after each other."""
+    return {"type": CommaList(item, name), "multiple": True, "callback": joined}

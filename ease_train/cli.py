@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ease_common.commands import CommandGroup
 from ease_common.errors import SettingWarning, TrainError
+from ease_common.lists import FiniteFloat, list_of
 from ease_common.settings import Section
 from ease_train.data.corpora import SOURCES
 from ease_train.methods.method import GateConfig
@@ -27,12 +28,12 @@ if typing.TYPE_CHECKING:
 
 OPTION_KINDS: dict[Any, dict[str, Any]] = {
     int: {"type": int},
-    float: {"type": float},
+    float: {"type": FiniteFloat()},
     str: {"type": str},
     bool: {"type": bool},
-    tuple[int, ...]: {"type": int, "multiple": True},
-    tuple[float, ...]: {"type": float, "multiple": True},
-    dict[int, float]: {"type": (int, float), "multiple": True},
+    tuple[int, ...]: list_of(click.INT, "N[,N...]"),
+    tuple[float, ...]: list_of(FiniteFloat(), "X[,X...]"),
+    dict[int, float]: {"type": (int, FiniteFloat()), "multiple": True},
 }
 
 
@@ -69,14 +70,6 @@ def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of where it runs."""
     device = click.option("--device", default="auto", show_default=True, help="cpu or cuda; auto takes a GPU where there is one.")
     return device(click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")(command))
-
-
-def layer_list(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """The layers of an option like 10,20."""
-    try:
-        return tuple(int(part) for part in value.split(",")) if value else ()
-    except ValueError:
-        raise click.BadParameter(f"'{value}' is no list of layers like 10,20") from None
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +130,7 @@ def recipes() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint goes.")
 @click.option("--resume", is_flag=True, help="Go on with the run at --out by its own settings; only --steps may be others.")
 @run_options
-@click.option("--seeds", type=click.IntRange(0), multiple=True, help="Train once for each of these seeds, into OUT/seed-N.")
+@click.option("--seeds", **list_of(click.IntRange(0), "N[,N...]"), help="Train once for each of these seeds, into OUT/seed-N.")
 @recipe_options
 def fit(
     recipe: str | None,
@@ -234,7 +227,12 @@ def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: i
 @main.command("import")
 @click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint goes.")
-@click.option("--exits", "layers", callback=layer_list, help="Layers after which a token may leave, like 10,20; the last is always one.")
+@click.option(
+    "--exits",
+    "layers",
+    **list_of(click.INT, "N[,N...]"),
+    help="Layers after which a token may leave, like 10,20; the last is always one.",
+)
 @click.option("--with-exits", type=click.Path(path_type=Path, file_okay=False), help="Trained exits for it, from `export-exits`.")
 @click.option("--max-positions", type=click.IntRange(2), help="Cut the model's context to so many tokens.")
 def import_(source: str, out: Path, layers: tuple[int, ...], with_exits: Path | None, max_positions: int | None) -> None:

@@ -10,7 +10,6 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from ease_runtime.policies import FULL_DEPTH
 from tokenizers import AddedToken, Tokenizer
 
 from ease_common.errors import BundleError, ConfigError, RequestError
@@ -20,6 +19,7 @@ from ease_eval.tasks.likelihood import score_continuation
 from ease_runtime.bundle.manifest import FileInfo, load_manifest, sha256_of
 from ease_runtime.cli.main import main as runtime
 from ease_runtime.llm import LLM
+from ease_runtime.policies import FULL_DEPTH
 from ease_train.cli import main as train
 from ease_train.training.config import load_recipe
 from ease_train.training.trainer import Trainer

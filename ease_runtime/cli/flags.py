@@ -1,5 +1,6 @@
 """The fields of Options as flags of a command, with their own defaults and help texts."""
 
+import math
 import typing
 from collections.abc import Callable, Container, Mapping
 from dataclasses import MISSING, Field, fields
@@ -7,6 +8,7 @@ from typing import Any
 
 import click
 
+from ease_common.lists import FiniteFloat
 from ease_runtime.cli.commands import ThresholdFlag
 from ease_runtime.options import FLAGS, Options
 from ease_runtime.policies.thresholds import Thresholds
@@ -25,14 +27,17 @@ class IdBias(click.ParamType[tuple[int, float]]):
             return value
         token, _, bias = str(value).partition("=")
         try:
-            return int(token), float(bias)
+            found = int(token), float(bias)
         except ValueError:
             self.fail(f"'{value}' is not a token id and a number, like 42=-100", param, ctx)
+        if math.isnan(found[1]):
+            self.fail(f"'{value}' adds no number to the logit", param, ctx)
+        return found
 
 
 KINDS: dict[Any, dict[str, Any]] = {
     int: {"type": int},
-    float: {"type": float},
+    float: {"type": FiniteFloat()},
     str: {"type": str},
     Thresholds: {"type": ThresholdFlag()},
     tuple[str, ...]: {"type": str, "multiple": True},

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ease_common.commands import CommandGroup, given_flags
 from ease_common.errors import EaseError, RequestError
+from ease_common.lists import FiniteRange
 from ease_runtime.cli.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
 from ease_runtime.cli.commands import DEVICE_FLAG
 from ease_runtime.cli.flags import option_flags, read_flags
@@ -174,8 +175,8 @@ def answer(conversation: Conversation, line: str, exit_layers: tuple[int, ...] |
 @click.option("--max-queued", type=click.IntRange(0), default=64, show_default=True, help="Completions that wait; more get 429.")
 @click.option("--max-body", type=click.IntRange(1), default=Settings.max_body_bytes, show_default=True, help="Largest body, in bytes.")
 @click.option("--max-prompt", type=click.IntRange(1), help="Longest prompt, in tokens; what the model takes by default.")
-@click.option("--grace", type=click.FloatRange(0, 86400), default=30.0, show_default=True, help="Seconds for what runs when told to stop.")
-@click.option("--shadow", type=click.FloatRange(0, 1), default=0.0, help="Share of the early answers to compare with full depth.")
+@click.option("--grace", type=FiniteRange(0, 86400), default=30.0, show_default=True, help="Seconds for what runs when told to stop.")
+@click.option("--shadow", type=FiniteRange(0, 1), default=0.0, help="Share of the early answers to compare with full depth.")
 @option_flags(without=("seed", "n", "stop", "logprobs", "logit_bias"))
 @model_flags
 def serve(

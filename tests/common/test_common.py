@@ -14,7 +14,7 @@ from ease_common.commands import CommandGroup
 from ease_common.errors import BundleError, DataError, EaseError, RequestError, SettingWarning, did_you_mean
 from ease_common.extras import extra_of, missing_extra
 from ease_common.files import write_whole, written_aside
-from ease_common.lists import FiniteFloat, list_option
+from ease_common.lists import FiniteFloat, list_of
 
 
 def test_one_root_catches_every_error() -> None:
@@ -91,8 +91,8 @@ def test_a_module_that_no_extra_brings_is_no_missing_extra() -> None:
 
 
 @click.command()
-@list_option("--exits", item=click.INT, metavar="LAYER,...")
-@list_option("--rates", item=FiniteFloat(), metavar="X,...", default=["0.5,0.7"])
+@click.option("--exits", **list_of(click.INT, "LAYER[,LAYER...]"))
+@click.option("--rates", default=["0.5,0.7"], **list_of(FiniteFloat(), "X[,X...]"))
 def lists(exits: tuple[int, ...], rates: tuple[float, ...]) -> None:
     click.echo(f"{exits} {rates}")
 

@@ -16,6 +16,7 @@ from rich.table import Table as RichTable
 from ease_common.commands import given_flags
 from ease_common.errors import RequestError
 from ease_common.files import write_whole
+from ease_common.lists import list_of
 from ease_eval.journal import Journal
 from ease_eval.measure.documents import Document, first_tokens
 from ease_eval.measure.latency import Setting
@@ -88,7 +89,7 @@ MEASURE_FLAGS = (
     click.option(
         "--catch-up",
         "catch_ups",
-        multiple=True,
+        **list_of(click.STRING, "NAME[,NAME...]"),
         default=("recompute",),
         show_default=True,
         help=f"{' or '.join(CATCH_UPS)}; may be repeated.",
@@ -212,7 +213,7 @@ class Asked:
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @measure_flags
-@click.option("--batch", "batches", type=int, multiple=True, help="Also decode this many texts at once; may be repeated.")
+@click.option("--batch", "batches", **list_of(click.INT, "N[,N...]"), help="Also decode this many texts at once.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here; a killed run goes on.")
 @click.option("--markdown", "markdown_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.")
 def table(bundles: tuple[Path, ...], batches: tuple[int, ...], json_file: Path | None, markdown_file: Path | None, **given: Any) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from ease_common.commands import given_flags
 from ease_common.errors import RequestError
 from ease_common.files import write_whole
+from ease_common.lists import FiniteFloat
 from ease_eval.cli.measure import PARSE_SPECIAL, POLICY_FLAG
 from ease_eval.journal import Journal
 from ease_eval.measure.agreement import compare, read_prompts
@@ -39,8 +40,8 @@ SAMPLING = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalt
 @click.option("--data", default="kjv", show_default=True, help="A corpus, as for table.")
 @click.option("--split", default="validation", show_default=True, help="Documents to calibrate on; not those of the table.")
 @PARSE_SPECIAL
-@click.option("--delta", default=0.05, show_default=True, help="The risk to hold, in (0, 1).")
-@click.option("--epsilon", default=0.05, show_default=True, help="The chance to be wrong about that.")
+@click.option("--delta", type=FiniteFloat(), default=0.05, show_default=True, help="The risk to hold, in (0, 1).")
+@click.option("--epsilon", type=FiniteFloat(), default=0.05, show_default=True, help="The chance to be wrong about that.")
 @click.option(
     "--risk", default="disagreement", show_default=True, help=f"{' or '.join(RISKS)}: tokens said differently, or nats lost a token."
 )

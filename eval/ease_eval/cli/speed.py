@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from ease_common.commands import given_flags
 from ease_common.errors import RequestError
 from ease_common.files import write_whole
+from ease_common.lists import FiniteRange
 from ease_eval.cli.measure import JSON_FLAG, POLICY_FLAG, Asked, measure_flags, narrow_table
 from ease_eval.measure.advice import Advice
 from ease_eval.measure.advice import advise as make_advice
@@ -50,7 +51,11 @@ NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB"
 @click.option("--new-tokens", default=Plan.new_tokens, show_default=True, help="Tokens generated after each.")
 @click.option("--rounds", default=Plan.rounds, show_default=True, help="Timed rounds, after one to warm up.")
 @click.option(
-    "--timeout", default=Plan.answer_seconds, show_default=True, help="Seconds after which a runtime that does not answer is ended."
+    "--timeout",
+    type=FiniteRange(0, min_open=True),
+    default=Plan.answer_seconds,
+    show_default=True,
+    help="Seconds after which a runtime that does not answer is ended.",
 )
 @click.option(
     "--work", type=click.Path(path_type=Path), default=Plan.work, show_default=True, help="Where peers put models that they build."
@@ -124,7 +129,13 @@ def show_comparison(result: Comparison, console: Console) -> None:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @measure_flags
-@click.option("--tolerance", default=0.05, show_default=True, help="Share of the tokens that may be said unlike at full depth.")
+@click.option(
+    "--tolerance",
+    type=FiniteRange(0, 1),
+    default=0.05,
+    show_default=True,
+    help="Share of the tokens that may be said unlike at full depth.",
+)
 @click.option("--show", default=10, show_default=True, help="Sets of exits that are shown, the fastest first.")
 @JSON_FLAG
 def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **given: Any) -> None:
