@@ -26,6 +26,4 @@ def load_own(name: str, what: str, error_type: type[EaseError] = RequestError) -
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         message = f"{what} '{name}' cannot be loaded ({reason}); give MODULE:NAME, with MODULE.py in this directory"
         raise error_type(message) from error
-    if not callable(found):
-        raise error_type(f"{what} '{name}' is {type(found).__name__}, expected a class or a function")
     return found

@@ -129,7 +129,10 @@ class Binding:
         for name, array in self.sent.items():
             self.io.bind_cpu_input(name, array)
         began = time.perf_counter()
-        self.session.run_with_iobinding(self.io)
+        try:
+            self.session.run_with_iobinding(self.io)
+        except RuntimeError as error:
+            raise DeviceError(f"a graph of this bundle fails on {self.device.name}: {str(error).splitlines()[0]}") from None
         self.clock.seconds += time.perf_counter() - began
         self.clock.calls += 1
 

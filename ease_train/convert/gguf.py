@@ -28,6 +28,7 @@ from torch import Tensor
 from ease_common.errors import ForeignError
 from ease_train.convert.conventions import Conventions
 from ease_train.convert.foreign import LLAMA3_SCALING, Foreign, foreign_name
+from ease_train.convert.huggingface import read_template
 from ease_train.convert.vocabularies import (
     Split,
     TokenType,
@@ -385,7 +386,10 @@ class GGUFFile:
             raise ForeignError("the file lacks tokenizer.ggml.bos_token_id, and a start token stands before every text")
         by_text = (number for number, token in enumerate(tokens) if token in END_OF_TURN)
         stops = tuple(dict.fromkeys(token for token in (ids["eos"], ids["eot"], ids["eom"], *by_text) if token is not None))
-        conventions = Conventions(ids["bos"] if starts else None, stops, self._chat_template(), self._generation(ids))
+        by_name = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+        special_tokens = {theirs: tokens[token] for ours, theirs in by_name.items() if (token := ids[ours]) is not None}
+        template, generation = self._chat_template(), self._generation(ids)
+        conventions = Conventions(ids["bos"] if starts else None, stops, template, generation, special_tokens)
         return self._tokenizer(model, vocabulary, split, ids["unknown"]), conventions
 
     def _vocabulary(self, tokens: list[str], model: str) -> Vocabulary:
@@ -413,7 +417,7 @@ class GGUFFile:
 
     def _chat_template(self) -> str | None:
         key = "tokenizer.chat_template"
-        return self.metadata.value(key, str) if key in self.metadata else None
+        return read_template(self.metadata.value(key, str)) if key in self.metadata else None
 
     def _generation(self, ids: Mapping[str, int | None]) -> dict[str, Any]:
         """What the makers sample with, and the tokens that frame texts, by transformers' names."""

@@ -10,10 +10,10 @@ of tokenizer.json does.
 
 import json
 import logging
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -44,7 +44,7 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OF_THE_EMBEDDING = EMBEDDING.removeprefix("model.")
 NEEDED_OF_HUB = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 GENERATION = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "bos_token_id", "eos_token_id", "pad_token_id")
-NAMED = ("bos_token", "eos_token")
+TOKENIZER_FILES = (".json", ".model", ".txt", ".tiktoken")
 WITH_TRANSFORMERS = "needs transformers: pip install 'ease-lm[hf]'"
 
 
@@ -198,7 +198,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]]:
-    """The tokenizer of a model directory, and the texts of its `bos_token` and `eos_token`. Raises ForeignError.
+    """The tokenizer of a model directory, and the texts of its special tokens by their names. Raises ForeignError.
 
     It is as transformers reads it, where that is installed: what else the directory says may add tokens, or change how texts are cut.
     """
@@ -215,24 +215,24 @@ def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity(logging.ERROR)
         try:
-            with without_templates(folder) as files:
-                known = transformers.AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
-            tokenizer, names = known.backend_tokenizer, {name: getattr(known, name) for name in NAMED}
+            known = _known_to_transformers(folder)
+            tokenizer, names = known.backend_tokenizer, {name: getattr(known, name) for name in SPECIAL_TOKENS}
         except Exception as error:  # whatever its many tokenizers raise
             raise ForeignError(f"{folder} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}") from None
         finally:
             transformers.logging.set_verbosity(verbosity)
-    return settled(tokenizer), {name: _text_of(names.get(name)) for name in NAMED}
+    return settled(tokenizer), {name: _text_of(names.get(name)) for name in SPECIAL_TOKENS}
 
 
-@contextmanager
-def without_templates(folder: Path) -> Iterator[Path]:
-    """The same directory without its chat templates, by links: one that cannot be read costs chat, not the tokenizer."""
-    with tempfile.TemporaryDirectory() as temporary:
-        for entry in folder.iterdir():
-            if not entry.name.startswith(("chat_template", "additional_chat_templates")):
-                (Path(temporary) / entry.name).symlink_to(entry.resolve())
-        yield Path(temporary)
+def _known_to_transformers(folder: Path) -> Any:
+    """transformers' tokenizer of a directory. It sees no chat template, for want of which it would refuse the rest."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as aside:
+        for path in folder.iterdir():
+            if path.suffix in TOKENIZER_FILES and path.is_file():
+                shutil.copy(path, aside)
+        return AutoTokenizer.from_pretrained(aside, local_files_only=True, trust_remote_code=False)
 
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
@@ -285,16 +285,17 @@ def read_conventions(
 ) -> Conventions:
     """How the model's texts begin and end, and its template: from the files beside its weights. Raises ForeignError.
 
-    `names`: the tokenizer's `bos_token` and `eos_token`, where they are known already.
+    `names`: the texts of its special tokens by their names, where they are known already.
     """
     described, generation = tokenizer_settings(folder), read_json(folder / "generation_config.json") or {}
-    names = names or {name: _text_of(described.get(name)) for name in NAMED}
-    begin, end = (None if (text := names[name]) is None else tokenizer.token_to_id(text) for name in NAMED)
+    names = names or {name: _text_of(described.get(name)) for name in SPECIAL_TOKENS}
+    special_tokens = {name: text for name, text in names.items() if text is not None}
+    begin, end = (tokenizer.token_to_id(special_tokens.get(name, "")) for name in ("bos_token", "eos_token"))
     stops = [end, *_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
     stop_ids = tuple(dict.fromkeys(token for token in stops if token is not None))
     kept = {name: generation[name] for name in GENERATION if generation.get(name) is not None}
     kept["bos_token_id"] = begin  # the tokenizer's, for templates and likelihoods: generation_config.json may name another
-    return Conventions(start_id(tokenizer), stop_ids, _template(folder, described), kept, _special_tokens(described))
+    return Conventions(start_id(tokenizer), stop_ids, _template(folder, described), kept, special_tokens)
 
 
 def _ids(value: Any) -> list[int]:
@@ -337,13 +338,6 @@ def read_template(source: str | bytes) -> str | None:
 
 def warn(message: str) -> None:
     warnings.warn(message, SettingWarning, stacklevel=2)
-
-
-def _special_tokens(named: Mapping[str, Any]) -> dict[str, str]:
-    """The texts of the special tokens that a tokenizer's configuration names, for templates."""
-    given = {name: named.get(name) for name in SPECIAL_TOKENS}
-    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def adopt(foreign: Foreign, exits: tuple[int, ...], max_positions: int | None, source: str) -> Checkpoint:

@@ -134,6 +134,15 @@ def layers_rest(recipe: Recipe) -> bool:
     return method.trains != "all" and not (method.layer_dropout.on or method.routing.on or method.objective or method.loss)
 
 
+def own_function(name: str, what: str) -> Callable[..., Any]:
+    """The function that a recipe names. Raises ConfigError."""
+    found = load_own(name, what, ConfigError)
+    if not callable(found):
+        raise ConfigError(f"{what} '{name}' is {type(found).__name__}, expected a function")
+    made: Callable[..., Any] = found
+    return made
+
+
 def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDArray[np.int32]:
     """A split of a checkpoint's data as its model reads it, kept in `cache`. Shape: (tokens,).
 
@@ -186,8 +195,8 @@ class Trainer:
         self.workers, self.cache = workers or Workers(), cache
         self.device, state = self.workers.device, checkpoint.train_state
         method = self.recipe.method
-        self.objective_at = load_own(method.objective, "method: objective", ConfigError) if method.objective else objective_at
-        self.loss = load_own(method.loss, "method: loss", ConfigError) if method.loss else exit_loss
+        self.objective_at = own_function(method.objective, "method: objective") if method.objective else objective_at
+        self.loss = own_function(method.loss, "method: loss") if method.loss else exit_loss
         self.best: Kept | None = None
         if state is None:
             check_warm_ups(self.recipe)

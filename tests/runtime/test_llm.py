@@ -90,7 +90,7 @@ def test_special_tokens_stop_an_answer_that_is_to_end_there(count: int, catch_up
     events = list(engine.generate("ab", options))
     assert [(event.id, event.text) for event in events] == [(0, "")] * count
     assert events[-1].finish_reason == "stop"
-    assert engine.engine.slots == [None]
+    assert engine.engine.sequences == []
 
 
 def test_part_of_a_special_tokens_text_stops_nothing() -> None:

@@ -154,5 +154,5 @@ def test_a_bundle_cannot_name_code(own_policy: str, tiny_bundle: Path, tmp_path:
     assert unasked.choices[0].sequence.notes == [f"this bundle was calibrated for a policy of one's own; to use it: --policy {own_policy}"]
     llm.cancel(unasked)
     asked = llm.submit("And the king", Options(max_tokens=2, policy=own_policy)).choices[0].sequence
-    assert asked.policy.thresholds == Thresholds((0.02, 0.02))
+    assert asked.decision.policy.thresholds == Thresholds((0.02, 0.02))
     assert "thresholds from the bundle's calibration" in asked.notes[0]

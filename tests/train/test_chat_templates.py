@@ -108,9 +108,9 @@ def test_a_template_that_cannot_be_read_costs_chat_only(llama: Path, tmp_path: P
         assert len(result.stderr.splitlines()) == 1
         assert f"warning: {said}" in result.stderr
         assert "line 2); chat is refused, all else works" in result.stderr
-    result = run(ease_run, ["generate", bundle, "--prompt", "And", "--max-tokens", "2", "--threads", "1"])
+    result = run(ease_run, ["generate", bundle, "--prompt", "And", "--max-tokens", "2"])
     assert (result.exit_code, result.stderr) == (0, ""), result.output
-    result = run(ease_run, ["chat", bundle, "--threads", "1"], input="Hello\n")
+    result = run(ease_run, ["chat", bundle], input="Hello\n")
     assert result.exit_code == 1
     assert f"error: {said}" in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -143,7 +143,7 @@ def test_special_tokens_reach_the_template_and_go_back(llama: Path, tmp_path: Pa
     assert run(ease_train, ["import", str(folder), "--out", str(tmp_path / "checkpoint")]).exit_code == 0
     built = run(ease_export, ["build", str(tmp_path / "checkpoint"), str(tmp_path / "bundle")])
     assert built.exit_code == 0, built.output
-    template = LLM(tmp_path / "bundle", num_threads=1).template
+    template = LLM(tmp_path / "bundle").template
     assert template is not None
     assert template.render(chat) == expected
     export_model(import_model(str(folder)), tmp_path / "back")

@@ -221,6 +221,7 @@ def test_tokens_and_conventions_come_along(model: Any, tmp_path: Path) -> None:
     assert (found.start_id, found.stop_ids, found.chat_template) == (None, (1,), foreign_models.TEMPLATE)
     expected = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "temperature": 0.5, "top_k": 20}
     assert found.generation == expected
+    assert found.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     text = "And the king went up to the city"
     assert checkpoint.tokenizer.encode(text).ids == foreign_models.make_tokenizer(start=False).encode(text).ids
     assert checkpoint.tokenizer.encode("a<|eot|>b").ids[1] == 2

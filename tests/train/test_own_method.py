@@ -58,7 +58,7 @@ def test_a_loss_of_ones_own_is_what_is_minimised(make_recipe: Maker, small_corpu
     [
         ("loss", "method: loss 'loss' cannot be loaded (ModuleNotFoundError: No module named 'loss')"),
         ("nowhere:loss", "method: loss 'nowhere:loss' cannot be loaded (ModuleNotFoundError: No module named 'nowhere')"),
-        ("math:pi", "method: loss 'math:pi' is float, expected a class or a function"),
+        ("math:pi", "method: loss 'math:pi' is float, expected a function"),
         ("math:los", "method: loss 'math:los' cannot be loaded (AttributeError: module 'math' has no attribute 'los')"),
     ],
 )
