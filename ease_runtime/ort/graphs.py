@@ -72,6 +72,13 @@ def load_session(
 
 def check_signature(session: ort.InferenceSession, path: Path, signature: Signature, floats: str = "tensor(float)") -> None:
     """Whether a graph takes and gives what the manifest says, or buffers bound to it would not fit. Raises BundleError."""
+    try:
+        _compare_signature(session, path, signature, floats)
+    except UnicodeDecodeError:
+        raise BundleError(f"{path} holds names that are no UTF-8; export the bundle again") from None
+
+
+def _compare_signature(session: ort.InferenceSession, path: Path, signature: Signature, floats: str) -> None:
     for found, expected, what in zip((session.get_inputs(), session.get_outputs()), signature, ("inputs", "outputs"), strict=True):
         names = {value.name for value in found}
         if names != set(expected):
