@@ -107,7 +107,7 @@ def read_directory(folder: Path) -> Foreign:
         raise ForeignError(f"{folder} is no Hugging Face model: config.json is missing")
     if "recipe" in config:
         raise ForeignError(f"{folder} is a checkpoint of this project already; nothing to import")
-    model_config(config, (), None, tied=False)  # refused in our words, before transformers reads the same file
+    model_config(config, exits=(), max_positions=1, tied=False)  # refused in our words, before transformers reads the same file
     tokenizer, names = read_named_tokenizer(folder)
     return Foreign(config, Shards(folder), tokenizer, read_conventions(folder, config, tokenizer, names))
 

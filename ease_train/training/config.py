@@ -100,7 +100,7 @@ class ModelConfig(Section, table="model"):
     def _check_layers(self) -> None:
         if strange := sorted({*self.gates} - {*self.exits[:-1]}):
             raise ConfigError(f"model: gates = {strange}, expected early exits: {list(self.exits[:-1])}")
-        if strange := sorted({*self.routed_layers} - {*range(1, self.num_layers + 1)}):
+        if strange := sorted(layer for layer in {*self.routed_layers} if not 1 <= layer <= self.num_layers):
             raise ConfigError(f"model: routed_layers = {strange}, expected layers from 1 to {self.num_layers}")
 
     @property
