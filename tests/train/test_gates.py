@@ -102,11 +102,11 @@ def test_only_the_gates_change(trained: Path) -> None:
     after = trainer.checkpoint.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert {name for name in after if name not in before} == {
-        f"gates.{layer}.{part}" for layer in (2, 3) for part in ("score.out.weight", "score.out.bias", "temperature")
+        f"exits.{layer}.gate.{part}" for layer in (2, 3) for part in ("score.out.weight", "score.out.bias", "temperature")
     }
-    assert all(after[f"gates.{layer}.temperature"] > 0 for layer in (2, 3))
+    assert all(after[f"exits.{layer}.gate.temperature"] > 0 for layer in (2, 3))
     fresh = GateTrainer(load_checkpoint(trained), GateConfig(**QUICK)).checkpoint.model.state_dict()
-    assert not torch.equal(after["gates.2.score.out.weight"], fresh["gates.2.score.out.weight"])
+    assert not torch.equal(after["exits.2.gate.score.out.weight"], fresh["exits.2.gate.score.out.weight"])
 
 
 def test_gates_learn_and_are_calibrated(trained: Path) -> None:
