@@ -11,6 +11,7 @@ from rich.table import Table
 from ease_common.chat import ChatTemplate
 from ease_common.commands import CommandGroup
 from ease_runtime.bundle.manifest import FORMAT_VERSION, PRECISIONS, Manifest, load_manifest
+from ease_runtime.cli.commands import DEVICE_FLAG
 
 if TYPE_CHECKING:
     from ease_export.verify import Report
@@ -46,14 +47,15 @@ def build(checkpoint: Path, bundle: Path, precision: str) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="The checkpoint that the bundle was exported from.")
 @click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="Greedy tokens to compare.")
-def verify(bundle: Path, checkpoint: Path, tokens: int) -> None:
+@DEVICE_FLAG
+def verify(bundle: Path, checkpoint: Path, tokens: int, device: str) -> None:
     """Compare every graph with torch, and the whole by greedy generation. Exit code 1 when they differ.
 
     An int8 or int4 bundle is judged by its graphs without the rounding of activations, whose effect is told beside.
     """
     from ease_export.verify import verify_bundle
 
-    report = verify_bundle(bundle, checkpoint, tokens)
+    report = verify_bundle(bundle, checkpoint, tokens, device)
     render_report(report, Console())
     if not report.ok:
         click.echo(f"error: {bundle} differs from {checkpoint}; export it again: ease-export build {checkpoint} {bundle}", err=True)

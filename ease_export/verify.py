@@ -26,9 +26,9 @@ from ease_runtime.bundle.manifest import SegmentInfo
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.runner import Runner
 from ease_runtime.engine.sequence import TokenSequence
-from ease_runtime.ort.buffers import RowCache
+from ease_runtime.ort.buffers import DeviceCache, RowCache
 from ease_runtime.ort.graphs import load_session
-from ease_runtime.ort.stack import Cache, OrtStack
+from ease_runtime.ort.stack import Cache, OrtStack, open_stack
 from ease_runtime.policies import HeadOutput
 from ease_train.model.decoder import Block, Decoder, RoutedBlock
 from ease_train.training.checkpoint import load_checkpoint
@@ -109,9 +109,12 @@ class ExactStack(OrtStack):
         return load_session(path, self.log_level, self.device, changed=model.SerializeToString(), own_threads=self.own_threads)
 
 
-def verify_bundle(bundle: Path, checkpoint_path: Path, num_generated: int = 200) -> Report:
-    """Compare a bundle with its checkpoint. Raises BundleError, CheckpointError, ExportError when they are not of one shape."""
-    checkpoint, stack = load_checkpoint(checkpoint_path), ExactStack(bundle)
+def verify_bundle(bundle: Path, checkpoint_path: Path, num_generated: int = 200, device: str = "auto") -> Report:
+    """Compare a bundle, on a device by its name, with its checkpoint.
+
+    Raises BundleError, CheckpointError, ExportError when they are not of one shape, DeviceError for a device that is not there.
+    """
+    checkpoint, stack = load_checkpoint(checkpoint_path), open_stack(bundle, device=device, kind=ExactStack)
     model = checkpoint.model.eval()
     config = model.config
     described = (config.exits, config.vocab_size, config.dim, {*config.gates}, {*config.routed_layers})
@@ -132,7 +135,7 @@ def verify_bundle(bundle: Path, checkpoint_path: Path, num_generated: int = 200)
         produced = greedy(stack, prompt, num_generated)
         agreed = next((i for i, pair in enumerate(zip(expected, produced, strict=True)) if pair[0] != pair[1]), num_generated)
         is_tie = agreed < num_generated and tie(model, [*prompt, *expected[:agreed]], produced[agreed], differences)
-    rounding = rounding_of(stack, OrtStack(bundle), [*prompt, *expected]) if precision in BITS else ()
+    rounding = rounding_of(stack, open_stack(bundle, device=device), [*prompt, *expected]) if precision in BITS else ()
     return Report(precision, differences, num_generated, agreed, is_tie, rounding)
 
 
@@ -276,9 +279,8 @@ def compare_caches(
 
 def _written(cache: Cache, segment: SegmentInfo, count: int) -> NDArray[np.float32]:
     """Keys and values of a segment's first `count` entries in the first slot. Shape: (layers, 2, count, kv_dim)."""
-    assert isinstance(cache, RowCache)
-    pairs = cache.buffers[segment.first_layer - 1 : segment.last_layer]
-    return np.array([[buffer[0, :count] for buffer in pair] for pair in pairs])
+    assert isinstance(cache, RowCache | DeviceCache)
+    return np.array([cache.read(layer - 1, 0, count) for layer in range(segment.first_layer, segment.last_layer + 1)])
 
 
 def compare_exit(stack: OrtStack, model: Decoder, number: int, said: dict[str, NDArray[Any]], hidden: Tensor) -> Iterator[Difference]:

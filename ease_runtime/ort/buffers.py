@@ -78,6 +78,10 @@ class RowCache:
                     pair[which][slot, :written] = old[slot, :written]
                     self.copied_bytes += written * self.kv_dim * old.itemsize
 
+    def read(self, layer: int, slot: int, count: int) -> NDArray[Any]:
+        """A copy of a layer's (from 0) first `count` keys and values of a slot, for the host. Shape: (2, count, kv_dim)."""
+        return np.array([buffer[slot, :count] for buffer in self.buffers[layer]])
+
     def pointers(self, layer: int, slot: int) -> tuple[int, int]:
         """Where a layer's (from 0) keys and values of a slot begin."""
         key, value = self.buffers[layer]
@@ -117,6 +121,10 @@ class DeviceCache:
             for buffer in pair:
                 with buffer.on_host() as values:
                     values[~np.isfinite(values)] = 0.0
+
+    def read(self, layer: int, slot: int, count: int) -> NDArray[Any]:
+        """A copy of a layer's (from 0) first `count` keys and values of a slot, for the host. Shape: (2, count, kv_dim)."""
+        return np.array([buffer.read()[slot, :count] for buffer in self.buffers[layer]])
 
     def pointers(self, layer: int, slot: int) -> tuple[int, int]:
         """Where a layer's (from 0) keys and values of a slot begin."""

@@ -437,22 +437,22 @@ class OrtStack:
         self.run_similarity(rows, rows)
 
 
-def open_stack(bundle: Path, *, device: str = "auto", num_threads: int = 0) -> OrtStack:
-    """A bundle's graphs on a device by its name.
+def open_stack(bundle: Path, *, device: str = "auto", num_threads: int = 0, kind: type[OrtStack] = OrtStack) -> OrtStack:
+    """A bundle's graphs on a device by its name, as a `kind` of stack.
 
     "auto" is CUDA where it works and can run this bundle, else the CPU, with one line in the log that says why. Raises
     BundleError, DeviceError.
     """
     chosen = choose_device(device)
     if chosen is CPU:
-        return OrtStack(bundle, num_threads=num_threads)
+        return kind(bundle, num_threads=num_threads)
     try:
-        return OrtStack(bundle, num_threads=num_threads, log_level=SILENT, device=chosen)
+        return kind(bundle, num_threads=num_threads, log_level=SILENT, device=chosen)
     except (BundleError, DeviceError) as error:
         if device != "auto":
             raise
         reason = str(error)
-    stack = OrtStack(bundle, num_threads=num_threads)  # a bundle that is broken everywhere says so here
+    stack = kind(bundle, num_threads=num_threads)  # a bundle that is broken everywhere says so here
     log.warning("%s cannot run this bundle, so it runs on the CPU: %s", chosen.name, reason)
     return stack
 

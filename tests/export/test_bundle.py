@@ -21,6 +21,8 @@ from ease_export.plan import Plan
 from ease_export.verify import TOLERANCE, torch_greedy, verify_bundle
 from ease_runtime.bundle.manifest import load_manifest
 from ease_runtime.engine.engine import Engine
+from ease_runtime.ort import stack as stack_module
+from ease_runtime.ort.device import Device
 from ease_runtime.ort.stack import OrtStack
 from ease_train.model.decoder import Decoder
 from ease_train.training.checkpoint import load_checkpoint, save_checkpoint
@@ -191,3 +193,10 @@ def test_a_checkpoint_without_the_gates_of_a_bundle_is_told(tiny_bundle: Path, t
     export_bundle(tmp_path / "gated", tmp_path / "bundle")
     with pytest.raises(ExportError, match="was not exported from"):
         verify_bundle(tmp_path / "bundle", tiny_checkpoint, 8)
+
+
+def test_verify_runs_where_buffers_are_bound_by_address(tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: states and caches are read from the device's memory."""
+    elsewhere = Device("cpu", "CPUExecutionProvider", own_memory=True)
+    monkeypatch.setattr(stack_module, "choose_device", lambda name: elsewhere)
+    assert verify_bundle(tiny_bundle, tiny_checkpoint, 8, "cuda").ok
