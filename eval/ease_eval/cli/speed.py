@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from ease_common.commands import given_flags
 from ease_common.errors import RequestError
 from ease_common.files import write_whole
-from ease_common.lists import FiniteRange
+from ease_common.lists import FiniteFloat, FiniteRange
 from ease_eval.cli.measure import JSON_FLAG, POLICY_FLAG, Asked, measure_flags, narrow_table
 from ease_eval.measure.advice import Advice
 from ease_eval.measure.advice import advise as make_advice
@@ -131,7 +131,7 @@ def show_comparison(result: Comparison, console: Console) -> None:
 @measure_flags
 @click.option(
     "--tolerance",
-    type=FiniteRange(0, 1),
+    type=FiniteFloat(),
     default=0.05,
     show_default=True,
     help="Share of the tokens that may be said unlike at full depth.",
