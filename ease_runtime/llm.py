@@ -73,6 +73,7 @@ class TextEngine:
         """
         check_unicode(text)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        self._check_rows(ids)
         start = [] if self.start_id is None else [self.start_id]
         return ids if ids[:1] == start else [*start, *ids]
 
@@ -83,10 +84,6 @@ class TextEngine:
         ids = self.special.encode_text(text)
         self._check_rows(ids)
         return ids if self.start_id is None else [self.start_id, *ids]
-
-    def _started(self, ids: list[int]) -> list[int]:
-        self._check_rows(ids)
-        return ids if self.start_id is None or ids[:1] == [self.start_id] else [self.start_id, *ids]
 
     def _check_rows(self, ids: list[int]) -> None:
         if (last := max(ids, default=0)) >= self.stack.vocab_size:

@@ -65,7 +65,6 @@ def test_ids_are_refused_wherever_they_come_in(bundle: Path, beyond: int) -> Non
     engine, message = LLM(bundle).engine, f"the token id {beyond} is outside the vocabulary of {TOOL}"
     doors: list[Callable[[], object]] = [
         lambda: engine.start([0, beyond], max_new_tokens=1),
-        lambda: engine.open([0, beyond]),
         lambda: score_continuation(engine, [0, 17], [beyond], [FULL_DEPTH], "recompute"),
         lambda: score_continuation(engine, [0, beyond], [17], [FULL_DEPTH], "recompute"),
         lambda: score_documents(engine, [[0, 17, beyond]], [FULL_DEPTH], "propagate"),
@@ -73,7 +72,7 @@ def test_ids_are_refused_wherever_they_come_in(bundle: Path, beyond: int) -> Non
     for door in doors:
         with pytest.raises(RequestError, match=message):
             door()
-    assert None in engine.slots, "nothing is left behind"
+    assert engine.sequences == [], "nothing is left behind"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_training_text_is_refused(tiny_checkpoint: Path, text: Path, tmp_path: P
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint, checkpoint)
     with_tool(checkpoint / "tokenizer.json")
-    settings = ["--exits", "2", "--exits", "6", "--layer-weights", "2", "1", "--sequence-length", "32", "--batch-size", "1", "--steps", "1"]
+    settings = ["--exits", "2,6", "--layer-weights", "2", "1", "--sequence-length", "32", "--batch-size", "1", "--steps", "1"]
     arguments = ["tune", str(checkpoint), "--data", str(text), "--out", str(tmp_path / "tuned"), *settings]
     result = CliRunner().invoke(train, arguments)
     assert result.exit_code == 1, result.output

@@ -238,6 +238,7 @@ class Recipe:
                 values["model"]["ffn_dim"] = 0  # follows the width unless it was asked for
             if name in ("dim", "num_heads") and "head_dim" not in options:
                 values["model"]["head_dim"] = 0
+        cut_warmup(values, options)
         return type(self).from_dict(values, self.name)
 
 
@@ -256,6 +257,15 @@ def set_option(values: dict[str, Any], name: str, value: Any) -> None:
     for table in tables:
         values = values[table]
     values[last] = value
+
+
+def cut_warmup(values: dict[str, Any], options: Mapping[str, Any]) -> None:
+    """Let a recipe's own warm-up be no longer than the steps that were asked for, and say so."""
+    steps, warmup = options.get("steps"), values["train"]["warmup_steps"]
+    if type(steps) is int and 0 < steps < warmup and "warmup_steps" not in options:
+        message = f"--steps {steps} cuts the recipe's warm-up of {warmup} steps to {steps}"
+        warnings.warn(message, SettingWarning, stacklevel=3)
+        values["train"]["warmup_steps"] = steps
 
 
 def recipe_names() -> list[str]:

@@ -18,7 +18,7 @@ from torch import nn
 from ease_common.errors import ConfigError
 from ease_train.model.decoder import Block, Decoder
 from ease_train.training.checkpoint import Checkpoint
-from ease_train.training.config import OF_THE_EXITS, OPTIONS, Recipe, set_option
+from ease_train.training.config import OF_THE_EXITS, OPTIONS, Recipe, cut_warmup, set_option
 from ease_train.training.parallel import Workers
 from ease_train.training.trainer import Trainer, known_data, token_counts
 
@@ -35,6 +35,7 @@ def tuned_recipe(trained: Recipe, recipe: Recipe, options: Mapping[str, Any]) ->
                 f"{name} = {value!r} would change the trained model; expected settings of its exits: {', '.join(OF_THE_EXITS)}"
             )
         set_option(values, name, value)
+    cut_warmup(values, options)
     return Recipe.from_dict(values, recipe.name)
 
 

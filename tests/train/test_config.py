@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ease_common.errors import ConfigError
+from ease_common.errors import ConfigError, SettingWarning
 from ease_common.settings import Bounds, Section
 from ease_train.methods.method import GateConfig
 from ease_train.training.config import OPTIONS, SECTIONS, ModelConfig, Recipe, TokenizerConfig, load_recipe, recipe_names
@@ -175,3 +175,10 @@ def test_options_name_one_setting_each() -> None:
     paths = [("_".join(path), (table, *path)) for table, section in SECTIONS.items() for path, _, _ in section.settings()]
     assert len(dict(paths)) == len(paths)
     assert {name: OPTIONS[name] for name, _ in paths} == dict(paths)
+
+
+def test_fewer_steps_than_the_recipes_warm_up_cut_it() -> None:
+    with pytest.warns(SettingWarning, match="--steps 7 cuts the recipe's warm-up of 50 steps to 7"):
+        assert load_recipe("demo").with_options({"steps": 7}).train.warmup_steps == 7
+    with pytest.raises(ConfigError, match="warmup_steps = 9, expected at most steps = 7"):
+        load_recipe("demo").with_options({"steps": 7, "warmup_steps": 9})

@@ -38,13 +38,13 @@ def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], l
 
     As in lm_eval, the whole is encoded and divided behind the context, and spaces at the end of the context belong to the
     continuation. A token that spans the join is the continuation's first: tokenizers write "end." and "\\n" together as one
-    token, say. Raises NoTokensError where nothing follows in tokens, and
-    RequestError where there is no token to begin with.
+    token, say. Raises NoTokensError where nothing follows in tokens that the model knows, and RequestError where there is no
+    token to begin with.
     """
     text, num_kept = context + continuation, len(context.rstrip())
     try:
         whole, own = llm.encode(text), encode_whole(llm.tokenizer, text, parse_special=True)
-    except RequestError as error:  # no valid Unicode
+    except RequestError as error:  # no valid Unicode, or a token that the model has no row for
         raise NoTokensError(str(error)) from None
     num_context = len(whole) - len(own.ids)  # the start token
     if num_kept:
