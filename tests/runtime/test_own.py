@@ -54,6 +54,7 @@ def test_the_pages_policy_generates(own_policy: str, tiny_bundle: Path) -> None:
 
 
 def test_the_pages_policy_in_a_table_and_a_calibration(own_policy: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="a text file is read with it")
     text = tmp_path / "text.jsonl"
     words = ["king", "went", "out", "and", "the", "son", "of"]
     text.write_text("".join(json.dumps({"text": " ".join(words[(i * k) % 7] for k in range(20))}) + "\n" for i in range(1, 31)))
