@@ -43,7 +43,9 @@ def ask(client: httpx.Client, number: int) -> int:
     """Some completions, one after the other. Returns their tokens."""
     tokens = 0
     for i in range(REQUESTS):
-        answer = client.post("/v1/completions", json={"model": "it", "prompt": f"{PROMPT} {number} {i}", "max_tokens": TOKENS})
+        answer = client.post(
+            "/v1/completions", json={"model": "it", "prompt": f"{PROMPT} {number} {i}", "max_tokens": TOKENS}
+        )
         tokens += answer.raise_for_status().json()["usage"]["completion_tokens"]
     return tokens
 
@@ -58,7 +60,10 @@ def tokens_a_second(client: httpx.Client, num_clients: int) -> float:
 def passes(client: httpx.Client) -> tuple[float, float]:
     """Passes so far, and completions in all of them."""
     text = client.get("/metrics").text
-    first, second = (re.search(rf"^{name} (\S+)$", text, re.MULTILINE) for name in ("ease_passes_total", "ease_pass_rows_total"))
+    first, second = (
+        re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+        for name in ("ease_passes_total", "ease_pass_rows_total")
+    )
     assert first is not None, "the server counts its passes"
     assert second is not None, "and their rows"
     return float(first[1]), float(second[1])
@@ -70,8 +75,20 @@ def passes(client: httpx.Client) -> tuple[float, float]:
 def main(bundle: Path, json_file: Path | None) -> None:
     """Measure a server with one client and with eight."""
     port = free_port()
-    command = [sys.executable, "-m", "ease_runtime.cli.main", "serve", str(bundle), "--port", str(port), "--threshold", "off"]
-    process = subprocess.Popen([*command, "--model-name", "it"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "ease_runtime.cli.main",
+        "serve",
+        str(bundle),
+        "--port",
+        str(port),
+        "--threshold",
+        "off",
+    ]
+    process = subprocess.Popen(
+        [*command, "--model-name", "it"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
             wait_for(client, process)

@@ -68,7 +68,9 @@ def prompt_ids(stack: OrtStack, seed: int, length: int = PROMPT) -> list[int]:
 
 def half_exit(stack: OrtStack) -> int:
     """The early exit (from 0) nearest to half the layers."""
-    return min(range(len(stack.exit_layers) - 1), key=lambda k: abs(stack.exit_layers[k] - stack.exit_layers[-1] / 2))
+    return min(
+        range(len(stack.exit_layers) - 1), key=lambda k: abs(stack.exit_layers[k] - stack.exit_layers[-1] / 2)
+    )
 
 
 def only(stack: OrtStack, exit_index: int) -> Thresholds:
@@ -99,7 +101,8 @@ def depth(stack: OrtStack) -> list[Row]:
                 "speedup": speedup,
                 "ideal_speedup": ideal,
                 "measured_over_ideal": speedup / ideal,
-                "ideal_seconds_over_measured": ideal_seconds(timing.calls, seconds) / statistics.median(timing.rounds),
+                "ideal_seconds_over_measured": ideal_seconds(timing.calls, seconds)
+                / statistics.median(timing.rounds),
             }
         )
     return rows
@@ -121,7 +124,9 @@ def verify(stack: OrtStack) -> list[Row]:
     policy = Coin(thresholds=only(stack, exit_index), probability=1.0)
     for acceptance in (0.6, 0.8, 0.9):
         pace = Pace(costs, policy, "verify")
-        pace.entered = [1.0 if k <= exit_segment(stack, exit_index) else 0.0 for k in range(len(stack.layout))]
+        pace.entered = [
+            1.0 if k <= exit_segment(stack, exit_index) else 0.0 for k in range(len(stack.layout))
+        ]
         pace.drafted, pace.accepted = 1.0, acceptance
         length = max(1, pace.draft_length(1))
         tokens = (1.0 - acceptance ** (length + 1)) / (1.0 - acceptance)
@@ -132,7 +137,9 @@ def verify(stack: OrtStack) -> list[Row]:
             plain = off.start(prompt_ids(stack, seed), max_new_tokens=NEW)
             seconds = run_to_end(off, [plain]) / (len(plain.produced) - 1)
             sampler = Agreeing(acceptance, stack.vocab_size, seed)
-            sequence = drafted.start(prompt_ids(stack, seed), max_new_tokens=NEW, policy=policy, catch_up="verify", sampler=sampler)
+            sequence = drafted.start(
+                prompt_ids(stack, seed), max_new_tokens=NEW, policy=policy, catch_up="verify", sampler=sampler
+            )
             rounds.append(seconds / (run_to_end(drafted, [sequence]) / (len(sequence.produced) - 1)))
         speedup = statistics.median(rounds)
         rows.append(
@@ -177,7 +184,9 @@ def adapt(stack: OrtStack) -> list[Row]:
     Until it gives up a request runs by itself, then the same tokens at full depth do; after that the two take turns token by token.
     """
     costs, exit_index, rows = measure_costs(stack), half_exit(stack), []
-    cases = [("verify", 1.0, acceptance) for acceptance in (0.2, 0.5, 0.9)] + [("recompute", leaving, 1.0) for leaving in (0.05, 0.2, 0.8)]
+    cases = [("verify", 1.0, acceptance) for acceptance in (0.2, 0.5, 0.9)] + [
+        ("recompute", leaving, 1.0) for leaving in (0.05, 0.2, 0.8)
+    ]
     for catch_up, leaving, acceptance in cases:
         speedups, before, after = [], [], []
         for seed in range(ROUNDS):
@@ -185,7 +194,13 @@ def adapt(stack: OrtStack) -> list[Row]:
             engine.costs = costs
             policy = Coin(thresholds=only(stack, exit_index), probability=leaving, dice=random.Random(seed))
             sampler = Agreeing(acceptance, stack.vocab_size, seed) if catch_up == "verify" else Greedy()
-            sequence = engine.start(prompt_ids(stack, seed), max_new_tokens=LONG, policy=policy, catch_up=catch_up, sampler=sampler)
+            sequence = engine.start(
+                prompt_ids(stack, seed),
+                max_new_tokens=LONG,
+                policy=policy,
+                catch_up=catch_up,
+                sampler=sampler,
+            )
             token_seconds(engine, sequence)  # the prompt
             mine, theirs = [0.0, 0.0], [0.0, 0.0]  # before it gives up, after
             while sequence.finish_reason is None and not sequence.notes:
@@ -257,25 +272,42 @@ def involuntary(stack: OrtStack, num_requests: int, thresholds: Thresholds, catc
 
 
 def tokens_a_second(
-    stack: OrtStack, num_requests: int, seed: int, thresholds: Thresholds | None, catch_up: str, num_slots: int = 8
+    stack: OrtStack,
+    num_requests: int,
+    seed: int,
+    thresholds: Thresholds | None,
+    catch_up: str,
+    num_slots: int = 8,
 ) -> tuple[float, list[TokenSequence]]:
     """Decoding speed of a batch, and its rows. More requests than slots have different lengths."""
     engine, dice = Engine(stack, num_slots=num_slots), random.Random(seed)
     sequences = []
     for i in range(num_requests):
-        policy = FULL_DEPTH if thresholds is None else Coin(thresholds=thresholds, dice=random.Random(1000 * seed + i))
+        policy = (
+            FULL_DEPTH
+            if thresholds is None
+            else Coin(thresholds=thresholds, dice=random.Random(1000 * seed + i))
+        )
         new = NEW if num_requests <= num_slots else dice.randint(NEW // 2, NEW)
-        sequences.append(engine.start(prompt_ids(stack, i), max_new_tokens=new, policy=policy, catch_up=catch_up))
+        sequences.append(
+            engine.start(prompt_ids(stack, i), max_new_tokens=new, policy=policy, catch_up=catch_up)
+        )
     seconds = run_to_end(engine, sequences)
     return (sum(len(s.produced) for s in sequences) - num_slots) / seconds, sequences
 
 
-def best_schedule(stack: OrtStack, costs: Costs, catch_up: str, num_rows: int = 8, num_passes: int = 20000) -> float:
+def best_schedule(
+    stack: OrtStack, costs: Costs, catch_up: str, num_rows: int = 8, num_passes: int = 20000
+) -> float:
     """Speed-up over full depth of the best rule "go deep when m rows wait", simulated at the measured costs, for a closed set of rows."""
-    return max(simulate(stack, costs, catch_up, num_rows, waiting, num_passes) for waiting in range(1, num_rows + 1))
+    return max(
+        simulate(stack, costs, catch_up, num_rows, waiting, num_passes) for waiting in range(1, num_rows + 1)
+    )
 
 
-def simulate(stack: OrtStack, costs: Costs, catch_up: str, num_rows: int, waiting: int, num_passes: int) -> float:
+def simulate(
+    stack: OrtStack, costs: Costs, catch_up: str, num_rows: int, waiting: int, num_passes: int
+) -> float:
     exit_index = half_exit(stack)
     cut, last, dice = exit_segment(stack, exit_index) + 1, len(stack.exit_layers) - 1, random.Random(0)
     need, pending, seconds, tokens = [False] * num_rows, [0] * num_rows, 0.0, 0
@@ -302,7 +334,9 @@ def simulate(stack: OrtStack, costs: Costs, catch_up: str, num_rows: int, waitin
         tokens += len(going)
         for i in going:
             need[i], pending[i] = False, 0
-    full = sum(costs.seconds("segment", k, num_rows, num_rows) for k in range(len(stack.layout))) + costs.seconds("exit", last, num_rows)
+    full = sum(
+        costs.seconds("segment", k, num_rows, num_rows) for k in range(len(stack.layout))
+    ) + costs.seconds("exit", last, num_rows)
     return full / num_rows / (seconds / tokens)
 
 
@@ -313,7 +347,10 @@ def scaling(stack: OrtStack) -> list[Row]:
         for num_rows, speeds in found.items():
             speeds.append(tokens_a_second(stack, num_rows, seed, None, "recompute", num_rows)[0])
     medians = {num_rows: statistics.median(speeds) for num_rows, speeds in found.items()}
-    return [{"rows": n, "tokens_per_second": speed, "over_one_row": speed / medians[1]} for n, speed in medians.items()]
+    return [
+        {"rows": n, "tokens_per_second": speed, "over_one_row": speed / medians[1]}
+        for n, speed in medians.items()
+    ]
 
 
 def memory(stack: OrtStack) -> list[Row]:
@@ -347,7 +384,14 @@ def memory(stack: OrtStack) -> list[Row]:
     ]
 
 
-SECTIONS = {"depth": depth, "verify": verify, "adapt": adapt, "batch": batch, "scaling": scaling, "memory": memory}
+SECTIONS = {
+    "depth": depth,
+    "verify": verify,
+    "adapt": adapt,
+    "batch": batch,
+    "scaling": scaling,
+    "memory": memory,
+}
 
 
 def show(name: str, rows: list[Row], console: Console) -> None:
@@ -370,7 +414,10 @@ def main(bundle: Path, names: str, threads: int, json_file: Path | None) -> None
         show(name, results[name], Console())
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"bundle": str(bundle), "threads": threads, **results}, indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(
+            json.dumps({"bundle": str(bundle), "threads": threads, **results}, indent=2) + "\n",
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

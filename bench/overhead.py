@@ -21,7 +21,12 @@ from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import make_policy
 
 NUM_TOKENS, ROUNDS = 120, 5
-SETTINGS = (("off", None, "recompute"), ("0.5", 0.5, "recompute"), ("0.5", 0.5, "propagate"), ("0", 0.0, "propagate"))
+SETTINGS = (
+    ("off", None, "recompute"),
+    ("0.5", 0.5, "recompute"),
+    ("0.5", 0.5, "propagate"),
+    ("0", 0.0, "propagate"),
+)
 
 
 def measure(bundle: Path, num_threads: int) -> list[dict[str, object]]:
@@ -35,13 +40,22 @@ def measure(bundle: Path, num_threads: int) -> list[dict[str, object]]:
         rounds = []
         for _ in range(ROUNDS + 1):
             policy = make_policy("max-prob", None if threshold is None else [threshold], stack.exit_layers)
-            sequence = engine.start(text[:16], max_new_tokens=length - 16, policy=policy, catch_up=catch_up, sampler=Given(text))
+            sequence = engine.start(
+                text[:16], max_new_tokens=length - 16, policy=policy, catch_up=catch_up, sampler=Given(text)
+            )
             tokens = engine.generate(sequence)
             next(tokens)
             inside.seconds, inside.calls, began = 0.0, 0, time.perf_counter()
             count = sum(1 for _ in tokens)
             total = time.perf_counter() - began
-            rounds.append(((total - inside.seconds) / inside.calls, inside.calls / count, total / count, inside.seconds / total))
+            rounds.append(
+                (
+                    (total - inside.seconds) / inside.calls,
+                    inside.calls / count,
+                    total / count,
+                    inside.seconds / total,
+                )
+            )
         overhead, calls, step, share = sorted(rounds[1:])[ROUNDS // 2]
         results.append(
             {
@@ -62,9 +76,19 @@ def main() -> None:
     if len(sys.argv) > 2:
         print(json.dumps(measure(bundle, int(sys.argv[2]))))
         return
-    table = Table("threads", "threshold", "catch-up", "overhead µs/call", "calls/token", "µs/token", "inside ONNX Runtime")
+    table = Table(
+        "threads",
+        "threshold",
+        "catch-up",
+        "overhead µs/call",
+        "calls/token",
+        "µs/token",
+        "inside ONNX Runtime",
+    )
     for threads in ("1", "2"):
-        output = subprocess.run([sys.executable, __file__, str(bundle), threads], check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(
+            [sys.executable, __file__, str(bundle), threads], check=True, capture_output=True, text=True
+        ).stdout
         for row in json.loads(output):
             table.add_row(
                 threads,

@@ -25,10 +25,14 @@ WORK = Path("runs/bench/peers")
 def main(checkpoint: Path, bundle: Path, json_file: Path | None) -> None:
     folder = WORK / "huggingface"
     if not folder.is_dir():
-        subprocess.run([sys.executable, "-m", "ease_train.cli", "export-hf", str(checkpoint), str(folder)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "ease_train.cli", "export-hf", str(checkpoint), str(folder)], check=True
+        )
     source = provenance(bundle, LLM(bundle), 0)
     prompts = [[(7 * i * i + 3 * i + number) % 40000 for i in range(PROMPT)] for number in range(NUM_PROMPTS)]
-    result = compare_peers(Plan(bundle, folder, Path(".venv-peers/bin/python"), work=WORK), prompts, tell=print)
+    result = compare_peers(
+        Plan(bundle, folder, Path(".venv-peers/bin/python"), work=WORK), prompts, tell=print
+    )
     if json_file:
         write_whole(json_file, result.to_json(source))
     show_comparison(result, Console())

@@ -27,7 +27,11 @@ from ease_train.model.decoder import Decoder
 from ease_train.training.config import ModelConfig, load_recipe
 from ease_train.training.trainer import Trainer
 
-MEMORY = (("one exit", "12", 0.0), ("four exits", "3,6,9,12", 0.0), ("four exits, distilled", "3,6,9,12", 1.0))
+MEMORY = (
+    ("one exit", "12", 0.0),
+    ("four exits", "3,6,9,12", 0.0),
+    ("four exits, distilled", "3,6,9,12", 1.0),
+)
 WARM_UP = 2  # steps of a turn that do not count
 
 
@@ -84,7 +88,10 @@ def llama_trainer(trainer: Trainer, steps: int) -> tuple[Any, list[float]]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
-    blocks = [torch.from_numpy(block[:-1].astype("int64")) for block in trainer.blocks[: 4 * steps * settings.batch_size]]
+    blocks = [
+        torch.from_numpy(block[:-1].astype("int64"))
+        for block in trainer.blocks[: 4 * steps * settings.batch_size]
+    ]
     llama = transformers.LlamaForCausalLM(config)
     assert sum(p.numel() for p in llama.parameters()) == sum(p.numel() for p in trainer.model.parameters())
     data = [{"input_ids": ids, "labels": ids} for ids in blocks]
@@ -127,7 +134,10 @@ def step_memory(exits: tuple[int, ...], distill: float) -> float:
     ids = torch.randint(32768, (4, 257))
     for _ in range(2):
         loss, _ = exit_loss(
-            model, ids[:, :-1], ids[:, 1:], Objective(weights=dict.fromkeys(exits, 1.0), distill=Distill(weight=distill, temperature=1.0))
+            model,
+            ids[:, :-1],
+            ids[:, 1:],
+            Objective(weights=dict.fromkeys(exits, 1.0), distill=Distill(weight=distill, temperature=1.0)),
         )
         loss.backward()
         optimizer.step()
@@ -157,17 +167,25 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each trainer")
     parser.add_argument("--steps", type=int, default=8, help="steps of a turn")
-    parser.add_argument("--memory-of", nargs=2, metavar=("EXITS", "DISTILL"), help="print the megabytes of one setting")
+    parser.add_argument(
+        "--memory-of", nargs=2, metavar=("EXITS", "DISTILL"), help="print the megabytes of one setting"
+    )
     arguments = parser.parse_args()
     if arguments.memory_of:
         exits, distill = arguments.memory_of
         print(step_memory(tuple(int(layer) for layer in exits.split(",")), float(distill)))
         return
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    versions = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
     report = {"versions": versions, "speed": speed(arguments.rounds, arguments.steps), "memory": memory()}
     show(report)
     if arguments.json:

@@ -24,7 +24,9 @@ PAGE = Path(__file__).parent / "cli.md"
 HEADER = "# Commands\n\nMade from `--help` by `make docs`; `make check` fails when it has drifted.\n"
 
 
-def help_texts(name: str, command: click.Command, parent: click.Context | None = None) -> Iterator[tuple[str, str]]:
+def help_texts(
+    name: str, command: click.Command, parent: click.Context | None = None
+) -> Iterator[tuple[str, str]]:
     """A command's full name and its help, then those of its subcommands."""
     context = click.Context(command, info_name=name, parent=parent, max_content_width=110, terminal_width=110)
     yield context.command_path, command.get_help(context)

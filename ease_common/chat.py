@@ -39,7 +39,9 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """jinja2's own `tojson` escapes for HTML; models have seen plain JSON."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 class AssistantMark(Extension):
@@ -63,7 +65,9 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str | bytes, **special_tokens: str) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[AssistantMark, loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[AssistantMark, loopcontrols]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -72,7 +76,9 @@ class ChatTemplate:
         try:
             self.template = environment.from_string(source if isinstance(source, str) else source.decode())
         except Exception as error:  # what jinja2, Python's own compiler and UTF-8 do not take
-            self.problem = f"the chat template cannot be read ({_reason(error)}); chat is refused, all else works"
+            self.problem = (
+                f"the chat template cannot be read ({_reason(error)}); chat is refused, all else works"
+            )
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text up to where the assistant's answer begins.
@@ -123,4 +129,6 @@ def check_messages(messages: Any) -> None:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise RequestError(f"messages[{place}] has no text as its content")
         if message.get("role") not in ROLES:
-            raise RequestError(f"messages[{place}] has the role {repr(message.get('role'))[:80]}; use one of: {', '.join(ROLES)}")
+            raise RequestError(
+                f"messages[{place}] has the role {repr(message.get('role'))[:80]}; use one of: {', '.join(ROLES)}"
+            )

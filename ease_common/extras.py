@@ -17,7 +17,9 @@ def extra_of(module: str) -> str | None:
     except PackageNotFoundError:
         return None
     for requirement in requirements:
-        if (extra := re.search(r"""extra == ['"]([\w-]+)['"]""", requirement)) is None or extra[1] in COLLECTIONS:
+        if (extra := re.search(r"""extra == ['"]([\w-]+)['"]""", requirement)) is None or extra[
+            1
+        ] in COLLECTIONS:
             continue
         name = re.match(r"[\w.-]+", requirement)
         assert name is not None, "a requirement begins with a name"
@@ -31,4 +33,6 @@ def missing_extra(error: ModuleNotFoundError) -> MissingExtraError | None:
     extra = extra_of(error.name or "")
     if extra is None:
         return None
-    return MissingExtraError(f"{error.name} is not installed; install it: pip install '{DISTRIBUTION}[{extra}]'")
+    return MissingExtraError(
+        f"{error.name} is not installed; install it: pip install '{DISTRIBUTION}[{extra}]'"
+    )

@@ -30,7 +30,9 @@ class CommaList(click.ParamType[tuple[Any, ...]]):
     def __init__(self, item: click.ParamType[Any], name: str) -> None:
         self.item, self.name = item, name
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
         if isinstance(value, tuple):
             return value
         return tuple(self.item.convert(part.strip(), param, ctx) for part in str(value).split(","))

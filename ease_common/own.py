@@ -24,6 +24,8 @@ def load_own(name: str, what: str, error_type: type[EaseError] = RequestError) -
         found = pkgutil.resolve_name(name)
     except Exception as error:  # a module is a program: it may fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        message = f"{what} '{name}' cannot be loaded ({reason}); give MODULE:NAME, with MODULE.py in this directory"
+        message = (
+            f"{what} '{name}' cannot be loaded ({reason}); give MODULE:NAME, with MODULE.py in this directory"
+        )
         raise error_type(message) from error
     return found

@@ -23,13 +23,21 @@ class Bounds:
 
     def __contains__(self, number: float) -> bool:
         above = number > self.low if self.open_low else number >= self.low
-        return above and (number < self.high if self.open_high else number <= self.high) and math.isfinite(number)
+        return (
+            above
+            and (number < self.high if self.open_high else number <= self.high)
+            and math.isfinite(number)
+        )
 
     def __str__(self) -> str:
         if not (self.open_low or self.open_high or self.high == math.inf):
             return f"a number from {self.low} to {self.high}"
         low = f"{'more than' if self.open_low else 'at least'} {self.low}"
-        return low if self.high == math.inf else f"{low} and {'less than' if self.open_high else 'at most'} {self.high}"
+        return (
+            low
+            if self.high == math.inf
+            else f"{low} and {'less than' if self.open_high else 'at most'} {self.high}"
+        )
 
 
 AT_LEAST_0 = Bounds(0)
@@ -64,9 +72,13 @@ class Section:
             value, allowed = getattr(self, f.name), f.metadata.get("allowed")
             if isinstance(allowed, tuple):
                 one_of(f"{self.table}: {f.name}", value, allowed)
-            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+            numbers = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+            )
             if isinstance(allowed, Bounds) and not all(number in allowed for number in numbers):
-                raise ConfigError(f"{self.table}: {f.name} = {list(value) if isinstance(value, tuple) else value}, expected {allowed}")
+                raise ConfigError(
+                    f"{self.table}: {f.name} = {list(value) if isinstance(value, tuple) else value}, expected {allowed}"
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -76,7 +88,9 @@ class Section:
         for name in values:
             if name not in fields:
                 raise ConfigError(f"{where}: unknown field '{name}'; {did_you_mean(name, fields)}")
-        return cls(**{name: _coerce(value, hints[name], f"{where}: {name}") for name, value in values.items()})
+        return cls(
+            **{name: _coerce(value, hints[name], f"{where}: {name}") for name, value in values.items()}
+        )
 
     @classmethod
     def settings(cls, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Field[Any], Any]]:
@@ -101,8 +115,14 @@ def is_section(hint: Any) -> bool:
 def laid_over(section: type[Section], values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """Two dictionaries of a section: what `values` does not set is taken from `base`, setting by setting."""
     hints = typing.get_type_hints(section)
-    within = [name for name, value in values.items() if is_section(hints.get(name)) and isinstance(value, Mapping)]
-    return {**base, **values, **{name: laid_over(hints[name], values[name], base.get(name, {})) for name in within}}
+    within = [
+        name for name, value in values.items() if is_section(hints.get(name)) and isinstance(value, Mapping)
+    ]
+    return {
+        **base,
+        **values,
+        **{name: laid_over(hints[name], values[name], base.get(name, {})) for name in within},
+    }
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:

@@ -68,11 +68,15 @@ def export_bundle(
             manifest = write_bundle(checkpoint_path, folder, precision, calibration or {})
             check_runs(folder, checkpoint_path, precision)
     except OSError as error:
-        raise ExportError(f"could not write {bundle}: {error.strerror or error}; no half bundle is left there") from None
+        raise ExportError(
+            f"could not write {bundle}: {error.strerror or error}; no half bundle is left there"
+        ) from None
     return manifest
 
 
-def write_bundle(checkpoint_path: Path, folder: Path, precision: str, calibration: dict[str, Any]) -> Manifest:
+def write_bundle(
+    checkpoint_path: Path, folder: Path, precision: str, calibration: dict[str, Any]
+) -> Manifest:
     """Write all files of a bundle into an empty folder. Raises CheckpointError, ExportError, OSError."""
     checkpoint = load_checkpoint(checkpoint_path)
     check_finite(checkpoint.model, str(checkpoint_path))
@@ -104,7 +108,9 @@ def check_runs(folder: Path, checkpoint_path: Path, precision: str) -> None:
         OrtStack(folder, num_threads=None).run_every_graph()
     except (EaseError, RuntimeError) as error:  # the latter is ONNX Runtime's
         reason = str(error).splitlines()[0].replace(f"{folder}/", "")
-        raise ExportError(f"{checkpoint_path} in {precision} gives graphs that do not run: {reason}") from None
+        raise ExportError(
+            f"{checkpoint_path} in {precision} gives graphs that do not run: {reason}"
+        ) from None
 
 
 def is_bundle(folder: Path) -> bool:
@@ -116,7 +122,9 @@ def is_bundle(folder: Path) -> bool:
     return isinstance(manifest, dict) and "format_version" in manifest
 
 
-def write_graph(plan: Plan, tracer: Tracer, files: WeightFiles, quantizer: WeightQuantizer | None = None) -> None:
+def write_graph(
+    plan: Plan, tracer: Tracer, files: WeightFiles, quantizer: WeightQuantizer | None = None
+) -> None:
     """Trace one graph, and write it with its weights."""
     proto = tracer.graph(plan)
     weights = {name: value.detach().numpy() for name, value in plan.module.state_dict().items()}
@@ -127,7 +135,9 @@ def write_graph(plan: Plan, tracer: Tracer, files: WeightFiles, quantizer: Weigh
     onnx.save(proto, files.folder / plan.file)
 
 
-def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precision: str, calibration: dict[str, Any]) -> Manifest:
+def describe(
+    checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precision: str, calibration: dict[str, Any]
+) -> Manifest:
     """The manifest of the files written so far."""
     model, config = checkpoint.model, checkpoint.model.config
     return Manifest(
@@ -148,7 +158,13 @@ def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precis
         similarity=SIMILARITY_FILE,
         segments=tuple(_segment_info(cut) for cut in cut_layers(model)),
         exits=tuple(
-            ExitInfo(layer, exit_file(n), head_file(model, n, layer), gate_file(model, n, layer), block_file(model, n, layer))
+            ExitInfo(
+                layer,
+                exit_file(n),
+                head_file(model, n, layer),
+                gate_file(model, n, layer),
+                block_file(model, n, layer),
+            )
             for n, layer in enumerate(config.exits)
         ),
         drafting_head=REDUCED_HEAD_FILE if model.reduced_head is not None else None,
@@ -156,7 +172,9 @@ def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precis
         special_tokens=checkpoint.conventions.special_tokens,
         generation=checkpoint.conventions.generation,
         calibration=calibration,
-        files={path.name: FileInfo(sha256_of(path), path.stat().st_size) for path in sorted(folder.iterdir())},
+        files={
+            path.name: FileInfo(sha256_of(path), path.stat().st_size) for path in sorted(folder.iterdir())
+        },
         source=_source(checkpoint, checkpoint_path),
     )
 
@@ -164,11 +182,15 @@ def describe(checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precis
 def _segment_info(cut: Cut) -> SegmentInfo:
     if cut.routed:
         return SegmentInfo("routed", cut.first, cut.last, cut.file("segment"), None, cut.file("route"))
-    return SegmentInfo("layers", cut.first, cut.last, cut.file("segment"), cut.file("kv") if cut.number else None)
+    return SegmentInfo(
+        "layers", cut.first, cut.last, cut.file("segment"), cut.file("kv") if cut.number else None
+    )
 
 
 def _source(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
-    evaluations = [line for line in checkpoint.metrics if "perplexity" in line and line["step"] <= checkpoint.step]
+    evaluations = [
+        line for line in checkpoint.metrics if "perplexity" in line and line["step"] <= checkpoint.step
+    ]
     return {
         "checkpoint": path.name,
         "checkpoint_config_sha256": sha256_of(path / "config.json"),

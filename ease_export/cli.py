@@ -28,7 +28,11 @@ def main(debug: bool) -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the weights; fp16 is meant for CUDA."
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="Of the weights; fp16 is meant for CUDA.",
 )
 def build(checkpoint: Path, bundle: Path, precision: str) -> None:
     """Cut CHECKPOINT at its exits and write BUNDLE (an older bundle there is replaced once the new one is complete)."""
@@ -38,15 +42,26 @@ def build(checkpoint: Path, bundle: Path, precision: str) -> None:
     with console.status("exporting…"):
         manifest = export_bundle(checkpoint, bundle, precision)
     size = sum(info.num_bytes for info in manifest.files.values())
-    console.print(f"{bundle}: {len(manifest.segments)} segments, {len(manifest.files)} files, {size / 1e6:.1f} MB")
-    if manifest.chat_template and (problem := ChatTemplate((bundle / manifest.chat_template).read_bytes()).problem):
+    console.print(
+        f"{bundle}: {len(manifest.segments)} segments, {len(manifest.files)} files, {size / 1e6:.1f} MB"
+    )
+    if manifest.chat_template and (
+        problem := ChatTemplate((bundle / manifest.chat_template).read_bytes()).problem
+    ):
         click.echo(f"warning: {problem}", err=True)
 
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="The checkpoint that the bundle was exported from.")
-@click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="Greedy tokens to compare.")
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The checkpoint that the bundle was exported from.",
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), default=200, show_default=True, help="Greedy tokens to compare."
+)
 @DEVICE_FLAG
 def verify(bundle: Path, checkpoint: Path, tokens: int, device: str) -> None:
     """Compare every graph with torch, and the whole by greedy generation. Exit code 1 when they differ.
@@ -58,7 +73,10 @@ def verify(bundle: Path, checkpoint: Path, tokens: int, device: str) -> None:
     report = verify_bundle(bundle, checkpoint, tokens, device)
     render_report(report, Console())
     if not report.ok:
-        click.echo(f"error: {bundle} differs from {checkpoint}; export it again: ease-export build {checkpoint} {bundle}", err=True)
+        click.echo(
+            f"error: {bundle} differs from {checkpoint}; export it again: ease-export build {checkpoint} {bundle}",
+            err=True,
+        )
         sys.exit(1)
 
 
@@ -67,7 +85,9 @@ def render_report(report: "Report", console: Console) -> None:
     table = Table("graph", "output", "largest difference", "allowed", "")
     for difference in report.differences:
         figures = [f"{difference.relative:.1e}", f"{difference.limit:.0e}"]
-        table.add_row(difference.graph, difference.output, *figures, "ok" if difference.ok else "[red]too large[/red]")
+        table.add_row(
+            difference.graph, difference.output, *figures, "ok" if difference.ok else "[red]too large[/red]"
+        )
     console.print(table)
     tie = "; the next two are equally likely" if report.is_tie else ""
     console.print(f"greedy tokens equal to torch's: {report.agreed} of {report.num_generated}{tie}")
@@ -79,7 +99,11 @@ def render_report(report: "Report", console: Console) -> None:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="The checkpoint it was built from, where it is not beside it.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="The checkpoint it was built from, where it is not beside it.",
+)
 def upgrade(bundle: Path, checkpoint: Path | None) -> None:
     """Build a BUNDLE of an older format again, from its checkpoint: same precision, calibration kept."""
     from ease_export.upgrade import upgrade_bundle
@@ -90,9 +114,14 @@ def upgrade(bundle: Path, checkpoint: Path | None) -> None:
     if done.manifest is None:
         click.echo(f"{bundle} is of format {FORMAT_VERSION} already; nothing was done")
         return
-    click.echo(f"{bundle}: built again from {done.checkpoint} in {done.manifest.precision}, format {FORMAT_VERSION}")
+    click.echo(
+        f"{bundle}: built again from {done.checkpoint} in {done.manifest.precision}, format {FORMAT_VERSION}"
+    )
     if done.lost_calibration:
-        click.echo(f"its calibration could not be kept; find thresholds again: ease-eval calibrate {bundle}", err=True)
+        click.echo(
+            f"its calibration could not be kept; find thresholds again: ease-eval calibrate {bundle}",
+            err=True,
+        )
     elif done.manifest.calibration:
         click.echo("its calibration is kept: the weights and the precision are the same")
 
@@ -121,7 +150,11 @@ def render_manifest(manifest: Manifest, bundle: Path, console: Console) -> None:
     table = Table("layers", "graph", "MB", "exit", "MB", "head", "MB")
     exits = {leave.layer: leave for leave in manifest.exits}
     for segment in manifest.segments:
-        cells = [f"{segment.first_layer}–{segment.last_layer}", segment.graph, megabytes(*with_weights(segment.graph))]
+        cells = [
+            f"{segment.first_layer}–{segment.last_layer}",
+            segment.graph,
+            megabytes(*with_weights(segment.graph)),
+        ]
         if (leave := exits.get(segment.last_layer)) is not None:
             own = [name for name in (leave.block, leave.graph, leave.gate) if name]
             cells += [", ".join(own), megabytes(*(file for name in own for file in with_weights(name)))]

@@ -28,7 +28,9 @@ def scatter_rows(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
     """TensorScatter: `new` written into `cache` along its sequence axis. Shape: (B, T, X), (B, S, X), (B) -> (B, T, X)."""
     attributes: dict[str, int | str] = {"axis": 1, "mode": "linear"}
     inputs = (cache, new, write_indices)
-    return ops.symbolic("TensorScatter", inputs, attributes, dtype=cache.dtype, shape=cache.shape, version=OPSET)  # type: ignore[arg-type]
+    return ops.symbolic(
+        "TensorScatter", inputs, attributes, dtype=cache.dtype, shape=cache.shape, version=OPSET
+    )  # type: ignore[arg-type]
 
 
 def gather(x: Tensor, index: Tensor, axis: int, shape: Sequence[int]) -> Tensor:
@@ -51,16 +53,24 @@ class ServingBlock(nn.Module):
         super().__init__()
         self.block = block
 
-    def scatter(self, x: Tensor, past_key: Tensor, past_value: Tensor, where: "Placement") -> tuple[Tensor, Tensor]:
+    def scatter(
+        self, x: Tensor, past_key: Tensor, past_value: Tensor, where: "Placement"
+    ) -> tuple[Tensor, Tensor]:
         """The caches with the new tokens' keys (rotated) and values. Shape: (N, D), (B, T, G*P) -> two of (B, T, G*P)."""
         attention = self.block.attention
         normed = self.block.attention_norm(x)
-        k = _per_head(attention.k_norm, attention.k_proj(normed), (attention.num_kv_heads, attention.head_dim))
+        k = _per_head(
+            attention.k_norm, attention.k_proj(normed), (attention.num_kv_heads, attention.head_dim)
+        )
         k = where.rotate(where.spread_out(k), where.positions, attention.num_kv_heads)
         v = where.spread_out(attention.v_proj(normed))
-        return scatter_rows(past_key, k, where.write_indices), scatter_rows(past_value, v, where.write_indices)
+        return scatter_rows(past_key, k, where.write_indices), scatter_rows(
+            past_value, v, where.write_indices
+        )
 
-    def forward(self, x: Tensor, past_key: Tensor, past_value: Tensor, where: "Placement") -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, past_key: Tensor, past_value: Tensor, where: "Placement"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Shape: x (N, D), past (B, T, G*P) -> (N, D) and two of (B, T, G*P)."""
         attention = self.block.attention
         key, value = self.scatter(x, past_key, past_value, where)
@@ -76,8 +86,14 @@ class ServingBlock(nn.Module):
         S = 1 whose last bits differ, and with the extra one every S gives the same bits.
         """
         attention = self.block.attention
-        q = where.rotate(F.embedding(where.query_spread, q), where.query_positions, attention.num_heads)  # (B, S+1, H*P)
-        attributes: dict[str, int | str] = {"is_causal": 1, "q_num_heads": attention.num_heads, "kv_num_heads": attention.num_kv_heads}
+        q = where.rotate(
+            F.embedding(where.query_spread, q), where.query_positions, attention.num_heads
+        )  # (B, S+1, H*P)
+        attributes: dict[str, int | str] = {
+            "is_causal": 1,
+            "q_num_heads": attention.num_heads,
+            "kv_num_heads": attention.num_kv_heads,
+        }
         inputs = (q, key, value, None, None, None, where.lengths)
         mixed = ops.symbolic("Attention", inputs, attributes, dtype=q.dtype, shape=q.shape, version=OPSET)  # type: ignore[arg-type]
         return F.embedding(where.query_places, mixed.flatten(0, 1))
@@ -105,11 +121,19 @@ class Placement:
         limit = cos.shape[0] - 1
         ones = (ragged.spread == ragged.spread).long()  # (B, S)
         self.lengths = ragged.write_indices + ones.sum(dim=1)  # (B)
-        dense = ragged.write_indices[:, None] + ones.cumsum(dim=1) - 1 if positions is None else torch.take(positions, ragged.spread)
+        dense = (
+            ragged.write_indices[:, None] + ones.cumsum(dim=1) - 1
+            if positions is None
+            else torch.take(positions, ragged.spread)
+        )
         self.positions = dense.clamp(max=limit - 1)  # (B, S); pads may reach past the limit
-        self.query_positions = torch.cat((self.positions[:, :1], self.positions), dim=1)  # (B, S+1), as the queries
+        self.query_positions = torch.cat(
+            (self.positions[:, :1], self.positions), dim=1
+        )  # (B, S+1), as the queries
         self.query_spread = torch.cat((ragged.spread[:, :1], ragged.spread), dim=1)
-        copies = gather(ones.cumsum(dim=0).flatten(), ragged.places, 0, ragged.places.shape)  # (N): of first queries before a token
+        copies = gather(
+            ones.cumsum(dim=0).flatten(), ragged.places, 0, ragged.places.shape
+        )  # (N): of first queries before a token
         self.query_places = ragged.places + copies
 
     def spread_out(self, x: Tensor) -> Tensor:
@@ -128,7 +152,9 @@ class RotaryTables:
     """
 
     def __init__(self, model: Decoder) -> None:
-        self.cos, self.sin = (torch.cat((table, table[-1:])).to(model.embed.weight.dtype) for table in (model.cos, model.sin))
+        self.cos, self.sin = (
+            torch.cat((table, table[-1:])).to(model.embed.weight.dtype) for table in (model.cos, model.sin)
+        )
 
 
 class _OverCache(nn.Module):
@@ -143,7 +169,9 @@ class _OverCache(nn.Module):
         self.register_buffer("cos", rotary.cos)
         self.register_buffer("sin", rotary.sin)
 
-    def run(self, hidden: Tensor, active: Tensor, ragged: Ragged, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def run(
+        self, hidden: Tensor, active: Tensor, ragged: Ragged, past: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         """All layers; a frozen token (`active` False) passes through. Returns the hidden state and the new caches."""
         where, present = Placement(ragged, self.cos, self.sin), []
         for i, block in enumerate(self.blocks):
@@ -164,7 +192,13 @@ class FirstSegment(_OverCache):
         self.embed = embed
 
     def forward(
-        self, input_ids: Tensor, active: Tensor, spread: Tensor, places: Tensor, write_indices: Tensor, past: Sequence[Tensor]
+        self,
+        input_ids: Tensor,
+        active: Tensor,
+        spread: Tensor,
+        places: Tensor,
+        write_indices: Tensor,
+        past: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         embedded = self.embed(input_ids)
         return embedded, *self.run(embedded, active, Ragged(spread, places, write_indices), past)
@@ -177,7 +211,14 @@ class Segment(_OverCache):
     """
 
     def forward(
-        self, pool: Tensor, index: Tensor, active: Tensor, spread: Tensor, places: Tensor, write_indices: Tensor, past: Sequence[Tensor]
+        self,
+        pool: Tensor,
+        index: Tensor,
+        active: Tensor,
+        spread: Tensor,
+        places: Tensor,
+        write_indices: Tensor,
+        past: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         return self.run(F.embedding(index, pool), active, Ragged(spread, places, write_indices), past)
 
@@ -186,7 +227,13 @@ class PropagateKV(_OverCache):
     """kv_k: keys and values of tokens that have left, every layer's from the one frozen hidden state. No `active`, no hidden out."""
 
     def forward(
-        self, pool: Tensor, index: Tensor, spread: Tensor, places: Tensor, write_indices: Tensor, past: Sequence[Tensor]
+        self,
+        pool: Tensor,
+        index: Tensor,
+        spread: Tensor,
+        places: Tensor,
+        write_indices: Tensor,
+        past: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         hidden = F.embedding(index, pool)
         where = Placement(Ragged(spread, places, write_indices), self.cos, self.sin)
@@ -215,7 +262,14 @@ class Routed(nn.Module):
         self.register_buffer("sin", rotary.sin)
 
     def forward(
-        self, pool: Tensor, index: Tensor, positions: Tensor, spread: Tensor, places: Tensor, write_indices: Tensor, past: Sequence[Tensor]
+        self,
+        pool: Tensor,
+        index: Tensor,
+        positions: Tensor,
+        spread: Tensor,
+        places: Tensor,
+        write_indices: Tensor,
+        past: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         x = F.embedding(index, pool)
         where = Placement(Ragged(spread, places, write_indices), self.cos, self.sin, positions)
@@ -332,7 +386,10 @@ class ReducedHead(Head):
     def forward(self, exit_hidden: Tensor) -> tuple[Tensor, ...]:
         known, rest = self.lm_head(exit_hidden), self.rest(exit_hidden)  # (N, M), (N, 1)
         place, *figures = self.figures_with(known, rest)
-        logits = gather(torch.cat((known, rest), dim=-1), self.places, 1, (*known.shape[:1], *self.places.shape)) + self.log_shares
+        logits = (
+            gather(torch.cat((known, rest), dim=-1), self.places, 1, (*known.shape[:1], *self.places.shape))
+            + self.log_shares
+        )
         return logits, gather(self.ids, place, 0, place.shape), *figures
 
     def figures_with(self, known: Tensor, rest: Tensor) -> tuple[Tensor, ...]:
@@ -345,4 +402,6 @@ class ReducedHead(Head):
         total = exponentials.sum(dim=-1) + mass[:, 0]  # (N)
         first, second = ((top - largest).exp() / total[:, None]).unbind(-1)
         moments = (exponentials * shifted).sum(dim=-1) + (mass * (rest - self.rest_entropy))[:, 0]
-        return ids[:, 0], *(figure.to(known.dtype) for figure in (first, first - second, total.log() - moments / total))
+        return ids[:, 0], *(
+            figure.to(known.dtype) for figure in (first, first - second, total.log() - moments / total)
+        )

@@ -67,14 +67,19 @@ def cut_layers(model: Decoder) -> list[Cut]:
     config = model.config
     routed = {number for number, layer in enumerate(model.layers, 1) if isinstance(layer, RoutedBlock)}
     if 1 in routed:
-        raise ExportError("layer 1 is routed: a bundle's first segment must run for every token; train with routed_layers from 2 on")
+        raise ExportError(
+            "layer 1 is routed: a bundle's first segment must run for every token; train with routed_layers from 2 on"
+        )
     if routed and any(leave.block for leave in model.early_exits.values()):
         raise ExportError(
             "exits with a layer of their own and routed layers do not go together: routed layers have K/V for some tokens only"
         )
     ends = sorted({*config.exits, *routed, *(layer - 1 for layer in routed)} - {0})
     starts = [1, *(end + 1 for end in ends[:-1])]
-    return [Cut(number, first, last, first in routed) for number, (first, last) in enumerate(zip(starts, ends, strict=True))]
+    return [
+        Cut(number, first, last, first in routed)
+        for number, (first, last) in enumerate(zip(starts, ends, strict=True))
+    ]
 
 
 def block_file(model: Decoder, number: int, layer: int) -> str | None:
@@ -142,7 +147,9 @@ def _pool(model: Decoder) -> Inputs:
     return [("pool", _states(model), {0: "M"}), _tokens("index")]
 
 
-def _over_cache(cut: Cut, kind: str, modules: Many[nn.Module], model: Decoder, inputs: Inputs, outputs: list[str]) -> Plan:
+def _over_cache(
+    cut: Cut, kind: str, modules: Many[nn.Module], model: Decoder, inputs: Inputs, outputs: list[str]
+) -> Plan:
     """A graph that reads and writes the caches of a segment's layers, after its own inputs and where its tokens stand.
 
     `modules` are the whole and the part that is traced.
@@ -150,7 +157,11 @@ def _over_cache(cut: Cut, kind: str, modules: Many[nn.Module], model: Decoder, i
     num_layers = cut.last - cut.first + 1
     names = [f"{name}.{i}" for i in range(min(num_layers, TRACED_LAYERS)) for name in ("key", "value")]
     past = [torch.zeros(ROWS, LENGTH, model.config.kv_dim, dtype=model.embed.weight.dtype) for _ in names]
-    spread = ("spread", torch.arange(ROWS * PLACES).clamp(max=TOKENS - 1).reshape(ROWS, PLACES), {0: "B", 1: "S"})
+    spread = (
+        "spread",
+        torch.arange(ROWS * PLACES).clamp(max=TOKENS - 1).reshape(ROWS, PLACES),
+        {0: "B", 1: "S"},
+    )
     places = ("places", torch.arange(TOKENS), {0: "N"})
     inputs = [*inputs, spread, places, ("write_indices", torch.zeros(ROWS, dtype=torch.int64), {0: "B"})]
     return Plan(
@@ -184,7 +195,9 @@ def _kv_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
 def _block_plan(model: Decoder, rotary: RotaryTables, cut: Cut, block: nn.Module) -> Plan:
     """An exit's own layer, as a segment of one. `cut` has the exit's number."""
     module = Segment(rotary, [block])
-    return _over_cache(cut, "block", [module], model, [*_pool(model), _tokens("active", torch.bool)], ["hidden"])
+    return _over_cache(
+        cut, "block", [module], model, [*_pool(model), _tokens("active", torch.bool)], ["hidden"]
+    )
 
 
 def _routed_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
@@ -208,7 +221,10 @@ def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str])
 
 
 def _similarity_plan(model: Decoder) -> Plan:
-    module, inputs = Similarity(), (_states(model), torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS, dtype=torch.int64))
+    module, inputs = (
+        Similarity(),
+        (_states(model), torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS, dtype=torch.int64)),
+    )
     return Plan(
         file=SIMILARITY_FILE,
         module=module,

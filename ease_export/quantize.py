@@ -16,7 +16,10 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    DefaultWeightOnlyQuantizer,
+)
 from torch import nn
 
 from ease_train.model.decoder import Decoder, RoutedBlock
@@ -56,18 +59,24 @@ class Quantized:
     def of(cls, matrix: NDArray[np.float32], bits: int) -> Self:
         """A matrix (O, I), quantised."""
         config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=False, bits=bits)
-        return cls(bits, *DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(matrix.T)))
+        return cls(
+            bits, *DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(matrix.T))
+        )
 
     def dequantized(self, width: int) -> NDArray[np.float32]:
         """What the kernels compute with. Shape: (O, I), where I is `width`."""
         zeros = unpacked(self.zero_points, self.bits)[:, : self.scales.shape[1], None]
-        numbers = (unpacked(self.values, self.bits).astype(np.float32) - zeros) * self.scales[..., None]  # (O, K, 32)
+        numbers = (unpacked(self.values, self.bits).astype(np.float32) - zeros) * self.scales[
+            ..., None
+        ]  # (O, K, 32)
         return numbers.reshape(len(numbers), -1)[:, :width]
 
 
 def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Numbers of 4 bits stand two in a byte, the first in its lower half. Shape: (..., n) -> (..., 2n), or the same for 8 bits."""
-    return packed if bits == 8 else np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
+    return (
+        packed if bits == 8 else np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
+    )
 
 
 class WeightQuantizer:
@@ -96,9 +105,16 @@ class WeightQuantizer:
             found, width = self.quantized(weights[name]), weights[name].shape[1]
             nodes += [_product(node, name, found, width)] if place else _lookup(node, name, found, width)
             values = found.values if place else found.values.reshape(len(found.values), -1)
-            added |= {f"{name}/values": values, f"{name}/scales": found.scales, f"{name}/zero_points": found.zero_points}
+            added |= {
+                f"{name}/values": values,
+                f"{name}/scales": found.scales,
+                f"{name}/zero_points": found.zero_points,
+            }
             if not place:
-                added |= {f"{name}/{bound}": np.array([number]) for bound, number in (("first", 0), ("width", width), ("axis", 1))}
+                added |= {
+                    f"{name}/{bound}": np.array([number])
+                    for bound, number in (("first", 0), ("width", width), ("axis", 1))
+                }
         rewritten = onnx.GraphProto(node=nodes)
         del graph.node[:]
         graph.node.extend(rewritten.node)
@@ -110,7 +126,9 @@ def _product(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> o
     inputs = [node.input[0], *(f"{name}/{part}" for part in ("values", "scales", "zero_points")), *bias]
     sizes = {"K": width, "N": len(found.scales), "bits": found.bits, "block_size": BLOCK_SIZE}
     attributes: Any = {**sizes, "accuracy_level": ACCURACY_LEVEL}
-    return onnx.helper.make_node("MatMulNBits", inputs, list(node.output), node.name, domain=CONTRIB, **attributes)
+    return onnx.helper.make_node(
+        "MatMulNBits", inputs, list(node.output), node.name, domain=CONTRIB, **attributes
+    )
 
 
 def _lookup(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> list[onnx.NodeProto]:
@@ -119,7 +137,9 @@ def _lookup(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> li
     attributes: Any = {"bits": found.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
     full = width % BLOCK_SIZE == 0
     rows = list(node.output) if full else [f"{node.output[0]}/blocks"]
-    lookup = onnx.helper.make_node("GatherBlockQuantized", inputs, rows, node.name, domain=CONTRIB, **attributes)
+    lookup = onnx.helper.make_node(
+        "GatherBlockQuantized", inputs, rows, node.name, domain=CONTRIB, **attributes
+    )
     if full:
         return [lookup]
     bounds = [f"{name}/{bound}" for bound in ("first", "width", "axis")]
@@ -129,7 +149,9 @@ def _lookup(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> li
 def round_trip(model: Decoder, precision: str) -> None:
     """Give a model, in place, the weights that its quantised bundle computes with."""
     with torch.no_grad():
-        for module, bits in {id(module.weight): (module, bits) for module, bits in matrices(model, precision)}.values():
+        for module, bits in {
+            id(module.weight): (module, bits) for module, bits in matrices(model, precision)
+        }.values():
             matrix = module.weight.numpy()
             module.weight.copy_(torch.from_numpy(Quantized.of(matrix, bits).dequantized(matrix.shape[1])))
 

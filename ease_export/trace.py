@@ -23,7 +23,9 @@ from ease_export.graphs import OPSET
 from ease_export.plan import TRACED_LAYERS, Plan
 
 COMPARED_SIZE = 1024  # numbers: torch.onnx looks for equal weights up to this size
-LARGEST_CONSTANT = 1024  # bytes; what is larger came of a weight, and would be the same in every graph of that form
+LARGEST_CONSTANT = (
+    1024  # bytes; what is larger came of a weight, and would be the same in every graph of that form
+)
 OF_A_LAYER = ("blocks", "past_key", "past_value", "present_key", "present_value")
 
 
@@ -47,7 +49,10 @@ class Tracer:
 
 def trace(plan: Plan) -> onnx.ModelProto:
     """The graph of a plan's `traced` module, whose weights are named and not there. Raises ExportError when one was folded away."""
-    axes, module = torch.utils._pytree.tree_map_only(str, lambda _: Dim.DYNAMIC, plan.axes), with_distinct_weights(plan.traced)
+    axes, module = (
+        torch.utils._pytree.tree_map_only(str, lambda _: Dim.DYNAMIC, plan.axes),
+        with_distinct_weights(plan.traced),
+    )
     with torch.no_grad(), _quiet_export():
         program = torch.onnx.export(
             module.eval(),
@@ -67,8 +72,15 @@ def trace(plan: Plan) -> onnx.ModelProto:
     model = program.model_proto
     constants = [tensor for tensor in model.graph.initializer if tensor.name not in weights]
     if folded := [tensor.name for tensor in constants if len(tensor.raw_data) > LARGEST_CONSTANT]:
-        raise ExportError(f"{plan.file}: torch.onnx {torch.__version__} folded weights into constants: {', '.join(folded)}")
-    del model.graph.initializer[:], model.graph.value_info[:], model.metadata_props[:], model.graph.metadata_props[:]
+        raise ExportError(
+            f"{plan.file}: torch.onnx {torch.__version__} folded weights into constants: {', '.join(folded)}"
+        )
+    del (
+        model.graph.initializer[:],
+        model.graph.value_info[:],
+        model.metadata_props[:],
+        model.graph.metadata_props[:],
+    )
     model.graph.initializer.extend(constants)
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -82,7 +94,11 @@ def with_distinct_weights(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for weight in (*copy.parameters(), *copy.buffers()):
             if weight.numel() <= COMPARED_SIZE:
-                weight.copy_(torch.rand(weight.shape) if weight.is_floating_point() else torch.randperm(weight.numel()).view_as(weight))
+                weight.copy_(
+                    torch.rand(weight.shape)
+                    if weight.is_floating_point()
+                    else torch.randperm(weight.numel()).view_as(weight)
+                )
     return copy
 
 

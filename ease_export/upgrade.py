@@ -48,7 +48,9 @@ def upgrade_bundle(bundle: Path, checkpoint: Path | None = None) -> Upgrade:
             )
     precision = values.get("precision")
     if precision not in PRECISIONS:
-        raise ExportError(f"{bundle} is of the precision {precision!r}, expected one of: {', '.join(PRECISIONS)}")
+        raise ExportError(
+            f"{bundle} is of the precision {precision!r}, expected one of: {', '.join(PRECISIONS)}"
+        )
     calibration = _calibration(values)
     manifest = export_bundle(path, bundle, precision, calibration)
     return Upgrade(manifest, path, lost_calibration=bool(values.get("calibration")) and not calibration)
@@ -59,7 +61,9 @@ def _calibration(values: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = values.get("calibration") or {}
     try:
         thresholds = Thresholds.of(found["thresholds"]).for_exits(len(values["exits"]) - 1)
-        tested = [{**one, "thresholds": Thresholds.of(one["thresholds"]).to_json()} for one in found["tested"]]
+        tested = [
+            {**one, "thresholds": Thresholds.of(one["thresholds"]).to_json()} for one in found["tested"]
+        ]
     except (KeyError, TypeError, RequestError):
         return {}
     return {**found, "thresholds": thresholds.to_json(), "tested": tested}

@@ -72,8 +72,12 @@ class Agreement:
         """Wilson's 95 % interval of the share."""
         share, squared = self.agreed / self.num_places, NORMAL_95**2
         middle = share + squared / (2 * self.num_places)
-        spread = NORMAL_95 * (share * (1 - share) / self.num_places + squared / (4 * self.num_places**2)) ** 0.5
-        return (middle - spread) / (1 + squared / self.num_places), (middle + spread) / (1 + squared / self.num_places)
+        spread = (
+            NORMAL_95 * (share * (1 - share) / self.num_places + squared / (4 * self.num_places**2)) ** 0.5
+        )
+        return (middle - spread) / (1 + squared / self.num_places), (middle + spread) / (
+            1 + squared / self.num_places
+        )
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,14 @@ class ExactStack(OrtStack):
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
                     attribute.i = EXACT
-        return load_session(path, self.log_level, self.device, changed=model.SerializeToString(), own_threads=self.own_threads)
+        return load_session(
+            path, self.log_level, self.device, changed=model.SerializeToString(), own_threads=self.own_threads
+        )
 
 
-def verify_bundle(bundle: Path, checkpoint_path: Path, num_generated: int = 200, device: str = "auto") -> Report:
+def verify_bundle(
+    bundle: Path, checkpoint_path: Path, num_generated: int = 200, device: str = "auto"
+) -> Report:
     """Compare a bundle, on a device by its name, with its checkpoint.
 
     Raises BundleError, CheckpointError, ExportError when they are not of one shape, DeviceError for a device that is not there.
@@ -121,21 +129,36 @@ def verify_bundle(bundle: Path, checkpoint_path: Path, num_generated: int = 200,
     gates = {leave.layer for leave in stack.manifest.exits if leave.gate}
     routed = {segment.first_layer for segment in stack.manifest.segments if segment.route_graph}
     if described != (stack.exit_layers, stack.vocab_size, stack.manifest.dim, gates, routed):
-        raise ExportError(f"{bundle} was not exported from {checkpoint_path}; export it: ease-export build {checkpoint_path} {bundle}")
+        raise ExportError(
+            f"{bundle} was not exported from {checkpoint_path}; export it: ease-export build {checkpoint_path} {bundle}"
+        )
     precision = stack.manifest.precision
     if precision in BITS:
         round_trip(model, precision)
     elif precision == "fp16":
         model.half().float()  # in place
     num_generated = min(num_generated, stack.max_positions - 1)
-    prompt = np.random.default_rng(0).integers(0, stack.vocab_size, 8).tolist()[: stack.max_positions - num_generated]
+    prompt = (
+        np.random.default_rng(0)
+        .integers(0, stack.vocab_size, 8)
+        .tolist()[: stack.max_positions - num_generated]
+    )
     with torch.no_grad():
         differences = (*compare_graphs(stack, model), *compare_propagation(stack, model))
         expected = torch_greedy(model, prompt, num_generated)
         produced = greedy(stack, prompt, num_generated)
-        agreed = next((i for i, pair in enumerate(zip(expected, produced, strict=True)) if pair[0] != pair[1]), num_generated)
-        is_tie = agreed < num_generated and tie(model, [*prompt, *expected[:agreed]], produced[agreed], differences)
-    rounding = rounding_of(stack, open_stack(bundle, device=device), [*prompt, *expected]) if precision in BITS else ()
+        agreed = next(
+            (i for i, pair in enumerate(zip(expected, produced, strict=True)) if pair[0] != pair[1]),
+            num_generated,
+        )
+        is_tie = agreed < num_generated and tie(
+            model, [*prompt, *expected[:agreed]], produced[agreed], differences
+        )
+    rounding = (
+        rounding_of(stack, open_stack(bundle, device=device), [*prompt, *expected])
+        if precision in BITS
+        else ()
+    )
     return Report(precision, differences, num_generated, agreed, is_tie, rounding)
 
 
@@ -168,7 +191,9 @@ def top_tokens(stack: OrtStack, ids: list[int]) -> list[NDArray[np.int64]]:
     for number, shape in enumerate(stack.layout):
         runner.advance(number, [(sequence, 0, len(ids))])
         if shape.exit_index is not None:
-            parts = [slice(start, min(start + HEAD_ROWS, len(ids))) for start in range(0, len(ids), HEAD_ROWS)]
+            parts = [
+                slice(start, min(start + HEAD_ROWS, len(ids))) for start in range(0, len(ids), HEAD_ROWS)
+            ]
             said = [runner.ask(shape.exit_index, "head", [(sequence, part)]).top_id.copy() for part in parts]
             found.append(np.concatenate(said))
     return found
@@ -230,7 +255,9 @@ def compare_graphs(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
     runner.release(sequence)
 
 
-def exit_outputs(runner: Runner, sequence: TokenSequence, number: int, where: slice) -> dict[str, NDArray[Any]]:
+def exit_outputs(
+    runner: Runner, sequence: TokenSequence, number: int, where: slice
+) -> dict[str, NDArray[Any]]:
     """What an exit says of the tokens of a pass that has just run, copied."""
     head: HeadOutput = runner.ask(number, "head", [(sequence, where)])
     found = {name: getattr(head, name).copy() for name in ("logits", "top_prob", "margin", "entropy")}
@@ -243,7 +270,10 @@ def compare_routed(
     stack: OrtStack, model: Decoder, runner: Runner, sequence: TokenSequence, hidden: Tensor, number: int
 ) -> Iterator[Difference]:
     """Who goes into a routed segment (the share that differs), and the K/V of those."""
-    segment, routed = stack.manifest.segments[number], model.layers[stack.manifest.segments[number].first_layer - 1]
+    segment, routed = (
+        stack.manifest.segments[number],
+        model.layers[stack.manifest.segments[number].first_layer - 1],
+    )
     assert isinstance(routed, RoutedBlock), "the checkpoint has the bundle's layers"
     inside = routed.goes_in(hidden)[0].numpy()
     share = float((sequence.counters.inside[number, : len(inside)] != inside).mean())
@@ -254,7 +284,9 @@ def compare_routed(
     )
     written = _written(runner.cache, segment, len(positions))[0]
     for place, name in enumerate(("present_key", "present_value")):
-        yield difference(stack, segment.graph, name, written[place], keys_values[place].transpose(1, 2).flatten(2))
+        yield difference(
+            stack, segment.graph, name, written[place], keys_values[place].transpose(1, 2).flatten(2)
+        )
 
 
 def compare_caches(
@@ -280,10 +312,14 @@ def compare_caches(
 def _written(cache: Cache, segment: SegmentInfo, count: int) -> NDArray[np.float32]:
     """Keys and values of a segment's first `count` entries in the first slot. Shape: (layers, 2, count, kv_dim)."""
     assert isinstance(cache, RowCache | DeviceCache)
-    return np.array([cache.read(layer - 1, 0, count) for layer in range(segment.first_layer, segment.last_layer + 1)])
+    return np.array(
+        [cache.read(layer - 1, 0, count) for layer in range(segment.first_layer, segment.last_layer + 1)]
+    )
 
 
-def compare_exit(stack: OrtStack, model: Decoder, number: int, said: dict[str, NDArray[Any]], hidden: Tensor) -> Iterator[Difference]:
+def compare_exit(
+    stack: OrtStack, model: Decoder, number: int, said: dict[str, NDArray[Any]], hidden: Tensor
+) -> Iterator[Difference]:
     """An exit's graph with its head: logits, and the figures reduced in the graph; its gate, where it has one."""
     leave = stack.manifest.exits[number]
     exit_hidden = model.exit_hidden(hidden, leave.layer)
@@ -322,4 +358,6 @@ def compare_propagation(stack: OrtStack, model: Decoder) -> Iterator[Difference]
         mask = torch.from_numpy(active)[None] if k else None
         hidden = model.run_layers(hidden, segment.first_layer, segment.last_layer, mask)
         if k:
-            yield difference(stack, segment.graph, "hidden, some frozen", runner.states(through, 0, count), hidden)
+            yield difference(
+                stack, segment.graph, "hidden, some frozen", runner.states(through, 0, count), hidden
+            )

@@ -28,13 +28,25 @@ def check_effect(options: Options, exit_layers: Sequence[int]) -> None:
     if unused and options.threshold is None and options.exit_layer is None and options.depth_budget is None:
         verb = "has" if len(unused) == 1 else "have"
         remedy = "give one (--threshold 0.7), or say that it is off (--threshold off)"
-        raise RequestError(f"{', '.join(unused)} {verb} no effect without a threshold: no token leaves early; {remedy}")
+        raise RequestError(
+            f"{', '.join(unused)} {verb} no effect without a threshold: no token leaves early; {remedy}"
+        )
     if options.patience is not None and options.policy != "patience":
-        raise RequestError(f"patience {options.patience} has no effect with policy '{options.policy}'; add --policy patience")
+        raise RequestError(
+            f"patience {options.patience} has no effect with policy '{options.policy}'; add --policy patience"
+        )
     if options.min_exit is not None and options.policy == "fixed":
-        raise RequestError(f"min_exit {options.min_exit} has no effect with policy 'fixed', whose exit is {options.exit_layer}")
-    if options.min_exit is not None and len(exit_layers) > 1 and exit_layers[-2] < options.min_exit <= exit_layers[-1]:
-        raise RequestError(f"min_exit {options.min_exit} leaves no early exit: the last one is after layer {exit_layers[-2]}")
+        raise RequestError(
+            f"min_exit {options.min_exit} has no effect with policy 'fixed', whose exit is {options.exit_layer}"
+        )
+    if (
+        options.min_exit is not None
+        and len(exit_layers) > 1
+        and exit_layers[-2] < options.min_exit <= exit_layers[-1]
+    ):
+        raise RequestError(
+            f"min_exit {options.min_exit} leaves no early exit: the last one is after layer {exit_layers[-2]}"
+        )
 
 
 def effect_notes(options: Options) -> list[str]:
@@ -42,4 +54,6 @@ def effect_notes(options: Options) -> list[str]:
     if options.temperature:
         return []
     notes = [f"{one} has no effect at temperature 0, which is greedy" for one in given(options, OF_DRAWS)]
-    return notes + [f"the {options.n} completions are the same at temperature 0, which is greedy"] * (options.n > 1)
+    return notes + [f"the {options.n} completions are the same at temperature 0, which is greedy"] * (
+        options.n > 1
+    )

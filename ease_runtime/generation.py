@@ -33,7 +33,9 @@ class Timing:
     decode_seconds: float = 0.0
     num_prompt_tokens: int = 0
     num_tokens: int = 0
-    token_seconds: list[float] = field(default_factory=list)  # of every token after the first; 0 for those that came with another
+    token_seconds: list[float] = field(
+        default_factory=list
+    )  # of every token after the first; 0 for those that came with another
     num_drafted: int = 0  # drafts that full depth has judged (verify)
     num_accepted: int = 0
     notes: list[str] = field(default_factory=list)  # what the engine decided by itself
@@ -77,7 +79,9 @@ class Choice:
         new = sequence.produced[self.num_read :]
         for place, token in enumerate(new):
             self.num_read += 1
-            pieces += self.writer.add(token, last=sequence.finish_reason is not None and place == len(new) - 1)
+            pieces += self.writer.add(
+                token, last=sequence.finish_reason is not None and place == len(new) - 1
+            )
             if self.writer.stopped:
                 self.finish_reason = "stop"
                 break
@@ -85,7 +89,10 @@ class Choice:
             self.finish_reason, self.error = sequence.finish_reason, sequence.error
             if self.finish_reason is not None:
                 pieces += self.writer.rest()
-        return [self._event(piece, self.finish_reason if place == len(pieces) - 1 else None) for place, piece in enumerate(pieces)]
+        return [
+            self._event(piece, self.finish_reason if place == len(pieces) - 1 else None)
+            for place, piece in enumerate(pieces)
+        ]
 
     def _event(self, piece: Piece, finish_reason: str | None) -> TokenEvent:
         token = piece.token

@@ -88,7 +88,9 @@ class TextEngine:
     def _check_rows(self, ids: list[int]) -> None:
         if (last := max(ids, default=0)) >= self.stack.vocab_size:
             found = f"the text has {self.token_text(last)!r}, the token {last}"
-            raise RequestError(f"{found}, for which this model has no row: its vocabulary has {self.stack.vocab_size}")
+            raise RequestError(
+                f"{found}, for which this model has no row: its vocabulary has {self.stack.vocab_size}"
+            )
 
     def encode_chat(self, messages: Many[Message]) -> list[int]:
         """The ids of a conversation, up to where the answer begins; special tokens that a message mentions are text.
@@ -96,7 +98,9 @@ class TextEngine:
         Raises RequestError, also where the bundle has no template.
         """
         if self.template is None:
-            raise RequestError("this bundle has no chat template (a base model); give a prompt to continue instead of messages")
+            raise RequestError(
+                "this bundle has no chat template (a base model); give a prompt to continue instead of messages"
+            )
         ids = self.special.encode_chat(self.template, messages)
         self._check_rows(ids)
         return ids
@@ -118,13 +122,17 @@ class TextEngine:
         """What a request should be told of itself: options without effect, characters that the tokenizer does not know."""
         notes, count = effect_notes(options), self.count_unknown(prompt)
         if count:
-            notes.append(f"{count} of the prompt's {len(prompt)} tokens stand for characters that this tokenizer does not know")
+            notes.append(
+                f"{count} of the prompt's {len(prompt)} tokens stand for characters that this tokenizer does not know"
+            )
         return notes
 
     def count_unknown(self, ids: Many[int]) -> int:
         """How many tokens stand for characters that the tokenizer does not know; 0 where that token has another meaning, too."""
         unknown = unknown_id(self.tokenizer)
-        return 0 if unknown is None or unknown in (self.start_id, *self.stop_ids) else list(ids).count(unknown)
+        return (
+            0 if unknown is None or unknown in (self.start_id, *self.stop_ids) else list(ids).count(unknown)
+        )
 
     def leaves_early(self, options: Options) -> bool:
         """Whether a token may leave before the last layer. Raises RequestError."""
@@ -143,7 +151,9 @@ class TextEngine:
         check_effect(options, self.stack.exit_layers)
         for token in options.logit_bias:
             if token >= self.stack.vocab_size:
-                raise RequestError(f"logit_bias has the token id {token}, outside the vocabulary of {self.stack.vocab_size}")
+                raise RequestError(
+                    f"logit_bias has the token id {token}, outside the vocabulary of {self.stack.vocab_size}"
+                )
 
     def submit(
         self,
@@ -168,7 +178,11 @@ class TextEngine:
         notes = self.notes(options) if policy is None else []
         policy = policy or self.policy(options)
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        patterns = [StopPattern(form) for stop in options.stop for form in dict.fromkeys((tuple(stop), self.special.split(stop)))]
+        patterns = [
+            StopPattern(form)
+            for stop in options.stop
+            for form in dict.fromkeys((tuple(stop), self.special.split(stop)))
+        ]
         choices = []
         for index in range(options.n):
             sequence = self.engine.start(
@@ -183,7 +197,9 @@ class TextEngine:
                 after=after.choices[0].sequence if after else None,
                 notes=[*notes, *self.remarks(options, ids)],
             )
-            choices.append(Choice(index, sequence, TextWriter(self.tokenizer, ids, patterns, self.special.tokens)))
+            choices.append(
+                Choice(index, sequence, TextWriter(self.tokenizer, ids, patterns, self.special.tokens))
+            )
             self.choices[sequence] = choices[-1]
         return Generation(ids, choices)
 
@@ -284,8 +300,12 @@ class LLM(TextEngine):
         found = self.manifest.calibration
         if found and policy is None and self._may_use(found, options):
             catch_up = "verify" if options.catch_up == "verify" else found["catch_up"]
-            options = replace(options, policy=found["policy"], threshold=found["thresholds"], catch_up=catch_up)
-        if (policy or self.policy(options)).thresholds and (self.engine.adapt or options.catch_up == "verify"):
+            options = replace(
+                options, policy=found["policy"], threshold=found["thresholds"], catch_up=catch_up
+            )
+        if (policy or self.policy(options)).thresholds and (
+            self.engine.adapt or options.catch_up == "verify"
+        ):
             self.engine.measure()
         return options
 
@@ -298,8 +318,14 @@ class LLM(TextEngine):
     def notes(self, options: Options) -> list[str]:
         found = self.manifest.calibration
         if found and is_own(found["policy"]) and options.leaves_unsaid:
-            return [f"this bundle was calibrated for a policy of one's own; to use it: --policy {found['policy']}"]
-        if not found or options.catch_up not in (found["catch_up"], "verify") or options.policy != found["policy"]:
+            return [
+                f"this bundle was calibrated for a policy of one's own; to use it: --policy {found['policy']}"
+            ]
+        if (
+            not found
+            or options.catch_up not in (found["catch_up"], "verify")
+            or options.policy != found["policy"]
+        ):
             return []
         if self.policy(options) != make_policy(found["policy"], found["thresholds"], self.stack.exit_layers):
             return []  # other thresholds, or these moved by a decay, a budget, a first exit
@@ -331,7 +357,12 @@ def special_tokens(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, str]:
     """The texts of a bundle's special tokens by their names; older bundles know two of them, by their ids."""
     if manifest.special_tokens:
         return manifest.special_tokens
-    ids = {"bos_token": manifest.generation.get("bos_token_id", manifest.start_id), "eos_token": next(iter(manifest.stop_ids), None)}
-    known = {name: token for name, token in ids.items() if type(token) is int and 0 <= token < manifest.vocab_size}
+    ids = {
+        "bos_token": manifest.generation.get("bos_token_id", manifest.start_id),
+        "eos_token": next(iter(manifest.stop_ids), None),
+    }
+    known = {
+        name: token for name, token in ids.items() if type(token) is int and 0 <= token < manifest.vocab_size
+    }
     texts = {name: tokenizer.id_to_token(token) for name, token in known.items()}
     return {name: text for name, text in texts.items() if text is not None}

@@ -35,27 +35,41 @@ class Options:
     max_tokens: int = setting(128, "Longest answer, in tokens.")
     policy: str = setting("max-prob", f"What confidence is: {', '.join(POLICIES)}, or your own module:Class.")
     threshold: Thresholds | None = setting(
-        None, "A token leaves at this confidence: 0.7, or one an early exit, off,0.7 (off: not asked). Without it none leaves."
+        None,
+        "A token leaves at this confidence: 0.7, or one an early exit, off,0.7 (off: not asked). Without it none leaves.",
     )
-    catch_up: str = setting("recompute", "How tokens that left pay their K/V: propagate, recompute or verify.")
+    catch_up: str = setting(
+        "recompute", "How tokens that left pay their K/V: propagate, recompute or verify."
+    )
     sampler: str | None = setting(None, "Choose tokens with your own module:Class instead.")
     temperature: float = setting(0.0, "0 is greedy.")
     top_k: int = setting(0, "Keep the k most probable tokens; 0 keeps all.")
     top_p: float = setting(1.0, "Keep the most probable tokens up to this mass.")
     seed: int = setting(0, "Seed of the sampling.")
     min_p: float = setting(0.0, "Keep tokens with at least this share of the largest probability.")
-    repetition_penalty: float = setting(1.0, "Divide the logits of tokens that were there, the prompt included; 1 changes nothing.")
+    repetition_penalty: float = setting(
+        1.0, "Divide the logits of tokens that were there, the prompt included; 1 changes nothing."
+    )
     presence_penalty: float = setting(0.0, "Taken off the logits of tokens that were generated.")
-    frequency_penalty: float = setting(0.0, "Taken off the logits of tokens once for each time they were generated.")
-    logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"help": "Added to the logit of a token id; may be repeated."})
+    frequency_penalty: float = setting(
+        0.0, "Taken off the logits of tokens once for each time they were generated."
+    )
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, metadata={"help": "Added to the logit of a token id; may be repeated."}
+    )
     stop: tuple[str, ...] = setting((), "End before this text; may be repeated.")
     n: int = setting(1, "Completions of the prompt.")
-    logprobs: int = setting(0, f"Also give this many most probable tokens with their log-probabilities (in JSON), up to {MAX_LOGPROBS}.")
+    logprobs: int = setting(
+        0,
+        f"Also give this many most probable tokens with their log-probabilities (in JSON), up to {MAX_LOGPROBS}.",
+    )
     min_exit: int | None = setting(None, "First layer after which a token may leave.")
     patience: int | None = setting(None, "Agreeing exits that policy 'patience' waits for; 1 by default.")
     decay: float | None = setting(None, "Lower the thresholds along the answer, this fast (CALM's tau).")
     exit_layer: int | None = setting(None, "The layer after which policy 'fixed' lets every token leave.")
-    depth_budget: float | None = setting(None, "Layers a token may use in the mean; moves the thresholds to hold it.")
+    depth_budget: float | None = setting(
+        None, "Layers a token may use in the mean; moves the thresholds to hold it."
+    )
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
@@ -70,7 +84,9 @@ class Options:
         if "" in self.stop:
             raise RequestError("a stop string is empty; give at least one character")
         if len(self.stop) > MAX_STOPS or sum(map(len, self.stop)) > MAX_STOP_LENGTH:
-            raise RequestError(f"more than {MAX_STOPS} stop strings, or more than {MAX_STOP_LENGTH} characters of them; give fewer")
+            raise RequestError(
+                f"more than {MAX_STOPS} stop strings, or more than {MAX_STOP_LENGTH} characters of them; give fewer"
+            )
 
     def at_full_depth(self) -> "Options":
         """The same request with no early exit, calibrated or not."""
@@ -80,7 +96,12 @@ class Options:
     @property
     def leaves_unsaid(self) -> bool:
         """Whether nothing is said of when tokens leave."""
-        return self.threshold is None and self.exit_layer is None and self.depth_budget is None and self.policy == Options.policy
+        return (
+            self.threshold is None
+            and self.exit_layer is None
+            and self.depth_budget is None
+            and self.policy == Options.policy
+        )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], base: "Options | None" = None) -> "Options":
@@ -96,7 +117,9 @@ class Options:
             off = name == "threshold" and value is None
             merged[name] = OFF if off else read_value(name, hints[name], value)
             if name in ("policy", "sampler") and is_own(str(value)):
-                raise RequestError(f"{name} {str(value)[:80]!r}: only who runs the command can name code of their own (--{name})")
+                raise RequestError(
+                    f"{name} {str(value)[:80]!r}: only who runs the command can name code of their own (--{name})"
+                )
         return cls(**merged)
 
     def make_sampler(self, num_prompt: int, choice: int = 0) -> Sampler:
@@ -105,19 +128,28 @@ class Options:
         A class of one's own is called with these options, their seed the completion's.
         """
         bias = tuple(self.logit_bias.items())
-        adjustments = Adjustments(self.repetition_penalty, self.presence_penalty, self.frequency_penalty, bias, num_prompt)
+        adjustments = Adjustments(
+            self.repetition_penalty, self.presence_penalty, self.frequency_penalty, bias, num_prompt
+        )
         seed = seed_of(self.seed, choice) if 0 <= self.seed < 2**64 else self.seed
         if self.sampler is not None:
             made: Sampler = load_own(self.sampler, "sampler")(replace(self, seed=seed, sampler=None))
             return made
-        sampler = GumbelSampler(self.temperature or 1.0, self.top_k, self.top_p, seed, self.min_p, adjustments)
+        sampler = GumbelSampler(
+            self.temperature or 1.0, self.top_k, self.top_p, seed, self.min_p, adjustments
+        )
         if self.temperature:
             return sampler
         return Greedy() if adjustments.change_nothing else AdjustedGreedy(adjustments)
 
     def exit_policy(self, exit_layers: Sequence[int]) -> ExitPolicy:
         """The policy, checked against a bundle's exits. Raises RequestError."""
-        given = {"decay": self.decay, "min_exit": self.min_exit, "exit_layer": self.exit_layer, "depth_budget": self.depth_budget}
+        given = {
+            "decay": self.decay,
+            "min_exit": self.min_exit,
+            "exit_layer": self.exit_layer,
+            "depth_budget": self.depth_budget,
+        }
         if self.patience is not None:
             given["patience"] = self.patience
         return make_policy(self.policy, self.threshold, exit_layers, **given)  # type: ignore[arg-type]

@@ -10,20 +10,44 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ease_train.methods.method import MethodConfig
-    from ease_train.methods.originals import DEEDTransformer, MoDTransformer, StandardTransformer, TokenRoutedTransformer
+    from ease_train.methods.originals import (
+        DEEDTransformer,
+        MoDTransformer,
+        StandardTransformer,
+        TokenRoutedTransformer,
+    )
     from ease_train.methods.schedules import AlphaSchedule
     from ease_train.methods.universal import PRESETS, UniversalConfig, UniversalTrainer
     from ease_train.model.decoder import Decoder
     from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from ease_train.training.config import ModelConfig, Recipe, TokenizerConfig, TrainConfig, load_recipe, recipe_names
+    from ease_train.training.config import (
+        ModelConfig,
+        Recipe,
+        TokenizerConfig,
+        TrainConfig,
+        load_recipe,
+        recipe_names,
+    )
     from ease_train.training.trainer import Trainer
 
 _HOMES = {
     "training.checkpoint": ("Checkpoint", "load_checkpoint", "save_checkpoint"),
-    "training.config": ("ModelConfig", "Recipe", "TokenizerConfig", "TrainConfig", "load_recipe", "recipe_names"),
+    "training.config": (
+        "ModelConfig",
+        "Recipe",
+        "TokenizerConfig",
+        "TrainConfig",
+        "load_recipe",
+        "recipe_names",
+    ),
     "methods.method": ("MethodConfig",),
     "model.decoder": ("Decoder",),
-    "methods.originals": ("DEEDTransformer", "MoDTransformer", "StandardTransformer", "TokenRoutedTransformer"),
+    "methods.originals": (
+        "DEEDTransformer",
+        "MoDTransformer",
+        "StandardTransformer",
+        "TokenRoutedTransformer",
+    ),
     "methods.schedules": ("AlphaSchedule",),
     "training.trainer": ("Trainer",),
     "methods.universal": ("PRESETS", "UniversalConfig", "UniversalTrainer"),

@@ -10,7 +10,14 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ease_common.commands import CommandGroup
@@ -44,7 +51,9 @@ cache_option = click.option(
 )
 
 
-def section_options(section: type[Section], prefix: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def section_options(
+    section: type[Section], prefix: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one option a field of `section`, with the field's own help."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,8 +77,17 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of where it runs."""
-    device = click.option("--device", default="auto", show_default=True, help="cpu or cuda; auto takes a GPU where there is one.")
-    return device(click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")(command))
+    device = click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cpu or cuda; auto takes a GPU where there is one.",
+    )
+    return device(
+        click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")(
+            command
+        )
+    )
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +104,10 @@ def run_place(fields: dict[str, Any]) -> dict[str, Any]:
 
 IDLE: dict[str, tuple[str, Callable[[Recipe], bool]]] = {  # an option -> when it has an effect
     "bpe_vocab_size": ("--kind bpe", lambda recipe: recipe.tokenizer.kind == "bpe"),
-    "adapter_dim": ("--exit-adapter low-rank or mlp", lambda recipe: recipe.model.exit_adapter in ("low-rank", "mlp")),
+    "adapter_dim": (
+        "--exit-adapter low-rank or mlp",
+        lambda recipe: recipe.model.exit_adapter in ("low-rank", "mlp"),
+    ),
     "capacity": ("--routed-layers", lambda recipe: bool(recipe.model.routed_layers)),
     "routing_rule": ("--routed-layers", lambda recipe: bool(recipe.model.routed_layers)),
     "layer_weights": ("--weight-rule given", lambda recipe: recipe.method.weight.rule == "given"),
@@ -98,13 +119,18 @@ def warn_of_idle(options: dict[str, Any], recipe: Recipe) -> None:
     for name in options.keys() & IDLE.keys():
         partner, works = IDLE[name]
         if not works(recipe):
-            warnings.warn(f"--{name.replace('_', '-')} has no effect without {partner}", SettingWarning, stacklevel=2)
+            warnings.warn(
+                f"--{name.replace('_', '-')} has no effect without {partner}", SettingWarning, stacklevel=2
+            )
 
 
 def given_options(fields: dict[str, Any]) -> dict[str, Any]:
     """The recipe fields that the command line sets; pairs become a dictionary."""
     given = {name: value for name, value in fields.items() if value not in (None, ())}
-    return {name: dict(value) if isinstance(value, tuple) and isinstance(value[0], tuple) else value for name, value in given.items()}
+    return {
+        name: dict(value) if isinstance(value, tuple) and isinstance(value[0], tuple) else value
+        for name, value in given.items()
+    }
 
 
 @click.group(cls=CommandGroup)
@@ -127,10 +153,23 @@ def recipes() -> None:
 @main.command()
 @click.argument("recipe", required=False)
 @click.option("--data", show_default="kjv", help=f"{SOURCES} With --resume: where the run's text is now.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint goes.")
-@click.option("--resume", is_flag=True, help="Go on with the run at --out by its own settings; only --steps may be others.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the checkpoint goes.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the run at --out by its own settings; only --steps may be others.",
+)
 @run_options
-@click.option("--seeds", **list_of(click.IntRange(0), "N[,N...]"), help="Train once for each of these seeds, into OUT/seed-N.")
+@click.option(
+    "--seeds",
+    **list_of(click.IntRange(0), "N[,N...]"),
+    help="Train once for each of these seeds, into OUT/seed-N.",
+)
 @recipe_options
 def fit(
     recipe: str | None,
@@ -156,7 +195,9 @@ def fit(
         fit_once(recipe, {**options, "seed": seed}, data, folder, resume and folder.exists(), **place)
 
 
-def fit_once(recipe: str | None, options: dict[str, Any], data: str | None, out: Path, resume: bool, **place: Any) -> None:
+def fit_once(
+    recipe: str | None, options: dict[str, Any], data: str | None, out: Path, resume: bool, **place: Any
+) -> None:
     """Begin or resume one run, and train it to its end."""
     from ease_train.training.resuming import Asked
     from ease_train.training.trainer import Trainer
@@ -177,13 +218,33 @@ def fit_once(recipe: str | None, options: dict[str, Any], data: str | None, out:
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--count-data", "counted", help="Text whose most frequent tokens a reduced head knows; --data by default.")
-@click.option("--recipe", default="ee-tuning", show_default=True, help="The recipe whose exits, method and training to use.")
+@click.option(
+    "--count-data", "counted", help="Text whose most frequent tokens a reduced head knows; --data by default."
+)
+@click.option(
+    "--recipe",
+    default="ee-tuning",
+    show_default=True,
+    help="The recipe whose exits, method and training to use.",
+)
 @click.option("--data", help="As for fit; what the checkpoint was trained on by default.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the tuned checkpoint goes.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the tuned checkpoint goes.",
+)
 @run_options
 @recipe_options
-def tune(checkpoint: Path, recipe: str, data: str | None, counted: str | None, out: Path, threads: int | None, **fields: Any) -> None:
+def tune(
+    checkpoint: Path,
+    recipe: str,
+    data: str | None,
+    counted: str | None,
+    out: Path,
+    threads: int | None,
+    **fields: Any,
+) -> None:
     """Give CHECKPOINT new exits, or train its own on. Resume with `ease-train fit --out OUT --resume`."""
     import torch
 
@@ -195,7 +256,9 @@ def tune(checkpoint: Path, recipe: str, data: str | None, counted: str | None, o
     if out.exists():
         raise TrainError(f"{out} is there already; choose another --out")
     place, options = run_place(fields), given_options(fields)
-    trainer = begin_tuning(load_checkpoint(checkpoint), load_recipe(recipe), options, data, counted=counted, **place)
+    trainer = begin_tuning(
+        load_checkpoint(checkpoint), load_recipe(recipe), options, data, counted=counted, **place
+    )
     warn_of_idle(options, trainer.recipe)
     run_with_progress(trainer, trainer.recipe, out)
 
@@ -203,11 +266,24 @@ def tune(checkpoint: Path, recipe: str, data: str | None, counted: str | None, o
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--data", help="As for fit; what the checkpoint was trained on by default.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint with gates goes.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the checkpoint with gates goes.",
+)
 @place_options
 @cache_option
 @section_options(GateConfig, "")
-def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: int | None, cache: Path | None, **fields: Any) -> None:
+def gates(
+    checkpoint: Path,
+    data: str | None,
+    out: Path,
+    device: str,
+    threads: int | None,
+    cache: Path | None,
+    **fields: Any,
+) -> None:
     """Train a gate at every early exit of CHECKPOINT, whose own weights stay as they are."""
     import torch
 
@@ -226,16 +302,27 @@ def gates(checkpoint: Path, data: str | None, out: Path, device: str, threads: i
 
 @main.command("import")
 @click.argument("source")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the checkpoint goes.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the checkpoint goes.",
+)
 @click.option(
     "--exits",
     "layers",
     **list_of(click.INT, "N[,N...]"),
     help="Layers after which a token may leave, like 10,20; the last is always one.",
 )
-@click.option("--with-exits", type=click.Path(path_type=Path, file_okay=False), help="Trained exits for it, from `export-exits`.")
+@click.option(
+    "--with-exits",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Trained exits for it, from `export-exits`.",
+)
 @click.option("--max-positions", type=click.IntRange(2), help="Cut the model's context to so many tokens.")
-def import_(source: str, out: Path, layers: tuple[int, ...], with_exits: Path | None, max_positions: int | None) -> None:
+def import_(
+    source: str, out: Path, layers: tuple[int, ...], with_exits: Path | None, max_positions: int | None
+) -> None:
     """Turn a pretrained model into a checkpoint: a Hugging Face directory or hub id, or a .gguf file (Llama, Mistral, Qwen)."""
     from ease_train.convert.huggingface import import_model
     from ease_train.training.checkpoint import save_checkpoint
@@ -243,7 +330,9 @@ def import_(source: str, out: Path, layers: tuple[int, ...], with_exits: Path | 
     if out.exists():
         raise TrainError(f"{out} is there already; choose another --out")
     if layers and with_exits:
-        raise TrainError(f"--exits {layers[0]} and --with-exits {with_exits}: trained exits are where they were trained; leave one out")
+        raise TrainError(
+            f"--exits {layers[0]} and --with-exits {with_exits}: trained exits are where they were trained; leave one out"
+        )
     checkpoint = import_model(source, layers, max_positions, with_exits, report=click.echo)
     save_checkpoint(checkpoint, out)
     config, parameters = checkpoint.recipe.model, sum(p.numel() for p in checkpoint.model.parameters())
@@ -282,7 +371,9 @@ def show_gates(trainer: "GateTrainer") -> None:
     from ease_train.training.trainer import StatesEvent
 
     console = Console()
-    with Progress(TextColumn("gates"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
+    with Progress(
+        TextColumn("gates"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as progress:
         task = progress.add_task("gates", total=trainer.settings.steps)
         for event in trainer.fit():
             if isinstance(event, GateStep):
@@ -299,13 +390,21 @@ def show_gates(trainer: "GateTrainer") -> None:
 def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
     """Train and show it (the first of several processes does); an interrupted one is saved after its step."""
     console = Console(quiet=not trainer.workers.first)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     parameters = sum(p.numel() for p in trainer.model.parameters())
     exits = list(recipe.model.exits)
     if trainer.ended:
         console.print(f"{out}: nothing left to do, {why_ended(trainer)}", soft_wrap=True)
         return
-    console.print(f"{recipe.name}: {parameters / 1e6:.1f} M parameters, exits at {exits}, data {trainer.checkpoint.data}")
+    console.print(
+        f"{recipe.name}: {parameters / 1e6:.1f} M parameters, exits at {exits}, data {trainer.checkpoint.data}"
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=trainer.settings.steps, completed=trainer.checkpoint.step)
         with interrupts() as interrupted:
@@ -347,20 +446,28 @@ def show(event: "Event", progress: Progress, task: Any) -> None:
 
     if isinstance(event, StepEvent):
         losses = " ".join(f"{layer}:{loss:.3f}" for layer, loss in event.exit_losses.items())
-        progress.update(task, completed=event.step, description=f"loss {losses} · {event.tokens_per_second:,.0f} tokens/s")
+        progress.update(
+            task, completed=event.step, description=f"loss {losses} · {event.tokens_per_second:,.0f} tokens/s"
+        )
     elif isinstance(event, StatesEvent):
         progress.update(task, description=f"hidden states {event.done}/{event.num_blocks}")
         if event.done in (0, event.num_blocks):
             size = f"{event.num_bytes / 1e9:.2f} GB"
-            progress.console.print(f"hidden states of {event.num_blocks} blocks ({size}): {event.done} done, in {event.path}")
+            progress.console.print(
+                f"hidden states of {event.num_blocks} blocks ({size}): {event.done} done, in {event.path}"
+            )
     elif isinstance(event, EvalEvent):
         values = ", ".join(f"layer {layer} {value:.2f}" for layer, value in event.perplexity.items())
         agrees = ", ".join(f"layer {layer} {value:.3f}" for layer, value in event.agreement.items())
-        progress.console.print(f"step {event.step}: validation perplexity {values}" + (f"; agrees {agrees}" if agrees else ""))
+        progress.console.print(
+            f"step {event.step}: validation perplexity {values}" + (f"; agrees {agrees}" if agrees else "")
+        )
         if event.sample:
             progress.console.print(event.sample, markup=False, style="italic")
     else:
-        best = f" with the best model, that of step {event.model_step}" if event.model_step != event.step else ""
+        best = (
+            f" with the best model, that of step {event.model_step}" if event.model_step != event.step else ""
+        )
         progress.console.print(f"step {event.step}: saved {event.path}{best}")
 
 

@@ -45,7 +45,9 @@ def named(setting: Setting) -> dict[str, Any]:
     return {"threshold": setting.policy.thresholds.to_json(), "catch_up": setting.catch_up}
 
 
-def add(part: str, llm: LLM, bundle: Path, asked_for: dict[str, Any], threads: int, rows: list[dict[str, Any]]) -> None:
+def add(
+    part: str, llm: LLM, bundle: Path, asked_for: dict[str, Any], threads: int, rows: list[dict[str, Any]]
+) -> None:
     """Write one part of the JSON anew, with where it is from."""
     found = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}
     found[part] = {**provenance(bundle, llm, threads), **asked_for, "policy": POLICY, "rows": rows}
@@ -74,19 +76,41 @@ def asked(command: Any) -> Any:
 @main.command()
 @asked
 @click.option("--number", default=12, show_default=True, help="Sequences.")
-def quality(bundle: Path, data: str, split: str, thresholds: tuple[Any, ...], threads: int, number: int) -> None:
+def quality(
+    bundle: Path, data: str, split: str, thresholds: tuple[Any, ...], threads: int, number: int
+) -> None:
     """Perplexity along the sequence, by catch-up."""
     llm = LLM(bundle, num_threads=threads)
     texts = sequences(llm, data, split, number, LENGTHS[-1])
     rows: list[dict[str, Any]] = []
     for setting in make_settings(POLICY, thresholds, CATCH_UPS[:2], llm.stack.exit_layers):
         scores = [
-            score_window(llm.engine, ids[:-1], np.array(ids[1:], np.int64), [setting.policy], setting.catch_up, PROMPT_TOKENS)[0]
+            score_window(
+                llm.engine,
+                ids[:-1],
+                np.array(ids[1:], np.int64),
+                [setting.policy],
+                setting.catch_up,
+                PROMPT_TOKENS,
+            )[0]
             for ids in texts
         ]
         for first, last in zip((PROMPT_TOKENS, *LENGTHS), LENGTHS, strict=False):
-            part = Scores.join([Scores(mine.logprobs[first:last], mine.depths[first:last], mine.says[first:last]) for mine in scores])
-            rows.append({**named(setting), "from": first, "to": last, "ppl": part.perplexity, "mean_depth": part.mean_depth})
+            part = Scores.join(
+                [
+                    Scores(mine.logprobs[first:last], mine.depths[first:last], mine.says[first:last])
+                    for mine in scores
+                ]
+            )
+            rows.append(
+                {
+                    **named(setting),
+                    "from": first,
+                    "to": last,
+                    "ppl": part.perplexity,
+                    "mean_depth": part.mean_depth,
+                }
+            )
     add("quality", llm, bundle, {"data": data, "split": split, "number": number}, threads, rows)
 
 
@@ -94,7 +118,9 @@ def quality(bundle: Path, data: str, split: str, thresholds: tuple[Any, ...], th
 @asked
 @click.option("--number", default=2, show_default=True, help="Sequences of each length.")
 @click.option("--rounds", default=3, show_default=True)
-def speed(bundle: Path, data: str, split: str, thresholds: tuple[Any, ...], threads: int, number: int, rounds: int) -> None:
+def speed(
+    bundle: Path, data: str, split: str, thresholds: tuple[Any, ...], threads: int, number: int, rounds: int
+) -> None:
     """Time by catch-up and length."""
     llm = LLM(bundle, num_threads=threads)
     settings = make_settings(POLICY, thresholds, CATCH_UPS, llm.stack.exit_layers)
@@ -104,9 +130,21 @@ def speed(bundle: Path, data: str, split: str, thresholds: tuple[Any, ...], thre
         texts = [Text(tuple(ids[:length]), length - DECODED_TOKENS) for ids in longest]
         timings, seconds = measure(llm.engine, settings, texts, rounds)
         for setting, timing in zip(settings, timings, strict=True):
-            rows.append({"length": length, **named(setting), **asdict(make_speed(timing, timings[0], seconds, llm))})
-        click.echo(f"{length} tokens: " + ", ".join(f"{row['catch_up']} {row['speedup']:.2f}" for row in rows[-len(settings) :]))
-    add("speed", llm, bundle, {"data": data, "split": split, "number": number, "rounds": rounds}, threads, rows)
+            rows.append(
+                {"length": length, **named(setting), **asdict(make_speed(timing, timings[0], seconds, llm))}
+            )
+        click.echo(
+            f"{length} tokens: "
+            + ", ".join(f"{row['catch_up']} {row['speedup']:.2f}" for row in rows[-len(settings) :])
+        )
+    add(
+        "speed",
+        llm,
+        bundle,
+        {"data": data, "split": split, "number": number, "rounds": rounds},
+        threads,
+        rows,
+    )
 
 
 if __name__ == "__main__":

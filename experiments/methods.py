@@ -34,7 +34,18 @@ DATA, SEEDS, LEARNING_RATES = "wikitext-2", (42, 43, 44), (2e-3, 4e-3, 8e-3)
 STEPS, TRIAL_STEPS = 2000, 400
 SHAPE = ("--dim", "96", "--num-heads", "3", "--num-kv-heads", "1")
 TOKENS_A_STEP = 2 * 256
-TOKENS = ("--bpe-vocab-size", "2048", "--batch-size", "2", "--sequence-length", "256", "--warmup-steps", "50", "--max-positions", "256")
+TOKENS = (
+    "--bpe-vocab-size",
+    "2048",
+    "--batch-size",
+    "2",
+    "--sequence-length",
+    "256",
+    "--warmup-steps",
+    "50",
+    "--max-positions",
+    "256",
+)
 LOOKS = ("--eval-every", "400", "--save-every", "200", "--eval-tokens", "20000", "--log-every", "20")
 THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 CRITERIA = ("max-prob", "margin", "entropy", "similarity", "patience", "gate")
@@ -74,7 +85,11 @@ class Study:
 
 
 def weights(**by_layer: float) -> tuple[str, ...]:
-    return tuple(part for layer, weight in by_layer.items() for part in ("--layer-weights", layer.removeprefix("at_"), str(weight)))
+    return tuple(
+        part
+        for layer, weight in by_layer.items()
+        for part in ("--layer-weights", layer.removeprefix("at_"), str(weight))
+    )
 
 
 def exits(*layers: int) -> tuple[str, ...]:
@@ -82,7 +97,11 @@ def exits(*layers: int) -> tuple[str, ...]:
 
 
 ASYMMETRIC = (*exits(3, 9), *weights(at_3=0.7, at_9=0.3))
-SLOWER = tuple(part for layer in range(4, 10) for part in ("--layer-lr-scales", str(layer), "0.5" if layer < 7 else "0.1"))
+SLOWER = tuple(
+    part
+    for layer in range(4, 10)
+    for part in ("--layer-lr-scales", str(layer), "0.5" if layer < 7 else "0.1")
+)
 ROUTED = tuple(part for layer in (2, 4, 6, 8) for part in ("--routed-layers", str(layer)))
 METHODS = Study(
     "methods",
@@ -93,7 +112,9 @@ METHODS = Study(
         "asymmetric": Method("asymmetric", ASYMMETRIC, (3,)),
         "discriminative": Method("discriminative", (*ASYMMETRIC, *SLOWER), (3,)),
         "LayerSkip": Method("layerskip", (*exits(3, 6, 9), "--curriculum-every", "2"), (3, 6)),
-        "self-distillation": Method("self-distillation", (*exits(3, 6, 9), *weights(at_3=0.3, at_6=0.3, at_9=1.0)), (3, 6)),
+        "self-distillation": Method(
+            "self-distillation", (*exits(3, 6, 9), *weights(at_3=0.3, at_6=0.3, at_9=1.0)), (3, 6)
+        ),
         "token-routed": Method("token-routed", (*ASYMMETRIC, "--routing-warmup-steps", "500"), (3,)),
         "Mixture-of-Depths": Method("mixture-of-depths", (*exits(9), *weights(at_9=1.0), *ROUTED), ()),
     },
@@ -103,7 +124,9 @@ DEPTH = Study(
     "depth",
     {
         f"{depth} layers": Method(
-            "deep-supervision", ("--num-layers", str(depth), *exits(depth // 3, 2 * depth // 3, depth)), (depth // 3, 2 * depth // 3)
+            "deep-supervision",
+            ("--num-layers", str(depth), *exits(depth // 3, 2 * depth // 3, depth)),
+            (depth // 3, 2 * depth // 3),
         )
         for depth in (3, 6, 12, 24)
     },
@@ -121,7 +144,18 @@ def fit(study: Study, method: Method, folder: Path, seed: int, steps: int, rate:
     """Train to the end, or go on; a finished run is left alone."""
     place = ("--out", str(folder), "--cache", str(study.runs / "cache"), "--threads", str(threads))
     if not folder.is_dir():
-        settings = (*SHAPE, *study.options, *TOKENS, *LOOKS, "--steps", str(steps), "--learning-rate", str(rate), "--seed", str(seed))
+        settings = (
+            *SHAPE,
+            *study.options,
+            *TOKENS,
+            *LOOKS,
+            "--steps",
+            str(steps),
+            "--learning-rate",
+            str(rate),
+            "--seed",
+            str(seed),
+        )
         call("ease-train", "fit", method.recipe, "--data", DATA, *place, *settings, *method.options)
     elif read_metrics(folder)[-1]["step"] < steps:
         call("ease-train", "fit", method.recipe, *place, "--resume")
@@ -163,7 +197,16 @@ def train(study: Study, only: tuple[str, ...], seeds: tuple[int, ...], threads: 
             if method.early:
                 last = folder / "gated"
                 if not last.is_dir():
-                    gates = ("--steps", "150", "--batch-size", "8", "--eval-tokens", "20000", "--threads", str(threads))
+                    gates = (
+                        "--steps",
+                        "150",
+                        "--batch-size",
+                        "8",
+                        "--eval-tokens",
+                        "20000",
+                        "--threads",
+                        str(threads),
+                    )
                     call("ease-train", "gates", str(folder / "checkpoint"), "--out", str(last), *gates)
             if not (folder / "bundle").is_dir():
                 call("ease-export", "build", str(last), str(folder / "bundle"))
@@ -186,12 +229,25 @@ def measure(study: Study) -> None:
     for method, folder in bundles(study):
         asked = {"table": ("max-prob", ",".join(map(str, THRESHOLDS)) if method.early else "off")}
         if method.early:
-            asked["gate-table"] = ("gate", ",".join(f"{threshold:.6f}" for threshold in gate_thresholds(folder)))
+            asked["gate-table"] = (
+                "gate",
+                ",".join(f"{threshold:.6f}" for threshold in gate_thresholds(folder)),
+            )
         for name, (policy, thresholds) in asked.items():
             settings = ("--policy", policy, "--thresholds", thresholds, "--catch-up", "recompute")
             out = folder / f"{name}.json"
             if not out.is_file():
-                call("ease-eval", "table", str(folder / "bundle"), "--data", DATA, *amounts, *settings, "--json", str(out))
+                call(
+                    "ease-eval",
+                    "table",
+                    str(folder / "bundle"),
+                    "--data",
+                    DATA,
+                    *amounts,
+                    *settings,
+                    "--json",
+                    str(out),
+                )
 
 
 def gate_thresholds(folder: Path) -> list[float]:
@@ -218,9 +274,16 @@ def criteria_of(llm: LLM) -> list[dict[str, Any]]:
     documents = [document.ids for document in first_tokens(texts, SCORED_TOKENS)]
     some = [document.ids for document in first_tokens(texts, 4000)]
     tried = [(name, *pair) for name in CRITERIA for pair in policies(llm, some, name)]
-    off, *scores = score_documents(llm.engine, documents, [FULL_DEPTH, *(policy for _, policy, _ in tried)], "recompute")
+    off, *scores = score_documents(
+        llm.engine, documents, [FULL_DEPTH, *(policy for _, policy, _ in tried)], "recompute"
+    )
     return [
-        {"criterion": name, "threshold": threshold, "ppl_ratio": mine.perplexity / off.perplexity, "mean_depth": float(mine.mean_depth)}
+        {
+            "criterion": name,
+            "threshold": threshold,
+            "ppl_ratio": mine.perplexity / off.perplexity,
+            "mean_depth": float(mine.mean_depth),
+        }
         for (name, _, threshold), mine in zip(tried, scores, strict=True)
     ]
 
@@ -242,15 +305,33 @@ def policies(llm: LLM, documents: Sequence[Sequence[int]], name: str) -> Iterato
 def collect(study: Study) -> None:
     """Everything that was measured, as one file."""
     runs = []
-    kept = ("threshold", "ppl", "ppl_ratio", "mean_depth", "layers_run", "speedup", "ideal_speedup", "tokens_per_second", "latency_ms_p50")
+    kept = (
+        "threshold",
+        "ppl",
+        "ppl_ratio",
+        "mean_depth",
+        "layers_run",
+        "speedup",
+        "ideal_speedup",
+        "tokens_per_second",
+        "latency_ms_p50",
+    )
     for name, method in study.methods.items():
         for seed in SEEDS:
             folder = study.folder(name, seed)
             if not (folder / "table.json").is_file():
                 continue
             table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-            gated = json.loads((folder / "gate-table.json").read_text(encoding="utf-8")) if method.early else {"rows": []}
-            rates = [line["tokens_per_second"] for line in read_metrics(folder / "checkpoint") if "tokens_per_second" in line]
+            gated = (
+                json.loads((folder / "gate-table.json").read_text(encoding="utf-8"))
+                if method.early
+                else {"rows": []}
+            )
+            rates = [
+                line["tokens_per_second"]
+                for line in read_metrics(folder / "checkpoint")
+                if "tokens_per_second" in line
+            ]
             runs.append(
                 {
                     "method": name,
@@ -263,11 +344,15 @@ def collect(study: Study) -> None:
                     "gate_rows": [{key: row[key] for key in kept} for row in gated["rows"]],
                     "exits": table["exits"],
                     "versions": table["versions"],
-                    "criteria": json.loads((folder / "criteria.json").read_text(encoding="utf-8")) if method.early else [],
+                    "criteria": json.loads((folder / "criteria.json").read_text(encoding="utf-8"))
+                    if method.early
+                    else [],
                 }
             )
     out = Path(f"docs/experiments/{study.name}.json")
-    write_whole(out, json.dumps({"data": DATA, "steps": STEPS, "tokens": STEPS * TOKENS_A_STEP, "runs": runs}) + "\n")
+    write_whole(
+        out, json.dumps({"data": DATA, "steps": STEPS, "tokens": STEPS * TOKENS_A_STEP, "runs": runs}) + "\n"
+    )
     click.echo(f"{out}: {len(runs)} of {len(study.methods) * len(SEEDS)} runs")
 
 

@@ -60,7 +60,9 @@ PROTOCOLS = (
     replace(ORIGINAL, name="200,000 characters", num_characters=200_000),
     rate_of(5e-4),
     *RATES,
-    replace(ORIGINAL, name="all of it", num_characters=200_000, patience=5, more_validation=True, final_norm=True),
+    replace(
+        ORIGINAL, name="all of it", num_characters=200_000, patience=5, more_validation=True, final_norm=True
+    ),
 )
 OVERFITTED = replace(ORIGINAL, name="200 epochs without a stop", epochs=200, patience=200)
 METHODS: dict[str, UniversalConfig] = {
@@ -108,7 +110,9 @@ def load_data(num_characters: int, train: str, validation: str) -> Data:
     return Data(batches(ids[0]), batches(ids[1]), batches(ids[2], keep_rest=True), len(known))
 
 
-def token_weighted_perplexity(trainer: UniversalTrainer, model: LayeredDecoder, validation: Sequence[Batch]) -> float:
+def token_weighted_perplexity(
+    trainer: UniversalTrainer, model: LayeredDecoder, validation: Sequence[Batch]
+) -> float:
     """exp of the mean over all tokens, under the method's own routing."""
     total, tokens = 0.0, 0
     for x, y in validation:
@@ -135,7 +139,9 @@ def run(method: str, protocol: Protocol, seed: int, data: Data, compiled: bool) 
     for epoch in range(protocol.epochs):
         loss, _ = trainer.train_epoch(model, data.train, optimizer, epoch=epoch, max_epochs=protocol.epochs)
         stats = trainer.evaluate(model, data.validation)
-        judged = token_weighted_perplexity(trainer, model, data.more) if protocol.more_validation else stats["ppl"]
+        judged = (
+            token_weighted_perplexity(trainer, model, data.more) if protocol.more_validation else stats["ppl"]
+        )
         epochs.append({"loss": loss, "judged": judged, **stats})
         since = 0 if judged < best else since + 1
         if judged < best:
@@ -177,9 +183,13 @@ def save(runs: list[dict[str, Any]]) -> None:
 
 @click.command()
 @click.option("--only", multiple=True, help="A protocol by its name, may be repeated; all by default.")
-@click.option("--method", "methods", multiple=True, help="A method by its name, may be repeated; all by default.")
+@click.option(
+    "--method", "methods", multiple=True, help="A method by its name, may be repeated; all by default."
+)
 @click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
-@click.option("--compiled", is_flag=True, help="Compile the layers: two thirds of the time, needs a C++ compiler.")
+@click.option(
+    "--compiled", is_flag=True, help="Compile the layers: two thirds of the time, needs a C++ compiler."
+)
 def main(only: tuple[str, ...], methods: tuple[str, ...], threads: int, compiled: bool) -> None:
     """Do the runs that are not in the results yet, and add each as it ends."""
     torch.set_num_threads(threads)
@@ -196,7 +206,9 @@ def main(only: tuple[str, ...], methods: tuple[str, ...], threads: int, compiled
         runs.append(run(method, protocol, seed, data, compiled))
         save(runs)
         last = runs[-1]["epochs"][-1]
-        figures = f"{len(runs[-1]['epochs'])} epochs, perplexity {last['ppl']:.3f}, {runs[-1]['seconds']:.0f} s"
+        figures = (
+            f"{len(runs[-1]['epochs'])} epochs, perplexity {last['ppl']:.3f}, {runs[-1]['seconds']:.0f} s"
+        )
         Console().print(f"{protocol.name} · {method} · seed {seed}: {figures}")
 
 

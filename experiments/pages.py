@@ -120,7 +120,10 @@ def small_tables() -> dict[str, str]:
         "measured/ideal": "{measured_over_ideal:.2f}",
     }
     rows = [measured(row) for row in load("small-gate.json")["rows"]]
-    return {"gate": figures(rows, columns, 2), "readme": figures([row for row in rows if row["named"] in IN_README], columns, 2)}
+    return {
+        "gate": figures(rows, columns, 2),
+        "readme": figures([row for row in rows if row["named"] in IN_README], columns, 2),
+    }
 
 
 LAYERS = ("10", "15", "20")
@@ -146,7 +149,9 @@ def agreement_table(found: dict[str, Any], kind: str, first_round: bool) -> str:
     """How often each exit says what the last layer says, in percent, with 95 % intervals over documents."""
 
     def percent(exits: Row, key: str, digits: int = 1) -> str:
-        return ", ".join(f"{100 * values[key]:.{digits}f}" for layer, values in exits.items() if layer in LAYERS)
+        return ", ".join(
+            f"{100 * values[key]:.{digits}f}" for layer, values in exits.items() if layer in LAYERS
+        )
 
     rows = []
     for name, kinds in found.items():
@@ -155,8 +160,18 @@ def agreement_table(found: dict[str, Any], kind: str, first_round: bool) -> str:
             f"{100 * exits[layer]['agreement']:.1f} ({100 * exits[layer]['interval'][0]:.1f}–{100 * exits[layer]['interval'][1]:.1f})"
             for layer in LAYERS
         ]
-        perplexities = [] if first_round else [", ".join(perplexity(values["perplexity"]) for values in exits.values())]
-        rows.append([KINDS[name], *each, percent(exits, "confident_half"), percent(exits, "confident_quarter"), *perplexities])
+        perplexities = (
+            [] if first_round else [", ".join(perplexity(values["perplexity"]) for values in exits.values())]
+        )
+        rows.append(
+            [
+                KINDS[name],
+                *each,
+                percent(exits, "confident_half"),
+                percent(exits, "confident_quarter"),
+                *perplexities,
+            ]
+        )
     header = ["exits", *(f"layer {layer}" for layer in LAYERS), "confident half", "confident quarter"]
     return table([*header, *([] if first_round else ["perplexity (10, 15, 20, 30)"])], rows)
 
@@ -166,8 +181,19 @@ def curve_table(runs: dict[str, Any]) -> str:
     steps = sorted({line["step"] for run in runs.values() for line in run["evaluations"]})
     rows = []
     for step in steps:
-        lines = [next((line["agreement"] for line in run["evaluations"] if line["step"] == step), None) for run in runs.values()]
-        rows.append([str(step), *("–" if line is None else ", ".join(f"{100 * line[layer]:.1f}" for layer in LAYERS) for line in lines)])
+        lines = [
+            next((line["agreement"] for line in run["evaluations"] if line["step"] == step), None)
+            for run in runs.values()
+        ]
+        rows.append(
+            [
+                str(step),
+                *(
+                    "–" if line is None else ", ".join(f"{100 * line[layer]:.1f}" for layer in LAYERS)
+                    for line in lines
+                ),
+            ]
+        )
     return table(["step", *(KINDS[name] for name in runs)], rows)
 
 
@@ -179,7 +205,9 @@ def distilled_table() -> str:
             each = load(f"smollm2-speed-{exits}-{kind}.json")["exits"]
             agreements = (f"{100 * one['agreement']:.1f}" for one in each[:-1])
             rows.append([text, name, *agreements, ", ".join(perplexity(one["ppl"]) for one in each)])
-    return table(["text", "exits", *(f"layer {layer}" for layer in LAYERS), "perplexity (10, 15, 20, 30)"], rows, 2)
+    return table(
+        ["text", "exits", *(f"layer {layer}" for layer in LAYERS), "perplexity (10, 15, 20, 30)"], rows, 2
+    )
 
 
 def smollm2_tables() -> dict[str, str]:
@@ -197,8 +225,12 @@ def smollm2_tables() -> dict[str, str]:
     speeds = {}
     for name in (*(f"{exits}-{kind}" for exits in ("distilled", "block") for kind in TEXTS), "low-rank"):
         rows = [measured(row) for row in load(f"smollm2-speed-{name}.json")["rows"]]
-        shares = [{"share": f"{row['accepted']} of {row['drafted']}" if row["drafted"] else None} for row in rows]
-        speeds[f"speed-{name}"] = figures(({**row, **share} for row, share in zip(rows, shares, strict=True)), columns, 2)
+        shares = [
+            {"share": f"{row['accepted']} of {row['drafted']}" if row["drafted"] else None} for row in rows
+        ]
+        speeds[f"speed-{name}"] = figures(
+            ({**row, **share} for row, share in zip(rows, shares, strict=True)), columns, 2
+        )
     peers = {
         "runtime": "{runtime}",
         "weights": "{precision}",
@@ -207,7 +239,10 @@ def smollm2_tables() -> dict[str, str]:
         "first token ms": "{first_token_ms:.0f}",
         "resident MB": "{resident_mb:.0f}",
     }
-    speeds |= {f"peers-{name}": figures(load(f"smollm2-peers-{name}.json")["rows"], peers, 2) for name in ("int8", "int4")}
+    speeds |= {
+        f"peers-{name}": figures(load(f"smollm2-peers-{name}.json")["rows"], peers, 2)
+        for name in ("int8", "int4")
+    }
     return {
         "answers": agreement_table(found["agreement"], "answer", first_round=False),
         "wikitext": agreement_table(found["agreement"], "wikitext-2", first_round=False),
@@ -269,7 +304,9 @@ def precision_tables() -> dict[str, str]:
     }
     tried = {"layers": "{layers}", "embedding and head": "{embedding_and_head}", "perplexity": "{ppl:.2f}"}
     return {
-        "precisions": figures(({**row, "change": 100 * (row["ppl"] / full[row["model"]] - 1)} for row in rows), columns, 3),
+        "precisions": figures(
+            ({**row, "change": 100 * (row["ppl"] / full[row["model"]] - 1)} for row in rows), columns, 3
+        ),
         "tried": figures(load("precisions-tried.json")["rows"], tried, 2),
     }
 
@@ -282,7 +319,15 @@ def along_the_sequence(rows: Sequence[Row]) -> str:
     lines = []
     for setting in dict.fromkeys((row["named"], row["catch_up"]) for row in rows if leaves_early(row)):
         mine = [row for row in rows if (row["named"], row["catch_up"]) == setting]
-        lines.append([*setting, *(f"{100 * (row['ppl'] / full[row['to']] - 1):+.1f} % at {row['mean_depth']:.1f}" for row in mine)])
+        lines.append(
+            [
+                *setting,
+                *(
+                    f"{100 * (row['ppl'] / full[row['to']] - 1):+.1f} % at {row['mean_depth']:.1f}"
+                    for row in mine
+                ),
+            ]
+        )
     return table(["threshold", "catch-up", *stretches], lines, 2)
 
 
@@ -293,7 +338,15 @@ def catch_up_tables() -> dict[str, str]:
     lengths = list(dict.fromkeys(row["length"] for row in speed))
     for setting in dict.fromkeys((row["named"], row["catch_up"]) for row in speed if leaves_early(row)):
         mine = [row for row in speed if (row["named"], row["catch_up"]) == setting]
-        times.append([*setting, *(f"{row['speedup']:.2f} ({row['speedup_range'][0]:.2f}–{row['speedup_range'][1]:.2f})" for row in mine)])
+        times.append(
+            [
+                *setting,
+                *(
+                    f"{row['speedup']:.2f} ({row['speedup_range'][0]:.2f}–{row['speedup_range'][1]:.2f})"
+                    for row in mine
+                ),
+            ]
+        )
     off = [row for row in speed if not leaves_early(row)]
     times.insert(0, ["off, tokens/s", "", *(f"{row['tokens_per_second']:.0f}" for row in off)])
     verified = [row for row in speed if row["catch_up"] == "verify"]
@@ -335,7 +388,10 @@ def with_tables(page: str, text: str, tables: dict[str, str]) -> str:
     named = [name for _, name, _ in MARKED.findall(text)]
     if sorted(named) != sorted(tables):
         raise PageError(f"{page} has the tables {sorted(named)}, its JSON gives {sorted(tables)}")
-    return MARKED.sub(lambda match: f"<!-- table: {match[2]} -->\n\n{tables[match[2]]}\n\n", text).rstrip("\n") + "\n"
+    return (
+        MARKED.sub(lambda match: f"<!-- table: {match[2]} -->\n\n{tables[match[2]]}\n\n", text).rstrip("\n")
+        + "\n"
+    )
 
 
 @click.command()

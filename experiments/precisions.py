@@ -45,7 +45,9 @@ def figures(checkpoint: Path, bundle: Path, precision: str, data: str, tokens: i
     scores = bundle.with_suffix(".json")
     asked = ["--data", data, "--thresholds", "off", "--scored-tokens", str(tokens), "--json", str(scores)]
     subprocess.run(["ease-eval", "ppl", str(bundle), *asked], check=True)
-    loaded = subprocess.run([sys.executable, "-c", LOAD, str(bundle)], check=True, capture_output=True, text=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD, str(bundle)], check=True, capture_output=True, text=True
+    ).stdout
     found = json.loads(scores.read_text(encoding="utf-8"))
     return {
         "ppl": found["rows"][0]["ppl"],

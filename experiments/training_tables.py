@@ -21,7 +21,9 @@ RECORDED = {  # by the original: perplexity, share that leaves early and compute
 }
 
 
-Column = tuple[Callable[[Row], float | None], int]  # of a run, and digits; None where a run has no such figure
+Column = tuple[
+    Callable[[Row], float | None], int
+]  # of a run, and digits; None where a run has no such figure
 
 
 def study_means(runs: Sequence[Row], columns: dict[str, Column], methods: Iterable[str]) -> list[list[str]]:
@@ -66,7 +68,11 @@ def least_depth(run: Row, tolerance: float, criterion: str | None = None) -> flo
 
 def best_speed(run: Row, tolerance: float, rows: str = "rows") -> float | None:
     """The largest measured speed-up at a perplexity that is at most so much above full depth's; `gate_rows` are those of the gate."""
-    return max(row["speedup"] for row in run[rows] if row["ppl_ratio"] <= 1 + tolerance) if exits_early(run) else None
+    return (
+        max(row["speedup"] for row in run[rows] if row["ppl_ratio"] <= 1 + tolerance)
+        if exits_early(run)
+        else None
+    )
 
 
 SPEEDS: dict[str, Column] = {
@@ -80,7 +86,9 @@ SPEEDS: dict[str, Column] = {
 def trials_table(runs: Sequence[Row], names: Iterable[str]) -> str:
     """Validation perplexity at full depth of the runs that chose the learning rates."""
     tried = {run["method"]: run["trials"] for run in runs}
-    return table(["", *runs[0]["trials"]], [[name, *(f"{ppl:.1f}" for ppl in tried[name].values())] for name in names])
+    return table(
+        ["", *runs[0]["trials"]], [[name, *(f"{ppl:.1f}" for ppl in tried[name].values())] for name in names]
+    )
 
 
 def methods_tables() -> dict[str, str]:
@@ -92,21 +100,30 @@ def methods_tables() -> dict[str, str]:
     fastest = max(curve(run["rows"])[0][0] for run in runs if exits_early(run))
     columns: dict[str, Column] = {
         "perplexity": (lambda run: run["rows"][0]["ppl"], 2),
-        f"mean of the curve from {fastest:.2f}": (lambda run: area(run["rows"], fastest) if exits_early(run) else None, 2),
+        f"mean of the curve from {fastest:.2f}": (
+            lambda run: area(run["rows"], fastest) if exits_early(run) else None,
+            2,
+        ),
         "depth at 1 %": (lambda run: least_depth(run, 0.01), 2),
         "depth at 5 %": (lambda run: least_depth(run, 0.05), 2),
         **SPEEDS,
     }
     layers: dict[str, Column] = {
-        f"layer {layer}": (partial(lambda run, layer: run["validation"].get(layer), layer=str(layer)), 2) for layer in (3, 6, 9)
+        f"layer {layer}": (partial(lambda run, layer: run["validation"].get(layer), layer=str(layer)), 2)
+        for layer in (3, 6, 9)
     }
-    by_criterion: dict[str, Column] = {name: (partial(least_depth, tolerance=0.05, criterion=name), 2) for name in CRITERIA}
+    by_criterion: dict[str, Column] = {
+        name: (partial(least_depth, tolerance=0.05, criterion=name), 2) for name in CRITERIA
+    }
     rates = {run["method"]: f"{run['learning_rate']:g}" for run in runs}
     minutes: Column = (lambda run: run["minutes"], 1)
     exits = study_means(runs, {**layers, "minutes": minutes}, names)
     return {
         "methods": table(["method", *columns], study_means(runs, columns, names)),
-        "exits": table(["method", "learning rate", *layers, "minutes"], [[name, rates[name], *line] for name, *line in exits]),
+        "exits": table(
+            ["method", "learning rate", *layers, "minutes"],
+            [[name, rates[name], *line] for name, *line in exits],
+        ),
         "criteria": table(["method", *by_criterion], study_means(runs, by_criterion, early)),
         "routed": routed_table(runs, early),
         "trials": trials_table(runs, names),
@@ -122,11 +139,16 @@ def routed_table(runs: Sequence[Row], early: Sequence[str]) -> str:
 
     def at_its_depth(run: Row) -> float | None:
         limit = routed[run["seed"]]["layers_run"]
-        return float(run["rows"][0]["ppl"] * min(point["ppl_ratio"] for point in run["criteria"] if point["mean_depth"] <= limit))
+        return float(
+            run["rows"][0]["ppl"]
+            * min(point["ppl_ratio"] for point in run["criteria"] if point["mean_depth"] <= limit)
+        )
 
     def at_its_time(run: Row) -> float | None:
         speed = routed[run["seed"]]["tokens_per_second"]
-        return min((float(row["ppl"]) for row in run["rows"] if row["tokens_per_second"] >= speed), default=None)
+        return min(
+            (float(row["ppl"]) for row in run["rows"] if row["tokens_per_second"] >= speed), default=None
+        )
 
     columns: dict[str, Column] = {
         "perplexity": (lambda run: run["rows"][0]["ppl"], 2),
@@ -158,9 +180,15 @@ def depth_tables() -> dict[str, str]:
         "depth at 1 %, % of the layers": (partial(share, tolerance=0.01), 1),
         "depth at 5 %": (partial(share, tolerance=0.05), 1),
         **SPEEDS,
-        "bound at a third": (lambda run: next(row["speedup"] for row in run["rows"] if row["threshold"] == 0.0), 2),
+        "bound at a third": (
+            lambda run: next(row["speedup"] for row in run["rows"] if row["threshold"] == 0.0),
+            2,
+        ),
     }
-    return {"depth": table(["layers", *columns], study_means(runs, columns, names)), "trials": trials_table(runs, names)}
+    return {
+        "depth": table(["layers", *columns], study_means(runs, columns, names)),
+        "trials": trials_table(runs, names),
+    }
 
 
 Value = Callable[[Row], float]  # of a run
@@ -176,8 +204,14 @@ class Originals:
         """By seed. Raises PageError where a seed is missing."""
         from original import FEW_SEEDS, OVERFITTED, SEEDS  # experiments/original.py
 
-        found = {seed: value(run) for (name, under, seed), run in self.runs.items() if (name, under) == (method, protocol)}
-        return complete(found, FEW_SEEDS if protocol == OVERFITTED.name else SEEDS, f"{method} under '{protocol}'")
+        found = {
+            seed: value(run)
+            for (name, under, seed), run in self.runs.items()
+            if (name, under) == (method, protocol)
+        }
+        return complete(
+            found, FEW_SEEDS if protocol == OVERFITTED.name else SEEDS, f"{method} under '{protocol}'"
+        )
 
     def mean(self, method: str, protocol: str, value: Value, digits: int = 2) -> str:
         return mean_of(self.values(method, protocol, value), digits)
@@ -191,7 +225,10 @@ class Originals:
         """The protocol with the learning rate that gives a method the least mean perplexity at the stop."""
         from original import ORIGINAL, RATES  # experiments/original.py
 
-        means = {name: statistics.mean(self.values(method, name, STOP_TEXT).values()) for name in (p.name for p in (ORIGINAL, *RATES))}
+        means = {
+            name: statistics.mean(self.values(method, name, STOP_TEXT).values())
+            for name in (p.name for p in (ORIGINAL, *RATES))
+        }
         return min(means, key=lambda name: means[name])
 
     def changes(self) -> dict[str, tuple[str, str]]:
@@ -199,10 +236,16 @@ class Originals:
         from original import PROTOCOLS  # experiments/original.py
 
         same = {protocol.name: (protocol.name, protocol.name) for protocol in PROTOCOLS}
-        return {**same, "learning rate, each its best": (self.best_rate("standard"), self.best_rate("discriminative"))}
+        return {
+            **same,
+            "learning rate, each its best": (self.best_rate("standard"), self.best_rate("discriminative")),
+        }
 
 
-STOP_TEXT, MORE_TEXT = itemgetter("token_weighted"), itemgetter("more_validation")  # of a run: perplexities of its model
+STOP_TEXT, MORE_TEXT = (
+    itemgetter("token_weighted"),
+    itemgetter("more_validation"),
+)  # of a run: perplexities of its model
 
 
 def at_stop(figure: str, factor: float = 1.0) -> Value:
@@ -220,7 +263,11 @@ def original_tables() -> dict[str, str]:
     found, name = Originals(load("original.json")["runs"]), ORIGINAL.name
 
     def first_at_record(run: Row) -> tuple[int, Row]:
-        return next((number, epoch) for number, epoch in enumerate(run["epochs"], 1) if epoch["ppl"] <= RECORDED[run["method"]][0])
+        return next(
+            (number, epoch)
+            for number, epoch in enumerate(run["epochs"], 1)
+            if epoch["ppl"] <= RECORDED[run["method"]][0]
+        )
 
     def above(method: str) -> str:
         differences = found.above_standard(method, name, name, at_stop("ppl"))
@@ -239,7 +286,16 @@ def original_tables() -> dict[str, str]:
         ]
         for method in METHODS
     ]
-    header = ["method", "recorded", "at the stop", "above standard", "more text", "at full depth", "epochs", "compute %"]
+    header = [
+        "method",
+        "recorded",
+        "at the stop",
+        "above standard",
+        "more text",
+        "at full depth",
+        "epochs",
+        "compute %",
+    ]
     levels = [
         [
             method,
@@ -251,7 +307,14 @@ def original_tables() -> dict[str, str]:
         ]
         for method in METHODS
     ]
-    level_header = ["method", "recorded", "early %, recorded", "epoch of that perplexity here", "early % at it", "early % at the stop"]
+    level_header = [
+        "method",
+        "recorded",
+        "early %, recorded",
+        "epoch of that perplexity here",
+        "early % at it",
+        "early % at the stop",
+    ]
     return {
         "original": table(header, first),
         "levels": table(level_header, levels),
@@ -275,7 +338,12 @@ def rates_table(found: Originals, methods: Sequence[str]) -> str:
         rates = [found.mean(method, protocol.name, STOP_TEXT) for protocol in protocols]
         last = [found.mean(method, best, MORE_TEXT), "–" if method == "standard" else mean_of(above)]
         lines.append([method, *rates, *last])
-    header = ["method", *(f"{protocol.learning_rate:g}" for protocol in protocols), "its best, more text", "above standard's best"]
+    header = [
+        "method",
+        *(f"{protocol.learning_rate:g}" for protocol in protocols),
+        "its best, more text",
+        "above standard's best",
+    ]
     return table(header, lines)
 
 
@@ -288,9 +356,21 @@ def changed_table(found: Originals) -> str:
             difference = found.above_standard("discriminative", tuned, plain, value)
             line += [found.mean("standard", plain, value), found.mean("discriminative", tuned, value)]
             line += [mean_of(difference)]
-        lines.append([*line, found.mean("standard", plain, num_epochs, 1), found.mean("discriminative", tuned, num_epochs, 1)])
+        lines.append(
+            [
+                *line,
+                found.mean("standard", plain, num_epochs, 1),
+                found.mean("discriminative", tuned, num_epochs, 1),
+            ]
+        )
     columns = ("standard", "discriminative", "difference")
-    header = ["protocol", *columns, *(f"{column}, more text" for column in columns), "epochs, standard", "epochs, discriminative"]
+    header = [
+        "protocol",
+        *columns,
+        *(f"{column}, more text" for column in columns),
+        "epochs, standard",
+        "epochs, discriminative",
+    ]
     return table(header, lines)
 
 
@@ -306,7 +386,10 @@ def overfitted_table(found: Originals, protocol: str, methods: Sequence[str]) ->
         "last": (at_stop("ppl"), 2),
         "early %, last": (at_stop("shallow_ratio", 100), 1),
     }
-    rows = [[method, *(found.mean(method, protocol, value, digits) for value, digits in columns.values())] for method in methods]
+    rows = [
+        [method, *(found.mean(method, protocol, value, digits) for value, digits in columns.values())]
+        for method in methods
+    ]
     return table(["method", *columns], rows)
 
 
@@ -322,5 +405,13 @@ def overfitting_table(found: Originals, protocol: str, seed: int) -> str:
         epochs = found.runs[method, protocol, seed]["epochs"]
         shares = [early, 100 * epochs[-1]["shallow_ratio"]]
         perplexities = [recorded, *(epochs[epoch - 1]["ppl"] for epoch in LOOKS)]
-        lines.append([method, *(f"{ppl:.2f}" for ppl in perplexities), *(f"{Dash() if share is None else share:.1f}" for share in shares)])
-    return table(["method", "recorded", *map(str, LOOKS), "early %, recorded", f"early % at {LOOKS[-1]}"], lines)
+        lines.append(
+            [
+                method,
+                *(f"{ppl:.2f}" for ppl in perplexities),
+                *(f"{Dash() if share is None else share:.1f}" for share in shares),
+            ]
+        )
+    return table(
+        ["method", "recorded", *map(str, LOOKS), "early %, recorded", f"early % at {LOOKS[-1]}"], lines
+    )

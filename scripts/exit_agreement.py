@@ -37,8 +37,14 @@ class Found:
     known: list[NDArray[np.bool_]] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
-        agrees, order = np.concatenate(self.agrees), np.argsort(-np.concatenate(self.confidence), kind="stable")
-        hits, sizes = np.array([part.sum() for part in self.agrees]), np.array([len(part) for part in self.agrees])
+        agrees, order = (
+            np.concatenate(self.agrees),
+            np.argsort(-np.concatenate(self.confidence), kind="stable"),
+        )
+        hits, sizes = (
+            np.array([part.sum() for part in self.agrees]),
+            np.array([len(part) for part in self.agrees]),
+        )
         chosen = np.random.default_rng(SEED).integers(0, len(sizes), (RESAMPLES, len(sizes)))
         low, high = np.quantile(hits[chosen].sum(axis=1) / sizes[chosen].sum(axis=1), (0.025, 0.975))
         return {
@@ -54,14 +60,22 @@ class Found:
 
 
 def layers_of(model: Decoder) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if name.startswith(("embed.", "layers.", "norm.", "lm_head."))}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.startswith(("embed.", "layers.", "norm.", "lm_head."))
+    }
 
 
 def check_layers(checkpoints: dict[str, Checkpoint]) -> None:
     """Raise UsageError unless all have the layers of the first."""
-    (first, reference), *others = ((name, layers_of(checkpoint.model)) for name, checkpoint in checkpoints.items())
+    (first, reference), *others = (
+        (name, layers_of(checkpoint.model)) for name, checkpoint in checkpoints.items()
+    )
     for name, layers in others:
-        if layers.keys() != reference.keys() or not all(torch.equal(value, layers[key]) for key, value in reference.items()):
+        if layers.keys() != reference.keys() or not all(
+            torch.equal(value, layers[key]) for key, value in reference.items()
+        ):
             raise click.UsageError(f"{name} has other layers than {first}; measure it alone")
 
 
@@ -75,11 +89,15 @@ def read_document(row: dict[str, Any], checkpoint: Checkpoint) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def measure(checkpoints: dict[str, Checkpoint], rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[int, Found]]]:
+def measure(
+    checkpoints: dict[str, Checkpoint], rows: list[dict[str, Any]]
+) -> dict[str, dict[str, dict[int, Found]]]:
     """checkpoint -> kind of text -> exit's layer -> what was found."""
     found: dict[str, dict[str, dict[int, Found]]] = {name: {} for name in checkpoints}
     base = next(iter(checkpoints.values()))
-    wanted = sorted({layer for checkpoint in checkpoints.values() for layer in checkpoint.recipe.model.exits[:-1]})
+    wanted = sorted(
+        {layer for checkpoint in checkpoints.values() for layer in checkpoint.recipe.model.exits[:-1]}
+    )
     with click.progressbar(rows, label="documents") as bar:
         for row in bar:
             ids, skip = read_document(row, base)
@@ -96,7 +114,9 @@ def measure(checkpoints: dict[str, Checkpoint], rows: list[dict[str, Any]]) -> d
     return found
 
 
-def note(found: Found, model: Decoder, layer: int, exit_hidden: Tensor, last: Tensor, targets: Tensor) -> None:
+def note(
+    found: Found, model: Decoder, layer: int, exit_hidden: Tensor, last: Tensor, targets: Tensor
+) -> None:
     """Add one document. Shape: exit_hidden (n, D), last and targets (n)."""
     head = model.exit(layer).head
     logprobs, ids = head(exit_hidden).log_softmax(dim=-1), head.ids
@@ -104,13 +124,18 @@ def note(found: Found, model: Decoder, layer: int, exit_hidden: Tensor, last: Te
     found.agrees.append((top == last).numpy())
     found.confidence.append(confidence.numpy())
     found.losses.append(-logprobs.gather(1, targets[:, None])[:, 0].numpy())
-    found.known.append((torch.ones_like(last, dtype=torch.bool) if ids is None else torch.isin(last, ids)).numpy())
+    found.known.append(
+        (torch.ones_like(last, dtype=torch.bool) if ids is None else torch.isin(last, ids)).numpy()
+    )
 
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option(
-    "--text", required=True, type=click.Path(path_type=Path, exists=True), help="Documents: text, source, and for answers prompt."
+    "--text",
+    required=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="Documents: text, source, and for answers prompt.",
 )
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here.")
 @click.option("--documents", default=0, help="At most so many of each kind; 0 takes all.")
@@ -123,10 +148,15 @@ def main(paths: tuple[Path, ...], text: Path, out: Path | None, documents: int, 
     check_layers(checkpoints)
     lines = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
     kinds = sorted({row["source"] for row in lines})
-    rows = [row for kind in kinds for row in [row for row in lines if row["source"] == kind][: documents or None]]
+    rows = [
+        row for kind in kinds for row in [row for row in lines if row["source"] == kind][: documents or None]
+    ]
     found = measure(checkpoints, rows)
     figures = {
-        name: {kind: {layer: exit_found.figures() for layer, exit_found in exits.items()} for kind, exits in by_kind.items()}
+        name: {
+            kind: {layer: exit_found.figures() for layer, exit_found in exits.items()}
+            for kind, exits in by_kind.items()
+        }
         for name, by_kind in found.items()
     }
     if out:
@@ -134,7 +164,10 @@ def main(paths: tuple[Path, ...], text: Path, out: Path | None, documents: int, 
     for name, by_kind in figures.items():
         for kind, exits in by_kind.items():
             for layer, values in exits.items():
-                shares = " ".join(f"{values[key]:.3f}" for key in ("agreement", "confident_half", "confident_quarter", "known_to_head"))
+                shares = " ".join(
+                    f"{values[key]:.3f}"
+                    for key in ("agreement", "confident_half", "confident_quarter", "known_to_head")
+                )
                 click.echo(
                     f"{name} {kind} layer {layer}: agreement, confident half, quarter, bound {shares}, perplexity {values['perplexity']}"
                 )

@@ -75,7 +75,9 @@ def detokenised(line: str) -> str:
     heading = HEADING.match(line)
     if heading:
         return "" if "<unk>" in line else detokenised(heading[2])
-    kept = " ".join(sentence for sentence in re.split(r"(?<= [.!?]) ", line.strip()) if "<unk>" not in sentence)
+    kept = " ".join(
+        sentence for sentence in re.split(r"(?<= [.!?]) ", line.strip()) if "<unk>" not in sentence
+    )
     for pattern, plain in GLUED:
         kept = pattern.sub(plain, kept)
     return kept.strip()
@@ -105,7 +107,9 @@ def article_tasks(articles: list[str]) -> Iterator[str]:
         title, *paragraphs = article.split("\n\n")
         long = [text for text in paragraphs if 300 <= len(text) <= 1200]
         if number % 2 and long:
-            yield TEXT_TASKS[(number // 2) % len(TEXT_TASKS)].format(long[(number // len(articles)) % len(long)])
+            yield TEXT_TASKS[(number // 2) % len(TEXT_TASKS)].format(
+                long[(number // len(articles)) % len(long)]
+            )
         else:
             yield TOPIC_TASKS[(number // 2) % len(TOPIC_TASKS)].format(title)
 
@@ -146,13 +150,21 @@ def main() -> None:
 
 
 data_option = click.option(
-    "--data", type=click.Path(path_type=Path), default=os.environ.get("EASE_DATA_DIR", "data"), help="Folder with wikitext-2/ and prompts/."
+    "--data",
+    type=click.Path(path_type=Path),
+    default=os.environ.get("EASE_DATA_DIR", "data"),
+    help="Folder with wikitext-2/ and prompts/.",
 )
 
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--number", default=1500, show_default=True, help="Prompts to tune on; their order is mixed, so that any part will do.")
+@click.option(
+    "--number",
+    default=1500,
+    show_default=True,
+    help="Prompts to tune on; their order is mixed, so that any part will do.",
+)
 @data_option
 def prompts(folder: Path, number: int, data: Path) -> None:
     """Write what the model is to answer."""
@@ -166,15 +178,26 @@ def prompts(folder: Path, number: int, data: Path) -> None:
     heldout = [row["turns"][0] for row in spec[::3]] + questions[-HELDOUT_QUESTIONS:][:24]
     random.Random(SEED).shuffle(heldout)
     write_lines(folder / "prompts-train.jsonl", (request(place, text) for place, text in enumerate(train)))
-    write_lines(folder / "prompts-heldout.jsonl", (request(2 * place, text) for place, text in enumerate(heldout)))  # greedy
+    write_lines(
+        folder / "prompts-heldout.jsonl", (request(2 * place, text) for place, text in enumerate(heldout))
+    )  # greedy
     click.echo(f"{folder}: {len(train)} prompts to tune on, {len(heldout)} held out")
 
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path, exists=True), help="Whose chat template to use.")
-@click.option("--wikitext-characters", default=500_000, show_default=True, help="Of WikiText-2's train split.")
-@click.option("--solutions", default=400, show_default=True, help="GSM8K questions with GSM8K's own solutions.")
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="Whose chat template to use.",
+)
+@click.option(
+    "--wikitext-characters", default=500_000, show_default=True, help="Of WikiText-2's train split."
+)
+@click.option(
+    "--solutions", default=400, show_default=True, help="GSM8K questions with GSM8K's own solutions."
+)
 @data_option
 def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: int, data: Path) -> None:
     """Write tuning.jsonl, gates.jsonl, counted.jsonl and heldout.jsonl (also by kind) from the answers that are there."""
@@ -182,7 +205,11 @@ def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: i
     rows = gsm8k(data)[ANSWERED_QUESTIONS:-HELDOUT_QUESTIONS][:solutions]
     solved = [
         {
-            **chat(template, [{"role": "user", "content": row["question"]}], {"text": row["answer"], "finish_reason": "stop"}),
+            **chat(
+                template,
+                [{"role": "user", "content": row["question"]}],
+                {"text": row["answer"], "finish_reason": "stop"},
+            ),
             "source": "gsm8k",
         }
         for row in rows
@@ -191,7 +218,10 @@ def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: i
     documents = [*wikitext("train", wikitext_characters), *solved, *answered]
     random.Random(SEED).shuffle(documents)
     heldout = [*wikitext("test", 120_000), *chats(folder, "heldout", template)]
-    shares = {"tuning.jsonl": [row for number, row in enumerate(documents) if number % 8], "gates.jsonl": documents[::8]}
+    shares = {
+        "tuning.jsonl": [row for number, row in enumerate(documents) if number % 8],
+        "gates.jsonl": documents[::8],
+    }
     for name, rows_of in shares.items():
         write_lines(folder / name, ({"source": row["source"], "text": row["text"]} for row in rows_of))
     write_lines(folder / "heldout.jsonl", heldout)
@@ -206,7 +236,9 @@ def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: i
             click.echo(f"{folder / name}: {source}: {len(sizes)} documents, {sum(sizes):,} characters")
 
 
-def by_kind(heldout: list[dict[str, Any]], questions: list[dict[str, str]]) -> dict[str, list[dict[str, Any]]]:
+def by_kind(
+    heldout: list[dict[str, Any]], questions: list[dict[str, str]]
+) -> dict[str, list[dict[str, Any]]]:
     """The held-out documents of each kind: an encyclopedia, sums, and everything else that Spec-Bench asks."""
     asked = [row["question"] for row in questions]
     kinds: dict[str, list[dict[str, Any]]] = {"wikitext": [], "gsm8k": [], "spec-bench": []}

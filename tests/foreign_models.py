@@ -20,12 +20,21 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "bos_token_id": 0,
 }
-ROPE3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 6}),
     "llama3": ("Llama", {"rope_parameters": {**ROPE3, "original_max_position_embeddings": 32}}),
     "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-    "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
+    "smollm2": (
+        "Llama",
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
+    ),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 12}),
     "qwen2": ("Qwen2", {"rms_norm_eps": 1e-5}),
     "qwen2.5": ("Qwen2", {"tie_word_embeddings": True, "sliding_window": 16, "use_sliding_window": False}),
@@ -42,7 +51,10 @@ def make_tokenizer(start: bool) -> Tokenizer:
     special = ["<s>", "</s>", "<|eot|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        [tiny_model.corpus()], trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        [tiny_model.corpus()],
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     if start:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])

@@ -47,7 +47,9 @@ def test_pages_say_what_their_json_says(pages: ModuleType) -> None:
 def test_an_altered_figure_is_found_and_written_anew(pages: ModuleType) -> None:
     page = FOLDER / "small.md"
     right = page.read_text(encoding="utf-8")
-    page.write_text(right.replace("| off,0.7 | recompute | 25.57 |", "| off,0.7 | recompute | 24.57 |"), encoding="utf-8")
+    page.write_text(
+        right.replace("| off,0.7 | recompute | 25.57 |", "| off,0.7 | recompute | 24.57 |"), encoding="utf-8"
+    )
     code, output = check(pages)
     assert code == 1
     assert "small.md and its JSON differ; write its tables anew" in output
@@ -69,10 +71,17 @@ def test_a_missing_json_is_named(pages: ModuleType) -> None:
 
 
 def test_a_mean_over_too_few_seeds_is_refused(training_tables: ModuleType) -> None:
-    run = {"method": "standard", "protocol": {"name": "original"}, "seed": 42, "epochs": [{"ppl": 8.0}], "more_validation": 8.0}
+    run = {
+        "method": "standard",
+        "protocol": {"name": "original"},
+        "seed": 42,
+        "epochs": [{"ppl": 8.0}],
+        "more_validation": 8.0,
+    }
     (FOLDER / "original.json").write_text(json.dumps({"runs": [run]}), encoding="utf-8")
     with pytest.raises(
-        importlib.import_module("tables").PageError, match=r"'original' has the seeds \[\], expected \[42, 43, 44, 45, 46\]"
+        importlib.import_module("tables").PageError,
+        match=r"'original' has the seeds \[\], expected \[42, 43, 44, 45, 46\]",
     ):
         training_tables.original_tables()
 
@@ -80,14 +89,28 @@ def test_a_mean_over_too_few_seeds_is_refused(training_tables: ModuleType) -> No
 @pytest.mark.parametrize(
     ("protocol", "seed", "message"),
     [
-        ("final norm", 44, "standard under 'final norm' has the seeds [42, 43, 45, 46], expected [42, 43, 44, 45, 46]"),
-        ("200 epochs without a stop", 44, "standard under '200 epochs without a stop' has the seeds [42, 43], expected [42, 43, 44]"),
+        (
+            "final norm",
+            44,
+            "standard under 'final norm' has the seeds [42, 43, 45, 46], expected [42, 43, 44, 45, 46]",
+        ),
+        (
+            "200 epochs without a stop",
+            44,
+            "standard under '200 epochs without a stop' has the seeds [42, 43], expected [42, 43, 44]",
+        ),
     ],
 )
-def test_a_protocol_without_one_of_its_seeds_is_refused(pages: ModuleType, protocol: str, seed: int, message: str) -> None:
+def test_a_protocol_without_one_of_its_seeds_is_refused(
+    pages: ModuleType, protocol: str, seed: int, message: str
+) -> None:
     path = FOLDER / "original.json"
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-    kept = [run for run in runs if (run["method"], run["protocol"]["name"], run["seed"]) != ("standard", protocol, seed)]
+    kept = [
+        run
+        for run in runs
+        if (run["method"], run["protocol"]["name"], run["seed"]) != ("standard", protocol, seed)
+    ]
     path.write_text(json.dumps({"runs": kept}), encoding="utf-8")
     code, output = check(pages)
     assert (code, len(kept)) == (1, len(runs) - 1)
@@ -106,7 +129,9 @@ def test_a_figure_of_other_figures_is_found_and_drawn_anew(plots: ModuleType) ->
     before = figure.read_text(encoding="utf-8")
     code, output = check(plots)
     assert code == 1
-    assert "scale.svg was not drawn from scale.json as they are; draw it: python experiments/plots.py" in output
+    assert (
+        "scale.svg was not drawn from scale.json as they are; draw it: python experiments/plots.py" in output
+    )
     assert CliRunner().invoke(plots.main, []).exit_code == 0
     assert figure.read_text(encoding="utf-8").split("\n", 1)[1] != before.split("\n", 1)[1]
 
@@ -120,7 +145,8 @@ def test_a_figure_that_no_page_shows_is_found(plots: ModuleType) -> None:
 def rows_of(*points: tuple[float, float, float]) -> list[dict[str, float | None]]:
     """Rows of a table by speed-up, perplexity over full depth's 20, and threshold; full depth first."""
     return [{"speedup": 1.0, "ppl": 20.0, "ppl_ratio": 1.0, "mean_depth": 9.0, "threshold": None}] + [
-        {"speedup": speedup, "ppl": 20.0 * ratio, "ppl_ratio": ratio, "threshold": threshold} for speedup, ratio, threshold in points
+        {"speedup": speedup, "ppl": 20.0 * ratio, "ppl_ratio": ratio, "threshold": threshold}
+        for speedup, ratio, threshold in points
     ]
 
 

@@ -22,36 +22,110 @@ def run(program: str, *arguments: str | Path, code: int = 0) -> subprocess.Compl
     return done
 
 
-MODEL = ["--dim", "32", "--num-layers", "4", "--num-heads", "2", "--num-kv-heads", "1", "--exits", "2", "--layer-weights", "2", "0.3"]
-MODEL += ["--layer-weights", "4", "1", "--max-positions", "96", "--bpe-vocab-size", "300", "--sequence-length", "64"]
+MODEL = [
+    "--dim",
+    "32",
+    "--num-layers",
+    "4",
+    "--num-heads",
+    "2",
+    "--num-kv-heads",
+    "1",
+    "--exits",
+    "2",
+    "--layer-weights",
+    "2",
+    "0.3",
+]
+MODEL += [
+    "--layer-weights",
+    "4",
+    "1",
+    "--max-positions",
+    "96",
+    "--bpe-vocab-size",
+    "300",
+    "--sequence-length",
+    "64",
+]
 
 
 def test_train_export_run_evaluate(tmp_path: Path, corpus_file: Path) -> None:
     checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
-    steps = ["--steps", "30", "--warmup-steps", "10", "--eval-every", "30", "--learning-rate", "0.01", "--threads", "1"]
+    steps = [
+        "--steps",
+        "30",
+        "--warmup-steps",
+        "10",
+        "--eval-every",
+        "30",
+        "--learning-rate",
+        "0.01",
+        "--threads",
+        "1",
+    ]
     run("ease-train", "fit", "demo", "--data", corpus_file, "--out", checkpoint, *MODEL, *steps)
     run("ease-export", "build", checkpoint, bundle)
-    assert "88 of 88" in run("ease-export", "verify", bundle, "--checkpoint", checkpoint, "--tokens", "88").stdout
+    assert (
+        "88 of 88"
+        in run("ease-export", "verify", bundle, "--checkpoint", checkpoint, "--tokens", "88").stdout
+    )
     told = json.loads(
-        run("ease-run", "generate", bundle, "--prompt", "And the king", "--threshold", "0.5", "--json", "--max-tokens", "40").stdout
+        run(
+            "ease-run",
+            "generate",
+            bundle,
+            "--prompt",
+            "And the king",
+            "--threshold",
+            "0.5",
+            "--json",
+            "--max-tokens",
+            "40",
+        ).stdout
     )
     assert {"text", "tokens", "finish_reason", "usage", "timing"} <= told.keys()
     assert {t["depth"] for t in told["tokens"]} <= {2, 4}
     assert "".join(t["text"] for t in told["tokens"]) == told["text"]
     assert told["text"].isprintable()
-    amounts = ["--scored-tokens", "400", "--texts", "2", "--prompt-tokens", "8", "--new-tokens", "20", "--rounds", "1"]
+    amounts = [
+        "--scored-tokens",
+        "400",
+        "--texts",
+        "2",
+        "--prompt-tokens",
+        "8",
+        "--new-tokens",
+        "20",
+        "--rounds",
+        "1",
+    ]
     table = tmp_path / "table.json"
-    run("ease-eval", "table", bundle, "--data", corpus_file, "--thresholds", "0.02", "--json", table, *amounts)
+    run(
+        "ease-eval", "table", bundle, "--data", corpus_file, "--thresholds", "0.02", "--json", table, *amounts
+    )
     off, early = json.loads(table.read_text())["rows"]
     metrics = [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text().splitlines()]
     assert off["ppl"] < 150, "thirty steps bring 300 words' perplexity well below chance"
-    assert off["ppl"] == pytest.approx(metrics[-1]["perplexity"]["4"], rel=0.25), "test and validation are of one kind"
+    assert off["ppl"] == pytest.approx(metrics[-1]["perplexity"]["4"], rel=0.25), (
+        "test and validation are of one kind"
+    )
     assert early["mean_depth"] < off["mean_depth"] == 4
 
 
 def test_coloured_generation_has_a_legend_and_figures(tiny_bundle: Path) -> None:
     shown = run(
-        "ease-run", "generate", tiny_bundle, "--prompt", "And", "--threshold", "0.5", "--show-exits", "--compare", "--max-tokens", "30"
+        "ease-run",
+        "generate",
+        tiny_bundle,
+        "--prompt",
+        "And",
+        "--threshold",
+        "0.5",
+        "--show-exits",
+        "--compare",
+        "--max-tokens",
+        "30",
     ).stdout
     assert shown.startswith("depth:  2   4   6")
     assert "30 tokens, mean depth" in shown
@@ -90,6 +164,10 @@ def test_usage_errors_have_exit_code_2(tiny_bundle: Path) -> None:
 
 
 def test_a_missing_checkpoint_or_bundle_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    assert "ease-train fit" in run("ease-export", "build", tmp_path / "none", tmp_path / "bundle", code=1).stderr
-    assert "ease-export build" in run("ease-run", "generate", tmp_path / "none", "--prompt", "x", code=1).stderr
+    assert (
+        "ease-train fit" in run("ease-export", "build", tmp_path / "none", tmp_path / "bundle", code=1).stderr
+    )
+    assert (
+        "ease-export build" in run("ease-run", "generate", tmp_path / "none", "--prompt", "x", code=1).stderr
+    )
     assert list(tmp_path.iterdir()) == []

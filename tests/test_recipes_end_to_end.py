@@ -13,7 +13,15 @@ from ease_train.training.config import Recipe, load_recipe, recipe_names
 from ease_train.training.trainer import Trainer
 
 TINY = {"dim": 16, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 32, "max_positions": 48, "kind": "char"}
-TINY |= {"steps": 4, "batch_size": 4, "sequence_length": 16, "warmup_steps": 2, "eval_every": 4, "eval_tokens": 64, "save_every": 4}
+TINY |= {
+    "steps": 4,
+    "batch_size": 4,
+    "sequence_length": 16,
+    "warmup_steps": 2,
+    "eval_every": 4,
+    "eval_tokens": 64,
+    "save_every": 4,
+}
 IN_FAST_SUITE = {"deed", "token-routed"}  # exporting all takes minutes
 NAMES = sorted(set(recipe_names()) - {"ee-tuning"})  # that one tunes a model that is there
 
@@ -33,12 +41,19 @@ def shallower(recipe: Recipe) -> Recipe:
     return Recipe.from_dict(values, recipe.name)
 
 
-@pytest.mark.parametrize("name", [n if n in IN_FAST_SUITE else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize(
+    "name", [n if n in IN_FAST_SUITE else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_a_recipe_trains_exports_runs_and_is_scored(name: str, corpus_file: Path, tmp_path: Path) -> None:
     recipe = shallower(load_recipe(name))
-    warmups = {"exit_warmup_steps": recipe.method.exit_warmup.steps, "routing_warmup_steps": recipe.method.routing.warmup_steps}
+    warmups = {
+        "exit_warmup_steps": recipe.method.exit_warmup.steps,
+        "routing_warmup_steps": recipe.method.routing.warmup_steps,
+    }
     shorter = {name: 2 for name, steps in warmups.items() if steps}
-    for _ in Trainer.begin(recipe.with_options({**TINY, **shorter}), str(corpus_file)).fit(tmp_path / "checkpoint"):
+    for _ in Trainer.begin(recipe.with_options({**TINY, **shorter}), str(corpus_file)).fit(
+        tmp_path / "checkpoint"
+    ):
         pass
     export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
     report = verify_bundle(tmp_path / "bundle", tmp_path / "checkpoint", 30)

@@ -48,7 +48,11 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "tool.jsonl"
-    path.write_text("".join(json.dumps({"text": f"And the king <tool> went up to the sea. {i}"}) + "\n" for i in range(40)))
+    path.write_text(
+        "".join(
+            json.dumps({"text": f"And the king <tool> went up to the sea. {i}"}) + "\n" for i in range(40)
+        )
+    )
     return path
 
 
@@ -83,19 +87,35 @@ def test_ids_are_refused_wherever_they_come_in(bundle: Path, beyond: int) -> Non
         (evaluate, ["tasks", "BUNDLE", "TASK"]),
     ],
 )
-def test_commands_end_with_one_line(bundle: Path, text: Path, tmp_path: Path, main: click.Command, arguments: list[str]) -> None:
+def test_commands_end_with_one_line(
+    bundle: Path, text: Path, tmp_path: Path, main: click.Command, arguments: list[str]
+) -> None:
     task = tmp_path / "task.jsonl"
     task.write_text(json.dumps({"question": "And <tool>", "choices": ["went", "spoke"], "answer": 0}) + "\n")
     named = {"BUNDLE": str(bundle), "TEXT": str(text), "TASK": str(task)}
     result = CliRunner().invoke(main, [named.get(argument, argument) for argument in arguments])
-    assert (result.exit_code, SAID in result.output, "Traceback" in result.output) == (1, True, False), result.output
+    assert (result.exit_code, SAID in result.output, "Traceback" in result.output) == (1, True, False), (
+        result.output
+    )
 
 
 def test_training_text_is_refused(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint, checkpoint)
     with_tool(checkpoint / "tokenizer.json")
-    settings = ["--exits", "2,6", "--layer-weights", "2", "1", "--sequence-length", "32", "--batch-size", "1", "--steps", "1"]
+    settings = [
+        "--exits",
+        "2,6",
+        "--layer-weights",
+        "2",
+        "1",
+        "--sequence-length",
+        "32",
+        "--batch-size",
+        "1",
+        "--steps",
+        "1",
+    ]
     arguments = ["tune", str(checkpoint), "--data", str(text), "--out", str(tmp_path / "tuned"), *settings]
     result = CliRunner().invoke(train, arguments)
     assert result.exit_code == 1, result.output
@@ -103,18 +123,26 @@ def test_training_text_is_refused(tiny_checkpoint: Path, text: Path, tmp_path: P
 
 
 def test_a_vocabulary_has_room_for_its_tokenizer(corpus_file: Path) -> None:
-    recipe = load_recipe("demo").with_options({"bpe_vocab_size": 300, "vocab_size": 299, "dim": 32, "num_heads": 2, "num_kv_heads": 1})
-    with pytest.raises(ConfigError, match=r"vocab_size = 299, expected 0 \(the tokenizer's size\) or at least that: 300"):
+    recipe = load_recipe("demo").with_options(
+        {"bpe_vocab_size": 300, "vocab_size": 299, "dim": 32, "num_heads": 2, "num_kv_heads": 1}
+    )
+    with pytest.raises(
+        ConfigError, match=r"vocab_size = 299, expected 0 \(the tokenizer's size\) or at least that: 300"
+    ):
         Trainer.begin(recipe, str(corpus_file))
 
 
 def test_rows_without_tokens_are_harmless(bundle: Path) -> None:
     assert LLM(bundle).token_text(5000) == ""
-    assert np.isfinite(score_continuation(LLM(bundle).engine, [0, 17], [TOOL - 1], [FULL_DEPTH], "recompute")[0].logprobs).all()
+    assert np.isfinite(
+        score_continuation(LLM(bundle).engine, [0, 17], [TOOL - 1], [FULL_DEPTH], "recompute")[0].logprobs
+    ).all()
 
 
 def test_a_start_token_without_a_row_is_a_damaged_manifest(tiny_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    (tmp_path / "bundle" / "manifest.json").write_text(replace(load_manifest(tiny_bundle), start_id=TOOL).to_json())
+    (tmp_path / "bundle" / "manifest.json").write_text(
+        replace(load_manifest(tiny_bundle), start_id=TOOL).to_json()
+    )
     with pytest.raises(BundleError, match=f"start_id = {TOOL} is outside the vocabulary"):
         load_manifest(tmp_path / "bundle")

@@ -20,9 +20,7 @@ def corpus() -> str:
     places = ["the mountain", "the city", "the people", "the sea", "the house of the lord", "the field"]
 
     def sentence() -> str:
-        return (
-            f"And {rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(places)}; and it was {rng.choice(['good', 'so', 'night', 'day'])}."
-        )
+        return f"And {rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(places)}; and it was {rng.choice(['good', 'so', 'night', 'day'])}."
 
     return "\n\n".join(" ".join(sentence() for _ in range(5)) for _ in range(150)) + "\n"
 
@@ -67,7 +65,12 @@ def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS, **model_fields:
         for adapter in (weight for kind, part in own if kind == "adapter" for weight in part.parameters()):
             if adapter.ndim == 2:
                 adapter.normal_(std=0.2)
-    save_checkpoint(Checkpoint(Recipe("tiny", "", "", config, tokenizer_config, train), model, tokenizer, 0, "corpus.txt"), path)
+    save_checkpoint(
+        Checkpoint(
+            Recipe("tiny", "", "", config, tokenizer_config, train), model, tokenizer, 0, "corpus.txt"
+        ),
+        path,
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from ease_common.chat import SPECIAL_TOKENS
 from ease_common.errors import BundleError, RequestError
 from ease_runtime.policies.thresholds import Thresholds
 
-FORMAT_VERSION = 5  # the only one that is read; 5: target, cache layout, form of the weights, drafting head, exactness
+FORMAT_VERSION = (
+    5  # the only one that is read; 5: target, cache layout, form of the weights, drafting head, exactness
+)
 MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -40,7 +42,9 @@ class SegmentInfo:
     first_layer: int
     last_layer: int
     graph: str
-    kv_graph: str | None  # what `propagate` runs for tokens that have left; the first segment has none, nor has a routed one
+    kv_graph: (
+        str | None
+    )  # what `propagate` runs for tokens that have left; the first segment has none, nor has a routed one
     route_graph: str | None = None
 
     @property
@@ -120,7 +124,9 @@ class Manifest:
     chat_template: str | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
-    calibration: dict[str, Any] = field(default_factory=dict)  # thresholds that hold a tolerance, and their certificate
+    calibration: dict[str, Any] = field(
+        default_factory=dict
+    )  # thresholds that hold a tolerance, and their certificate
     source: dict[str, Any] = field(default_factory=dict)  # where it came from: checkpoint, metrics, versions
 
     @property
@@ -150,7 +156,9 @@ def load_manifest(bundle: Path) -> Manifest:
     for name, info in manifest.files.items():
         _check_file(bundle, name, info)
     for extra in sorted({path.name for path in bundle.iterdir()} - {MANIFEST_FILE, *manifest.files}):
-        raise BundleError(f"{bundle / extra} has no sha256 sum in the manifest, and a graph could read it; remove it, or {_remedy(bundle)}")
+        raise BundleError(
+            f"{bundle / extra} has no sha256 sum in the manifest, and a graph could read it; remove it, or {_remedy(bundle)}"
+        )
     return manifest
 
 
@@ -164,7 +172,9 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         )
     if version < FORMAT_VERSION:
         remedy = f"build it again from its checkpoint: ease-export upgrade {path.parent}"
-        raise BundleError(f"{path} has format_version {version}, this runtime reads {FORMAT_VERSION}; {remedy}")
+        raise BundleError(
+            f"{path} has format_version {version}, this runtime reads {FORMAT_VERSION}; {remedy}"
+        )
     manifest = Manifest(
         format_version=version,
         target=table.choice("target", TARGETS),
@@ -183,7 +193,10 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         similarity=table.file("similarity"),
         segments=tuple(_segment(t) for t in table.tables("segments")),
         exits=tuple(_exit(t) for t in table.tables("exits")),
-        files={name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0)) for name, t in table.named_tables("files")},
+        files={
+            name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0))
+            for name, t in table.named_tables("files")
+        },
         drafting_head=table.optional_file("drafting_head"),
         chat_template=table.optional_file("chat_template"),
         special_tokens=_special_tokens(table),
@@ -198,7 +211,9 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
 def _special_tokens(table: "_Table") -> dict[str, str]:
     found = table.mapping("special_tokens")
     if not found.keys() <= set(SPECIAL_TOKENS) or not all(isinstance(text, str) for text in found.values()):
-        table.fail(f"special_tokens = {str(found)[:80]}, expected texts by the names {', '.join(SPECIAL_TOKENS)}")
+        table.fail(
+            f"special_tokens = {str(found)[:80]}, expected texts by the names {', '.join(SPECIAL_TOKENS)}"
+        )
     return found
 
 
@@ -220,12 +235,19 @@ def _segment(table: "_Table") -> SegmentInfo:
     if segment.kind == "layers" and first > 1 and segment.kv_graph is None:
         table.fail(f"segment {segment.graph} has no kv_graph")
     if (segment.kind == "routed") != (segment.route_graph is not None):
-        table.fail(f"segment {segment.graph} is of the kind '{segment.kind}' and has route_graph {segment.route_graph!r}")
+        table.fail(
+            f"segment {segment.graph} is of the kind '{segment.kind}' and has route_graph {segment.route_graph!r}"
+        )
     return segment
 
 
 def _exit(table: "_Table") -> ExitInfo:
-    files = (table.file("graph"), table.file("head"), table.optional_file("gate"), table.optional_file("block"))
+    files = (
+        table.file("graph"),
+        table.file("head"),
+        table.optional_file("gate"),
+        table.optional_file("block"),
+    )
     return ExitInfo(table.integer("layer"), *files)
 
 
@@ -236,17 +258,23 @@ def _check_shape(manifest: Manifest, table: "_Table") -> None:
         table.fail(f"start_id = {manifest.start_id} is outside the vocabulary of {manifest.vocab_size}")
     weights = manifest.weights
     if weights.bits != WEIGHT_BITS[manifest.precision] or (weights.block is None) != (weights.bits > 8):
-        table.fail(f"weights of {weights.bits} bits in blocks of {weights.block} are not {manifest.precision}")
+        table.fail(
+            f"weights of {weights.bits} bits in blocks of {weights.block} are not {manifest.precision}"
+        )
     if manifest.drafting_head not in (None, *(leave.head for leave in manifest.exits[:-1])):
         table.fail(f"drafting_head {manifest.drafting_head!r} is the head of no early exit")
     expected = 1
     for segment in manifest.segments:
         if segment.first_layer != expected or segment.last_layer < expected:
-            table.fail(f"a segment of layers {segment.first_layer}..{segment.last_layer} does not follow layer {expected - 1}")
+            table.fail(
+                f"a segment of layers {segment.first_layer}..{segment.last_layer} does not follow layer {expected - 1}"
+            )
         expected = segment.last_layer + 1
     layers = manifest.exit_layers
     if expected != manifest.num_layers + 1 or layers[-1] != manifest.num_layers:
-        table.fail(f"{len(manifest.segments)} segments and exits at {list(layers)} do not make {manifest.num_layers} layers")
+        table.fail(
+            f"{len(manifest.segments)} segments and exits at {list(layers)} do not make {manifest.num_layers} layers"
+        )
     if list(layers) != sorted(set(layers)) or not set(layers) <= {s.last_layer for s in manifest.segments}:
         table.fail(f"exits at {list(layers)} do not stand at the ends of segments")
     graphs = [manifest.tokenizer, manifest.similarity, manifest.chat_template]
@@ -274,7 +302,9 @@ def _check_calibration(manifest: Manifest, table: "_Table") -> None:
         sound = bool(Thresholds.of(found.get("thresholds")).for_exits(len(manifest.exits) - 1))
     except RequestError:
         sound = False
-    if not (sound and all(isinstance(n, str) for n in names) and all(type(n) in (int, float) for n in numbers)):
+    if not (
+        sound and all(isinstance(n, str) for n in names) and all(type(n) in (int, float) for n in numbers)
+    ):
         table.fail("its calibration is not what ease-eval calibrate writes")
 
 
@@ -319,7 +349,9 @@ class _Table:
 
     def integers(self, key: str, at_least: int = 1) -> tuple[int, ...]:
         values = self.values.get(key)
-        if not isinstance(values, list) or not all(type(value) is int and value >= at_least for value in values):
+        if not isinstance(values, list) or not all(
+            type(value) is int and value >= at_least for value in values
+        ):
             self.fail(f"{key} = {values!r}, expected a list of whole numbers of at least {at_least}")
         return tuple(values)
 

@@ -15,9 +15,20 @@ def _looks(manifest: Manifest) -> dict[str, Shape]:
     return {"pool": (None, manifest.dim), "index": ANY}
 
 
-def _over_cache(manifest: Manifest, segment: SegmentInfo, inputs: dict[str, Shape], outputs: dict[str, Shape]) -> Signature:
-    names, shape = [f"{name}.{i}" for i in range(segment.num_layers) for name in ("key", "value")], (None, None, manifest.kv_dim)
-    inputs = {**inputs, "spread": (None, None), "places": ANY, "write_indices": ANY, **{f"past_{name}": shape for name in names}}
+def _over_cache(
+    manifest: Manifest, segment: SegmentInfo, inputs: dict[str, Shape], outputs: dict[str, Shape]
+) -> Signature:
+    names, shape = (
+        [f"{name}.{i}" for i in range(segment.num_layers) for name in ("key", "value")],
+        (None, None, manifest.kv_dim),
+    )
+    inputs = {
+        **inputs,
+        "spread": (None, None),
+        "places": ANY,
+        "write_indices": ANY,
+        **{f"past_{name}": shape for name in names},
+    }
     return inputs, {**outputs, **{f"present_{name}": shape for name in names}}
 
 
@@ -25,8 +36,15 @@ def of_segment(manifest: Manifest, segment: SegmentInfo) -> Signature:
     """Of a segment's graph: the first takes ids and also gives their embeddings, a routed one takes positions."""
     states: dict[str, Shape] = {"hidden": (None, manifest.dim)}
     if segment.first_layer == 1:
-        return _over_cache(manifest, segment, {"input_ids": ANY, "active": ANY}, {"embedded": (None, manifest.dim), **states})
-    return _over_cache(manifest, segment, {**_looks(manifest), "positions" if segment.kind == "routed" else "active": ANY}, states)
+        return _over_cache(
+            manifest, segment, {"input_ids": ANY, "active": ANY}, {"embedded": (None, manifest.dim), **states}
+        )
+    return _over_cache(
+        manifest,
+        segment,
+        {**_looks(manifest), "positions" if segment.kind == "routed" else "active": ANY},
+        states,
+    )
 
 
 def of_kv(manifest: Manifest, segment: SegmentInfo) -> Signature:

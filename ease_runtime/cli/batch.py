@@ -34,7 +34,9 @@ class Item:
     generation: Generation | None = None
     texts: list[str] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    tokens: list[list[dict[str, Any]]] | None = None  # of each completion, where log-probabilities are asked for
+    tokens: list[list[dict[str, Any]]] | None = (
+        None  # of each completion, where log-probabilities are asked for
+    )
     notes: list[str] = field(default_factory=list)
     error: str | None = None
 
@@ -49,7 +51,9 @@ class Item:
         if self.generation is None or self.error is not None:
             return {**named, "error": {"message": self.error}}
         reasons = [choice.finish_reason for choice in self.generation.choices]
-        choices: list[dict[str, Any]] = [{"text": text, "finish_reason": reason} for text, reason in zip(self.texts, reasons, strict=True)]
+        choices: list[dict[str, Any]] = [
+            {"text": text, "finish_reason": reason} for text, reason in zip(self.texts, reasons, strict=True)
+        ]
         for choice, tokens in zip(choices, self.tokens or (), strict=bool(self.tokens)):
             choice["tokens"] = tokens
         usage: dict[str, Any] = {
@@ -65,18 +69,25 @@ def mean(values: list[int]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def answer_lines(llm: TextEngine, lines: Iterable[tuple[int, bytes]], options: Options, batch_size: int) -> Iterator[str]:
+def answer_lines(
+    llm: TextEngine, lines: Iterable[tuple[int, bytes]], options: Options, batch_size: int
+) -> Iterator[str]:
     """Answer numbered lines, `batch_size` requests at a time; the answers come in the lines' order, each a line of JSON."""
     source, waiting, places = iter(lines), deque[Item](), dict[Choice, tuple[Item, int]]()
     more = True
     while more or waiting:
-        while more and sum(not item.done for item in waiting) < batch_size and len(waiting) < AHEAD * batch_size:
+        while (
+            more and sum(not item.done for item in waiting) < batch_size and len(waiting) < AHEAD * batch_size
+        ):
             line = next(source, None)
             more = line is not None
             if line is not None:
                 waiting.append(start(llm, *line, options))
                 generation = waiting[-1].generation
-                places |= {choice: (waiting[-1], choice.index) for choice in (generation.choices if generation else [])}
+                places |= {
+                    choice: (waiting[-1], choice.index)
+                    for choice in (generation.choices if generation else [])
+                }
         while waiting and waiting[0].done:
             yield json.dumps(waiting.popleft().answer(), ensure_ascii=False)
         for choice, events in llm.step() if waiting else []:
@@ -154,7 +165,9 @@ def count_answers(out: Path) -> int:
             if not line.endswith(b"\n") and line[: len(begun)] == begun[: len(line)]:
                 break
             if not _is_answer(line, number + 1):
-                raise RequestError(f"{out} has something else at line {number + 1} than answer {number + 1} of a batch; give another file")
+                raise RequestError(
+                    f"{out} has something else at line {number + 1} than answer {number + 1} of a batch; give another file"
+                )
             number, end = number + 1, end + len(line)
         file.truncate(end)
     return number

@@ -23,7 +23,11 @@ class Worker:
     """A copy of the model on the cluster. Calling it answers a group of numbered lines."""
 
     def __init__(self, bundle: str, options: Options, batch_size: int, place: dict[str, Any]) -> None:
-        self.llm, self.options, self.batch_size = LLM(bundle, num_slots=batch_size, **place), options, batch_size
+        self.llm, self.options, self.batch_size = (
+            LLM(bundle, num_slots=batch_size, **place),
+            options,
+            batch_size,
+        )
 
     def __call__(self, row: Row) -> Row:
         lines = zip(row["numbers"], (line.encode("latin-1") for line in row["lines"]), strict=True)
@@ -38,19 +42,30 @@ class Cluster:
             import ray
             import ray.data
         except ImportError as error:
-            raise RequestError(f"--ray needs Ray Data ({error}); install it: pip install 'ease-lm[ray]'") from None
+            raise RequestError(
+                f"--ray needs Ray Data ({error}); install it: pip install 'ease-lm[ray]'"
+            ) from None
         self.ray: Any = ray
         self.num_workers = num_workers
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray raises whatever its parts raise
-            raise RequestError(f"no Ray cluster at '{address}': {error}; start one with ray start --head, or say --ray local") from None
+            raise RequestError(
+                f"no Ray cluster at '{address}': {error}; start one with ray start --head, or say --ray local"
+            ) from None
         num_cpus = int(self.ray.cluster_resources().get("CPU", 0))
         if num_cpus < num_workers:
-            raise RequestError(f"--ray-workers {num_workers} need a CPU each, and the cluster at '{address}' has {num_cpus}; ask for fewer")
+            raise RequestError(
+                f"--ray-workers {num_workers} need a CPU each, and the cluster at '{address}' has {num_cpus}; ask for fewer"
+            )
 
     def answer_lines(
-        self, bundle: Path, lines: Iterator[tuple[int, bytes]], options: Options, batch_size: int, place: dict[str, Any]
+        self,
+        bundle: Path,
+        lines: Iterator[tuple[int, bytes]],
+        options: Options,
+        batch_size: int,
+        place: dict[str, Any],
     ) -> Iterator[str]:
         """The answers of numbered lines, in their order. `place` says where each copy runs: LLM's device and threads."""
         data = self.ray.data
@@ -69,4 +84,7 @@ class Cluster:
 def _groups(lines: Iterator[tuple[int, bytes]], size: int) -> Iterator[Row]:
     """Lines by `size`, their bytes as latin-1, which any bytes are."""
     while group := list(itertools.islice(lines, size)):
-        yield {"numbers": [number for number, _ in group], "lines": [line.decode("latin-1") for _, line in group]}
+        yield {
+            "numbers": [number for number, _ in group],
+            "lines": [line.decode("latin-1") for _, line in group],
+        }

@@ -29,7 +29,9 @@ class ThresholdRows(click.ParamType[tuple[Thresholds, ...]]):
 
     name = "X[,X...]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Thresholds, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Thresholds, ...]:
         if isinstance(value, tuple):
             return value
         return tuple(ThresholdFlag().convert(part, param, ctx) for part in str(value).split(","))

@@ -22,7 +22,9 @@ class IdBias(click.ParamType[tuple[int, float]]):
 
     name = "ID=BIAS"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, float]:
         if isinstance(value, tuple):
             return value
         token, _, bias = str(value).partition("=")

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ease_common.commands import CommandGroup, given_flags
 from ease_common.errors import EaseError, RequestError
@@ -16,7 +23,15 @@ from ease_common.lists import FiniteRange
 from ease_runtime.cli.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
 from ease_runtime.cli.commands import DEVICE_FLAG
 from ease_runtime.cli.flags import option_flags, read_flags
-from ease_runtime.cli.show import as_object, by_choice, print_coloured, print_legend, print_notes, print_plain, print_summary
+from ease_runtime.cli.show import (
+    as_object,
+    by_choice,
+    print_coloured,
+    print_legend,
+    print_notes,
+    print_plain,
+    print_summary,
+)
 from ease_runtime.conversation import Conversation
 from ease_runtime.generation import Timing
 from ease_runtime.llm import LLM
@@ -62,7 +77,9 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
     llm, timing = LLM(bundle, num_slots=options.n, **place), Timing()
     llm.check(llm.prepare(options))
     if compare and not llm.leaves_early(options):
-        raise RequestError("--compare has nothing to compare: no token leaves early; give a threshold (--threshold 0.7)")
+        raise RequestError(
+            "--compare has nothing to compare: no token leaves early; give a threshold (--threshold 0.7)"
+        )
     for flag in without_effect(llm, options, show_exits=show_exits, as_json=as_json):
         click.echo(f"note: {flag}", err=True)
     if compare:  # warm both paths up, so that neither pays for first-time allocations
@@ -76,7 +93,9 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
     else:
         shown = []
         for choice in by_choice(events) if options.n > 1 else [events]:
-            shown += print_coloured(choice, llm.stack.exit_layers, console) if show_exits else print_plain(choice)
+            shown += (
+                print_coloured(choice, llm.stack.exit_layers, console) if show_exits else print_plain(choice)
+            )
     full_depth = time_full_depth(llm, text, options) if compare else None
     if as_json:
         click.echo(json.dumps(as_object(shown, timing, full_depth, llm.token_text), ensure_ascii=False))
@@ -86,7 +105,9 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
         print_summary(shown, timing, llm.stack.exit_layers, full_depth, console)
 
 
-def without_effect(llm: LLM, options: Options, *, show_exits: bool = False, as_json: bool = False) -> list[str]:
+def without_effect(
+    llm: LLM, options: Options, *, show_exits: bool = False, as_json: bool = False
+) -> list[str]:
     """What to tell of flags of a command that change nothing in what it says."""
     notes = []
     if llm.engine.adapt and not llm.leaves_early(options):
@@ -112,7 +133,9 @@ def read_prompt(prompt: str) -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"the prompt on standard input is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise RequestError(
+            f"the prompt on standard input is not UTF-8: {error.reason} at byte {error.start}"
+        ) from None
 
 
 @main.command()
@@ -130,7 +153,10 @@ def chat(bundle: Path, system: str | None, show_exits: bool, **given: Any) -> No
     for note in without_effect(llm, options):
         click.echo(f"note: {note}", err=True)
     if llm.template is None:
-        click.echo("this bundle has no chat template (a base model): your lines are continued as plain text", err=True)
+        click.echo(
+            "this bundle has no chat template (a base model): your lines are continued as plain text",
+            err=True,
+        )
     if show_exits:
         print_legend(llm.stack.exit_layers, console)
     while (line := read_line()) not in (None, "/quit"):
@@ -149,7 +175,9 @@ def read_line() -> str | None:
         return None
 
 
-def answer(conversation: Conversation, line: str, exit_layers: tuple[int, ...] | None, console: Console) -> None:
+def answer(
+    conversation: Conversation, line: str, exit_layers: tuple[int, ...] | None, console: Console
+) -> None:
     """One turn. An error ends the turn, not the chat."""
     timing = Timing()
     events = conversation.say(line, timing)
@@ -167,16 +195,53 @@ def answer(conversation: Conversation, line: str, exit_layers: tuple[int, ...] |
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one."
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on."
+)
 @click.option("--model-name", help="What clients call the model; the bundle's directory by default.")
-@click.option("--api-key", envvar="EASE_API_KEY", show_envvar=True, help="Answer only requests with this key.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Completions that run together.")
-@click.option("--max-queued", type=click.IntRange(0), default=64, show_default=True, help="Completions that wait; more get 429.")
-@click.option("--max-body", type=click.IntRange(1), default=Settings.max_body_bytes, show_default=True, help="Largest body, in bytes.")
-@click.option("--max-prompt", type=click.IntRange(1), help="Longest prompt, in tokens; what the model takes by default.")
-@click.option("--grace", type=FiniteRange(0, 86400), default=30.0, show_default=True, help="Seconds for what runs when told to stop.")
-@click.option("--shadow", type=FiniteRange(0, 1), default=0.0, help="Share of the early answers to compare with full depth.")
+@click.option(
+    "--api-key", envvar="EASE_API_KEY", show_envvar=True, help="Answer only requests with this key."
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Completions that run together.",
+)
+@click.option(
+    "--max-queued",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Completions that wait; more get 429.",
+)
+@click.option(
+    "--max-body",
+    type=click.IntRange(1),
+    default=Settings.max_body_bytes,
+    show_default=True,
+    help="Largest body, in bytes.",
+)
+@click.option(
+    "--max-prompt", type=click.IntRange(1), help="Longest prompt, in tokens; what the model takes by default."
+)
+@click.option(
+    "--grace",
+    type=FiniteRange(0, 86400),
+    default=30.0,
+    show_default=True,
+    help="Seconds for what runs when told to stop.",
+)
+@click.option(
+    "--shadow",
+    type=FiniteRange(0, 1),
+    default=0.0,
+    help="Share of the early answers to compare with full depth.",
+)
 @option_flags(without=("seed", "n", "stop", "logprobs", "logit_bias"))
 @model_flags
 def serve(
@@ -191,14 +256,20 @@ def serve(
     **given: Any,
 ) -> None:
     """Serve a bundle as OpenAI's API, with metrics and a page to try it. Flags of generation hold where a request says nothing."""
-    limits = {"max_body_bytes": given.pop("max_body"), "max_prompt_tokens": given.pop("max_prompt"), "max_queued": given.pop("max_queued")}
+    limits = {
+        "max_body_bytes": given.pop("max_body"),
+        "max_prompt_tokens": given.pop("max_prompt"),
+        "max_queued": given.pop("max_queued"),
+    }
     place, options = take_place(given), read_flags(given)
     name = model_name or bundle.resolve().name
     llm = LLM(bundle, num_slots=batch_size, **place)
     llm.check(llm.prepare(options))
     if shadow and len(llm.stack.exit_layers) == 1:
         raise RequestError(f"--shadow {shadow:g} has nothing to compare: this bundle has no early exit")
-    settings = Settings(name, options, api_key, **limits, shadow=shadow, certificate=llm.manifest.calibration or None)
+    settings = Settings(
+        name, options, api_key, **limits, shadow=shadow, certificate=llm.manifest.calibration or None
+    )
     run_server(llm, settings, host=host, port=port, grace_seconds=grace)
 
 
@@ -207,11 +278,23 @@ def serve(
 @click.argument("prompts", metavar="IN.jsonl", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("out", metavar="OUT.jsonl", type=click.Path(path_type=Path, dir_okay=False))
 @option_flags()
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Requests that run together.")
-@click.option("--ray", metavar="ADDRESS", help="Spread the lines over a Ray cluster; 'local' starts one here.")
-@click.option("--ray-workers", type=click.IntRange(1), default=2, show_default=True, help="With --ray: copies of the model there.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Requests that run together."
+)
+@click.option(
+    "--ray", metavar="ADDRESS", help="Spread the lines over a Ray cluster; 'local' starts one here."
+)
+@click.option(
+    "--ray-workers",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="With --ray: copies of the model there.",
+)
 @model_flags
-def batch(bundle: Path, prompts: Path, out: Path, batch_size: int, ray: str | None, ray_workers: int, **given: Any) -> None:
+def batch(
+    bundle: Path, prompts: Path, out: Path, batch_size: int, ray: str | None, ray_workers: int, **given: Any
+) -> None:
     """Answer every line of IN.jsonl, in order.
 
     A line is an object with a "prompt" or "messages", and options of its own where they differ from the flags. A line that
@@ -226,7 +309,9 @@ def batch(bundle: Path, prompts: Path, out: Path, batch_size: int, ray: str | No
         raise RequestError(f"{out} is the file of the prompts; give another file for the answers")
     total, num_done = count_lines(prompts), count_answers(out)
     if num_done > total:
-        raise RequestError(f"{out} has {num_done} answers, but {prompts} only {total} lines; give another file")
+        raise RequestError(
+            f"{out} has {num_done} answers, but {prompts} only {total} lines; give another file"
+        )
     lines = numbered_lines(prompts, num_done + 1)
     if num_done == total:
         answers: Iterable[str] = ()
@@ -244,7 +329,13 @@ def batch(bundle: Path, prompts: Path, out: Path, batch_size: int, ray: str | No
 
 def progress_bar() -> Progress:
     """On standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True))
 
 

@@ -11,7 +11,14 @@ from rich.text import Text
 
 from ease_runtime.generation import Timing, TokenEvent
 
-DEPTH_COLOURS = ("green", "yellow", "magenta", "cyan", "red", "blue")  # shallow exits first; the last layer has none
+DEPTH_COLOURS = (
+    "green",
+    "yellow",
+    "magenta",
+    "cyan",
+    "red",
+    "blue",
+)  # shallow exits first; the last layer has none
 
 
 @contextmanager
@@ -49,7 +56,9 @@ def print_legend(exit_layers: tuple[int, ...], console: Console) -> None:
     console.print(legend)
 
 
-def print_coloured(events: Iterable[TokenEvent], exit_layers: tuple[int, ...], console: Console) -> list[TokenEvent]:
+def print_coloured(
+    events: Iterable[TokenEvent], exit_layers: tuple[int, ...], console: Console
+) -> list[TokenEvent]:
     """Stream the text, each token in the colour of its exit."""
     shown: list[TokenEvent] = []
     with quiet_interrupt():
@@ -79,22 +88,38 @@ def print_notes(timing: Timing) -> None:
 
 
 def print_summary(
-    events: list[TokenEvent], timing: Timing, exit_layers: tuple[int, ...], full_depth: Timing | None, console: Console
+    events: list[TokenEvent],
+    timing: Timing,
+    exit_layers: tuple[int, ...],
+    full_depth: Timing | None,
+    console: Console,
 ) -> None:
     """Depth and speed in a line, and against full depth in another."""
     if not events:
         return
-    shares = ", ".join(f"{sum(e.depth == layer for e in events) / len(events):.0%} at {layer}" for layer in exit_layers)
-    console.print(f"{len(events)} tokens, mean depth {mean_depth(events):.2f} of {exit_layers[-1]} layers ({shares})", style="dim")
+    shares = ", ".join(
+        f"{sum(e.depth == layer for e in events) / len(events):.0%} at {layer}" for layer in exit_layers
+    )
+    console.print(
+        f"{len(events)} tokens, mean depth {mean_depth(events):.2f} of {exit_layers[-1]} layers ({shares})",
+        style="dim",
+    )
     if timing.num_drafted:
         console.print(f"{timing.num_accepted} of {timing.num_drafted} drafts accepted", style="dim")
-    console.print(f"prefill {timing.prefill_seconds * 1000:.1f} ms, then {timing.tokens_per_second:.0f} tokens/s", style="dim")
+    console.print(
+        f"prefill {timing.prefill_seconds * 1000:.1f} ms, then {timing.tokens_per_second:.0f} tokens/s",
+        style="dim",
+    )
     if full_depth and full_depth.tokens_per_second:
         ratio = timing.tokens_per_second / full_depth.tokens_per_second
-        console.print(f"full depth: {full_depth.tokens_per_second:.0f} tokens/s, so {ratio:.2f}x as fast", style="dim")
+        console.print(
+            f"full depth: {full_depth.tokens_per_second:.0f} tokens/s, so {ratio:.2f}x as fast", style="dim"
+        )
 
 
-def as_object(events: list[TokenEvent], timing: Timing, full_depth: Timing | None, token_text: Callable[[int], str]) -> dict[str, Any]:
+def as_object(
+    events: list[TokenEvent], timing: Timing, full_depth: Timing | None, token_text: Callable[[int], str]
+) -> dict[str, Any]:
     """What `--json` prints: the first completion, and all of them where there are several."""
     choices = [
         {
@@ -126,8 +151,15 @@ def as_object(events: list[TokenEvent], timing: Timing, full_depth: Timing | Non
 
 def token_object(event: TokenEvent, token_text: Callable[[int], str]) -> dict[str, Any]:
     """A token for JSON."""
-    token: dict[str, Any] = {"id": event.id, "text": event.text, "depth": event.depth, "confidence": event.confidence}
+    token: dict[str, Any] = {
+        "id": event.id,
+        "text": event.text,
+        "depth": event.depth,
+        "confidence": event.confidence,
+    }
     token |= {"logprob": event.logprob, "drafted": event.drafted}
     if event.top_logprobs:
-        token["top_logprobs"] = [{"id": i, "text": token_text(i), "logprob": logprob} for i, logprob in event.top_logprobs]
+        token["top_logprobs"] = [
+            {"id": i, "text": token_text(i), "logprob": logprob} for i, logprob in event.top_logprobs
+        ]
     return token

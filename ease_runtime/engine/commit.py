@@ -18,9 +18,14 @@ from ease_runtime.policies import FULL_DEPTH, ExitOutput, HeadOutput
 Layout = Sequence[SegmentShape]
 
 
-def commit(sequence: TokenSequence, work: Work, said: ExitOutput | None, layout: Layout, *, num_running: int) -> bool:
+def commit(
+    sequence: TokenSequence, work: Work, said: ExitOutput | None, layout: Layout, *, num_running: int
+) -> bool:
     """Let the policy decide and the sampler choose. Whether tokens came out, or the sequence ended."""
-    decision, newest = sequence.decision, work.stop == len(sequence.tokens) and work.start >= sequence.num_prompt
+    decision, newest = (
+        sequence.decision,
+        work.stop == len(sequence.tokens) and work.start >= sequence.num_prompt,
+    )
     if decision.pace and work.kind == "segment" and newest and sequence.may_draft:
         decision.pace.entered[work.segment] += 1
     if work.kind == "kv" or work.stop < len(sequence.tokens):
@@ -47,7 +52,9 @@ def fail(sequence: TokenSequence, message: str) -> bool:
     return True
 
 
-def depths(sequence: TokenSequence, segment: int, positions: NDArray[np.int64], layout: Layout) -> NDArray[np.int64]:
+def depths(
+    sequence: TokenSequence, segment: int, positions: NDArray[np.int64], layout: Layout
+) -> NDArray[np.int64]:
     """Layers that positions have used up to the end of a segment: those they went around do not count. Shape: (N) -> (N)."""
     found = np.full(len(positions), sum(shape.num_layers for shape in layout[: segment + 1]))
     for number, shape in enumerate(layout[: segment + 1]):
@@ -77,14 +84,27 @@ def _decide(sequence: TokenSequence, segment: int, said: ExitOutput, layout: Lay
     decision.token = _token(sequence, segment, said.head, len(sequence.tokens), sure, layout)
 
 
-def _token(sequence: TokenSequence, segment: int, output: HeadOutput, position: int, confidence: float, layout: Layout) -> Token:
+def _token(
+    sequence: TokenSequence,
+    segment: int,
+    output: HeadOutput,
+    position: int,
+    confidence: float,
+    layout: Layout,
+) -> Token:
     """The token that the sampler takes for `position` from a head's output for one token, after a segment."""
     logits, top_id = output.logits[0], int(output.top_id[0])
     chosen = sequence.request.sampler.pick(logits, top_id, sequence.tokens, position)
     base = math.log(output.top_prob[0]) - float(logits[top_id])
     depth = int(depths(sequence, segment, np.array([position - 1]), layout)[0])
     best = _largest(logits, sequence.request.num_logprobs)
-    return Token(chosen, depth, confidence, float(logits[chosen]) + base, tuple((i, float(logits[i]) + base) for i in best))
+    return Token(
+        chosen,
+        depth,
+        confidence,
+        float(logits[chosen]) + base,
+        tuple((i, float(logits[i]) + base) for i in best),
+    )
 
 
 def _emit(sequence: TokenSequence, token: Token, num_running: int) -> bool:
@@ -114,7 +134,14 @@ def _judge(sequence: TokenSequence, said: ExitOutput, layout: Layout, num_runnin
             sequence.crop(before + 1)
             sequence.tokens.append(token.id)
         else:
-            token = Token(token.id, tokens[i].depth, tokens[i].confidence, token.logprob, token.top_logprobs, drafted=True)
+            token = Token(
+                token.id,
+                tokens[i].depth,
+                tokens[i].confidence,
+                token.logprob,
+                token.top_logprobs,
+                drafted=True,
+            )
         _keep(sequence, token, before + 2, num_running)
         if not agrees or sequence.finish_reason is not None:
             break
@@ -134,7 +161,9 @@ def _adapt_drafting(sequence: TokenSequence, pace: Pace, num_running: int) -> No
     if drafts.length == 0:
         sequence.counters.asked = frozenset()
         share = f"{drafts.accepted} of {drafts.judged} drafts accepted"
-        sequence.notes.append(f"verify turned itself off after {len(sequence.produced)} tokens: it does not pay here ({share})")
+        sequence.notes.append(
+            f"verify turned itself off after {len(sequence.produced)} tokens: it does not pay here ({share})"
+        )
 
 
 def _adapt_leaving(sequence: TokenSequence, pace: Pace, num_running: int) -> None:
@@ -144,7 +173,9 @@ def _adapt_leaving(sequence: TokenSequence, pace: Pace, num_running: int) -> Non
     decision, catch_up = sequence.decision, sequence.request.catch_up
     decision.policy, decision.state, decision.pace = FULL_DEPTH, None, None
     sequence.counters.asked = frozenset()
-    sequence.notes.append(f"leaving early does not pay here: full depth after {len(sequence.produced)} tokens (catch-up {catch_up})")
+    sequence.notes.append(
+        f"leaving early does not pay here: full depth after {len(sequence.produced)} tokens (catch-up {catch_up})"
+    )
 
 
 def _keep(sequence: TokenSequence, token: Token, length: int, num_running: int) -> None:

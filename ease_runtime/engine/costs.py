@@ -35,7 +35,9 @@ class Costs:
 
     layout: Sequence[SegmentShape]
     tables: dict[Key, NDArray[np.float64]]
-    per_slot: dict[int, float] = field(default_factory=dict)  # of a segment: one row more in a pass over as many tokens
+    per_slot: dict[int, float] = field(
+        default_factory=dict
+    )  # of a segment: one row more in a pass over as many tokens
     again: dict[Key, float] = field(default_factory=dict)
     pass_seconds: float = 0.0  # the engine's own, a pass
 
@@ -70,13 +72,17 @@ class Costs:
         seconds = 0.0
         for k in range(len(reach) if stop is None else stop):
             rows = max(1.0, num_rows * reach[k])  # that go in together
-            seconds += self._segment(k, reach, policy, catch_up, rows, cap) + self._ask(k, reach, policy, rows)
+            seconds += self._segment(k, reach, policy, catch_up, rows, cap) + self._ask(
+                k, reach, policy, rows
+            )
         if stop is None:
             rows = max(1.0, num_rows * reach[-1])
             seconds += reach[-1] * self.seconds("exit", self.last_exit, rows) / rows
         return seconds
 
-    def _segment(self, k: int, reach: Sequence[float], policy: ExitPolicy, catch_up: str, rows: float, cap: int) -> float:
+    def _segment(
+        self, k: int, reach: Sequence[float], policy: ExitPolicy, catch_up: str, rows: float, cap: int
+    ) -> float:
         """What a segment, and the layer of the exit behind it, take of a token's time.
 
         A token that goes in takes along those of its row that have left before it since the last one did: a geometric number,
@@ -88,7 +94,11 @@ class Costs:
 
         def through(graph: str, num_tokens: float) -> float:
             exit_index = shape.exit_index
-            block = self.seconds("block", exit_index, num_tokens) if shape.block and exit_index is not None and asked else 0.0
+            block = (
+                self.seconds("block", exit_index, num_tokens)
+                if shape.block and exit_index is not None and asked
+                else 0.0
+            )
             return self._in_turn((graph, k), num_tokens, rows, reach, policy) + block + self.pass_seconds
 
         asked = self.asks(k, policy)
@@ -96,7 +106,9 @@ class Costs:
             return through("segment", rows * tokens) / (rows * tokens)
         seconds = (1.0 - settled) * through("segment", rows)
         if share < 1.0:
-            seconds += (1.0 - share) * through("kv", rows * max(1.0, (tokens - 1.0 + settled) / (1.0 - share)))
+            seconds += (1.0 - share) * through(
+                "kv", rows * max(1.0, (tokens - 1.0 + settled) / (1.0 - share))
+            )
         return seconds / (rows * tokens)
 
     def _ask(self, k: int, reach: Sequence[float], policy: ExitPolicy, rows: float) -> float:
@@ -108,7 +120,9 @@ class Costs:
         if policy.asks == "head":
             return reach[k] * self._in_turn(head, rows, rows, reach, policy) / rows
         before = (policy.asks, exit_index if policy.asks == "gate" else 0)
-        leaving = max(0.0, reach[k] - reach[k + 1]) * (self._in_turn(head, 1.0, 1.0, reach, policy) + self.pass_seconds)
+        leaving = max(0.0, reach[k] - reach[k + 1]) * (
+            self._in_turn(head, 1.0, 1.0, reach, policy) + self.pass_seconds
+        )
         return reach[k] * self._in_turn(before, rows, rows, reach, policy) / rows + leaving
 
     def asks(self, k: int, policy: ExitPolicy) -> bool:
@@ -116,7 +130,9 @@ class Costs:
         exit_index = self.layout[k].early_exit
         return exit_index is not None and policy.thresholds.at(exit_index) is not None
 
-    def _in_turn(self, key: Key, num_tokens: float, rows: float, reach: Sequence[float], policy: ExitPolicy) -> float:
+    def _in_turn(
+        self, key: Key, num_tokens: float, rows: float, reach: Sequence[float], policy: ExitPolicy
+    ) -> float:
         """A call's time; what is run for every token comes straight after another one where that has left at the first exit."""
         seconds = self.seconds(*key, num_tokens, rows)
         again = 1.0 - reach[1] if policy.thresholds and len(reach) > 1 else 0.0
@@ -159,7 +175,9 @@ class Pace:
 
     def early(self, num_rows: int) -> float:
         """Seconds of a token that leaves as the request's tokens do, with its share of the catch-up."""
-        return self.costs.token_seconds(self.reach(), self.policy, self.catch_up, num_rows=num_rows, cap=self.cap)
+        return self.costs.token_seconds(
+            self.reach(), self.policy, self.catch_up, num_rows=num_rows, cap=self.cap
+        )
 
     def pays(self, num_rows: int) -> bool:
         """Whether leaving early is faster than full depth."""
@@ -175,7 +193,9 @@ class Pace:
         best, length = 1.0 / self.full_depth(num_rows), 0
         for limit in range(1, LONGEST_DRAFT + 1):
             chances = [(1.0 - leaves) * leaves**j for j in range(limit)] + [leaves**limit]
-            tokens = sum(chance * (1.0 - accepted ** (j + 1)) / (1.0 - accepted) for j, chance in enumerate(chances))
+            tokens = sum(
+                chance * (1.0 - accepted ** (j + 1)) / (1.0 - accepted) for j, chance in enumerate(chances)
+            )
             seconds = sum(chance * self.cycle(j, num_rows) for j, chance in enumerate(chances))
             if tokens / seconds > best:
                 best, length = tokens / seconds, limit
@@ -186,5 +206,7 @@ class Pace:
         last, judged = len(self.entered) - 1, (num_drafts + 1) * num_rows
         deep = self.costs.seconds("segment", last, judged, num_rows)
         deep += self.costs.seconds("exit", self.costs.last_exit, judged)
-        draft = self.costs.token_seconds(self.reach(), self.policy, self.catch_up, num_rows=num_rows, cap=self.cap, stop=last)
+        draft = self.costs.token_seconds(
+            self.reach(), self.policy, self.catch_up, num_rows=num_rows, cap=self.cap, stop=last
+        )
         return (num_drafts + 1) * draft + deep / num_rows

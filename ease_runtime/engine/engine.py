@@ -47,7 +47,12 @@ class Engine:
         draft_length: int = DRAFT_LENGTH,
         adapt: bool = False,
     ) -> None:
-        for name, value in {"num_slots": num_slots, "cap": cap, "chunk": chunk, "draft_length": draft_length}.items():
+        for name, value in {
+            "num_slots": num_slots,
+            "cap": cap,
+            "chunk": chunk,
+            "draft_length": draft_length,
+        }.items():
             if value < 1:
                 raise RequestError(f"{name} {value} is below 1")
         self.stack, self.runner = stack, Runner(stack, num_slots)
@@ -108,7 +113,9 @@ class Engine:
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         if len(prompt) >= limit:
-            raise RequestError(f"the prompt has {len(prompt)} tokens; this model's context of {limit} leaves no room for an answer")
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; this model's context of {limit} leaves no room for an answer"
+            )
         self.check_ids(prompt)
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens {max_new_tokens} is below 1")
@@ -119,7 +126,9 @@ class Engine:
         sequence = self.runner.new(prompt, policy, request, asked)
         sequence.drafts.length = self.draft_length if asked else 0
         if catch_up == "verify" and not self.stack.exact:
-            sequence.notes.append("verify holds up to rounding here: passes of several tokens differ from single ones in their last bits")
+            sequence.notes.append(
+                "verify holds up to rounding here: passes of several tokens differ from single ones in their last bits"
+            )
         sequence.notes += notes
         if self.costs and asked and (self.adapt or catch_up == "verify"):
             sequence.decision.pace = Pace(self.costs, policy, catch_up, self.cap)
@@ -152,7 +161,9 @@ class Engine:
         if routed and catch_up == "propagate":
             raise RequestError("catch-up 'propagate' has no K/V for routed layers; use recompute")
         if routed and policy.asks == "similarity":
-            raise RequestError(f"policy '{policy.name}' compares the states around a segment, which routed layers cut; use another policy")
+            raise RequestError(
+                f"policy '{policy.name}' compares the states around a segment, which routed layers cut; use another policy"
+            )
         self.check_asks(policy)
 
     def check_asks(self, policy: ExitPolicy) -> None:
@@ -161,7 +172,11 @@ class Engine:
             if not leave.can_say(policy.asks):
                 raise RequestError(
                     f"policy '{policy.name}' needs a {policy.asks} at every early exit"
-                    + ("; train them: ease-train gates CHECKPOINT --out CHECKPOINT2" if policy.asks == "gate" else "")
+                    + (
+                        "; train them: ease-train gates CHECKPOINT --out CHECKPOINT2"
+                        if policy.asks == "gate"
+                        else ""
+                    )
                 )
 
     def release(self, sequence: TokenSequence) -> None:
@@ -197,7 +212,9 @@ class Engine:
             slots.seat(self.waiting.pop(0))
         running = slots.running
         if not running and self.waiting:
-            raise RequestError("every slot is kept by a sequence that has ended; release one, or give the model more slots")
+            raise RequestError(
+                "every slot is kept by a sequence that has ended; release one, or give the model more slots"
+            )
         if not running:
             return []
         works = [(sequence, schedule(sequence, self.cap, self.chunk)) for sequence in running]

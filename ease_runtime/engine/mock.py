@@ -23,8 +23,12 @@ from ease_runtime.ort.buffers import Int64s
 from ease_runtime.ort.stack import Cache, StackExit
 from ease_runtime.policies import HeadOutput
 
-LARGEST_LOGIT = 12.0  # a token's logits spread over ±(a share of) this, so that confidences spread over (0, 1)
-SMALLEST = float(np.finfo(np.float32).tiny)  # stands for a scripted confidence of 0, whose logarithm is needed
+LARGEST_LOGIT = (
+    12.0  # a token's logits spread over ±(a share of) this, so that confidences spread over (0, 1)
+)
+SMALLEST = float(
+    np.finfo(np.float32).tiny
+)  # stands for a scripted confidence of 0, whose logarithm is needed
 
 EMBEDDED = 1000  # stands for the segment of a state that has been through none
 BLOCK = 2000  # and this and the exit's number for one that has been through an exit's own layer
@@ -90,12 +94,20 @@ class MockPool:
         while (order == first + num_rows + np.arange(len(order))).any():
             first += 1
         size = first + num_rows + len(named)
-        states, positions, segments = np.zeros(size, np.uint64), np.zeros(size, np.int64), np.full(size, self.UNKNOWN, np.int64)
+        states, positions, segments = (
+            np.zeros(size, np.uint64),
+            np.zeros(size, np.int64),
+            np.full(size, self.UNKNOWN, np.int64),
+        )
         segments[first : first + num_rows] = -1
         moved = first + num_rows
         for rows in reversed(live):
             here = slice(moved, moved + len(rows))
-            states[here], positions[here], segments[here] = self.states[rows], self.positions[rows], self.segments[rows]
+            states[here], positions[here], segments[here] = (
+                self.states[rows],
+                self.positions[rows],
+                self.segments[rows],
+            )
             rows[:] = np.arange(here.start, here.stop)
             moved = here.stop
         self.states, self.positions, self.segments = states, positions, segments
@@ -140,7 +152,8 @@ class MockStack:
         self.exit_layers, self.vocab_size, self.max_positions = exit_layers, vocab_size, max_positions
         last = len(exit_layers) - 1
         self.layout = tuple(
-            SegmentShape(len(self.layers(number)), number, last=number == last, block=self.blocks[number]) for number in range(last + 1)
+            SegmentShape(len(self.layers(number)), number, last=number == last, block=self.blocks[number])
+            for number in range(last + 1)
         )
         self.exits = [self._exit(number) for number in range(last + 1)]
         self.exact = True
@@ -176,15 +189,25 @@ class MockStack:
         return self.pool.reserve(num_rows, live)
 
     def run_segment(
-        self, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None
+        self,
+        number: int,
+        cache: Cache,
+        spans: Sequence[Span],
+        inputs: Int64s,
+        out_row: int,
+        active: NDArray[np.bool_] | None = None,
     ) -> None:
         cache, positions = self._place("segment", number, cache, spans, inputs)
         if number == 0:
-            assert all(0 <= token < self.vocab_size for token in inputs.tolist()), "a token is outside the vocabulary"
+            assert all(0 <= token < self.vocab_size for token in inputs.tolist()), (
+                "a token is outside the vocabulary"
+            )
             states = mix(_number(0), inputs.astype(np.uint64))
             self.pool.write(out_row + len(inputs), states, positions, EMBEDDED)
         else:
-            assert (self.pool.segments[inputs] == number - 1).all(), f"a state does not come from segment {number - 1}"
+            assert (self.pool.segments[inputs] == number - 1).all(), (
+                f"a state does not come from segment {number - 1}"
+            )
             states = self.pool.states[inputs]
         moving = np.ones(len(inputs), np.bool_) if active is None else active
         for layer in self.layers(number):
@@ -198,10 +221,21 @@ class MockStack:
         states = self._layer(cache, layer, part, spans, positions, self.pool.states[rows])
         self.pool.write(out_row, states, positions, BLOCK + number)
 
-    def _layer(self, cache: MockCache, layer: int, part: int, spans: Sequence[Span], positions: Int64s, states: Hashes) -> Hashes:
+    def _layer(
+        self,
+        cache: MockCache,
+        layer: int,
+        part: int,
+        spans: Sequence[Span],
+        positions: Int64s,
+        states: Hashes,
+    ) -> Hashes:
         """One layer of a part of the cache: writes the new tokens' K/V, and hashes all that each token attends to."""
         self._write(cache, layer, part, spans, positions, states)
-        attended = [np.cumsum(cache.entries[slot, layer - 1, :stop], dtype=np.uint64)[start:] for slot, start, stop in spans]
+        attended = [
+            np.cumsum(cache.entries[slot, layer - 1, :stop], dtype=np.uint64)[start:]
+            for slot, start, stop in spans
+        ]
         return mix(_number(layer), _number(2), states, np.concatenate(attended))
 
     def run_kv(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s) -> None:
@@ -210,7 +244,15 @@ class MockStack:
         for layer in self.layers(number):
             self._write(cache, layer, number, spans, positions, self.pool.states[rows])
 
-    def _write(self, cache: MockCache, layer: int, part: int, spans: Sequence[Span], positions: Int64s, states: Hashes) -> None:
+    def _write(
+        self,
+        cache: MockCache,
+        layer: int,
+        part: int,
+        spans: Sequence[Span],
+        positions: Int64s,
+        states: Hashes,
+    ) -> None:
         """A layer's K/V of the new tokens, and pads past what the slots in between hold."""
         entries, num_places = cache.entries[:, layer - 1], max(stop - start for _, start, stop in spans)
         new, first = self.keys_values(layer, positions, states), 0
@@ -225,13 +267,17 @@ class MockStack:
     def run_route(self, number: int, rows: Int64s) -> NDArray[np.bool_]:
         raise AssertionError(f"segment {number} is not routed")
 
-    def run_routed(self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int) -> None:
+    def run_routed(
+        self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int
+    ) -> None:
         raise AssertionError(f"segment {number} is not routed")
 
     def run_similarity(self, rows: Int64s, before: Int64s) -> NDArray[np.float32]:
         segments = self.pool.segments[rows]
         self._look("similarity", int(segments[0]), rows, int(segments[0]))
-        assert (self.pool.positions[rows] == self.pool.positions[before]).all(), "states of two positions are compared"
+        assert (self.pool.positions[rows] == self.pool.positions[before]).all(), (
+            "states of two positions are compared"
+        )
         expected = np.where(segments == 0, EMBEDDED, segments - 1)
         assert (self.pool.segments[before] == expected).all(), "a state does not come from before the segment"
         if self.confidence is not None:
@@ -242,7 +288,9 @@ class MockStack:
     def run_gate(self, number: int, rows: Int64s) -> NDArray[np.float32]:
         self._look("gate", number, rows, self._read_by(number))
         assert self.confidence is not None, "a gate's probability is scripted"
-        return np.array([self.confidence(number, position) for position in self.pool.positions[rows].tolist()], np.float32)
+        return np.array(
+            [self.confidence(number, position) for position in self.pool.positions[rows].tolist()], np.float32
+        )
 
     def run_exit(self, number: int, rows: Int64s) -> HeadOutput:
         self._look("exit", number, rows, self._read_by(number))
@@ -267,23 +315,37 @@ class MockStack:
         """What a layer (from 1) stores for states at their positions. Shape: (S), (S) -> (S)."""
         return mix(_number(layer), _number(1), positions.astype(np.uint64), states)
 
-    def _place(self, kind: str, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s) -> tuple[MockCache, Int64s]:
+    def _place(
+        self, kind: str, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s
+    ) -> tuple[MockCache, Int64s]:
         """Check a pass against the contract and note it. Returns the cache and the new tokens' positions."""
         assert isinstance(cache, MockCache)
-        assert [span.slot for span in spans] == sorted({span.slot for span in spans}), "slots are out of order, or named twice"
-        assert len(inputs) == sum(stop - start for _, start, stop in spans), "spans and tokens differ in number"
+        assert [span.slot for span in spans] == sorted({span.slot for span in spans}), (
+            "slots are out of order, or named twice"
+        )
+        assert len(inputs) == sum(stop - start for _, start, stop in spans), (
+            "spans and tokens differ in number"
+        )
         part = number + len(self.exit_layers) if kind == "block" else number
         for slot, start, stop in spans:
             assert stop > start, "a pass over no token"
             filled = cache.filled[slot][part]
-            assert 0 <= start <= filled, f"{kind} {number} holds {filled} positions: writing at {start} leaves a gap"
-            assert stop <= self.max_positions, f"position {stop - 1} is past the context of {self.max_positions}"
+            assert 0 <= start <= filled, (
+                f"{kind} {number} holds {filled} positions: writing at {start} leaves a gap"
+            )
+            assert stop <= self.max_positions, (
+                f"position {stop - 1} is past the context of {self.max_positions}"
+            )
         positions = np.concatenate([np.arange(start, stop) for _, start, stop in spans])
         if part:
             behind = number + 1 if kind == "block" else number
             self.pool.check_written(inputs)
-            assert (self.pool.positions[inputs] == positions).all(), f"rows of positions {self.pool.positions[inputs]} run at {positions}"
-            assert (self.pool.segments[inputs] < behind).all(), f"a state has been through segment {behind} before"
+            assert (self.pool.positions[inputs] == positions).all(), (
+                f"rows of positions {self.pool.positions[inputs]} run at {positions}"
+            )
+            assert (self.pool.segments[inputs] < behind).all(), (
+                f"a state has been through segment {behind} before"
+            )
         for slot, _, stop in spans:
             cache.filled[slot][part] = stop
         if self.trace is not None:
@@ -293,7 +355,12 @@ class MockStack:
 
     def _head(self, number: int, rows: Int64s) -> HeadOutput:
         """Logits hashed from the states and the exit, and what follows from them. Shape: (N) -> (N, V), (N)..."""
-        hashed = mix(_number(number), _number(3), self.pool.states[rows][:, None], np.arange(self.vocab_size + 1, dtype=np.uint64))
+        hashed = mix(
+            _number(number),
+            _number(3),
+            self.pool.states[rows][:, None],
+            np.arange(self.vocab_size + 1, dtype=np.uint64),
+        )
         uniform = _unit(hashed)
         logits = ((2.0 * uniform[:, 1:] - 1.0) * LARGEST_LOGIT * uniform[:, :1]).astype(np.float32)
         weights = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
@@ -302,8 +369,14 @@ class MockStack:
         top, margin = ordered[:, -1], ordered[:, -1] - ordered[:, -2]
         entropy = -(probabilities * np.log(probabilities)).sum(axis=1)
         if self.confidence is not None:
-            scripted = np.array([self.confidence(number, position) for position in self.pool.positions[rows].tolist()])
-            top, margin, entropy = np.maximum(scripted, SMALLEST), scripted, (1.0 - scripted) * math.log(self.vocab_size)
+            scripted = np.array(
+                [self.confidence(number, position) for position in self.pool.positions[rows].tolist()]
+            )
+            top, margin, entropy = (
+                np.maximum(scripted, SMALLEST),
+                scripted,
+                (1.0 - scripted) * math.log(self.vocab_size),
+            )
         floats = (values.astype(np.float32) for values in (top, margin, entropy))
         return HeadOutput(logits, logits.argmax(axis=1), *floats)
 

@@ -66,7 +66,9 @@ def measure_costs(stack: Stack) -> Costs:
     length, trace = min(CACHE_LENGTH, stack.max_positions), stack.trace
     stack.trace = None
     tables = {
-        key: np.maximum.accumulate([_seconds(stack, Call(*key, size, length)) for size in SIZES])  # more tokens take no less time
+        key: np.maximum.accumulate(
+            [_seconds(stack, Call(*key, size, length)) for size in SIZES]
+        )  # more tokens take no less time
         for key in _graphs(stack)
     }
     costs = Costs(stack.layout, tables)

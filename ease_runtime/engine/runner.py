@@ -33,7 +33,9 @@ class Runner:
         self.stack, self.cache, self.slots = stack, stack.open_cache(num_slots), Slots(num_slots)
         self.num_early = len(stack.exits) - 1
 
-    def new(self, tokens: Many[int], policy: ExitPolicy, request: Request, asked: frozenset[int]) -> TokenSequence:
+    def new(
+        self, tokens: Many[int], policy: ExitPolicy, request: Request, asked: frozenset[int]
+    ) -> TokenSequence:
         """A sequence without a slot, whose tokens have not run; `asked` are the early exits (from 0) that it may be asked at."""
         num_segments, limit = len(self.stack.layout), self.stack.max_positions
         counters = Counters(
@@ -43,11 +45,15 @@ class Runner:
             block_done=[0] * self.num_early,
             asked=asked,
         )
-        return TokenSequence(request, list(tokens), len(tokens), counters, Decision(policy, policy.begin()), Drafts())
+        return TokenSequence(
+            request, list(tokens), len(tokens), counters, Decision(policy, policy.begin()), Drafts()
+        )
 
     def open(self, tokens: Many[int], asked: frozenset[int] = frozenset()) -> TokenSequence:
         """A sequence in a slot whose tokens have not run yet, unchecked: for whoever runs the segments with `advance`."""
-        sequence = self.new(tokens, FULL_DEPTH, Request(self.stack.max_positions, "recompute", Greedy()), asked)
+        sequence = self.new(
+            tokens, FULL_DEPTH, Request(self.stack.max_positions, "recompute", Greedy()), asked
+        )
         self.slots.seat(sequence)
         return sequence
 
@@ -85,9 +91,15 @@ class Runner:
             _mark(segment, parts)
             return
         num_tokens, with_block = _num_tokens(parts), self._with_block(segment, parts)
-        num_rows = num_tokens if segment else 2 * num_tokens  # the first segment also gives what it was given, embedded
+        num_rows = (
+            num_tokens if segment else 2 * num_tokens
+        )  # the first segment also gives what it was given, embedded
         out_row = self._reserve(num_rows + _num_tokens(with_block))
-        inputs = _rows(parts) if segment else np.concatenate([np.array(s.tokens[start:stop], np.int64) for s, start, stop in parts])
+        inputs = (
+            _rows(parts)
+            if segment
+            else np.concatenate([np.array(s.tokens[start:stop], np.int64) for s, start, stop in parts])
+        )
         self.stack.run_segment(segment, self.cache, _spans(parts), inputs, out_row, active)
         first = 0
         for sequence, start, stop in parts:
@@ -116,7 +128,9 @@ class Runner:
             return
         out_row = self._reserve(sum(len(positions) for _, positions in moving))
         rows = np.concatenate([counters.rows[positions] for counters, positions in moving])
-        stack.run_routed(segment, self.cache, spans, np.concatenate([positions for _, positions in moving]), rows, out_row)
+        stack.run_routed(
+            segment, self.cache, spans, np.concatenate([positions for _, positions in moving]), rows, out_row
+        )
         for counters, positions in moving:
             counters.rows[positions] = np.arange(out_row, out_row + len(positions))
             out_row += len(positions)
@@ -130,7 +144,9 @@ class Runner:
         if what != "similarity":
             rows = np.concatenate([self._exit_rows(sequence, where, exit_index) for sequence, where in parts])
             return leave.ask(what, rows, NO_ROWS)
-        before = [sequence.counters.entered[_shifted(where, -sequence.counters.first)] for sequence, where in parts]
+        before = [
+            sequence.counters.entered[_shifted(where, -sequence.counters.first)] for sequence, where in parts
+        ]
         rows = np.concatenate([sequence.counters.rows[where] for sequence, where in parts])
         return leave.ask(what, rows, np.concatenate(before))
 
@@ -150,8 +166,14 @@ class Runner:
         questions = [question(sequence, work, exit_index, early) for sequence, work in batch]
         outputs: list[ExitOutput | None] = [None] * len(batch)
         for what in sorted({asked[0] for asked in questions if asked}):
-            asking = [(i, asked[1], batch[i][1].stop) for i, asked in enumerate(questions) if asked and asked[0] == what]
-            said = self.ask(exit_index, what, [(batch[i][0], slice(start, stop)) for i, start, stop in asking])
+            asking = [
+                (i, asked[1], batch[i][1].stop)
+                for i, asked in enumerate(questions)
+                if asked and asked[0] == what
+            ]
+            said = self.ask(
+                exit_index, what, [(batch[i][0], slice(start, stop)) for i, start, stop in asking]
+            )
             first = 0
             for i, start, stop in asking:
                 last, positions = first + stop - start, np.arange(start, stop)
@@ -177,7 +199,9 @@ class Runner:
 
     def _reserve(self, num_rows: int) -> int:
         """Free rows of the pool; those that are still needed keep their states."""
-        return self.stack.reserve_rows(num_rows, [rows for s in self.slots.sequences for rows in s.counters.live_rows()])
+        return self.stack.reserve_rows(
+            num_rows, [rows for s in self.slots.sequences for rows in s.counters.live_rows()]
+        )
 
     def _with_block(self, segment: int, parts: Parts) -> Parts:
         """Those of some sequences that the exit behind a segment may be asked about, where that has a layer of its own."""

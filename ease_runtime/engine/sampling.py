@@ -71,15 +71,24 @@ class Adjustments:
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(getattr(self, name)) <= LARGEST:
-                raise RequestError(f"{name} {getattr(self, name)} is outside [{-LARGEST:g}, {LARGEST:g}] (0 changes nothing)")
+                raise RequestError(
+                    f"{name} {getattr(self, name)} is outside [{-LARGEST:g}, {LARGEST:g}] (0 changes nothing)"
+                )
         for token, bias in self.logit_bias:
             if token < 0 or not abs(bias) <= LARGEST:
-                raise RequestError(f"logit_bias {token}={bias} is not a token id with a number in [{-LARGEST:g}, {LARGEST:g}] to add")
+                raise RequestError(
+                    f"logit_bias {token}={bias} is not a token id with a number in [{-LARGEST:g}, {LARGEST:g}] to add"
+                )
 
     @property
     def change_nothing(self) -> bool:
         """Whether the logits stay as they are."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.logit_bias) == (1.0, 0.0, 0.0, ())
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.logit_bias) == (
+            1.0,
+            0.0,
+            0.0,
+            (),
+        )
 
     def apply(self, logits: NDArray[np.float32], tokens: Sequence[int], position: int) -> NDArray[np.float64]:
         """The adjusted logits for `position`. Shape: (V) -> (V)."""
@@ -89,7 +98,9 @@ class Adjustments:
             had, penalty = adjusted[seen], self.repetition_penalty
             adjusted[seen] = np.where(had > 0, had / penalty, had * penalty)
         if self.presence_penalty or self.frequency_penalty:
-            said, times = np.unique(np.array(tokens[self.num_prompt : position], np.int64), return_counts=True)
+            said, times = np.unique(
+                np.array(tokens[self.num_prompt : position], np.int64), return_counts=True
+            )
             adjusted[said] -= self.presence_penalty + self.frequency_penalty * times
         for token, bias in self.logit_bias:
             adjusted[token] += bias
@@ -158,7 +169,9 @@ def _nucleus(scaled: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
         some = some[np.lexsort((some, -weights[some]))]
         before = np.cumsum(weights[some]) - weights[some]  # mass of the tokens ahead of each
         kept: NDArray[np.int64] = some[before < enough]
-        if size >= len(weights) or weights[kept[-1]] > weights[some[-1]]:  # else an equal of the last may be among the others
+        if (
+            size >= len(weights) or weights[kept[-1]] > weights[some[-1]]
+        ):  # else an equal of the last may be among the others
             return kept
         size *= 8
 
@@ -173,8 +186,12 @@ def seed_of(seed: int, number: int) -> int:
 
 def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """Standard Gumbel noise for token ids at a position: SplitMix64 (Steele et al. 2014) of the three numbers. Shape: (n) -> (n)."""
-    mixed = _splitmix(_splitmix(_splitmix(np.array([seed], np.uint64)) ^ np.uint64(position)) ^ ids.astype(np.uint64))
-    uniform = ((mixed >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # in (0, 1): with one bit more the largest rounds to 1
+    mixed = _splitmix(
+        _splitmix(_splitmix(np.array([seed], np.uint64)) ^ np.uint64(position)) ^ ids.astype(np.uint64)
+    )
+    uniform = (
+        (mixed >> np.uint64(12)).astype(np.float64) + 0.5
+    ) * 2.0**-52  # in (0, 1): with one bit more the largest rounds to 1
     noise: NDArray[np.float64] = -np.log(-np.log(uniform))
     return noise
 

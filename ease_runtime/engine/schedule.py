@@ -85,7 +85,9 @@ def choose(works: Batch, prefill_turn: bool, chunk: int = CHUNK) -> Batch:
         if kind == "head":
             return group
     prompts = [group for (prefilling, _, _), group in groups.items() if prefilling]
-    decoding = {(kind, segment): group for (prefilling, kind, segment), group in groups.items() if not prefilling}
+    decoding = {
+        (kind, segment): group for (prefilling, kind, segment), group in groups.items() if not prefilling
+    }
     if prompts and (prefill_turn or not decoding):
         return _prompts(max(prompts, key=lambda group: max(s.waited for s, _ in group)), chunk)
     late = max(decoding, key=lambda key: max(s.waited for s, _ in decoding[key]))

@@ -55,11 +55,17 @@ class Counters:
     rows: Int64s  # where in the pool a position's hidden state is, while it is pending
     inside: NDArray[np.bool_]  # (segments, positions): who went into a routed segment
     block_done: list[int]  # tokens with K/V in each exit's block
-    asked: frozenset[int]  # early exits that it may be asked at; those with a block run it over all its tokens
+    asked: frozenset[
+        int
+    ]  # early exits that it may be asked at; those with a block run it over all its tokens
     first: int = 0  # position of the last pass's first token
-    entered: Int64s = field(default_factory=NO_ROWS.copy)  # pool rows of the last pass's tokens before it, until the next pass
+    entered: Int64s = field(
+        default_factory=NO_ROWS.copy
+    )  # pool rows of the last pass's tokens before it, until the next pass
     block_row: int = 0  # pool row of the last pass's first token after the exit's block, until the next pass
-    held: Int64s = field(default_factory=NO_ROWS.copy)  # that row of the newest token (1), while its head has yet to be asked
+    held: Int64s = field(
+        default_factory=NO_ROWS.copy
+    )  # that row of the newest token (1), while its head has yet to be asked
 
     def crop(self, length: int) -> None:
         """Forget every token from position `length` on."""

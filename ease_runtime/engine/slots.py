@@ -20,7 +20,9 @@ class Slots:
     @property
     def running(self) -> list[TokenSequence]:
         """Those that have a slot and work to do."""
-        return [sequence for sequence in self.taken if sequence is not None and sequence.finish_reason is None]
+        return [
+            sequence for sequence in self.taken if sequence is not None and sequence.finish_reason is None
+        ]
 
     @property
     def has_room(self) -> bool:
@@ -42,9 +44,13 @@ class Slots:
         """Give a finished sequence's slot to another, with the K/V that both share. `blocks`: exits with a layer of their own."""
         assert previous.finish_reason is not None, "only a finished sequence gives its slot away"
         pairs = zip(previous.tokens, sequence.tokens, strict=False)
-        common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(previous.tokens), len(sequence.tokens)))
+        common = next(
+            (i for i, (a, b) in enumerate(pairs) if a != b), min(len(previous.tokens), len(sequence.tokens))
+        )
         old, new = previous.counters, sequence.counters
-        shared = min(common, old.done[-1], len(sequence.tokens) - 1, *(old.block_done[k] for k in new.asked & blocks))
+        shared = min(
+            common, old.done[-1], len(sequence.tokens) - 1, *(old.block_done[k] for k in new.asked & blocks)
+        )
         new.done = [shared] * len(new.done)
         new.block_done = [min(done, shared) for done in old.block_done]
         new.inside[:, :shared] = old.inside[:, :shared]

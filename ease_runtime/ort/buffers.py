@@ -33,7 +33,12 @@ class RowCache:
     serials = itertools.count()
 
     def __init__(
-        self, layers_per_segment: Sequence[int], num_slots: int, kv_dim: int, max_positions: int, dtype: type[np.generic] = np.float32
+        self,
+        layers_per_segment: Sequence[int],
+        num_slots: int,
+        kv_dim: int,
+        max_positions: int,
+        dtype: type[np.generic] = np.float32,
     ) -> None:
         self.dtype = dtype
         self.segment_of = [number for number, count in enumerate(layers_per_segment) for _ in range(count)]
@@ -46,7 +51,9 @@ class RowCache:
     def _empty(self) -> NDArray[Any]:
         shape = (self.num_slots, self.length, self.kv_dim)
         size = math.prod(shape) * np.dtype(self.dtype).itemsize
-        pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)  # zeros, given back at once when the cache grows; malloc would keep them
+        pages = mmap.mmap(
+            -1, size, access=mmap.ACCESS_COPY
+        )  # zeros, given back at once when the cache grows; malloc would keep them
         return np.frombuffer(pages, self.dtype).reshape(shape)
 
     def length_for(self, num_slots: int, needed: int) -> int:
@@ -102,9 +109,14 @@ class DeviceCache:
     ) -> None:
         self.num_slots, self.kv_dim, self.copied_bytes = num_slots, kv_dim, 0
         self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
-        self.length = max_positions if num_slots == 1 else max_positions + MOST_PADS  # with several rows, pads past the end
+        self.length = (
+            max_positions if num_slots == 1 else max_positions + MOST_PADS
+        )  # with several rows, pads past the end
         self.serial, shape = next(RowCache.serials), (num_slots, self.length, kv_dim)
-        self.buffers = [(DeviceArray(shape, dtype, device), DeviceArray(shape, dtype, device)) for _ in range(sum(layers_per_segment))]
+        self.buffers = [
+            (DeviceArray(shape, dtype, device), DeviceArray(shape, dtype, device))
+            for _ in range(sum(layers_per_segment))
+        ]
 
     def length_for(self, num_slots: int, needed: int) -> int:
         """The T to bind, as `RowCache.length_for`."""
@@ -157,7 +169,9 @@ class HiddenPool:
 
     def _pack(self, num_rows: int, live: Sequence[Int64s]) -> None:
         """Move the living rows to the front, of a larger buffer when they and the new ones would fill half of this."""
-        kept = np.concatenate([self.read(rows) for rows in live]) if live else self.read(np.zeros(0, np.int64))
+        kept = (
+            np.concatenate([self.read(rows) for rows in live]) if live else self.read(np.zeros(0, np.int64))
+        )
         if len(kept) + num_rows > self.shape[0] // 2:
             self._replace(2 * (len(kept) + num_rows) + POOL_ROWS)
             self.serial += 1

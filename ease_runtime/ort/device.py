@@ -41,7 +41,9 @@ def choose_device(name: str) -> Device:
     if reason is None:
         return CUDA
     if name == "cuda":
-        raise DeviceError(f"device 'cuda' does not work here: {reason}; use --device cpu, or install: pip install 'ease-lm[cuda]'")
+        raise DeviceError(
+            f"device 'cuda' does not work here: {reason}; use --device cpu, or install: pip install 'ease-lm[cuda]'"
+        )
     return CPU
 
 

@@ -17,7 +17,10 @@ from ease_runtime.bundle.signatures import Signature
 from ease_runtime.ort.device import CPU, Device
 
 INDICES = ("input_ids", "index", "before", "positions", "spread", "places", "write_indices", "top_id")
-TYPES = {**dict.fromkeys(INDICES, "tensor(int64)"), **dict.fromkeys(("active", "goes_in"), "tensor(bool)")}  # others: float
+TYPES = {
+    **dict.fromkeys(INDICES, "tensor(int64)"),
+    **dict.fromkeys(("active", "goes_in"), "tensor(bool)"),
+}  # others: float
 BINDINGS_KEPT = 128  # a graph, of different shapes; building one costs about 100 µs
 
 
@@ -30,7 +33,9 @@ def start_thread_pool(num_threads: int) -> None:
     try:
         ort.set_global_thread_pool_sizes(num_threads, 1)
     except Exception:  # ONNX Runtime's exceptions share no base of their own
-        raise DeviceError("onnxruntime's thread pool is there already, with another number of threads: a process has one") from None
+        raise DeviceError(
+            "onnxruntime's thread pool is there already, with another number of threads: a process has one"
+        ) from None
 
 
 @functools.cache
@@ -57,20 +62,30 @@ def load_session(
     """
     options = ort.SessionOptions()
     if device.provider != CPU.provider:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # a node left on the CPU would be a silent copy
+        options.add_session_config_entry(
+            "session.disable_cpu_ep_fallback", "1"
+        )  # a node left on the CPU would be a silent copy
     options.use_per_session_threads = own_threads
     share_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = log_level
     if changed is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
     try:
-        return ort.InferenceSession(changed or str(path), options, providers=[device.provider], enable_fallback=0)
+        return ort.InferenceSession(
+            changed or str(path), options, providers=[device.provider], enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-        raise BundleError(f"{path} cannot be loaded by onnxruntime {ort.__version__}: {str(error).splitlines()[0]}") from None
+        raise BundleError(
+            f"{path} cannot be loaded by onnxruntime {ort.__version__}: {str(error).splitlines()[0]}"
+        ) from None
 
 
-def check_signature(session: ort.InferenceSession, path: Path, signature: Signature, floats: str = "tensor(float)") -> None:
+def check_signature(
+    session: ort.InferenceSession, path: Path, signature: Signature, floats: str = "tensor(float)"
+) -> None:
     """Whether a graph takes and gives what the manifest says, or buffers bound to it would not fit. Raises BundleError."""
     try:
         _compare_signature(session, path, signature, floats)
@@ -79,11 +94,15 @@ def check_signature(session: ort.InferenceSession, path: Path, signature: Signat
 
 
 def _compare_signature(session: ort.InferenceSession, path: Path, signature: Signature, floats: str) -> None:
-    for found, expected, what in zip((session.get_inputs(), session.get_outputs()), signature, ("inputs", "outputs"), strict=True):
+    for found, expected, what in zip(
+        (session.get_inputs(), session.get_outputs()), signature, ("inputs", "outputs"), strict=True
+    ):
         names = {value.name for value in found}
         if names != set(expected):
             odd = ", ".join(sorted(names ^ set(expected)))
-            raise BundleError(f"{path} is not the graph that the manifest describes: its {what} differ in {odd}; export the bundle again")
+            raise BundleError(
+                f"{path} is not the graph that the manifest describes: its {what} differ in {odd}; export the bundle again"
+            )
         for value in found:
             shape = tuple(size if isinstance(size, int) else None for size in value.shape)
             if value.type != TYPES.get(value.name, floats) or shape != expected[value.name]:
@@ -104,12 +123,23 @@ class Clock:
 class Binding:
     """An IOBinding. Small inputs and outputs are numpy arrays of its own; the rest is bound by address in the device's memory."""
 
-    def __init__(self, session: ort.InferenceSession, input_names: frozenset[str], device: Device, clock: Clock) -> None:
-        self.session, self.io, self.input_names, self.device = session, session.io_binding(), input_names, device
+    def __init__(
+        self, session: ort.InferenceSession, input_names: frozenset[str], device: Device, clock: Clock
+    ) -> None:
+        self.session, self.io, self.input_names, self.device = (
+            session,
+            session.io_binding(),
+            input_names,
+            device,
+        )
         self.clock = clock
-        self.bound: dict[str, Any] = {}  # what the changing names are bound to, so that only changes are bound again
+        self.bound: dict[
+            str, Any
+        ] = {}  # what the changing names are bound to, so that only changes are bound again
         self.own: dict[str, NDArray[Any]] = {}
-        self.sent: dict[str, NDArray[Any]] = {}  # on a device with its own memory: small inputs, which binding copies there
+        self.sent: dict[
+            str, NDArray[Any]
+        ] = {}  # on a device with its own memory: small inputs, which binding copies there
 
     def input(self, name: str, array: NDArray[Any]) -> None:
         """Read an input from a small array, as it is at each run."""
@@ -139,7 +169,9 @@ class Binding:
         try:
             self.session.run_with_iobinding(self.io)
         except RuntimeError as error:
-            raise DeviceError(f"a graph of this bundle fails on {self.device.name}: {str(error).splitlines()[0]}") from None
+            raise DeviceError(
+                f"a graph of this bundle fails on {self.device.name}: {str(error).splitlines()[0]}"
+            ) from None
         self.clock.seconds += time.perf_counter() - began
         self.clock.calls += 1
 
@@ -147,7 +179,9 @@ class Binding:
 class Graph:
     """A session with one binding for each shape of its inputs, the least used forgotten. `bind` fills a new one."""
 
-    def __init__(self, session: ort.InferenceSession, bind: Callable[..., None], device: Device, clock: Clock) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, bind: Callable[..., None], device: Device, clock: Clock
+    ) -> None:
         self.session, self.bind, self.device, self.clock = session, bind, device, clock
         self.input_names = frozenset(i.name for i in session.get_inputs())
         self.bindings: OrderedDict[Hashable, Binding] = OrderedDict()

@@ -19,7 +19,17 @@ from numpy.typing import NDArray
 
 from ease_common.errors import BundleError, DeviceError
 from ease_runtime.bundle.manifest import ExitInfo, Manifest, load_manifest
-from ease_runtime.bundle.signatures import Signature, of_block, of_exit, of_gate, of_head, of_kv, of_route, of_segment, of_similarity
+from ease_runtime.bundle.signatures import (
+    Signature,
+    of_block,
+    of_exit,
+    of_gate,
+    of_head,
+    of_kv,
+    of_route,
+    of_segment,
+    of_similarity,
+)
 from ease_runtime.engine.layout import Call, SegmentShape, Span
 from ease_runtime.ort.buffers import DeviceCache, DevicePool, HiddenPool, Int64s, RowCache
 from ease_runtime.ort.device import CPU, SILENT, Device, DeviceArray, choose_device
@@ -29,8 +39,15 @@ from ease_runtime.policies import HeadOutput
 log = logging.getLogger(__name__)
 
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
-NOT_FINITE = "its weights hold NaN or infinity, or overflow: get the model's own weights again, then export them"
-ROUNDING = {"fp32": 1, "fp16": 20, "int8": 50, "int4": 50}  # times that, by precision: int8 and int4 round activations within products
+NOT_FINITE = (
+    "its weights hold NaN or infinity, or overflow: get the model's own weights again, then export them"
+)
+ROUNDING = {
+    "fp32": 1,
+    "fp16": 20,
+    "int8": 50,
+    "int4": 50,
+}  # times that, by precision: int8 and int4 round activations within products
 
 
 class Cache(Protocol):
@@ -54,9 +71,15 @@ class StackExit:
 
     layer: int
     head: Callable[[Int64s], HeadOutput]
-    similarity: Callable[[Int64s, Int64s], NDArray[np.float32]]  # max(0, cosine) of rows and of those before the segment
-    gate: Callable[[Int64s], NDArray[np.float32]] | None = None  # the probability that full depth would say the same
-    block: Callable[[Cache, Sequence[Span], Int64s, int], None] | None = None  # writes its states to rows from the last number on
+    similarity: Callable[
+        [Int64s, Int64s], NDArray[np.float32]
+    ]  # max(0, cosine) of rows and of those before the segment
+    gate: Callable[[Int64s], NDArray[np.float32]] | None = (
+        None  # the probability that full depth would say the same
+    )
+    block: Callable[[Cache, Sequence[Span], Int64s, int], None] | None = (
+        None  # writes its states to rows from the last number on
+    )
 
     def can_say(self, what: str) -> bool:
         """Whether it can be asked this."""
@@ -99,7 +122,13 @@ class Stack(Protocol):
         """A copy of hidden states for the host. Shape: (N) -> (N, D)."""
 
     def run_segment(
-        self, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None
+        self,
+        number: int,
+        cache: Cache,
+        spans: Sequence[Span],
+        inputs: Int64s,
+        out_row: int,
+        active: NDArray[np.bool_] | None = None,
     ) -> None:
         """Run N tokens through a segment; their hidden states go to rows out_row...
 
@@ -113,7 +142,9 @@ class Stack(Protocol):
     def run_route(self, number: int, rows: Int64s) -> NDArray[np.bool_]:
         """Which hidden states go into a routed segment. Shape: (N) -> (N)."""
 
-    def run_routed(self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int) -> None:
+    def run_routed(
+        self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int
+    ) -> None:
         """Run the tokens that go into a routed segment: spans count what its cache holds. Shapes: positions and rows (N)."""
 
 
@@ -137,7 +168,9 @@ class OrtStack:
     Raises BundleError when the bundle cannot be trusted or loaded, DeviceError when its graphs compute something wrong here.
     """
 
-    def __init__(self, bundle: Path, *, num_threads: int | None = 0, log_level: int = 3, device: Device = CPU) -> None:
+    def __init__(
+        self, bundle: Path, *, num_threads: int | None = 0, log_level: int = 3, device: Device = CPU
+    ) -> None:
         manifest = self.manifest = load_manifest(bundle)
         self.device, self.dtype = device, np.float16 if manifest.precision == "fp16" else np.float32
         self.vocab_size, self.max_positions = manifest.vocab_size, manifest.max_positions
@@ -149,7 +182,8 @@ class OrtStack:
             start_thread_pool(num_threads)
         self.bundle, self.log_level = bundle, log_level
         heads = {  # first: loading peaks at twice a graph's size
-            head: self._load(head, of_head(manifest), self._bind_head) for head in dict.fromkeys(e.head for e in manifest.exits)
+            head: self._load(head, of_head(manifest), self._bind_head)
+            for head in dict.fromkeys(e.head for e in manifest.exits)
         }
         self.exit_graphs = [
             ExitGraphs(
@@ -164,25 +198,44 @@ class OrtStack:
         self.similarity = self._load(manifest.similarity, of_similarity(manifest), self._bind_similarity)
         parts = manifest.segments
         self.segments = [self._load(s.graph, of_segment(manifest, s), self._bind_segment) for s in parts]
-        self.kvs = [self._load(s.kv_graph, of_kv(manifest, s), self._bind_segment) if s.kv_graph else None for s in parts]
+        self.kvs = [
+            self._load(s.kv_graph, of_kv(manifest, s), self._bind_segment) if s.kv_graph else None
+            for s in parts
+        ]
         self.layers_cached = [
             *(s.num_layers for s in parts),
             *(int(e.block is not None) for e in manifest.exits),
         ]  # segment by segment, then blocks
-        self.routes = [self._load(s.route_graph, of_route(manifest), self._bind_route) if s.route_graph else None for s in parts]
-        self.pool = DevicePool(manifest.dim, self.dtype, device) if device.own_memory else HiddenPool(manifest.dim, self.dtype)
+        self.routes = [
+            self._load(s.route_graph, of_route(manifest), self._bind_route) if s.route_graph else None
+            for s in parts
+        ]
+        self.pool = (
+            DevicePool(manifest.dim, self.dtype, device)
+            if device.own_memory
+            else HiddenPool(manifest.dim, self.dtype)
+        )
         self.logits = np.zeros((0, self.vocab_size), self.dtype)
-        self.at_head: tuple[int, ...] | None = None  # exit and rows whose states stand before the head, after a gate
+        self.at_head: tuple[int, ...] | None = (
+            None  # exit and rows whose states stand before the head, after a gate
+        )
         try:
             self._self_test()
             if device.own_memory:
                 self.run_every_graph()
         except RuntimeError as error:  # ONNX Runtime's
-            raise BundleError(f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; export the bundle again") from None
+            raise BundleError(
+                f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; export the bundle again"
+            ) from None
 
     def _load(self, name: str, signature: Signature, bind: Callable[..., None]) -> Graph:
         session = self._session(self.bundle / name)
-        check_signature(session, self.bundle / name, signature, "tensor(float16)" if self.dtype is np.float16 else "tensor(float)")
+        check_signature(
+            session,
+            self.bundle / name,
+            signature,
+            "tensor(float16)" if self.dtype is np.float16 else "tensor(float)",
+        )
         return Graph(session, bind, self.device, self.clock)
 
     def _exit(self, number: int, info: ExitInfo) -> StackExit:
@@ -203,7 +256,11 @@ class OrtStack:
 
     def open_cache(self, num_slots: int = 1) -> RowCache | DeviceCache:
         shape = (self.layers_cached, num_slots, self.manifest.kv_dim, self.max_positions)
-        return DeviceCache(*shape, self.dtype, self.device) if self.device.own_memory else RowCache(*shape, self.dtype)
+        return (
+            DeviceCache(*shape, self.dtype, self.device)
+            if self.device.own_memory
+            else RowCache(*shape, self.dtype)
+        )
 
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         self.at_head = None
@@ -213,7 +270,13 @@ class OrtStack:
         return self.pool.read(rows)
 
     def run_segment(
-        self, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s, out_row: int, active: NDArray[np.bool_] | None = None
+        self,
+        number: int,
+        cache: Cache,
+        spans: Sequence[Span],
+        inputs: Int64s,
+        out_row: int,
+        active: NDArray[np.bool_] | None = None,
     ) -> None:
         binding = self._place(self.segments[number], "segment", number, cache, spans, inputs)
         binding.own["active"][:] = True if active is None else active
@@ -222,7 +285,9 @@ class OrtStack:
 
     def run_kv(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s) -> None:
         graph = self.kvs[number]
-        assert graph is not None, "the first segment runs for every token: there is nothing to propagate into it"
+        assert graph is not None, (
+            "the first segment runs for every token: there is nothing to propagate into it"
+        )
         self._place(graph, "kv", number, cache, spans, rows).run()
 
     def run_block(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s, out_row: int) -> None:
@@ -240,7 +305,9 @@ class OrtStack:
         self._note("route", number, len(rows))
         return binding.own["goes_in"]
 
-    def run_routed(self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int) -> None:
+    def run_routed(
+        self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int
+    ) -> None:
         binding = self._place(self.segments[number], "segment", number, cache, spans, rows)
         binding.own["positions"][:] = positions
         self._bind_hidden(binding, out_row, len(rows))
@@ -275,7 +342,9 @@ class OrtStack:
         """Run an exit's own graph or its gate, which write where the exit's head reads."""
         binding, head = self._look(graph, rows), self.exit_graphs[number].head.binding(len(rows))
         if binding.bound.get("head") is not head:
-            binding.output_at("exit_hidden", self.dtype, (len(rows), self.manifest.dim), self._exit_hidden(head, len(rows)))
+            binding.output_at(
+                "exit_hidden", self.dtype, (len(rows), self.manifest.dim), self._exit_hidden(head, len(rows))
+            )
             binding.bound["head"] = head
         binding.run()
         return binding
@@ -287,11 +356,15 @@ class OrtStack:
         binding.own["index"][:] = rows
         return binding
 
-    def _note(self, graph: str, number: int, num_tokens: int, cache_length: int = 0, num_slots: int = 1) -> None:
+    def _note(
+        self, graph: str, number: int, num_tokens: int, cache_length: int = 0, num_slots: int = 1
+    ) -> None:
         if self.trace is not None:
             self.trace.append(Call(graph, number, num_tokens, cache_length, num_slots))
 
-    def _place(self, graph: Graph, kind: str, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s) -> Binding:
+    def _place(
+        self, graph: Graph, kind: str, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s
+    ) -> Binding:
         """The binding for these tokens, with the cache, the pool and the small inputs in place.
 
         The pass covers the slots from the first to the last span. Those without new tokens, and rows with fewer than the
@@ -320,7 +393,15 @@ class OrtStack:
         self._note(kind, number, len(inputs), length, num_slots)
         return binding
 
-    def _bind_cache(self, binding: Binding, part: int, cache: RowCache | DeviceCache, first: int, num_slots: int, length: int) -> None:
+    def _bind_cache(
+        self,
+        binding: Binding,
+        part: int,
+        cache: RowCache | DeviceCache,
+        first: int,
+        num_slots: int,
+        length: int,
+    ) -> None:
         """Past and present are one buffer, so the cache is written in place; a row alone takes a view of any length."""
         first_layer, shape = sum(self.layers_cached[:part]), (num_slots, length, cache.kv_dim)
         for i in range(self.layers_cached[part]):
@@ -343,12 +424,16 @@ class OrtStack:
             binding.output_at("embedded", self.dtype, shape, self.pool.row_pointer(out_row + num_tokens))
         binding.bound["hidden"] = (self.pool.serial, out_row)
 
-    def _bind_segment(self, binding: Binding, first: int, num_slots: int, num_places: int, num_tokens: int) -> None:
+    def _bind_segment(
+        self, binding: Binding, first: int, num_slots: int, num_places: int, num_tokens: int
+    ) -> None:
         for name in binding.input_names & {"input_ids", "index", "positions"}:
             binding.input(name, np.zeros(num_tokens, np.int64))
         if "active" in binding.input_names:
             binding.input("active", np.ones(num_tokens, np.bool_))
-        binding.input("spread", np.arange(num_slots * num_places, dtype=np.int64).reshape(num_slots, num_places))
+        binding.input(
+            "spread", np.arange(num_slots * num_places, dtype=np.int64).reshape(num_slots, num_places)
+        )
         binding.input("places", np.arange(num_tokens, dtype=np.int64))
         binding.input("write_indices", np.zeros(num_slots, np.int64))
 
@@ -373,12 +458,18 @@ class OrtStack:
         states = head.bound.get("exit_hidden")
         if states is None:
             shape = (num_tokens, self.manifest.dim)
-            states = DeviceArray(shape, self.dtype, self.device) if self.device.own_memory else np.zeros(shape, self.dtype)
+            states = (
+                DeviceArray(shape, self.dtype, self.device)
+                if self.device.own_memory
+                else np.zeros(shape, self.dtype)
+            )
             head.bound["exit_hidden"] = states
         return states.pointer if isinstance(states, DeviceArray) else int(states.ctypes.data)
 
     def _bind_head(self, binding: Binding, num_tokens: int) -> None:
-        binding.input_at("exit_hidden", self.dtype, (num_tokens, self.manifest.dim), self._exit_hidden(binding, num_tokens))
+        binding.input_at(
+            "exit_hidden", self.dtype, (num_tokens, self.manifest.dim), self._exit_hidden(binding, num_tokens)
+        )
         if len(self.logits) < num_tokens:  # one buffer for all, since each call overwrites the last one's
             self.logits = np.zeros((2 * num_tokens, self.vocab_size), self.dtype)
         binding.output("logits", self.logits[:num_tokens])
@@ -437,7 +528,9 @@ class OrtStack:
         self.run_similarity(rows, rows)
 
 
-def open_stack(bundle: Path, *, device: str = "auto", num_threads: int = 0, kind: type[OrtStack] = OrtStack) -> OrtStack:
+def open_stack(
+    bundle: Path, *, device: str = "auto", num_threads: int = 0, kind: type[OrtStack] = OrtStack
+) -> OrtStack:
     """A bundle's graphs on a device by its name, as a `kind` of stack.
 
     "auto" is CUDA where it works and can run this bundle, else the CPU, with one line in the log that says why. Raises
@@ -463,7 +556,11 @@ def _layout(manifest: Manifest) -> tuple[SegmentShape, ...]:
     for segment in manifest.segments:
         number, leave = exits.get(segment.last_layer, (None, None))
         block = leave is not None and leave.block is not None
-        shapes.append(SegmentShape(segment.num_layers, number, segment.kind == "routed", segment is manifest.segments[-1], block))
+        shapes.append(
+            SegmentShape(
+                segment.num_layers, number, segment.kind == "routed", segment is manifest.segments[-1], block
+            )
+        )
     return tuple(shapes)
 
 

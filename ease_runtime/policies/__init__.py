@@ -23,7 +23,15 @@ from ease_runtime.policies.protocol import ExitOutput, ExitPolicy, HeadOutput, T
 from ease_runtime.policies.similarity import Similarity
 from ease_runtime.policies.thresholds import Thresholds
 
-__all__ = ["FULL_DEPTH", "POLICIES", "ExitOutput", "ExitPolicy", "HeadOutput", "ThresholdPolicy", "make_policy"]
+__all__ = [
+    "FULL_DEPTH",
+    "POLICIES",
+    "ExitOutput",
+    "ExitPolicy",
+    "HeadOutput",
+    "ThresholdPolicy",
+    "make_policy",
+]
 
 POLICIES: dict[str, type[ThresholdPolicy]] = {
     "max-prob": MaxProb,
@@ -102,7 +110,9 @@ def _check_options(
     depth_budget: float | None,
 ) -> None:
     if exit_layer is not None and not early:
-        raise RequestError("this bundle has no early exit: its only exit is after the last layer; leave the exit away")
+        raise RequestError(
+            "this bundle has no early exit: its only exit is after the last layer; leave the exit away"
+        )
     if not 1 <= patience <= MOST_PATIENCE:
         raise RequestError(f"patience {str(patience)[:20]} is outside 1..{MOST_PATIENCE} agreeing exits")
     if decay is not None and not 0.0 <= decay < math.inf:
@@ -110,7 +120,9 @@ def _check_options(
     if (exit_layer is not None) != (name == "fixed"):
         raise RequestError("policy 'fixed' and an exit layer go together: --policy fixed --exit LAYER")
     if exit_layer is not None and exit_layer not in early:
-        raise RequestError(f"exit layer {exit_layer} is no early exit of this bundle, which has {', '.join(map(str, early))}")
+        raise RequestError(
+            f"exit layer {exit_layer} is no early exit of this bundle, which has {', '.join(map(str, early))}"
+        )
     if name == "fixed" and (thresholds or depth_budget is not None or decay is not None):
         raise RequestError("policy 'fixed' takes an exit layer, and no threshold, decay or depth budget")
 
@@ -119,4 +131,6 @@ def _check_budget(depth_budget: float, exit_layers: Sequence[int]) -> None:
     if len(exit_layers) == 1:
         raise RequestError("a depth budget needs early exits; this bundle has none")
     if not exit_layers[0] <= depth_budget <= exit_layers[-1]:
-        raise RequestError(f"depth budget {depth_budget} is outside {exit_layers[0]}..{exit_layers[-1]}, the layers of the exits")
+        raise RequestError(
+            f"depth budget {depth_budget} is outside {exit_layers[0]}..{exit_layers[-1]}, the layers of the exits"
+        )

@@ -57,7 +57,9 @@ class Budget:
         """The other policy's. Shape: (N)."""
         return self.policy.confidence(said, state.inner)
 
-    def leaves(self, exit_index: int, confidence: Floats, progress: float, state: BudgetState) -> NDArray[np.bool_]:
+    def leaves(
+        self, exit_index: int, confidence: Floats, progress: float, state: BudgetState
+    ) -> NDArray[np.bool_]:
         """Which tokens leave at the moved threshold. Shape: (N) -> (N)."""
         moved = self.policy.threshold(exit_index, progress, state.inner) + state.offset
         return confidence >= np.float32(min(max(moved, 0.0), 1.0))

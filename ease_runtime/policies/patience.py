@@ -7,7 +7,9 @@ import numpy as np
 
 from ease_runtime.policies.protocol import ExitOutput, Floats, ThresholdPolicy
 
-Agreement = dict[int, tuple[int, int, int]]  # by position: the last exit asked, what it said, how many agreed with the one before
+Agreement = dict[
+    int, tuple[int, int, int]
+]  # by position: the last exit asked, what it said, how many agreed with the one before
 NOTHING = (-1, -1, 0)
 
 
@@ -30,7 +32,9 @@ class Patience(ThresholdPolicy):
         counts = []
         for position, token in zip(said.positions.tolist(), said.head.top_id.tolist(), strict=True):
             last_exit, last_token, count = state.get(position, NOTHING)
-            agrees = last_exit < said.exit_index and token == last_token  # else the position is on its way for another time
+            agrees = (
+                last_exit < said.exit_index and token == last_token
+            )  # else the position is on its way for another time
             counts.append(count + 1 if agrees else 0)
             state[position] = (said.exit_index, token, counts[-1])
         return np.minimum(np.array(counts) / self.patience, 1.0).astype(np.float32)

@@ -28,7 +28,9 @@ class HeadOutput:
     def tokens(self, start: int, stop: int) -> "HeadOutput":
         """Those of tokens [start, stop)."""
         part = slice(start, stop)
-        return HeadOutput(self.logits[part], self.top_id[part], self.top_prob[part], self.margin[part], self.entropy[part])
+        return HeadOutput(
+            self.logits[part], self.top_id[part], self.top_prob[part], self.margin[part], self.entropy[part]
+        )
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,13 @@ class Thresholds:
         """From the notation, a number, a list or None (off). Raises RequestError for anything else."""
         if isinstance(given, Thresholds):
             return given
-        parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else [given]
+        parts = (
+            given.split(",")
+            if isinstance(given, str)
+            else given
+            if isinstance(given, list | tuple)
+            else [given]
+        )
         if not parts:
             raise RequestError(f"no threshold in an empty list; give {EXPECTED}")
         return cls(tuple(_value(part, given) for part in parts))
@@ -47,7 +53,9 @@ class Thresholds:
         if not self:
             return "off"
         same = len(set(self.values)) == 1
-        return ",".join("off" if value is None else f"{value:g}" for value in (self.values[:1] if same else self.values))
+        return ",".join(
+            "off" if value is None else f"{value:g}" for value in (self.values[:1] if same else self.values)
+        )
 
     def at(self, exit_index: int) -> float | None:
         """The threshold of an early exit (from 0); None: it is not asked."""
@@ -60,10 +68,14 @@ class Thresholds:
         if not self:
             return OFF
         if not num_early:
-            raise RequestError("this bundle has no early exit: its only exit is after the last layer; leave the threshold away")
+            raise RequestError(
+                "this bundle has no early exit: its only exit is after the last layer; leave the threshold away"
+            )
         values = self.values * num_early if len(self.values) == 1 else self.values
         if len(values) != num_early:
-            raise RequestError(f"{len(values)} thresholds given; this bundle has {num_early} early exits: give one, or one for each")
+            raise RequestError(
+                f"{len(values)} thresholds given; this bundle has {num_early} early exits: give one, or one for each"
+            )
         return Thresholds(values)
 
     def to_json(self) -> float | str:

@@ -30,19 +30,28 @@ class Answer:
         name = f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}"
         return {"id": name, "object": kind, "created": self.created, "model": self.model}
 
-    def whole(self, completions: list[list[TokenEvent]], reasons: list[str | None], ticket: Ticket) -> dict[str, Any]:
+    def whole(
+        self, completions: list[list[TokenEvent]], reasons: list[str | None], ticket: Ticket
+    ) -> dict[str, Any]:
         """A complete answer."""
         choices = []
         for index, (events, reason) in enumerate(zip(completions, reasons, strict=True)):
             text = "".join(event.text for event in events)
-            said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+            said = (
+                {"message": {"role": "assistant", "content": text, "refusal": None}}
+                if self.chat
+                else {"text": text}
+            )
             choices.append({"index": index, **said, **self.details(index, events), "finish_reason": reason})
         return {**self.head(part=False), "choices": choices, "usage": self.usage(ticket)}
 
     def opening(self, num_choices: int) -> list[dict[str, Any]]:
         """The parts that begin a stream: in a chat, who speaks."""
         delta = {"role": "assistant", "content": ""}
-        choices = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for index in range(num_choices)]
+        choices = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            for index in range(num_choices)
+        ]
         return [self.part([choice]) for choice in choices] if self.chat else []
 
     def more(self, index: int, events: list[TokenEvent], reason: str | None) -> dict[str, Any]:
@@ -55,7 +64,11 @@ class Answer:
 
     def part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """An event of a stream."""
-        return {**self.head(part=True), "choices": choices, **({"usage": None} if self.asked.include_usage else {})}
+        return {
+            **self.head(part=True),
+            "choices": choices,
+            **({"usage": None} if self.asked.include_usage else {}),
+        }
 
     def closing(self, ticket: Ticket) -> dict[str, Any]:
         """The part with the usage, which has no choices."""
@@ -64,10 +77,19 @@ class Answer:
     def usage(self, ticket: Ticket) -> dict[str, Any]:
         """Tokens of prompts and answers; with `ease`, what they cost in layers."""
         prompt, completion = sum(len(prompt) for prompt in self.asked.prompts), len(self.depths)
-        usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        usage: dict[str, Any] = {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
         if self.asked.show_ease:
             mean_depth = sum(self.depths) / completion if completion else None
-            usage["ease"] = {"mean_depth": mean_depth, "drafted": ticket.drafted, "accepted": ticket.accepted, "notes": ticket.notes}
+            usage["ease"] = {
+                "mean_depth": mean_depth,
+                "drafted": ticket.drafted,
+                "accepted": ticket.accepted,
+                "notes": ticket.notes,
+            }
         return usage
 
     def details(self, index: int, events: list[TokenEvent]) -> dict[str, Any]:
@@ -75,7 +97,11 @@ class Answer:
         self.depths += [event.depth for event in events]
         logprobs = None
         if self.asked.show_logprobs:
-            logprobs = {"content": [self.chat_logprob(event) for event in events]} if self.chat else self.logprobs(index, events)
+            logprobs = (
+                {"content": [self.chat_logprob(event) for event in events]}
+                if self.chat
+                else self.logprobs(index, events)
+            )
         ease = {"ease": {"tokens": [token_object(event) for event in events]}} if self.asked.show_ease else {}
         return {"logprobs": logprobs, **ease}
 
@@ -89,13 +115,18 @@ class Answer:
         return {
             "tokens": [self.token_text(event.id) for event in events],
             "token_logprobs": [event.logprob for event in events],
-            "top_logprobs": [{self.token_text(token): logprob for token, logprob in event.top_logprobs} for event in events],
+            "top_logprobs": [
+                {self.token_text(token): logprob for token, logprob in event.top_logprobs} for event in events
+            ],
             "text_offset": offsets,
         }
 
     def chat_logprob(self, event: TokenEvent) -> dict[str, Any]:
         """As /v1/chat/completions has them: an object a token."""
-        return {**self._logprob(event.id, event.logprob), "top_logprobs": [self._logprob(*pair) for pair in event.top_logprobs]}
+        return {
+            **self._logprob(event.id, event.logprob),
+            "top_logprobs": [self._logprob(*pair) for pair in event.top_logprobs],
+        }
 
     def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.token_text(token)
@@ -104,4 +135,10 @@ class Answer:
 
 def token_object(event: TokenEvent) -> dict[str, Any]:
     """A token's text, depth in layers and confidence, and whether an early exit drafted it."""
-    return {"id": event.id, "text": event.text, "depth": event.depth, "confidence": event.confidence, "drafted": event.drafted}
+    return {
+        "id": event.id,
+        "text": event.text,
+        "depth": event.depth,
+        "confidence": event.confidence,
+        "drafted": event.drafted,
+    }

@@ -64,7 +64,11 @@ class Service:
         """Raises ApiError unless the request has the key, where there is one."""
         expected, given = self.settings.api_key, dict(request.scope["headers"]).get(b"authorization", b"")
         if expected is not None and not hmac.compare_digest(given, f"Bearer {expected}".encode()):
-            raise ApiError(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+            )
 
     async def read_body(self, request: "Request") -> Any:
         """The JSON of a body. Raises ApiError for one that is too large, no UTF-8 or no JSON."""
@@ -73,7 +77,11 @@ class Service:
         async for part in request.stream():
             body += part
             if len(body) > limit:
-                raise ApiError(413, f"the body is larger than {limit} bytes; send a shorter prompt", code="body_too_large")
+                raise ApiError(
+                    413,
+                    f"the body is larger than {limit} bytes; send a shorter prompt",
+                    code="body_too_large",
+                )
         try:
             return json.loads(body.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -88,7 +96,9 @@ class Service:
         body = await self.read_body(request)
         if isinstance(body, dict) and body.get("model") not in (None, self.settings.model):
             raise ApiError(
-                404, f"no model {str(body['model'])[:80]!r} here; this server has '{self.settings.model}'", code="model_not_found"
+                404,
+                f"no model {str(body['model'])[:80]!r} here; this server has '{self.settings.model}'",
+                code="model_not_found",
             )
         asked = await asyncio.to_thread(reader, body, self.llm, self.settings.options)
         limit = self.settings.max_prompt_tokens
@@ -165,7 +175,13 @@ class Service:
         template = self.llm.template
         ease |= {"chat": template is not None and template.problem is None}
         ease |= {"gates": all(leave.gate for leave in stack.exits[:-1])}
-        return {"id": self.settings.model, "object": "model", "created": self.started, "owned_by": "ease", "ease": ease}
+        return {
+            "id": self.settings.model,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "ease",
+            "ease": ease,
+        }
 
 
 class ClientGone(Exception):  # noqa: N818 - no error
@@ -209,7 +225,11 @@ def stream(answer: Answer, ticket: Ticket, updates: AsyncGenerator[Update, None]
             yield event(answer.closing(ticket))
         yield "data: [DONE]\n\n"
 
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    return StreamingResponse(
+        lines(),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
 
 
 def event(value: Any) -> str:
@@ -273,7 +293,11 @@ def create_app(llm: TextEngine, settings: Settings) -> "FastAPI":
     async def model(request: Request, name: str) -> Response:
         service.check_key(request)
         if name != settings.model:
-            raise ApiError(404, f"no model {name[:80]!r} here; this server has '{settings.model}'", code="model_not_found")
+            raise ApiError(
+                404,
+                f"no model {name[:80]!r} here; this server has '{settings.model}'",
+                code="model_not_found",
+            )
         return JSONResponse(service.model())
 
     @app.get("/health")

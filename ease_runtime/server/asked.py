@@ -12,11 +12,38 @@ from ease_common.errors import RequestError, did_you_mean
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 
-SAMPLING = ("max_tokens", "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias")
+SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "n",
+    "stop",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
 MORE_SAMPLING = ("top_k", "min_p", "repetition_penalty")  # as other servers have them
-EASE = ("policy", "threshold", "catch_up", "min_exit", "patience", "decay", "exit_layer", "exit", "depth_budget")
+EASE = (
+    "policy",
+    "threshold",
+    "catch_up",
+    "min_exit",
+    "patience",
+    "decay",
+    "exit_layer",
+    "exit",
+    "depth_budget",
+)
 SHARED = ("model", "stream", "stream_options", "ease", *SAMPLING, *MORE_SAMPLING)
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")  # they change no answer
+IGNORED = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+)  # they change no answer
 Body = Mapping[str, Any]
 
 
@@ -40,7 +67,12 @@ def read_completion(body: Any, llm: TextEngine, base: Options) -> Asked:
             raise RequestError(f"{name} is not supported; leave it away")
     logprobs = body.get("logprobs")
     more = {} if logprobs is None else {"logprobs": logprobs}
-    return _asked(body, lambda: read_prompts(body.get("prompt"), llm), read_options(body, base, more), logprobs is not None)
+    return _asked(
+        body,
+        lambda: read_prompts(body.get("prompt"), llm),
+        read_options(body, base, more),
+        logprobs is not None,
+    )
 
 
 def read_chat(body: Any, llm: TextEngine, base: Options) -> Asked:
@@ -52,18 +84,29 @@ def read_chat(body: Any, llm: TextEngine, base: Options) -> Asked:
         raise RequestError("top_logprobs needs logprobs: true")
     if body.get("max_completion_tokens") is not None:
         if body.get("max_tokens") not in (None, body["max_completion_tokens"]):
-            raise RequestError("max_tokens and max_completion_tokens are two names of one option; leave one out")
+            raise RequestError(
+                "max_tokens and max_completion_tokens are two names of one option; leave one out"
+            )
         more["max_tokens"] = body["max_completion_tokens"]
-    return _asked(body, lambda: [llm.encode_chat(read_messages(body.get("messages")))], read_options(body, base, more), logprobs)
+    return _asked(
+        body,
+        lambda: [llm.encode_chat(read_messages(body.get("messages")))],
+        read_options(body, base, more),
+        logprobs,
+    )
 
 
-def _asked(body: Body, prompts: Callable[[], list[list[int]]], options: Options, show_logprobs: bool) -> Asked:
+def _asked(
+    body: Body, prompts: Callable[[], list[list[int]]], options: Options, show_logprobs: bool
+) -> Asked:
     stream, of_stream = read_switch(body, "stream"), body.get("stream_options") or {}
     if not isinstance(of_stream, Mapping):
         raise RequestError('stream_options must be an object like {"include_usage": true}')
     include_usage = read_switch(of_stream, "include_usage")
     if include_usage and not stream:
-        raise RequestError("stream_options has no effect without stream: true; a whole answer always has its usage")
+        raise RequestError(
+            "stream_options has no effect without stream: true; a whole answer always has its usage"
+        )
     return Asked(prompts(), options, stream, include_usage, show_logprobs, body.get("ease") is not None)
 
 
@@ -73,7 +116,9 @@ def check_names(body: Any, known: tuple[str, ...]) -> None:
         raise RequestError("the body must be a JSON object")
     for name, value in body.items():
         if name not in known and name not in IGNORED and value is not None:
-            raise RequestError(f"unknown or unsupported field {name[:80]!r}; {did_you_mean(name[:80], known)}")
+            raise RequestError(
+                f"unknown or unsupported field {name[:80]!r}; {did_you_mean(name[:80], known)}"
+            )
 
 
 def read_switch(values: Body, name: str) -> bool:
@@ -128,7 +173,10 @@ def read_messages(messages: Any) -> Any:
 def _joined(content: Any) -> Any:
     if not isinstance(content, list):
         return content
-    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+    texts = [
+        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        for part in content
+    ]
     if not all(isinstance(text, str) for text in texts):
         raise RequestError("a message has a part that is no text; this model takes texts only")
     return "".join(str(text) for text in texts)

@@ -63,7 +63,9 @@ class Listener(Protocol):
 class EngineThread:
     """Runs the engine while there is work, from `start` to `stop`."""
 
-    def __init__(self, llm: TextEngine, metrics: Metrics, listener: Listener, shadow: Shadow | None = None) -> None:
+    def __init__(
+        self, llm: TextEngine, metrics: Metrics, listener: Listener, shadow: Shadow | None = None
+    ) -> None:
         self.llm, self.metrics, self.listener, self.shadow = llm, metrics, listener, shadow
         self.deadline = math.inf  # when what still runs is cut
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -166,7 +168,9 @@ class EngineThread:
             return Update(index, events)
         self._note_end(choice.sequence)
         drafts, notes = choice.sequence.drafts, tuple(choice.sequence.notes)
-        return Update(index, events, choice.finish_reason, choice.error, drafts.judged, drafts.accepted, notes)
+        return Update(
+            index, events, choice.finish_reason, choice.error, drafts.judged, drafts.accepted, notes
+        )
 
     def _note_end(self, sequence: TokenSequence) -> None:
         self.metrics.drafted.inc(sequence.drafts.judged)

@@ -4,14 +4,21 @@ from typing import Any
 
 from ease_common.errors import RequestError
 
-KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error", 405: "invalid_request_error"}
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+}
 KINDS |= {413: "invalid_request_error", 429: "rate_limit_error"}
 
 
 class ApiError(RequestError):
     """A request that is refused with an HTTP status. `retry_after` is in seconds."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, retry_after: int | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.code = status, code
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
@@ -21,7 +28,9 @@ class ApiError(RequestError):
 
 def error_object(status: int, message: str, code: str | None = None) -> dict[str, Any]:
     """The body of an answer that is an error, and the last event of a stream that breaks."""
-    return {"error": {"message": message, "type": KINDS.get(status, "server_error"), "param": None, "code": code}}
+    return {
+        "error": {"message": message, "type": KINDS.get(status, "server_error"), "param": None, "code": code}
+    }
 
 
 def extra_missing(error: ImportError) -> RequestError:

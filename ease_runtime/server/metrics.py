@@ -12,23 +12,52 @@ class Metrics:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         registry = self.registry = CollectorRegistry()
-        self.requests = Counter("ease_requests", "Requests by how they ended.", ["endpoint", "outcome"], registry=registry)
+        self.requests = Counter(
+            "ease_requests", "Requests by how they ended.", ["endpoint", "outcome"], registry=registry
+        )
         self.prompt_tokens = Counter("ease_prompt_tokens", "Tokens of prompts.", registry=registry)
         self.generated_tokens = Counter("ease_generated_tokens", "Tokens generated.", registry=registry)
-        self.drafted = Counter("ease_drafted_tokens", "Drafts that full depth has judged (verify).", registry=registry)
-        self.accepted = Counter("ease_accepted_tokens", "Drafts that full depth agreed with (verify).", registry=registry)
+        self.drafted = Counter(
+            "ease_drafted_tokens", "Drafts that full depth has judged (verify).", registry=registry
+        )
+        self.accepted = Counter(
+            "ease_accepted_tokens", "Drafts that full depth agreed with (verify).", registry=registry
+        )
         self.queue = Gauge("ease_queue_length", "Completions that wait for a slot.", registry=registry)
         self.running = Gauge("ease_running", "Completions that have a slot.", registry=registry)
         Gauge("ease_slots", "Completions that can run together.", registry=registry).set(num_slots)
         self.passes = Counter("ease_passes", "Graph passes.", registry=registry)
-        self.rows = Counter("ease_pass_rows", "Completions in all passes; over ease_passes_total it is the mean batch.", registry=registry)
-        self.mean_batch = Gauge("ease_mean_batch", "Completions in a pass, in the mean since the start.", registry=registry)
-        self.depth = Histogram("ease_token_depth_layers", "Layers that tokens used.", buckets=exit_layers, registry=registry)
-        self.first_token = Histogram("ease_first_token_seconds", "From the request to its first token.", buckets=SECONDS, registry=registry)
-        self.duration = Histogram("ease_request_seconds", "From the request to its end.", buckets=SECONDS, registry=registry)
-        self.shadowed = Counter("ease_shadowed_answers", "Answers that ran again at full depth (--shadow).", registry=registry)
-        self.shadow_risk = Gauge("ease_shadow_risk", "Mean risk of these answers, as the certificate counts it.", registry=registry)
-        self.shadow_drift = Gauge("ease_shadow_drift", "1 when that is above the certificate's promise beyond chance.", registry=registry)
+        self.rows = Counter(
+            "ease_pass_rows",
+            "Completions in all passes; over ease_passes_total it is the mean batch.",
+            registry=registry,
+        )
+        self.mean_batch = Gauge(
+            "ease_mean_batch", "Completions in a pass, in the mean since the start.", registry=registry
+        )
+        self.depth = Histogram(
+            "ease_token_depth_layers", "Layers that tokens used.", buckets=exit_layers, registry=registry
+        )
+        self.first_token = Histogram(
+            "ease_first_token_seconds",
+            "From the request to its first token.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.duration = Histogram(
+            "ease_request_seconds", "From the request to its end.", buckets=SECONDS, registry=registry
+        )
+        self.shadowed = Counter(
+            "ease_shadowed_answers", "Answers that ran again at full depth (--shadow).", registry=registry
+        )
+        self.shadow_risk = Gauge(
+            "ease_shadow_risk", "Mean risk of these answers, as the certificate counts it.", registry=registry
+        )
+        self.shadow_drift = Gauge(
+            "ease_shadow_drift",
+            "1 when that is above the certificate's promise beyond chance.",
+            registry=registry,
+        )
         self.num_passes, self.num_rows = 0, 0
 
     def note_pass(self, num_rows: int, num_running: int, num_waiting: int, depths: Iterable[int]) -> None:

@@ -13,7 +13,15 @@ from ease_runtime.server.errors import extra_missing
 MARGIN_SECONDS = 5  # for connections to close after the last answer was cut
 
 
-def serve(llm: TextEngine, settings: Settings, *, host: str, port: int, grace_seconds: float, log_level: str = "info") -> None:
+def serve(
+    llm: TextEngine,
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    grace_seconds: float,
+    log_level: str = "info",
+) -> None:
     """Serve in this thread. Raises RequestError where the extra is not installed or the port is taken."""
     app = create_app(llm, settings)
     try:
@@ -27,7 +35,10 @@ def serve(llm: TextEngine, settings: Settings, *, host: str, port: int, grace_se
             self.force_exit = self.should_exit and sig == signal.SIGINT  # a second Ctrl-C waits for nothing
             self.should_exit = True
 
-    more: dict[str, Any] = {"timeout_graceful_shutdown": int(grace_seconds) + MARGIN_SECONDS, "log_level": log_level}
+    more: dict[str, Any] = {
+        "timeout_graceful_shutdown": int(grace_seconds) + MARGIN_SECONDS,
+        "log_level": log_level,
+    }
     server = Server(uvicorn.Config(app, host=host, port=port, **more))
     with contextlib.suppress(SystemExit):  # uvicorn has said why
         server.run()

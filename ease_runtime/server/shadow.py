@@ -49,11 +49,18 @@ class Shadow:
         self.credit -= 1.0
         prompt, ids = answer.tokens[: answer.num_prompt], [token.id for token in answer.produced]
         self.answer = answer
-        self.again = self.engine.start(prompt, max_new_tokens=len(ids), sampler=Given([*prompt, *ids]), num_logprobs=1)
+        self.again = self.engine.start(
+            prompt, max_new_tokens=len(ids), sampler=Given([*prompt, *ids]), num_logprobs=1
+        )
 
     def concerns(self, answer: TokenSequence) -> bool:
         """Whether an answer left early, under the certificate's thresholds where there is one."""
-        if not answer.decision.policy.thresholds or answer.request.catch_up == "verify" or answer.error or not answer.produced:
+        if (
+            not answer.decision.policy.thresholds
+            or answer.request.catch_up == "verify"
+            or answer.error
+            or not answer.produced
+        ):
             return False
         if self.kind == "disagreement" and not isinstance(answer.request.sampler, Greedy):
             return False
@@ -69,7 +76,11 @@ class Shadow:
         """After a pass: whether a comparison has come to its end, and counts."""
         if self.again is None or self.answer is None:
             return False
-        gone = self.again.finish_reason is None and self.again.slot is None and self.again not in self.engine.waiting
+        gone = (
+            self.again.finish_reason is None
+            and self.again.slot is None
+            and self.again not in self.engine.waiting
+        )
         if self.again.finish_reason is None and not gone:
             return False
         answer, again, self.answer, self.again = self.answer, self.again, None, None
@@ -96,10 +107,19 @@ class Shadow:
             return None
         if self.risk is None:
             return False
-        return self.risk - math.sqrt(math.log(1.0 / EPSILON) / (2 * len(self.risks))) > float(self.certificate["delta"])
+        return self.risk - math.sqrt(math.log(1.0 / EPSILON) / (2 * len(self.risks))) > float(
+            self.certificate["delta"]
+        )
 
     def report(self) -> dict[str, Any]:
         """For /health."""
         promised = float(self.certificate["delta"]) if self.certificate else None
         counts = {"answers": len(self.risks), "tokens": self.num_tokens}
-        return {"share": self.share, **counts, "kind": self.kind, "risk": self.risk, "promised": promised, "drift": self.drift}
+        return {
+            "share": self.share,
+            **counts,
+            "kind": self.kind,
+            "risk": self.risk,
+            "promised": promised,
+            "drift": self.drift,
+        }

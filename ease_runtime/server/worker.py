@@ -51,7 +51,9 @@ class Ticket:
 class Worker:
     """Takes requests for the engine's thread. At most `num_slots` completions run and `max_queued` wait; more are refused."""
 
-    def __init__(self, llm: TextEngine, metrics: Metrics, *, max_queued: int = 64, shadow: Shadow | None = None) -> None:
+    def __init__(
+        self, llm: TextEngine, metrics: Metrics, *, max_queued: int = 64, shadow: Shadow | None = None
+    ) -> None:
         self.engine = EngineThread(llm, metrics, Messages(self), shadow)
         self.num_slots = llm.engine.num_slots
         self.capacity = self.num_slots + max_queued

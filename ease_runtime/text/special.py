@@ -53,14 +53,19 @@ class SpecialTokens:
     def encode_chat(self, template: Template, messages: Sequence[Message]) -> list[int]:
         """The ids of messages in a template's form. Raises RequestError."""
         check_messages(messages)
-        hidden = [{name: value if name == "role" else self._hide(value) for name, value in m.items()} for m in messages]
+        hidden = [
+            {name: value if name == "role" else self._hide(value) for name, value in m.items()}
+            for m in messages
+        ]
         text = template.render(hidden)
         check_unicode(text)
         if self.mention not in text:
             plain: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
             return plain
         marked = self.pattern.sub(lambda found: self._stand_in(self.marker, found[0]), text)
-        shown = re.sub(rf"{self.mention}(\d{{{ID_DIGITS}}})", lambda found: self.tokens[int(found[1])].content, marked)
+        shown = re.sub(
+            rf"{self.mention}(\d{{{ID_DIGITS}}})", lambda found: self.tokens[int(found[1])].content, marked
+        )
         tokenizer, meant = self.blind
         return [meant.get(token, token) for token in tokenizer.encode(shown, add_special_tokens=False).ids]
 
@@ -110,4 +115,6 @@ def check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"the text is no valid Unicode: half of a surrogate pair at character {error.start}") from None
+        raise RequestError(
+            f"the text is no valid Unicode: half of a surrogate pair at character {error.start}"
+        ) from None

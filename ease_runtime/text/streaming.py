@@ -108,7 +108,9 @@ def _steps(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
 def _rewrites(steps: Sequence[dict[str, Any]]) -> bool:
     """Whether a decoder reads the fused text again, so that any token may change what stands before it."""
     kinds = [step["type"] for step in steps]
-    fused = min((kinds.index(kind) + 1 for kind in ("ByteLevel", "Fuse") if kind in kinds), default=len(steps))
+    fused = min(
+        (kinds.index(kind) + 1 for kind in ("ByteLevel", "Fuse") if kind in kinds), default=len(steps)
+    )
     return not all(_keeps_beginnings(step) for step in steps[fused:])
 
 
@@ -127,7 +129,9 @@ class StopPattern:
 
     def __init__(self, text: Sequence[str | int]) -> None:
         self.text = text
-        self.fallback = [0] * len(text)  # [i]: the longest beginning of the text that also ends its first i + 1 characters
+        self.fallback = [0] * len(
+            text
+        )  # [i]: the longest beginning of the text that also ends its first i + 1 characters
         length = 0
         for i in range(1, len(text)):
             while length and text[i] != text[length]:
@@ -162,8 +166,12 @@ class StopMatcher:
             return None
         for character in text:
             self.length += 1
-            self.matched = [pattern.advance(n, character) for pattern, n in zip(self.patterns, self.matched, strict=True)]
-            complete = [n for pattern, n in zip(self.patterns, self.matched, strict=True) if n == len(pattern.text)]
+            self.matched = [
+                pattern.advance(n, character) for pattern, n in zip(self.patterns, self.matched, strict=True)
+            ]
+            complete = [
+                n for pattern, n in zip(self.patterns, self.matched, strict=True) if n == len(pattern.text)
+            ]
             if complete:
                 return self.length - max(complete)
         return None

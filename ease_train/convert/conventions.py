@@ -31,7 +31,9 @@ class Conventions:
     @classmethod
     def from_dict(cls, values: dict[str, Any], chat_template: str | None) -> Self:
         special_tokens = values.get("special_tokens", {})
-        return cls(values["start_id"], tuple(values["stop_ids"]), chat_template, values["generation"], special_tokens)
+        return cls(
+            values["start_id"], tuple(values["stop_ids"]), chat_template, values["generation"], special_tokens
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All but the template, which is a file of its own."""

@@ -58,7 +58,12 @@ UNSAID_BY_KIND: dict[str, dict[str, int]] = {
 }
 MOST_POSITIONS = 1 << 22  # whose rotary tables take 2 GB
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 ROTARY_BUFFER = ".rotary_emb.inv_freq"  # which old files hold beside the weights
 
 
@@ -83,10 +88,14 @@ def foreign_name(name: str) -> str | None:
         return f"{OUTER[module]}.{kind}"
     head, _, rest = module.partition(".")
     number, _, inner = rest.partition(".")
-    return f"model.layers.{number}.{IN_LAYER[inner]}.{kind}" if head == "layers" and inner in IN_LAYER else None
+    return (
+        f"model.layers.{number}.{IN_LAYER[inner]}.{kind}" if head == "layers" and inner in IN_LAYER else None
+    )
 
 
-def model_config(values: Mapping[str, Any], exits: tuple[int, ...], max_positions: int | None, tied: bool) -> ModelConfig:
+def model_config(
+    values: Mapping[str, Any], exits: tuple[int, ...], max_positions: int | None, tied: bool
+) -> ModelConfig:
     """A config.json as ours; `tied` says whether embedding and LM head are one matrix.
 
     Raises ForeignError for what would compute otherwise.
@@ -94,7 +103,9 @@ def model_config(values: Mapping[str, Any], exits: tuple[int, ...], max_position
     kind = values.get("model_type")
     _refuse_features(values, kind)
     if missing := [name for name in NEEDED if name not in values]:
-        raise ForeignError(f"config.json lacks {', '.join(missing)}: it describes no decoder of the Llama family")
+        raise ForeignError(
+            f"config.json lacks {', '.join(missing)}: it describes no decoder of the Llama family"
+        )
     values = {**UNSAID, **UNSAID_BY_KIND[str(kind)], **values}
     for name in CONFIG.values():
         _check_field(name, values[name])
@@ -102,7 +113,9 @@ def model_config(values: Mapping[str, Any], exits: tuple[int, ...], max_position
     positions = _positions(values, kind)
     positions = min(max_positions or positions, positions)
     if positions > MOST_POSITIONS:
-        raise ForeignError(f"config.json has a context of {positions} tokens, expected at most {MOST_POSITIONS}; cut it: --max-positions N")
+        raise ForeignError(
+            f"config.json has a context of {positions} tokens, expected at most {MOST_POSITIONS}; cut it: --max-positions N"
+        )
     return ModelConfig.from_dict(
         {
             "num_kv_heads": given["num_heads"],
@@ -134,16 +147,21 @@ def _check_field(name: str, value: Any) -> None:
 def _refuse_features(values: Mapping[str, Any], kind: Any) -> None:
     """Raise ForeignError, in one line, for an architecture or a feature that this decoder has not."""
     if kind not in ARCHITECTURES:
-        raise ForeignError(f"models of the type '{kind}' cannot be imported; expected one of: {', '.join(ARCHITECTURES)}")
+        raise ForeignError(
+            f"models of the type '{kind}' cannot be imported; expected one of: {', '.join(ARCHITECTURES)}"
+        )
     unsupported = {
         "hidden_act": values.get("hidden_act", "silu") not in ("silu", "swish"),  # two names of one function
-        "attention_bias": kind in ("llama", "qwen3") and bool(values.get("attention_bias")),  # on the output projection, too
+        "attention_bias": kind in ("llama", "qwen3")
+        and bool(values.get("attention_bias")),  # on the output projection, too
         "mlp_bias": kind == "llama" and bool(values.get("mlp_bias")),
         "quantization_config": values.get("quantization_config") is not None,
     }
     for name, found in unsupported.items():
         if found:
-            raise ForeignError(f"config.json has {name} = {values[name]!r}, which this decoder does not compute")
+            raise ForeignError(
+                f"config.json has {name} = {values[name]!r}, which this decoder does not compute"
+            )
 
 
 def _positions(values: Mapping[str, Any], kind: Any) -> int:
@@ -168,15 +186,22 @@ def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = values.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
     if kind not in ("default", "linear", "llama3") or share != 1.0:
-        raise ForeignError(f"rotary embeddings of the kind '{kind}' (share {share}) cannot be imported; expected: default, linear, llama3")
+        raise ForeignError(
+            f"rotary embeddings of the kind '{kind}' (share {share}) cannot be imported; expected: default, linear, llama3"
+        )
     names = {"default": (), "linear": LLAMA3_SCALING[:1], "llama3": LLAMA3_SCALING}[kind]
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
     for name in ("rope_theta", *names):
         value: Any = rope.get(name)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ForeignError(f"config.json has rotary embeddings of the kind '{kind}' with {name} = {value!r}, expected a number above 0")
-    return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": tuple(float(rope[name]) for name in names)}
+            raise ForeignError(
+                f"config.json has rotary embeddings of the kind '{kind}' with {name} = {value!r}, expected a number above 0"
+            )
+    return {
+        "rope_theta": float(rope["rope_theta"]),
+        "rope_scaling": tuple(float(rope[name]) for name in names),
+    }
 
 
 def foreign_config(config: ModelConfig) -> dict[str, Any]:

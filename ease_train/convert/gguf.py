@@ -79,7 +79,10 @@ NEUTRAL_TOKENIZER: dict[str, Any] = {
     "tokenizer.ggml.suppress_tokens": [],
 }
 HARMLESS_TOKENIZER = (
-    *(f"tokenizer.ggml.{name}_token_id" for name in ("seperator", "separator", "mask", "cls", "prefix", "suffix", "middle")),
+    *(
+        f"tokenizer.ggml.{name}_token_id"
+        for name in ("seperator", "separator", "mask", "cls", "prefix", "suffix", "middle")
+    ),
     *(f"tokenizer.ggml.fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
     "tokenizer.ggml.token_type_count",
     "tokenizer.huggingface.json",
@@ -140,7 +143,12 @@ class Metadata:
     def per_layer(self, key: str, default: int | None = None) -> int:
         """A whole number that a file may give once for all layers, or once for each; they have to be the same in all."""
         found = [default] if key not in self else self.reader.fields[key].contents()
-        if isinstance(found, list) and found and all(number == found[0] for number in found) and type(found[0]) is int:
+        if (
+            isinstance(found, list)
+            and found
+            and all(number == found[0] for number in found)
+            and type(found[0]) is int
+        ):
             self.used.add(key)
             return int(found[0])
         if isinstance(found, list):
@@ -193,7 +201,9 @@ class PackedTensor:
             values = gguf.dequantize(self.rows(), self.kind)
         except (NotImplementedError, ValueError) as error:
             reason = str(error).strip() or type(error).__name__
-            raise ForeignError(f"{self.name} is stored as {self.kind.name}, which gguf cannot dequantise: {reason}") from None
+            raise ForeignError(
+                f"{self.name} is stored as {self.kind.name}, which gguf cannot dequantise: {reason}"
+            ) from None
         return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(self.shape)
 
 
@@ -231,7 +241,9 @@ class GGUFFile:
         self.architecture = self.metadata.value("general.architecture", str, "unknown")
         if self.architecture not in ARCHITECTURES:
             expected = ", ".join(ARCHITECTURES)
-            raise ForeignError(f"{path} holds a model of the type '{self.architecture}'; expected one of: {expected}")
+            raise ForeignError(
+                f"{path} holds a model of the type '{self.architecture}'; expected one of: {expected}"
+            )
         self._check_whole()
         self.stored = {tensor.name: tensor for tensor in self.reader.tensors}
         self.config = self._config()
@@ -263,9 +275,13 @@ class GGUFFile:
         if kind != "model":
             raise ForeignError(f"general.type = '{kind}', expected a model")
         if parts > 1:
-            raise ForeignError(f"this is one of {parts} parts; join them: llama-gguf-split --merge FIRST_PART OUT.gguf")
+            raise ForeignError(
+                f"this is one of {parts} parts; join them: llama-gguf-split --merge FIRST_PART OUT.gguf"
+            )
         if self.reader.byte_order != "I":
-            raise ForeignError("the file's bytes are in the other order than this machine's; convert the model again on this one")
+            raise ForeignError(
+                "the file's bytes are in the other order than this machine's; convert the model again on this one"
+            )
 
     def _config(self) -> dict[str, Any]:
         arch, read = self.architecture, self.metadata
@@ -302,27 +318,37 @@ class GGUFFile:
             raise ForeignError("the file lacks the tensor token_embd.weight")
         rows = int(self.stored["token_embd.weight"].shape[-1])
         if (said := self.metadata.value(f"{self.architecture}.vocab_size", int, rows)) != rows:
-            raise ForeignError(f"{self.architecture}.vocab_size = {said}, but token_embd.weight has {rows} rows")
+            raise ForeignError(
+                f"{self.architecture}.vocab_size = {said}, but token_embd.weight has {rows} rows"
+            )
         return rows
 
     def _rope(self, head_dim: int) -> dict[str, Any]:
         """The rotary embedding as a config.json of transformers 5 has it."""
         arch, read = self.architecture, self.metadata
         theta = read.value(f"{arch}.rope.freq_base", float, 10000.0)
-        kind = read.value(f"{arch}.rope.scaling.type", str, "linear")  # as in llama.cpp: a factor alone is linear
+        kind = read.value(
+            f"{arch}.rope.scaling.type", str, "linear"
+        )  # as in llama.cpp: a factor alone is linear
         old = read.value(f"{arch}.rope.scale_linear", float, 0.0)
         factor = read.value(f"{arch}.rope.scaling.factor", float, old) or 1.0
         if kind not in ("none", "linear"):
-            raise ForeignError(f"{arch}.rope.scaling.type = '{kind}' cannot be imported; expected none or linear")
+            raise ForeignError(
+                f"{arch}.rope.scaling.type = '{kind}' cannot be imported; expected none or linear"
+            )
         linear = kind == "linear" and factor != 1.0
         if ROPE_FACTORS not in self.stored or arch != "llama":
             scaling = {"rope_type": "linear", "factor": factor} if linear else {"rope_type": "default"}
             return {**scaling, "rope_theta": theta}
         if linear:
-            raise ForeignError(f"both {ROPE_FACTORS} and {arch}.rope.scaling.factor = {factor} stretch the rotary embedding; expected one")
+            raise ForeignError(
+                f"both {ROPE_FACTORS} and {arch}.rope.scaling.factor = {factor} stretch the rotary embedding; expected one"
+            )
         factors = self._packed(ROPE_FACTORS).floats().double()
         if len(factors) != head_dim // 2:
-            raise ForeignError(f"{ROPE_FACTORS} has {len(factors)} values, expected {head_dim // 2}, one for each rotated pair")
+            raise ForeignError(
+                f"{ROPE_FACTORS} has {len(factors)} values, expected {head_dim // 2}, one for each rotated pair"
+            )
         return {**rope_scaling(factors, theta), "rope_theta": theta}
 
     def _packed(self, name: str, heads: int = 0) -> PackedTensor:
@@ -334,16 +360,28 @@ class GGUFFile:
         """The tensors by our names: each that the model needs, and none beside."""
         layers = self.config["num_hidden_layers"]
         if layers > len(self.stored):
-            raise ForeignError(f"{self.architecture}.block_count = {layers}, but the file holds {len(self.stored)} tensors in all")
+            raise ForeignError(
+                f"{self.architecture}.block_count = {layers}, but the file holds {len(self.stored)} tensors in all"
+            )
         ours = {f"{theirs}.weight": f"{name}.weight" for theirs, name in OUTER.items()}
         for layer in range(layers):
-            ours |= {f"blk.{layer}.{theirs}": f"layers.{layer}.{name}" for theirs, name in self._in_block.items()}
+            ours |= {
+                f"blk.{layer}.{theirs}": f"layers.{layer}.{name}" for theirs, name in self._in_block.items()
+            }
         optional = {"output.weight"} | ({ROPE_FACTORS} if self.architecture == "llama" else set())
         if missing := [name for name in ours if name not in self.stored and name not in optional]:
-            raise ForeignError(f"the file lacks {len(missing)} tensors that the model needs, the first is {missing[0]}")
+            raise ForeignError(
+                f"the file lacks {len(missing)} tensors that the model needs, the first is {missing[0]}"
+            )
         if strange := [name for name in self.stored if name not in ours and name not in optional]:
-            raise ForeignError(f"the file holds {len(strange)} tensors that this decoder has no place for, the first is {strange[0]}")
-        return {name: self._packed(theirs, self._paired_heads(theirs)) for theirs, name in ours.items() if theirs in self.stored}
+            raise ForeignError(
+                f"the file holds {len(strange)} tensors that this decoder has no place for, the first is {strange[0]}"
+            )
+        return {
+            name: self._packed(theirs, self._paired_heads(theirs))
+            for theirs, name in ours.items()
+            if theirs in self.stored
+        }
 
     @cached_property
     def _in_block(self) -> dict[str, str]:
@@ -367,10 +405,14 @@ class GGUFFile:
         """The tokenizer, and how texts begin and end. Raises ForeignError for what is not known."""
         read, model = self.metadata, self.metadata.value("tokenizer.ggml.model", str)
         if model not in ("gpt2", "llama", "t5"):
-            raise ForeignError(f"tokenizer.ggml.model = '{model}' cannot be imported; expected gpt2, llama or t5")
+            raise ForeignError(
+                f"tokenizer.ggml.model = '{model}' cannot be imported; expected gpt2, llama or t5"
+            )
         tokens = read.value("tokenizer.ggml.tokens", list)
         if len(tokens) > self.config["vocab_size"]:
-            raise ForeignError(f"the file has {len(tokens)} tokens, but token_embd.weight {self.config['vocab_size']} rows")
+            raise ForeignError(
+                f"the file has {len(tokens)} tokens, but token_embd.weight {self.config['vocab_size']} rows"
+            )
         named = ("bos", "eos", "eot", "eom", "unknown", "padding")
         ids = {name: read.token(f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in named}
         vocabulary = self._vocabulary(tokens, model)
@@ -383,11 +425,19 @@ class GGUFFile:
             )
         starts = read.value("tokenizer.ggml.add_bos_token", bool, split.starts)
         if starts and ids["bos"] is None:
-            raise ForeignError("the file lacks tokenizer.ggml.bos_token_id, and a start token stands before every text")
+            raise ForeignError(
+                "the file lacks tokenizer.ggml.bos_token_id, and a start token stands before every text"
+            )
         by_text = (number for number, token in enumerate(tokens) if token in END_OF_TURN)
-        stops = tuple(dict.fromkeys(token for token in (ids["eos"], ids["eot"], ids["eom"], *by_text) if token is not None))
+        stops = tuple(
+            dict.fromkeys(
+                token for token in (ids["eos"], ids["eot"], ids["eom"], *by_text) if token is not None
+            )
+        )
         by_name = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-        special_tokens = {theirs: tokens[token] for ours, theirs in by_name.items() if (token := ids[ours]) is not None}
+        special_tokens = {
+            theirs: tokens[token] for ours, theirs in by_name.items() if (token := ids[ours]) is not None
+        }
         template, generation = self._chat_template(), self._generation(ids)
         conventions = Conventions(ids["bos"] if starts else None, stops, template, generation, special_tokens)
         return self._tokenizer(model, vocabulary, split, ids["unknown"]), conventions
@@ -399,7 +449,9 @@ class GGUFFile:
         for name, values in {"token_type": types, "scores": scores}.items():
             if len(values) != len(tokens):
                 raise ForeignError(f"tokenizer.ggml.{name} has {len(values)} values for {len(tokens)} tokens")
-        special = {number for number, kind in enumerate(types) if kind in (TokenType.CONTROL, TokenType.UNKNOWN)}
+        special = {
+            number for number, kind in enumerate(types) if kind in (TokenType.CONTROL, TokenType.UNKNOWN)
+        }
         special |= {number for number, token in enumerate(tokens) if token in END_OF_TURN}
         return Vocabulary(tokens, types, scores, frozenset(special))
 
@@ -436,14 +488,20 @@ class GGUFFile:
         if read.value("tokenizer.ggml.model", str) != "gpt2":
             harmless.add("tokenizer.ggml.pre")  # splits are byte-level BPE's
         for key in self.reader.fields:
-            unused = key.startswith((f"{arch}.", "tokenizer.")) and key not in read.used and key not in harmless
+            unused = (
+                key.startswith((f"{arch}.", "tokenizer.")) and key not in read.used and key not in harmless
+            )
             if not unused or key.startswith("tokenizer.chat_template."):
                 continue
             value = self.reader.fields[key].contents()
             if key not in neutral:
-                raise ForeignError(f"{key} = {str(value)[:60]!r} is not known here; what it changes would be lost")
+                raise ForeignError(
+                    f"{key} = {str(value)[:60]!r} is not known here; what it changes would be lost"
+                )
             if value != neutral[key]:
-                raise ForeignError(f"{key} = {str(value)[:60]}, expected {neutral[key]}: this decoder computes nothing else")
+                raise ForeignError(
+                    f"{key} = {str(value)[:60]}, expected {neutral[key]}: this decoder computes nothing else"
+                )
 
 
 def _opened(path: Path) -> Reader:
@@ -465,9 +523,13 @@ def rope_scaling(factors: Tensor, theta: float) -> dict[str, Any]:
     half = len(factors)
     frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     for settings in _llama3_candidates(factors, frequencies / (2 * math.pi)):
-        if torch.allclose(frequencies / stretched(frequencies, (factor, *settings)), factors, rtol=1e-5, atol=0.0):
+        if torch.allclose(
+            frequencies / stretched(frequencies, (factor, *settings)), factors, rtol=1e-5, atol=0.0
+        ):
             return {"rope_type": "llama3", **dict(zip(LLAMA3_SCALING, (factor, *settings), strict=True))}
-    raise ForeignError(f"{ROPE_FACTORS} holds factors from {float(factors.min())} to {factor} that are not Llama 3's, nor linear")
+    raise ForeignError(
+        f"{ROPE_FACTORS} holds factors from {float(factors.min())} to {factor} that are not Llama 3's, nor linear"
+    )
 
 
 def _llama3_candidates(factors: Tensor, turns: Tensor) -> Iterator[tuple[float, float, float]]:

@@ -43,7 +43,17 @@ REDUCED_HEAD = "reduced_head.known.weight"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OF_THE_EMBEDDING = EMBEDDING.removeprefix("model.")
 NEEDED_OF_HUB = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-GENERATION = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION = (
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 TOKENIZER_FILES = (".json", ".model", ".txt", ".tiktoken")
 WITH_TRANSFORMERS = "needs transformers: pip install 'ease-lm[hf]'"
 
@@ -91,7 +101,9 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ForeignError(f"no model at {name}: expected a Hugging Face directory, a hub id like OWNER/NAME, or a .gguf file")
+        raise ForeignError(
+            f"no model at {name}: expected a Hugging Face directory, a hub id like OWNER/NAME, or a .gguf file"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=list(NEEDED_OF_HUB)))
     except Exception as error:  # the hub's client lets through whatever its transport raises
@@ -107,7 +119,9 @@ def read_directory(folder: Path) -> Foreign:
         raise ForeignError(f"{folder} is no Hugging Face model: config.json is missing")
     if "recipe" in config:
         raise ForeignError(f"{folder} is a checkpoint of this project already; nothing to import")
-    model_config(config, exits=(), max_positions=1, tied=False)  # refused in our words, before transformers reads the same file
+    model_config(
+        config, exits=(), max_positions=1, tied=False
+    )  # refused in our words, before transformers reads the same file
     tokenizer, names = read_named_tokenizer(folder)
     return Foreign(config, Shards(folder), tokenizer, read_conventions(folder, config, tokenizer, names))
 
@@ -137,14 +151,19 @@ class Shards(Mapping[str, Tensor]):
             with _opened(folder / name) as file:
                 names |= dict.fromkeys(file.keys(), folder / name)
         bare = OF_THE_EMBEDDING in names
-        self.places = {f"model.{name}" if bare and name != LM_HEAD else name: (path, name) for name, path in names.items()}
+        self.places = {
+            f"model.{name}" if bare and name != LM_HEAD else name: (path, name)
+            for name, path in names.items()
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         path, stored = self.places[name]
         with _opened(path) as file:
             tensor: Tensor = file.get_tensor(stored)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ForeignError(f"{path.name}: {name} is stored as {tensor.dtype}; quantised weights cannot be imported")
+            raise ForeignError(
+                f"{path.name}: {name} is stored as {tensor.dtype}; quantised weights cannot be imported"
+            )
         return tensor.to(torch.float32, copy=True)
 
     def __contains__(self, name: object) -> bool:
@@ -181,7 +200,9 @@ def _instead(folder: Path) -> str:
         return ": it is an adapter of peft; merge it into its model and save that (merge_and_unload, save_pretrained)"
     if others := sorted(path.name for path in folder.glob("*.safetensors")):
         return f" and {INDEX}; is {others[0]} meant? Give it the first name"
-    remedy = "transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(OTHER) writes them so"
+    remedy = (
+        "transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(OTHER) writes them so"
+    )
     return f"; weights in another form (.bin, .pt) are not read: {remedy}"
 
 
@@ -204,7 +225,9 @@ def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]
     """
     described = tokenizer_settings(folder)
     if described.get("split_special_tokens"):
-        raise ForeignError(f"{folder} has split_special_tokens = true: its chat template would be read as plain text; set it to false")
+        raise ForeignError(
+            f"{folder} has split_special_tokens = true: its chat template would be read as plain text; set it to false"
+        )
     try:
         import transformers
     except ImportError:
@@ -216,9 +239,14 @@ def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]
         transformers.logging.set_verbosity(logging.ERROR)
         try:
             known = _known_to_transformers(folder)
-            tokenizer, names = known.backend_tokenizer, {name: getattr(known, name) for name in SPECIAL_TOKENS}
+            tokenizer, names = (
+                known.backend_tokenizer,
+                {name: getattr(known, name) for name in SPECIAL_TOKENS},
+            )
         except Exception as error:  # whatever its many tokenizers raise
-            raise ForeignError(f"{folder} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}") from None
+            raise ForeignError(
+                f"{folder} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}"
+            ) from None
         finally:
             transformers.logging.set_verbosity(verbosity)
     return settled(tokenizer), {name: _text_of(names.get(name)) for name in SPECIAL_TOKENS}
@@ -237,7 +265,10 @@ def _known_to_transformers(folder: Path) -> Any:
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
     """What stands beside a tokenizer, of which tokenizer.json knows nothing. Raises ForeignError."""
-    return {**(read_json(folder / "special_tokens_map.json") or {}), **(read_json(folder / "tokenizer_config.json") or {})}
+    return {
+        **(read_json(folder / "special_tokens_map.json") or {}),
+        **(read_json(folder / "tokenizer_config.json") or {}),
+    }
 
 
 def _tokenizer_alone(folder: Path, described: Mapping[str, Any]) -> Tokenizer:
@@ -252,7 +283,9 @@ def _tokenizer_alone(folder: Path, described: Mapping[str, Any]) -> Tokenizer:
     texts = [_text_of(token) for token in (*named, *described.get("added_tokens_decoder", {}).values())]
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     if more := sorted({text for text in texts if text is not None} - added):
-        raise ForeignError(f"{folder} names tokens that tokenizer.json has not ({more[0]}); adding them {WITH_TRANSFORMERS}")
+        raise ForeignError(
+            f"{folder} names tokens that tokenizer.json has not ({more[0]}); adding them {WITH_TRANSFORMERS}"
+        )
     return tokenizer
 
 
@@ -277,11 +310,16 @@ def _check_sentencepiece(path: Path) -> None:
         return  # tiktoken's, which has the same name
     if model.trainer_spec.model_type != proto.TrainerSpec.BPE:
         kind = proto.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
-        raise ForeignError(f"{path} is a {kind} vocabulary, expected BPE; a tokenizer.json beside it would be read instead")
+        raise ForeignError(
+            f"{path} is a {kind} vocabulary, expected BPE; a tokenizer.json beside it would be read instead"
+        )
 
 
 def read_conventions(
-    folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer, names: Mapping[str, str | None] | None = None
+    folder: Path,
+    config: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    names: Mapping[str, str | None] | None = None,
 ) -> Conventions:
     """How the model's texts begin and end, and its template: from the files beside its weights. Raises ForeignError.
 
@@ -294,7 +332,9 @@ def read_conventions(
     stops = [end, *_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
     stop_ids = tuple(dict.fromkeys(token for token in stops if token is not None))
     kept = {name: generation[name] for name in GENERATION if generation.get(name) is not None}
-    kept["bos_token_id"] = begin  # the tokenizer's, for templates and likelihoods: generation_config.json may name another
+    kept["bos_token_id"] = (
+        begin  # the tokenizer's, for templates and likelihoods: generation_config.json may name another
+    )
     return Conventions(start_id(tokenizer), stop_ids, _template(folder, described), kept, special_tokens)
 
 
@@ -308,7 +348,9 @@ def start_id(tokenizer: Tokenizer) -> int | None:
     if whole.ids == plain.ids:
         return None
     if whole.ids[1:] != plain.ids:
-        expected = "expected nothing more than one token before the text: change post_processor in tokenizer.json"
+        expected = (
+            "expected nothing more than one token before the text: change post_processor in tokenizer.json"
+        )
         raise ForeignError(f"the tokenizer makes {' '.join(whole.tokens)} of the text 'a'; {expected}")
     first: int = whole.ids[0]
     return first
@@ -321,7 +363,9 @@ def _template(folder: Path, named: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):
         named_so = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         if "default" not in named_so:
-            warn(f"no chat template is named 'default' (there are: {', '.join(map(str, named_so))}); imported without one")
+            warn(
+                f"no chat template is named 'default' (there are: {', '.join(map(str, named_so))}); imported without one"
+            )
         template = named_so.get("default")
     return read_template(template) if isinstance(template, str | bytes) else None
 
@@ -366,26 +410,34 @@ def is_tied(foreign: Foreign) -> bool:
     return torch.equal(foreign.weights[EMBEDDING], foreign.weights[LM_HEAD])
 
 
-def _checkpoint(foreign: Foreign, config: ModelConfig, exit_weights: Mapping[str, Tensor], source: str) -> Checkpoint:
+def _checkpoint(
+    foreign: Foreign, config: ModelConfig, exit_weights: Mapping[str, Tensor], source: str
+) -> Checkpoint:
     recipe = Recipe(
         name="imported",
         description=f"the weights of {source}",
         paper="",
         model=config,
         tokenizer=TokenizerConfig(),
-        train=TrainConfig(layer_weights={config.num_layers: 1.0}, sequence_length=min(256, config.max_positions)),
+        train=TrainConfig(
+            layer_weights={config.num_layers: 1.0}, sequence_length=min(256, config.max_positions)
+        ),
     )
     start = foreign.conventions.start_id
     if start is not None and start >= config.vocab_size:
         token = foreign.tokenizer.id_to_token(start)
-        raise ForeignError(f"{token!r} (id {start}) stands before every text, but the embedding has {config.vocab_size} rows")
+        raise ForeignError(
+            f"{token!r} (id {start}) stands before every text, but the embedding has {config.vocab_size} rows"
+        )
     model = converted(foreign.weights, config, exit_weights)
     if without := tokens_without_row(foreign.tokenizer, config.vocab_size):
         warnings.warn(without, SettingWarning, stacklevel=2)
     return Checkpoint(recipe, model, foreign.tokenizer, 0, UNKNOWN_DATA, conventions=foreign.conventions)
 
 
-def converted(foreign: Mapping[str, Tensor], config: ModelConfig, exit_weights: Mapping[str, Tensor]) -> Decoder:
+def converted(
+    foreign: Mapping[str, Tensor], config: ModelConfig, exit_weights: Mapping[str, Tensor]
+) -> Decoder:
     """A decoder with the foreign weights, each of which it uses (but the rotary tables of old files).
 
     Raises ForeignError when some lack, do not fit, belong to nothing here or are no finite numbers.
@@ -396,10 +448,18 @@ def converted(foreign: Mapping[str, Tensor], config: ModelConfig, exit_weights: 
     used = set(theirs.values())
     if config.tie_embeddings:
         del theirs["lm_head.weight"]
-        theirs["embed.weight"] = EMBEDDING if EMBEDDING in foreign else LM_HEAD  # one of them, or two that are equal
+        theirs["embed.weight"] = (
+            EMBEDDING if EMBEDDING in foreign else LM_HEAD
+        )  # one of them, or two that are equal
     if missing := sorted({*theirs.values()} - foreign.keys()):
-        untied = f"; config.json ties no {LM_HEAD} to the embedding (tie_word_embeddings)" if missing[0] == LM_HEAD else ""
-        raise ForeignError(f"the model's files lack {len(missing)} weights, the first is {missing[0]}{untied}")
+        untied = (
+            f"; config.json ties no {LM_HEAD} to the embedding (tie_word_embeddings)"
+            if missing[0] == LM_HEAD
+            else ""
+        )
+        raise ForeignError(
+            f"the model's files lack {len(missing)} weights, the first is {missing[0]}{untied}"
+        )
     if strange := [name for name in foreign if name not in used and not name.endswith(ROTARY_BUFFER)]:
         found = f"the model's files hold {len(strange)} weights that this decoder has no place for"
         raise ForeignError(f"{found}, the first is {strange[0]}")
@@ -424,7 +484,9 @@ def _checked(name: str, weight: Tensor, shape: torch.Size) -> Tensor:
     if weight.shape != shape:
         raise ForeignError(f"{name} has the shape {[*weight.shape]}, but config.json makes it {[*shape]}")
     if where := not_finite(weight):
-        raise ForeignError(f"{name} {where}: the model is damaged, and would say nothing; get its files again")
+        raise ForeignError(
+            f"{name} {where}: the model is damaged, and would say nothing; get its files again"
+        )
     return weight
 
 
@@ -432,16 +494,25 @@ def adopt_with_exits(foreign: Foreign, folder: Path, max_positions: int | None, 
     """A foreign model with the exits that `export_model` or `export_exits` wrote. Raises ForeignError, ConfigError."""
     values = (read_json(folder / EXITS) or {}).get("model")
     if values is None:
-        raise ForeignError(f"{folder} holds no exits: expected {EXITS} and {EXIT_WEIGHTS}, as `ease-train export-exits` writes them")
+        raise ForeignError(
+            f"{folder} holds no exits: expected {EXITS} and {EXIT_WEIGHTS}, as `ease-train export-exits` writes them"
+        )
     theirs = ModelConfig.from_dict(values, EXITS)
     config = read_config(foreign, theirs.exits, max_positions)
-    config = replace(config, **{name: getattr(theirs, name) for name in (*OF_THE_EXITS, "gates", "gate_width")})
+    config = replace(
+        config, **{name: getattr(theirs, name) for name in (*OF_THE_EXITS, "gates", "gate_width")}
+    )
     for name, value in asdict(replace(theirs, max_positions=config.max_positions)).items():
         if value != getattr(config, name):
-            raise ForeignError(f"the exits in {folder} belong to another model: {name} = {value}, but {getattr(config, name)} in {source}")
+            raise ForeignError(
+                f"the exits in {folder} belong to another model: {name} = {value}, but {getattr(config, name)} in {source}"
+            )
     with _opened(folder / EXIT_WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    exit_weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in renamed(tensors).items()}
+    exit_weights = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in renamed(tensors).items()
+    }
     return _checkpoint(foreign, config, exit_weights, source)
 
 
@@ -457,13 +528,25 @@ def exit_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def export_exits(checkpoint: Checkpoint, out: Path) -> None:
     """Write what belongs to the exits alone, in fp16, with the recipe and the last figures of their training. Raises ForeignError."""
     if out.exists() and not (out / EXITS).is_file():
-        raise ForeignError(f"{out} is there already and was not written by export-exits; choose another name, or remove it")
-    figures = {name: line[name] for line in checkpoint.metrics for name in ("perplexity", "agreement", "gates") if name in line}
-    tensors = {name: value.half() if value.is_floating_point() else value for name, value in exit_tensors(checkpoint).items()}
+        raise ForeignError(
+            f"{out} is there already and was not written by export-exits; choose another name, or remove it"
+        )
+    figures = {
+        name: line[name]
+        for line in checkpoint.metrics
+        for name in ("perplexity", "agreement", "gates")
+        if name in line
+    }
+    tensors = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in exit_tensors(checkpoint).items()
+    }
     try:
         with written_aside(out) as folder:
             save_file({name: value.contiguous() for name, value in tensors.items()}, folder / EXIT_WEIGHTS)
-            write_json(folder / EXITS, {**checkpoint.recipe.to_dict(), "step": checkpoint.step, "figures": figures})
+            write_json(
+                folder / EXITS, {**checkpoint.recipe.to_dict(), "step": checkpoint.step, "figures": figures}
+            )
     except (OSError, safetensors.SafetensorError) as error:
         raise ForeignError(f"could not write {out}: {error}; nothing half is left there") from None
 
@@ -471,12 +554,16 @@ def export_exits(checkpoint: Checkpoint, out: Path) -> None:
 def export_model(checkpoint: Checkpoint, out: Path) -> None:
     """Write a checkpoint as a directory that transformers loads, its exits in files beside. Raises ForeignError."""
     if out.exists() and not (out / EXITS).is_file():
-        raise ForeignError(f"{out} is there already and was not written by export-hf; choose another name, or remove it")
+        raise ForeignError(
+            f"{out} is there already and was not written by export-hf; choose another name, or remove it"
+        )
     model, ours = checkpoint.recipe.model, checkpoint.model.state_dict()
     config = foreign_config(model)
     if model.tie_embeddings:
         del ours["lm_head.weight"]
-    theirs = {known: value.contiguous() for name, value in ours.items() if (known := foreign_name(name)) is not None}
+    theirs = {
+        known: value.contiguous() for name, value in ours.items() if (known := foreign_name(name)) is not None
+    }
     exits = {name: value.contiguous() for name, value in exit_tensors(checkpoint).items()}
     stops = checkpoint.conventions.stop_ids
     generation = {"eos_token_id": list(stops), **checkpoint.conventions.generation}
@@ -486,7 +573,10 @@ def export_model(checkpoint: Checkpoint, out: Path) -> None:
             save_file(theirs, folder / WEIGHTS, metadata={"format": "pt"})
             save_file(exits, folder / EXIT_WEIGHTS)
             write_json(folder / EXITS, {"model": model.to_dict()})
-            write_json(folder / "config.json", {**config, "bos_token_id": begin, "eos_token_id": stops[0] if stops else None})
+            write_json(
+                folder / "config.json",
+                {**config, "bos_token_id": begin, "eos_token_id": stops[0] if stops else None},
+            )
             write_json(folder / "generation_config.json", generation)
             write_tokenizer(checkpoint, begin, folder)
     except (OSError, safetensors.SafetensorError) as error:
@@ -499,7 +589,8 @@ def write_tokenizer(checkpoint: Checkpoint, begin: int | None, folder: Path) -> 
     special = {"bos_token": begin, "eos_token": conventions.stop_ids[0] if conventions.stop_ids else None}
     described: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": conventions.start_id is not None,  # for llama.cpp's converter; transformers obeys the post-processor
+        "add_bos_token": conventions.start_id
+        is not None,  # for llama.cpp's converter; transformers obeys the post-processor
         "clean_up_tokenization_spaces": False,
         **{name: tokenizer.id_to_token(token) for name, token in special.items() if token is not None},
         **conventions.special_tokens,

@@ -59,7 +59,9 @@ SPLITS = {
     **dict.fromkeys(("dbrx", "smaug-bpe"), Split((LLAMA3,))),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"), Split((QWEN2,))),
     "tekken": Split((TEKKEN,), whole_words=True, starts=True),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS
+    ),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"), Split((GPT2,))),
 }
 
@@ -92,7 +94,9 @@ def split_of(name: str) -> Split:
     """The split that `tokenizer.ggml.pre` names. Raises ForeignError."""
     if name not in SPLITS:
         hint = did_you_mean(name, SPLITS)
-        raise ForeignError(f"tokenizer.ggml.pre = '{name}': how this tokenizer splits text is not known here; {hint}")
+        raise ForeignError(
+            f"tokenizer.ggml.pre = '{name}': how this tokenizer splits text is not known here; {hint}"
+        )
     return SPLITS[name]
 
 
@@ -106,7 +110,9 @@ def byte_level(vocabulary: Vocabulary, merges: Sequence[str], split: Split) -> T
         ignore_merges=split.whole_words,
     )
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return _with_added(tokenizer, vocabulary)
 
@@ -116,7 +122,9 @@ def sentencepiece_bpe(vocabulary: Vocabulary, unknown: int, space_prefix: bool) 
 
     Characters that are no tokens are spelt in bytes. Raises ForeignError for what cannot be said as a list of merges.
     """
-    if missing := {f"<0x{byte:02X}>" for byte in range(256)} - {token for _, token in vocabulary.of(TokenType.BYTE)}:
+    if missing := {f"<0x{byte:02X}>" for byte in range(256)} - {
+        token for _, token in vocabulary.of(TokenType.BYTE)
+    }:
         lacks = f"{len(missing)} of 256 byte tokens, the first is {min(missing)}"
         raise ForeignError(f"the vocabulary lacks {lacks}; other characters could not be written")
     _check_characters(vocabulary)
@@ -137,14 +145,22 @@ def sentencepiece_bpe(vocabulary: Vocabulary, unknown: int, space_prefix: bool) 
 def unigram(vocabulary: Vocabulary, unknown: int, space_prefix: bool, merge_spaces: bool) -> Tokenizer:
     """A unigram model, as T5 has it: the most likely of all ways to cut a text. Raises ForeignError."""
     if any(vocabulary.of(TokenType.BYTE)):
-        raise ForeignError("a unigram vocabulary with byte tokens cannot be imported: its readers disagree about them")
+        raise ForeignError(
+            "a unigram vocabulary with byte tokens cannot be imported: its readers disagree about them"
+        )
     _check_characters(vocabulary)
     worst = min((vocabulary.scores[number] for number, _ in vocabulary.of(TokenType.NORMAL)), default=0.0)
     scores = [
-        0.0 if kind == TokenType.USER_DEFINED else worst if number in vocabulary.special else vocabulary.scores[number]
+        0.0
+        if kind == TokenType.USER_DEFINED
+        else worst
+        if number in vocabulary.special
+        else vocabulary.scores[number]
         for number, kind in enumerate(vocabulary.types)
     ]
-    tokenizer = _tokenizer(models.Unigram, vocab=list(zip(vocabulary.tokens, scores, strict=True)), unk_id=unknown)
+    tokenizer = _tokenizer(
+        models.Unigram, vocab=list(zip(vocabulary.tokens, scores, strict=True)), unk_id=unknown
+    )
     tokenizer.normalizer = normalizers.Sequence(_spacing(space_prefix, merge_spaces))
     tokenizer.decoder = _spaces_back(space_prefix or merge_spaces)
     return _with_added(tokenizer, vocabulary)
@@ -153,7 +169,11 @@ def unigram(vocabulary: Vocabulary, unknown: int, space_prefix: bool, merge_spac
 def _spacing(space_prefix: bool, merge_spaces: bool) -> list[Any]:
     """Spaces as llama.cpp writes them for a unigram model: none is put before a text of spaces alone."""
     before_words = [normalizers.Replace(Regex(r"\A(?= *[^ ])"), " ")] if space_prefix or merge_spaces else []
-    single = [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" +"), " ")] if merge_spaces else []
+    single = (
+        [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" +"), " ")]
+        if merge_spaces
+        else []
+    )
     return [*single, *before_words, normalizers.Replace(" ", SPACE)]
 
 
@@ -189,10 +209,14 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
 
 def _check_characters(vocabulary: Vocabulary) -> None:
     """Refuse a token with a character that is none, which SentencePiece's trainer never leaves: merges would lack an id."""
-    symbols = {token for _, token in vocabulary.of(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)}
+    symbols = {
+        token for _, token in vocabulary.of(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
+    }
     for _, token in vocabulary.of(TokenType.NORMAL, TokenType.UNUSED):
         if strange := next((character for character in token if character not in symbols), None):
-            raise ForeignError(f"the token {token!r} holds {strange!r}, which is no token: no vocabulary of SentencePiece's")
+            raise ForeignError(
+                f"the token {token!r} holds {strange!r}, which is no token: no vocabulary of SentencePiece's"
+            )
 
 
 def _spaces_back(strip_first: bool) -> Any:
@@ -213,7 +237,10 @@ def _tokenizer(model: Any, **settings: Any) -> Tokenizer:
 
 def _with_added(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Tokenizer:
     """Special and user-defined tokens are found in the text before anything else is done to it."""
-    special = [AddedToken(vocabulary.tokens[number], normalized=False, special=True) for number in sorted(vocabulary.special)]
+    special = [
+        AddedToken(vocabulary.tokens[number], normalized=False, special=True)
+        for number in sorted(vocabulary.special)
+    ]
     added = [AddedToken(token, normalized=False) for _, token in vocabulary.of(TokenType.USER_DEFINED)]
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(added)

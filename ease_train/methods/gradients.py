@@ -36,4 +36,6 @@ def split_gradient(hidden: Tensor, exits_from_here: int, rule: str) -> tuple[Ten
         return hidden, hidden
     if rule == "detached":
         return hidden.detach(), hidden
-    return scale_gradient(hidden, 1 / exits_from_here), scale_gradient(hidden, (exits_from_here - 1) / exits_from_here)
+    return scale_gradient(hidden, 1 / exits_from_here), scale_gradient(
+        hidden, (exits_from_here - 1) / exits_from_here
+    )

@@ -101,16 +101,22 @@ class _ExitLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, targets: Tensor, plan: _Plan, num_heads: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, targets: Tensor, plan: _Plan, num_heads: int, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         heads, hiddens = tensors[:num_heads], tensors[num_heads:]
         needed = ctx.needs_input_grad[3:]  # a frozen head or exit costs no gradient
         grad_heads, grads = (
             [torch.zeros_like(t) if n else None for t, n in zip(ts, ns, strict=True)]
             for ts, ns in ((heads, needed[:num_heads]), (hiddens, needed[num_heads:]))
         )
-        sums = torch.zeros(2, len(hiddens), dtype=torch.float32, device=targets.device)  # weighted; cross-entropy alone
+        sums = torch.zeros(
+            2, len(hiddens), dtype=torch.float32, device=targets.device
+        )  # weighted; cross-entropy alone
         taught = plan.teacher is not None and any(plan.distill)
-        held = 4 if taught else 1  # arrays of the size of a chunk's logits: teacher, student, their divergence
+        held = (
+            4 if taught else 1
+        )  # arrays of the size of a chunk's logits: teacher, student, their divergence
         size = max(1, CHUNK_ELEMENTS // (held * max(len(head) for head in heads)))
         for start in range(0, targets.shape[1], size):
             rows = slice(start, start + size)
@@ -120,7 +126,14 @@ class _ExitLoss(torch.autograd.Function):
                 weight, head = heads[plan.heads[i]], plan.heads[i]
                 logits = (hidden[rows] @ weight.T).float()  # turned into their gradient below, in place
                 row_weights, waiting = _row_weights(logits, plan, i, waiting)
-                losses, distances = _chunk(logits, _places(targets[i, rows], plan.ids[i]), row_weights, plan.distill[i], plan, teacher)
+                losses, distances = _chunk(
+                    logits,
+                    _places(targets[i, rows], plan.ids[i]),
+                    row_weights,
+                    plan.distill[i],
+                    plan,
+                    teacher,
+                )
                 sums[0, i] += (losses * row_weights).sum() + distances
                 sums[1, i] += losses.sum()
                 grad = logits.to(weight.dtype)
@@ -168,7 +181,9 @@ def _row_weights(logits: Tensor, plan: _Plan, exit_number: int, waiting: Tensor)
     return leaves.float(), waiting & ~leaves
 
 
-def _chunk(logits: Tensor, places: Tensor, scales: Tensor, distill: float, plan: _Plan, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+def _chunk(
+    logits: Tensor, places: Tensor, scales: Tensor, distill: float, plan: _Plan, teacher: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Cross-entropies (n), and the summed, scaled divergence from the teacher; `logits` becomes the gradient of both."""
     everyone = torch.arange(len(places), device=places.device)
     losses = logits.logsumexp(dim=-1) - logits[everyone, places]
@@ -185,7 +200,9 @@ def _chunk(logits: Tensor, places: Tensor, scales: Tensor, distill: float, plan:
     return losses, distance
 
 
-def exit_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Objective) -> tuple[Tensor, dict[int, float]]:
+def exit_loss(
+    model: Decoder, input_ids: Tensor, targets: Tensor, objective: Objective
+) -> tuple[Tensor, dict[int, float]]:
     """The training loss, and the plain cross-entropy of each exit that is trained, in nats a token.
 
     No layer runs past the last exit that is needed. Shape: input_ids and targets (B, S) int64 -> scalar with gradient, {layer: loss}.
@@ -199,14 +216,18 @@ def exit_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Obj
             temperature=objective.distill.temperature,
             ids=_early_ids(model),
         )
-        labels = top_tokens(model, last, teacher.hidden) if objective.distill.labels == "last-exit" else labels
+        labels = (
+            top_tokens(model, last, teacher.hidden) if objective.distill.labels == "last-exit" else labels
+        )
     total, losses = _rows_loss(model, rows, (labels, targets.flatten()), objective, teacher)
     if model.training and (predictor := model.predictor_loss()) is not None:
         total = total + objective.predictor_weight * predictor
     return total, losses
 
 
-def state_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Objective, states: States) -> tuple[Tensor, dict[int, float]]:
+def state_loss(
+    model: Decoder, input_ids: Tensor, targets: Tensor, objective: Objective, states: States
+) -> tuple[Tensor, dict[int, float]]:
     """`exit_loss` of the early exits, from what the frozen layers made of `input_ids` before, which need not run again."""
     wanted = [layer for layer in states.hidden if objective.weights.get(layer, 0.0) > 0]
     rows = {layer: model.exit_hidden(states.hidden[layer], layer).flatten(0, 1) for layer in wanted}
@@ -218,7 +239,13 @@ def state_loss(model: Decoder, input_ids: Tensor, targets: Tensor, objective: Ob
         log_sums=states.log_sums.flatten(),
     )
     labels = states.top if objective.distill.labels == "last-exit" else targets
-    return _rows_loss(model, rows, (labels.flatten(), targets.flatten()), objective, teacher if objective.distill.on else None)
+    return _rows_loss(
+        model,
+        rows,
+        (labels.flatten(), targets.flatten()),
+        objective,
+        teacher if objective.distill.on else None,
+    )
 
 
 def _early_ids(model: Decoder) -> Tensor | None:
@@ -227,7 +254,11 @@ def _early_ids(model: Decoder) -> Tensor | None:
 
 
 def _rows_loss(
-    model: Decoder, rows: Mapping[int, Tensor], labels: tuple[Tensor, Tensor], objective: Objective, teacher: _Teacher | None
+    model: Decoder,
+    rows: Mapping[int, Tensor],
+    labels: tuple[Tensor, Tensor],
+    objective: Objective,
+    teacher: _Teacher | None,
 ) -> tuple[Tensor, dict[int, float]]:
     """The loss of exits whose heads read `rows` {layer: (N, D)}; labels of the early ones and of the last (N)."""
     layers, last = list(rows), model.config.num_layers
@@ -239,7 +270,10 @@ def _rows_loss(
         heads=tuple(unique.index(head) for head in heads),
         ids=tuple(head.ids for head in heads),
         weights=weights,
-        distill=tuple(objective.distill.weight * weight * (layer != last) for layer, weight in zip(layers, weights, strict=True)),
+        distill=tuple(
+            objective.distill.weight * weight * (layer != last)
+            for layer, weight in zip(layers, weights, strict=True)
+        ),
         temperature=objective.distill.temperature,
         threshold=objective.routing_threshold,
         teacher=teacher,
@@ -247,7 +281,9 @@ def _rows_loss(
     wanted = torch.stack([labels[layer == last] for layer in layers])  # (E, N)
     total, losses = _ExitLoss.apply(wanted, plan, len(matrices), *matrices, *rows.values())  # type: ignore[no-untyped-call]
     if objective.distill.hidden_weight and teacher is not None:
-        early = [(rows[layer], weight) for layer, weight in zip(layers, weights, strict=True) if layer != last]
+        early = [
+            (rows[layer], weight) for layer, weight in zip(layers, weights, strict=True) if layer != last
+        ]
         distances = [weight * F.mse_loss(hidden, teacher.hidden) for hidden, weight in early]
         total = total + objective.distill.hidden_weight * sum(distances, torch.zeros_like(total))
     return total, dict(zip(layers, losses.tolist(), strict=True))
@@ -286,17 +322,24 @@ class ExitFigures:
 
 
 @torch.no_grad()
-def exit_figures(model: Decoder, input_ids: Tensor, targets: Tensor, states: States | None = None) -> dict[int, ExitFigures]:
+def exit_figures(
+    model: Decoder, input_ids: Tensor, targets: Tensor, states: States | None = None
+) -> dict[int, ExitFigures]:
     """Every exit's figures. With `states` the layers need not run.
 
     Shape: (B, S) int64 twice -> {layer: figures}.
     """
     flat, losses, tops, last = targets.flatten(), {}, {}, model.config.num_layers
     for layer, hidden in states.hidden.items() if states else model.exit_states(input_ids):
-        losses[layer], tops[layer] = _loss_and_top(model, layer, model.exit_hidden(hidden, layer).flatten(0, 1), flat)
+        losses[layer], tops[layer] = _loss_and_top(
+            model, layer, model.exit_hidden(hidden, layer).flatten(0, 1), flat
+        )
     if states is not None:
         losses[last], tops[last] = states.losses.mean().item(), states.top.flatten()
-    return {layer: ExitFigures(loss, (tops[layer] == tops[last]).float().mean().item()) for layer, loss in losses.items()}
+    return {
+        layer: ExitFigures(loss, (tops[layer] == tops[last]).float().mean().item())
+        for layer, loss in losses.items()
+    }
 
 
 def _loss_and_top(model: Decoder, layer: int, rows: Tensor, targets: Tensor) -> tuple[float, Tensor]:

@@ -73,7 +73,9 @@ class Alpha(Part, table="method.alpha", switches=("schedule",)):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.schedule == "step" and not self.steps:
-            raise ConfigError("method.alpha: schedule = 'step' without steps; name those at which alpha moves")
+            raise ConfigError(
+                "method.alpha: schedule = 'step' without steps; name those at which alpha moves"
+            )
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class ExitWarmup(Part, table="method.exit_warmup", switches=("schedule",)):
     """EE-LLM's warm-up of the early exits' weights."""
 
     schedule: str = setting(
-        "none", "warm-up of the early exits' weights (EE-LLM): 'linear', 'cosine' or 'none'", ("none", "linear", "cosine")
+        "none",
+        "warm-up of the early exits' weights (EE-LLM): 'linear', 'cosine' or 'none'",
+        ("none", "linear", "cosine"),
     )
     steps: int = setting(0, "steps of that warm-up", AT_LEAST_0)
     start: float = setting(0.0, "early exits' weight at its first step", AT_LEAST_0)
@@ -89,7 +93,9 @@ class ExitWarmup(Part, table="method.exit_warmup", switches=("schedule",)):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.on and self.steps < 1:
-            raise ConfigError(f"method.exit_warmup: steps = {self.steps}, expected at least 1 with schedule = '{self.schedule}'")
+            raise ConfigError(
+                f"method.exit_warmup: steps = {self.steps}, expected at least 1 with schedule = '{self.schedule}'"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,11 @@ class Curriculum(Part, table="method.curriculum", switches=("kind",)):
 class Lora(Part, table="method.lora", switches=("rank",), for_early_exits=False):
     """Low-rank updates of the layers."""
 
-    rank: int = setting(0, "rank of updates that learn in the place of the layers' matrices (LoRA); 0: the matrices learn", AT_LEAST_0)
+    rank: int = setting(
+        0,
+        "rank of updates that learn in the place of the layers' matrices (LoRA); 0: the matrices learn",
+        AT_LEAST_0,
+    )
     alpha: float = setting(16.0, "scale of those updates, times their rank", ABOVE_0)
 
 
@@ -116,7 +126,11 @@ class Lora(Part, table="method.lora", switches=("rank",), for_early_exits=False)
 class LayerDropout(Part, table="method.layer_dropout", switches=("rate",), for_early_exits=False):
     """LayerSkip's layer dropout."""
 
-    rate: float = setting(0.0, "LayerSkip's p_max: probability that a sequence skips the last layer; less for those before", SHARE)
+    rate: float = setting(
+        0.0,
+        "LayerSkip's p_max: probability that a sequence skips the last layer; less for those before",
+        SHARE,
+    )
     schedule: str = setting(
         "constant",
         "over the run: 'constant', or 'exponential' (from 0, for training from scratch)",
@@ -128,10 +142,16 @@ class LayerDropout(Part, table="method.layer_dropout", switches=("rate",), for_e
 class Distill(Part, table="method.distill", switches=("weight", "hidden_weight", "labels")):
     """What the last exit teaches the early ones."""
 
-    weight: float = setting(0.0, "weight of the divergence of an early exit from the last one, relative to its own loss", AT_LEAST_0)
+    weight: float = setting(
+        0.0,
+        "weight of the divergence of an early exit from the last one, relative to its own loss",
+        AT_LEAST_0,
+    )
     temperature: float = setting(2.0, "temperature of that divergence", ABOVE_0)
     hidden_weight: float = setting(
-        0.0, "weight of the squared distance to the last exit's hidden state, after the exits' norms", AT_LEAST_0
+        0.0,
+        "weight of the squared distance to the last exit's hidden state, after the exits' norms",
+        AT_LEAST_0,
     )
     labels: str = setting(
         "text",
@@ -144,7 +164,11 @@ class Distill(Part, table="method.distill", switches=("weight", "hidden_weight",
 class Routing(Part, table="method.routing", switches=("threshold",)):
     """Tokens that train one exit each."""
 
-    threshold: float = setting(0.0, "a token trains only the first exit whose top probability reaches this; 0 trains all exits", SHARE)
+    threshold: float = setting(
+        0.0,
+        "a token trains only the first exit whose top probability reaches this; 0 trains all exits",
+        SHARE,
+    )
     warmup_steps: int = setting(0, "steps of joint training before tokens are routed", AT_LEAST_0)
 
 
@@ -171,7 +195,9 @@ class MethodConfig(Section, table="method"):
     layer_dropout: LayerDropout = field(default_factory=LayerDropout)
     distill: Distill = field(default_factory=Distill)
     routing: Routing = field(default_factory=Routing)
-    predictor_weight: float = setting(1.0, "weight of the loss of Mixture-of-Depths predictors (it reaches nothing else)", AT_LEAST_0)
+    predictor_weight: float = setting(
+        1.0, "weight of the loss of Mixture-of-Depths predictors (it reaches nothing else)", AT_LEAST_0
+    )
     layer_lr_scales: dict[int, float] = field(
         default_factory=dict,
         metadata={
@@ -179,8 +205,12 @@ class MethodConfig(Section, table="method"):
             "allowed": AT_LEAST_0,
         },
     )
-    objective: str = setting("", "a method of your own, 'module:function': what a step minimises (docs/algorithms.md)")
-    loss: str = setting("", "a loss of your own, 'module:function', in the place of the exits' cross-entropies")
+    objective: str = setting(
+        "", "a method of your own, 'module:function': what a step minimises (docs/algorithms.md)"
+    )
+    loss: str = setting(
+        "", "a loss of your own, 'module:function', in the place of the exits' cross-entropies"
+    )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -191,21 +221,35 @@ class MethodConfig(Section, table="method"):
         super().__post_init__()
         if self.alpha.on and self.weight.on:
             rule = self.weight.rule
-            raise ConfigError(f"method: alpha.schedule and weight.rule = '{rule}' both set the exit weights; leave one out")
+            raise ConfigError(
+                f"method: alpha.schedule and weight.rule = '{rule}' both set the exit weights; leave one out"
+            )
         if self.alpha.on and self.exit_warmup.on:
-            raise ConfigError("method: alpha and exit_warmup both move the early exits' weights; leave one out")
+            raise ConfigError(
+                "method: alpha and exit_warmup both move the early exits' weights; leave one out"
+            )
         if self.lora.on and self.trains != "all":
-            raise ConfigError(f"method: lora updates the layers, which trains = '{self.trains}' freezes; leave one out")
+            raise ConfigError(
+                f"method: lora updates the layers, which trains = '{self.trains}' freezes; leave one out"
+            )
         if self.routing.on and self.curriculum.on:
             raise ConfigError("method: routing and curriculum both choose the exits to train; leave one out")
         if self.routing.on and self.distill.on:
-            raise ConfigError("method: with routing a token has one exit and nothing to distil from; leave one out")
+            raise ConfigError(
+                "method: with routing a token has one exit and nothing to distil from; leave one out"
+            )
 
     @property
     def for_early_exits(self) -> list[str]:
         """What is asked for and means nothing without an early exit."""
-        parts = [part for part in vars(self).values() if isinstance(part, Part) and part.for_early_exits and part.on]
-        gradient = [] if self.exit_gradient == "joint" else [f"method: exit_gradient = '{self.exit_gradient}'"]
+        parts = [
+            part
+            for part in vars(self).values()
+            if isinstance(part, Part) and part.for_early_exits and part.on
+        ]
+        gradient = (
+            [] if self.exit_gradient == "joint" else [f"method: exit_gradient = '{self.exit_gradient}'"]
+        )
         return [*(part.table for part in parts), *gradient]
 
 
@@ -215,7 +259,9 @@ class GateConfig(Section, table="gates"):
 
     steps: int = setting(200, "optimizer steps", AT_LEAST_1)
     batch_size: int = setting(8, "sequences in a step", AT_LEAST_1)
-    learning_rate: float = setting(3e-3, "peak learning rate of AdamW, falling linearly to 0", Bounds(0, 1, open_low=True))
+    learning_rate: float = setting(
+        3e-3, "peak learning rate of AdamW, falling linearly to 0", Bounds(0, 1, open_low=True)
+    )
     gate_width: int = setting(0, "hidden width of a gate; 0 makes it linear", AT_LEAST_0)
     eval_tokens: int = setting(20000, "validation tokens for the calibration and its report", AT_LEAST_1)
     seed: int = setting(42, "seed of the gates and of the order of the data", SEEDS)

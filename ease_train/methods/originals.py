@@ -16,9 +16,17 @@ from ease_train.model.decoder import Decoder
 from ease_train.training.config import ModelConfig
 
 
-def original_config(vocab_size: int, dim: int, num_layers: int, num_heads: int, **more: object) -> ModelConfig:
+def original_config(
+    vocab_size: int, dim: int, num_layers: int, num_heads: int, **more: object
+) -> ModelConfig:
     """The original's architecture as a configuration."""
-    shape = {"vocab_size": vocab_size, "dim": dim, "num_layers": num_layers, "num_heads": num_heads, "num_kv_heads": num_heads}
+    shape = {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads,
+    }
     exits = list(range(1, num_layers + 1))
     fixed = {"exits": exits, "exit_norm": "shared", "final_norm": False, "tie_embeddings": False}
     return ModelConfig.from_dict({**shape, **fixed, **more}, "the original's model")
@@ -29,7 +37,10 @@ class LayeredDecoder(Decoder):
 
     def forward_all_layers(self, input_ids: Tensor) -> list[Tensor]:
         """Logits of every layer. Shape: (B, S) int64 -> num_layers of (B, S, V)."""
-        return [self.exit(layer).head(self.exit_hidden(hidden, layer)) for layer, hidden in self.exit_states(input_ids)]
+        return [
+            self.exit(layer).head(self.exit_hidden(hidden, layer))
+            for layer, hidden in self.exit_states(input_ids)
+        ]
 
     def forward_train(self, input_ids: Tensor, exit_layer: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """Logits at `exit_layer`, logits of the last layer, and the exit's confidence, its largest probability.
@@ -37,7 +48,9 @@ class LayeredDecoder(Decoder):
         Shape: (B, S) int64 -> (B, S, V), (B, S, V), (B, S).
         """
         if exit_layer not in self.config.exits:
-            raise ConfigError(f"exit_layer = {exit_layer}, expected a layer from 1 to {self.config.num_layers}")
+            raise ConfigError(
+                f"exit_layer = {exit_layer}, expected a layer from 1 to {self.config.num_layers}"
+            )
         logits = self.forward_all_layers(input_ids)
         shallow = logits[exit_layer - 1]
         return shallow, logits[-1], F.softmax(shallow, dim=-1).max(dim=-1).values
@@ -46,7 +59,9 @@ class LayeredDecoder(Decoder):
 class StandardTransformer(LayeredDecoder):
     """The plain model. Every layer can be read, whatever it was trained for."""
 
-    def __init__(self, vocab_size: int = 1000, dim: int = 64, num_layers: int = 3, num_heads: int = 4) -> None:
+    def __init__(
+        self, vocab_size: int = 1000, dim: int = 64, num_layers: int = 3, num_heads: int = 4
+    ) -> None:
         super().__init__(original_config(vocab_size, dim, num_layers, num_heads))
 
 
@@ -73,13 +88,19 @@ class TokenRoutedTransformer(StandardTransformer):
     ) -> None:
         super().__init__(vocab_size, dim, num_layers, num_heads)
         if not 1 <= exit_layer < num_layers:
-            raise ConfigError(f"exit_layer = {exit_layer}, expected a layer from 1 to {num_layers - 1}: one before the last")
+            raise ConfigError(
+                f"exit_layer = {exit_layer}, expected a layer from 1 to {num_layers - 1}: one before the last"
+            )
         self.exit_layer, self.routing_threshold = exit_layer, routing_threshold
 
-    def forward_train(self, input_ids: Tensor, exit_layer: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_train(
+        self, input_ids: Tensor, exit_layer: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return super().forward_train(input_ids, self.exit_layer if exit_layer is None else exit_layer)
 
-    def routed_loss(self, input_ids: Tensor, targets: Tensor, epoch: int, warmup_epochs: int = 5, alpha: float = 0.7) -> Tensor:
+    def routed_loss(
+        self, input_ids: Tensor, targets: Tensor, epoch: int, warmup_epochs: int = 5, alpha: float = 0.7
+    ) -> Tensor:
         """alpha CE(exit) + (1 - alpha) CE(last) while `epoch` < `warmup_epochs`; then each token's loss on its own path only.
 
         Shape: (B, S) int64 twice -> scalar.
@@ -88,7 +109,9 @@ class TokenRoutedTransformer(StandardTransformer):
         if epoch < warmup_epochs:
             objective = Objective(weights={self.exit_layer: alpha, last: 1 - alpha})
         else:
-            objective = Objective(weights={self.exit_layer: 1.0, last: 1.0}, routing_threshold=self.routing_threshold)
+            objective = Objective(
+                weights={self.exit_layer: 1.0, last: 1.0}, routing_threshold=self.routing_threshold
+            )
         return exit_loss(self, input_ids, targets, objective)[0]
 
     @torch.no_grad()
@@ -106,9 +129,18 @@ class MoDTransformer(LayeredDecoder):
     predictor's, of the last forward pass in training; add it to the loss (`exit_loss` does).
     """
 
-    def __init__(self, vocab_size: int = 1000, dim: int = 64, num_layers: int = 3, capacity: float = 0.125, num_heads: int = 4) -> None:
+    def __init__(
+        self,
+        vocab_size: int = 1000,
+        dim: int = 64,
+        num_layers: int = 3,
+        capacity: float = 0.125,
+        num_heads: int = 4,
+    ) -> None:
         routed = list(range(2, num_layers + 1, 2))
-        super().__init__(original_config(vocab_size, dim, num_layers, num_heads, routed_layers=routed, capacity=capacity))
+        super().__init__(
+            original_config(vocab_size, dim, num_layers, num_heads, routed_layers=routed, capacity=capacity)
+        )
 
     def auxiliary_loss(self) -> Tensor:
         """Mean binary cross-entropy of the predictors; 0 where no block is routed."""

@@ -34,9 +34,13 @@ class AlphaSchedule:
         one_of("AlphaSchedule: schedule_type", self.schedule_type, SHAPES)
         for name in ("start", "end"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"AlphaSchedule: {name} = {getattr(self, name)}, expected a number from 0 to 1")
+                raise ConfigError(
+                    f"AlphaSchedule: {name} = {getattr(self, name)}, expected a number from 0 to 1"
+                )
         if self.schedule_type == "step" and not self.steps:
-            raise ConfigError("AlphaSchedule: schedule_type = 'step' without steps; name the epochs at which alpha moves")
+            raise ConfigError(
+                "AlphaSchedule: schedule_type = 'step' without steps; name the epochs at which alpha moves"
+            )
 
     def get_alpha(self, epoch: int, max_epochs: int) -> float:
         """Alpha at an epoch of `max_epochs`, both counted as `range` does."""
@@ -46,7 +50,9 @@ class AlphaSchedule:
         if self.schedule_type == "cosine":
             return self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2
         if self.schedule_type == "step":
-            return self.start + (self.end - self.start) * sum(epoch >= step for step in self.steps) / len(self.steps)
+            return self.start + (self.end - self.start) * sum(epoch >= step for step in self.steps) / len(
+                self.steps
+            )
         return self.start
 
 
@@ -106,11 +112,23 @@ def enabled_exits(step: int, steps: int, curriculum: Curriculum, exits: Sequence
 def exit_weights(step: int, recipe: Recipe) -> dict[int, float]:
     """The weight of each exit's loss at a step, those that are not trained left out."""
     method, exits = recipe.method, recipe.model.exits
-    weights = {layer: weight for layer, weight in ruled_weights(method, recipe.train.layer_weights, exits).items() if weight > 0}
+    weights = {
+        layer: weight
+        for layer, weight in ruled_weights(method, recipe.train.layer_weights, exits).items()
+        if weight > 0
+    }
     if method.alpha.on:
-        schedule = AlphaSchedule(method.alpha.schedule, method.alpha.start, method.alpha.end, method.alpha.steps)
-        weights = with_alpha({**dict.fromkeys((exits[0], exits[-1]), 0.0), **weights}, schedule.get_alpha(step, recipe.train.steps))
-    weights = {layer: weight if layer == exits[-1] else warmed_up(weight, step, method.exit_warmup) for layer, weight in weights.items()}
+        schedule = AlphaSchedule(
+            method.alpha.schedule, method.alpha.start, method.alpha.end, method.alpha.steps
+        )
+        weights = with_alpha(
+            {**dict.fromkeys((exits[0], exits[-1]), 0.0), **weights},
+            schedule.get_alpha(step, recipe.train.steps),
+        )
+    weights = {
+        layer: weight if layer == exits[-1] else warmed_up(weight, step, method.exit_warmup)
+        for layer, weight in weights.items()
+    }
     chosen = enabled_exits(step, recipe.train.steps, method.curriculum, exits)
     weights = {layer: weights[layer] for layer in chosen if weights.get(layer, 0.0) > 0}
     return normalized(weights) if method.normalize_weights else weights
@@ -125,4 +143,6 @@ def drop_rates(step: int, recipe: Recipe) -> tuple[float, ...]:
     if not dropout.on:
         return ()
     in_time = 1.0 if dropout.schedule == "constant" else 2.0 ** (step / max(1, steps - 1)) - 1
-    return tuple(in_time * (2.0 ** (layer / max(1, layers - 1)) - 1) * dropout.rate for layer in range(layers))
+    return tuple(
+        in_time * (2.0 ** (layer / max(1, layers - 1)) - 1) * dropout.rate for layer in range(layers)
+    )

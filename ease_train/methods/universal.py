@@ -52,11 +52,18 @@ class UniversalConfig:
     layer_lr_scales: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
-        for name, values in (("layer_weights", self.layer_weights), ("layer_lr_scales", self.layer_lr_scales or {})):
-            if strange := {layer: value for layer, value in values.items() if layer < 1 or value not in AT_LEAST_0}:
+        for name, values in (
+            ("layer_weights", self.layer_weights),
+            ("layer_lr_scales", self.layer_lr_scales or {}),
+        ):
+            if strange := {
+                layer: value for layer, value in values.items() if layer < 1 or value not in AT_LEAST_0
+            }:
                 raise ConfigError(f"{name} = {strange}, expected layers from 1 and numbers of at least 0")
         if not self.layer_weights:
-            raise ConfigError("layer_weights is empty, expected a weight for each layer, like {1: 0.7, 2: 0, 3: 0.3}")
+            raise ConfigError(
+                "layer_weights is empty, expected a weight for each layer, like {1: 0.7, 2: 0, 3: 0.3}"
+            )
         if not 0 <= self.routing_threshold <= 1:
             raise ConfigError(f"routing_threshold = {self.routing_threshold}, expected a number from 0 to 1")
         if self.exit_layer < 1:
@@ -70,12 +77,26 @@ class UniversalConfig:
         if not any(self.layer_weights.values()) and self.alpha_schedule is None:
             found.append(f"all layer_weights are 0: only the last layer, {last}, is trained")
         if self.routing_threshold > 0 and self.exit_layer >= last:
-            found.append(f"exit_layer = {self.exit_layer} is the last layer: routing_threshold = {self.routing_threshold} has no effect")
-        elif self.routing_threshold > 0 and self.alpha_schedule is None and not self.layer_weights.get(self.exit_layer):
-            found.append(f"routing_threshold = {self.routing_threshold} sends tokens out at layer {self.exit_layer}, whose weight is 0")
+            found.append(
+                f"exit_layer = {self.exit_layer} is the last layer: routing_threshold = {self.routing_threshold} has no effect"
+            )
+        elif (
+            self.routing_threshold > 0
+            and self.alpha_schedule is None
+            and not self.layer_weights.get(self.exit_layer)
+        ):
+            found.append(
+                f"routing_threshold = {self.routing_threshold} sends tokens out at layer {self.exit_layer}, whose weight is 0"
+            )
         if self.routing_threshold == 1:
-            found.append("routing_threshold = 1 lets a token leave only when a probability rounds to 1; 0 turns routing off")
-        if self.normalize_weights and self.alpha_schedule is None and math.isclose(sum(self.layer_weights.values()), 1.0):
+            found.append(
+                "routing_threshold = 1 lets a token leave only when a probability rounds to 1; 0 turns routing off"
+            )
+        if (
+            self.normalize_weights
+            and self.alpha_schedule is None
+            and math.isclose(sum(self.layer_weights.values()), 1.0)
+        ):
             found.append("normalize_weights has no effect: the layer_weights sum to 1")
         return found
 
@@ -87,7 +108,9 @@ class UniversalConfig:
         last = num_layers or max(self.layer_weights)
         weights = {layer: float(weight) for layer, weight in self.layer_weights.items()}
         if self.alpha_schedule is not None:
-            weights = with_alpha({1: 0.0, **weights, last: 0.0}, self.alpha_schedule.get_alpha(epoch, max_epochs))
+            weights = with_alpha(
+                {1: 0.0, **weights, last: 0.0}, self.alpha_schedule.get_alpha(epoch, max_epochs)
+            )
         if not any(weights.values()):
             weights[last] = 1.0
         return normalized(weights) if self.normalize_weights else weights
@@ -96,7 +119,10 @@ class UniversalConfig:
 def _presets() -> dict[str, UniversalConfig]:
     thirds = {1: 1 / 3, 2: 1 / 3, 3: 1 / 3}
     standard = UniversalConfig({1: 0, 2: 0, 3: 1}, routing_threshold=0)
-    deep, deep_routed = UniversalConfig(thirds, routing_threshold=0), UniversalConfig(thirds, routing_threshold=0.7)
+    deep, deep_routed = (
+        UniversalConfig(thirds, routing_threshold=0),
+        UniversalConfig(thirds, routing_threshold=0.7),
+    )
     auxiliary, asymmetric = UniversalConfig({1: 0.5, 2: 0, 3: 0.5}), UniversalConfig({1: 0.7, 2: 0, 3: 0.3})
     return {
         "standard_llm": standard,
@@ -129,10 +155,17 @@ class UniversalTrainer:
         self._check_layers(model, scales, "layer_lr_scales")
         layers = {layer: list(model.layers[layer - 1].parameters()) for layer in scales}
         scaled = {id(parameter) for parameters in layers.values() for parameter in parameters}
-        rest: dict[str, Any] = {"params": [p for p in model.parameters() if id(p) not in scaled], "lr": base_lr}
-        return torch.optim.AdamW([rest, *({"params": layers[layer], "lr": base_lr * scale} for layer, scale in scales.items())])
+        rest: dict[str, Any] = {
+            "params": [p for p in model.parameters() if id(p) not in scaled],
+            "lr": base_lr,
+        }
+        return torch.optim.AdamW(
+            [rest, *({"params": layers[layer], "lr": base_lr * scale} for layer, scale in scales.items())]
+        )
 
-    def compute_loss(self, model: LayeredDecoder, x: Tensor, y: Tensor, weights: Mapping[int, float] | None = None) -> Tensor:
+    def compute_loss(
+        self, model: LayeredDecoder, x: Tensor, y: Tensor, weights: Mapping[int, float] | None = None
+    ) -> Tensor:
         """sum of weight_i CE(head(h_i), y) over the layers with a weight above 0. Shape: (B, S) int64 twice -> scalar."""
         self._check_layers(model, self.config.layer_weights, "layer_weights")
         weights = self.config.weights_at(0, 1, model.config.num_layers) if weights is None else dict(weights)
@@ -197,10 +230,14 @@ class UniversalTrainer:
 
     def _check_layers(self, model: LayeredDecoder, layers: Iterable[int], name: str) -> None:
         if model.config.vocab_size != self.vocab_size:
-            raise ConfigError(f"the trainer's vocab_size = {self.vocab_size}, expected the model's: {model.config.vocab_size}")
+            raise ConfigError(
+                f"the trainer's vocab_size = {self.vocab_size}, expected the model's: {model.config.vocab_size}"
+            )
         strange = [layer for layer in layers if not 1 <= layer <= model.config.num_layers]
         if strange:
-            raise ConfigError(f"{name} names layers {strange}, expected layers from 1 to {model.config.num_layers}")
+            raise ConfigError(
+                f"{name} names layers {strange}, expected layers from 1 to {model.config.num_layers}"
+            )
 
     @staticmethod
     def _some(losses: list[float]) -> list[float]:

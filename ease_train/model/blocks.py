@@ -18,7 +18,9 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     Shape: two of (max_positions, P/2).
     """
     half = config.head_dim // 2
-    inverse = stretched(config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half), config.rope_scaling)
+    inverse = stretched(
+        config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half), config.rope_scaling
+    )
     angles = torch.arange(config.max_positions, dtype=torch.float64)[:, None] * inverse
     return angles.cos().float(), angles.sin().float()
 
@@ -61,7 +63,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
         self.q_proj = nn.Linear(config.dim, config.query_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.dim, config.kv_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.dim, config.kv_dim, bias=config.attention_bias)
@@ -85,7 +91,9 @@ class Attention(nn.Module):
         groups = self.num_heads // self.num_kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         mask = None if visible is None else causal_mask(visible)
-        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, S, P)
+        mixed = F.scaled_dot_product_attention(
+            rotate(q, cos, sin), k, v, attn_mask=mask, is_causal=mask is None
+        )  # (B, H, S, P)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
         return out
 

@@ -35,10 +35,14 @@ class Decoder(nn.Module):
         super().__init__()
         assert config.vocab_size > 0, "the vocabulary's size comes from the tokenizer before a model is built"
         self.config, early = config, config.exits[:-1]
-        self.recompute_activations = False  # in the backward pass, instead of keeping them: less memory, more time
+        self.recompute_activations = (
+            False  # in the backward pass, instead of keeping them: less memory, more time
+        )
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         layers = range(1, config.num_layers + 1)
-        self.layers = nn.ModuleList(RoutedBlock(config) if layer in config.routed_layers else Block(config) for layer in layers)
+        self.layers = nn.ModuleList(
+            RoutedBlock(config) if layer in config.routed_layers else Block(config) for layer in layers
+        )
         self.norm = nn.RMSNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
         parts: dict[str, dict[int, nn.Module]] = {}  # kind by kind: a seed draws the weights in this order
         if config.exit_norm == "own" and config.final_norm:
@@ -79,7 +83,9 @@ class Decoder(nn.Module):
         logits: Tensor = self.lm_head(self.norm(hidden))
         return logits
 
-    def run_layers(self, hidden: Tensor, first: int, last: int, active: Tensor | None = None, drop: Sequence[float] = ()) -> Tensor:
+    def run_layers(
+        self, hidden: Tensor, first: int, last: int, active: Tensor | None = None, drop: Sequence[float] = ()
+    ) -> Tensor:
         """Run layers first..last (from 1, both included).
 
         A token with `active` False is frozen: its hidden state passes through unchanged, and each layer's keys and
@@ -96,7 +102,9 @@ class Decoder(nn.Module):
         """The hidden state after one layer, for the sequences that do not skip it."""
         if drop == 0.0:
             return self._run(layer, hidden)
-        kept = (torch.rand(len(hidden)) >= drop).nonzero().flatten().to(hidden.device)  # on the CPU: its state is in the checkpoint
+        kept = (
+            (torch.rand(len(hidden)) >= drop).nonzero().flatten().to(hidden.device)
+        )  # on the CPU: its state is in the checkpoint
         return hidden.index_copy(0, kept, self._run(layer, hidden[kept]))
 
     def _run(self, layer: int, hidden: Tensor) -> Tensor:
@@ -134,7 +142,9 @@ class Decoder(nn.Module):
     def parts(self) -> Iterator[nn.Module]:
         """Every part once, the exits' kind by kind: the order in which a seed draws weights, and an optimizer numbers them."""
         exits = self.early_exits.values()
-        norms, adapters, heads, gates = ([leave.own[kind] for leave in exits if kind in leave.own] for kind in Exit.PARTS)
+        norms, adapters, heads, gates = (
+            [leave.own[kind] for leave in exits if kind in leave.own] for kind in Exit.PARTS
+        )
         yield from (self.embed, self.layers, self.norm, *norms, *adapters, *heads)
         yield from (part for part in (self.reduced_head, *gates, self.lm_head) if part is not None)
 
@@ -142,10 +152,17 @@ class Decoder(nn.Module):
         """What belongs to the exits alone, by the names of the state dictionary."""
         parts = {"exits": self.exits, "reduced_head": self.reduced_head}
         return {
-            f"{part}.{name}": value for part, module in parts.items() if module is not None for name, value in module.state_dict().items()
+            f"{part}.{name}": value
+            for part, module in parts.items()
+            if module is not None
+            for name, value in module.state_dict().items()
         }
 
     def predictor_loss(self) -> Tensor | None:
         """Mean loss of the routed blocks' predictors in the last forward pass of training; None without routed blocks."""
-        losses = [block.predictor_loss for block in self.layers if isinstance(block, RoutedBlock) and block.predictor_loss is not None]
+        losses = [
+            block.predictor_loss
+            for block in self.layers
+            if isinstance(block, RoutedBlock) and block.predictor_loss is not None
+        ]
         return torch.stack(losses).mean() if losses else None

@@ -184,7 +184,11 @@ class Exit(nn.Module):
 
     def tokenwise(self) -> nn.Module:
         """What stands between a hidden state, after the block where there is one, and the head: each token on its own."""
-        return self.norm if self.adapter is None or self.block is not None else nn.Sequential(self.adapter, self.norm)
+        return (
+            self.norm
+            if self.adapter is None or self.block is not None
+            else nn.Sequential(self.adapter, self.norm)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.tokenwise()(hidden)

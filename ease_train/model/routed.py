@@ -34,7 +34,9 @@ class RoutedBlock(nn.Module):
         super().__init__()
         self.block = Block(config)
         self.router = TokenScore(config.dim, bias=False)
-        self.predictor = TokenScore(config.dim, max(8, config.dim // 4)) if config.routing_rule == "predictor" else None
+        self.predictor = (
+            TokenScore(config.dim, max(8, config.dim // 4)) if config.routing_rule == "predictor" else None
+        )
         if self.predictor is None:
             self.register_buffer("threshold", torch.zeros(()))
             self.register_buffer("num_batches", torch.zeros(()))
@@ -46,7 +48,11 @@ class RoutedBlock(nn.Module):
 
     def goes_in(self, x: Tensor) -> Tensor:
         """The causal rule: the predictor's logit is above 0, or the score reaches the threshold. Shape: (B, S, D) -> (B, S) bool."""
-        return torch.ge(self.router(x), self.threshold) if self.predictor is None else torch.gt(self.predictor(x), 0)
+        return (
+            torch.ge(self.router(x), self.threshold)
+            if self.predictor is None
+            else torch.gt(self.predictor(x), 0)
+        )
 
     def chosen(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of the top `capacity` share of each sequence, in order, and their scores. Shape: (B, S, D) -> two of (B, K)."""
@@ -64,7 +70,9 @@ class RoutedBlock(nn.Module):
             self._follow(self.router(x.detach()))
         else:
             target = torch.zeros(x.shape[:2], device=x.device).scatter(1, positions, 1.0)
-            self.predictor_loss = F.binary_cross_entropy_with_logits(self.predictor(x.detach()).float(), target)
+            self.predictor_loss = F.binary_cross_entropy_with_logits(
+                self.predictor(x.detach()).float(), target
+            )
         return x.scatter_add(1, index, (scores[..., None] * change).to(x.dtype))
 
     @torch.no_grad()

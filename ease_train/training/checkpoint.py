@@ -91,12 +91,18 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
             if checkpoint.conventions.chat_template is not None:
                 (folder / TEMPLATE_FILE).write_text(checkpoint.conventions.chat_template, encoding="utf-8")
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in checkpoint.metrics), encoding="utf-8")
+            (folder / "metrics.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in checkpoint.metrics), encoding="utf-8"
+            )
             (folder / "metrics.csv").write_text(metrics_csv(checkpoint.metrics), encoding="utf-8")
             if checkpoint.train_state is not None:
                 (folder / STATE_FILE.parent).mkdir()
                 torch.save(checkpoint.train_state, folder / STATE_FILE)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
+    except (
+        OSError,
+        RuntimeError,
+        safetensors.SafetensorError,
+    ) as error:  # torch and safetensors wrap a full disk in their own
         kept = f"; the checkpoint of before is still at {path}" if path.exists() else ""
         raise CheckpointError(f"could not save step {checkpoint.step} to {path}: {error}{kept}") from None
 
@@ -109,7 +115,12 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
     restore_interrupted(path)
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}; make one: ease-train fit demo --out {path}")
-    for name in ("config.json", "model.safetensors", "tokenizer.json", *([str(STATE_FILE)] if resume else [])):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        *([str(STATE_FILE)] if resume else []),
+    ):
         if not (path / name).is_file():
             remedy = f"train it again: ease-train fit RECIPE --out {path}"
             raise CheckpointError(f"{path} is no complete checkpoint: {name} is missing; {remedy}")
@@ -122,8 +133,17 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
         state = _load_state(path / STATE_FILE) if resume else None
         conventions = _read_conventions(config, path) or Conventions.of(tokenizer)
         metrics = read_metrics(path)
-    except (KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    except (
+        KeyError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}"
+        ) from None
     return Checkpoint(
         recipe,
         model,
@@ -201,10 +221,14 @@ def filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Decod
     expected = model.state_dict()
     if strange := expected.keys() ^ weights.keys():
         missing, unexpected = sorted(strange & expected.keys()), sorted(strange & weights.keys())
-        raise CheckpointError(f"{where}: weights do not fit the model: missing {missing}, unexpected {unexpected}")
+        raise CheckpointError(
+            f"{where}: weights do not fit the model: missing {missing}, unexpected {unexpected}"
+        )
     for name, value in weights.items():
         if value.shape != expected[name].shape:
-            raise CheckpointError(f"{where}: {name} has the shape {[*value.shape]}, expected {[*expected[name].shape]}")
+            raise CheckpointError(
+                f"{where}: {name} has the shape {[*value.shape]}, expected {[*expected[name].shape]}"
+            )
     model.load_state_dict(weights, assign=True)
     if tied:
         model.lm_head.weight = model.embed.weight

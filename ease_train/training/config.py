@@ -18,11 +18,28 @@ from pathlib import Path
 from typing import Any, Self
 
 from ease_common.errors import ConfigError, SettingWarning, did_you_mean
-from ease_common.settings import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Bounds, Section, laid_over, setting
+from ease_common.settings import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    SEEDS,
+    SHARE,
+    Bounds,
+    Section,
+    laid_over,
+    setting,
+)
 from ease_train.methods.method import MethodConfig
 from ease_train.training.renames import METHOD, regrouped
 
-OF_THE_EXITS = ("exits", "exit_norm", "exit_adapter", "adapter_dim", "exit_head", "exit_vocab_size")  # of a model's settings
+OF_THE_EXITS = (
+    "exits",
+    "exit_norm",
+    "exit_adapter",
+    "adapter_dim",
+    "exit_head",
+    "exit_vocab_size",
+)  # of a model's settings
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,9 @@ class ModelConfig(Section, table="model"):
     num_heads: int = setting(4, "query heads", AT_LEAST_1)
     num_kv_heads: int = setting(2, "key/value heads (grouped-query attention)", AT_LEAST_1)
     head_dim: int = setting(0, "width of an attention head; 0 takes dim / num_heads", AT_LEAST_0)
-    ffn_dim: int = setting(0, "width of the gated linear unit; 0 takes 8/3 of dim, rounded up to a multiple of 64", AT_LEAST_0)
+    ffn_dim: int = setting(
+        0, "width of the gated linear unit; 0 takes 8/3 of dim, rounded up to a multiple of 64", AT_LEAST_0
+    )
     max_positions: int = setting(1024, "longest sequence the model may see, in tokens", AT_LEAST_1)
     rope_theta: float = setting(10000.0, "base of the rotary position embedding", ABOVE_0)
     rope_scaling: tuple[float, ...] = setting(
@@ -46,24 +65,38 @@ class ModelConfig(Section, table="model"):
     final_norm: bool = setting(True, "RMSNorm before the LM head (the original EASE has none)")
     attention_bias: bool = setting(False, "bias in the query, key and value projections (Qwen2)")
     qk_norm: bool = setting(False, "RMSNorm on each query and key head (Qwen3)")
-    exits: tuple[int, ...] = setting((4, 8, 12), "layers after which a token may leave; the last is always one", AT_LEAST_1)
-    exit_norm: str = setting("own", "norm at an early exit: 'own' (one each) or 'shared' (the final norm)", ("shared", "own"))
+    exits: tuple[int, ...] = setting(
+        (4, 8, 12), "layers after which a token may leave; the last is always one", AT_LEAST_1
+    )
+    exit_norm: str = setting(
+        "own", "norm at an early exit: 'own' (one each) or 'shared' (the final norm)", ("shared", "own")
+    )
     exit_adapter: str = setting(
         "none",
         "before an early exit's norm: 'none', 'low-rank', 'mlp' (EE-Tuning) or 'block' (a layer of its own)",
         ("none", "low-rank", "mlp", "block"),
     )
-    adapter_dim: int = setting(0, "inner width of a low-rank or MLP adapter; 0 takes a quarter of dim", AT_LEAST_0)
+    adapter_dim: int = setting(
+        0, "inner width of a low-rank or MLP adapter; 0 takes a quarter of dim", AT_LEAST_0
+    )
     exit_head: str = setting(
         "tied",
         "LM head of an early exit: 'tied' (the model's), 'own', or 'reduced' (one for all, frequent tokens only)",
         ("tied", "own", "reduced"),
     )
-    exit_vocab_size: int = setting(0, "tokens that a 'reduced' exit head knows: the most frequent of the training text", AT_LEAST_0)
+    exit_vocab_size: int = setting(
+        0, "tokens that a 'reduced' exit head knows: the most frequent of the training text", AT_LEAST_0
+    )
     gates: tuple[int, ...] = setting((), "early exits with a gate; set by `ease-train gates`", AT_LEAST_1)
     gate_width: int = setting(0, "hidden width of a gate; 0 makes it linear", AT_LEAST_0)
-    routed_layers: tuple[int, ...] = setting((), "Mixture-of-Depths layers, which most tokens go around", AT_LEAST_1)
-    capacity: float = setting(0.125, "share of a sequence that a Mixture-of-Depths layer takes in training", Bounds(0, 1, open_low=True))
+    routed_layers: tuple[int, ...] = setting(
+        (), "Mixture-of-Depths layers, which most tokens go around", AT_LEAST_1
+    )
+    capacity: float = setting(
+        0.125,
+        "share of a sequence that a Mixture-of-Depths layer takes in training",
+        Bounds(0, 1, open_low=True),
+    )
     routing_rule: str = setting(
         "predictor",
         "who goes into such a layer at inference: 'predictor' or 'threshold' (of the router's scores)",
@@ -75,15 +108,23 @@ class ModelConfig(Section, table="model"):
         if self.head_dim == 0 and self.dim % self.num_heads == 0:
             object.__setattr__(self, "head_dim", self.dim // self.num_heads)
         if self.head_dim < 1 or self.head_dim % 2:
-            raise ConfigError(f"model: dim = {self.dim} does not give {self.num_heads} heads of an even width (head_dim = {self.head_dim})")
+            raise ConfigError(
+                f"model: dim = {self.dim} does not give {self.num_heads} heads of an even width (head_dim = {self.head_dim})"
+            )
         if len(self.rope_scaling) not in (0, 1, 4):
-            raise ConfigError(f"model: rope_scaling = {list(self.rope_scaling)}, expected FACTOR or FACTOR LOW HIGH POSITIONS")
+            raise ConfigError(
+                f"model: rope_scaling = {list(self.rope_scaling)}, expected FACTOR or FACTOR LOW HIGH POSITIONS"
+            )
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"model: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}")
+            raise ConfigError(
+                f"model: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}"
+            )
         self._check_exit_vocabulary()
         exits = tuple(sorted({*self.exits, self.num_layers}))
         if exits[-1] > self.num_layers:
-            raise ConfigError(f"model: exits = {list(self.exits)}, expected layers from 1 to {self.num_layers}")
+            raise ConfigError(
+                f"model: exits = {list(self.exits)}, expected layers from 1 to {self.num_layers}"
+            )
         object.__setattr__(self, "exits", exits)
         self._check_layers()
         if self.ffn_dim == 0:
@@ -92,16 +133,22 @@ class ModelConfig(Section, table="model"):
     def _check_exit_vocabulary(self) -> None:
         size, reduced = self.exit_vocab_size, self.exit_head == "reduced"
         if size and not reduced:
-            raise ConfigError(f"model: exit_vocab_size = {size} needs exit_head = 'reduced', not '{self.exit_head}'; set both or neither")
+            raise ConfigError(
+                f"model: exit_vocab_size = {size} needs exit_head = 'reduced', not '{self.exit_head}'; set both or neither"
+            )
         if reduced and not 0 < size < (self.vocab_size or size + 1):
             known = self.vocab_size or "the tokenizer's size"
-            raise ConfigError(f"model: exit_vocab_size = {size}, expected at least 1 and less than {known} with exit_head = 'reduced'")
+            raise ConfigError(
+                f"model: exit_vocab_size = {size}, expected at least 1 and less than {known} with exit_head = 'reduced'"
+            )
 
     def _check_layers(self) -> None:
         if strange := sorted({*self.gates} - {*self.exits[:-1]}):
             raise ConfigError(f"model: gates = {strange}, expected early exits: {list(self.exits[:-1])}")
         if strange := sorted(layer for layer in {*self.routed_layers} if not 1 <= layer <= self.num_layers):
-            raise ConfigError(f"model: routed_layers = {strange}, expected layers from 1 to {self.num_layers}")
+            raise ConfigError(
+                f"model: routed_layers = {strange}, expected layers from 1 to {self.num_layers}"
+            )
 
     @property
     def adapter_width(self) -> int:
@@ -129,7 +176,9 @@ class TokenizerConfig(Section, table="tokenizer"):
     """How text becomes tokens."""
 
     kind: str = setting("bpe", "'bpe' (byte-level, trained on the corpus) or 'char'", ("bpe", "char"))
-    bpe_vocab_size: int = setting(4096, "words that byte-level BPE learns, with those of the 256 bytes and the end", Bounds(257))
+    bpe_vocab_size: int = setting(
+        4096, "words that byte-level BPE learns, with those of the 256 bytes and the end", Bounds(257)
+    )
 
 
 @dataclass(frozen=True)
@@ -143,7 +192,9 @@ class TrainConfig(Section, table="train"):
     steps: int = setting(1000, "optimizer steps in all", AT_LEAST_1)
     batch_size: int = setting(8, "sequences in a step", AT_LEAST_1)
     sequence_length: int = setting(256, "tokens in a sequence", AT_LEAST_1)
-    parse_special: bool = setting(False, "special tokens written in the text are real ones (chats); otherwise they are text")
+    parse_special: bool = setting(
+        False, "special tokens written in the text are real ones (chats); otherwise they are text"
+    )
     learning_rate: float = setting(2e-3, "peak learning rate of AdamW", Bounds(0, 1, open_low=True))
     min_lr_ratio: float = setting(0.05, "learning rate at the end, as a share of the peak (cosine)", SHARE)
     warmup_steps: int = setting(100, "steps of linear warm-up", AT_LEAST_0)
@@ -158,11 +209,17 @@ class TrainConfig(Section, table="train"):
     save_every: int = setting(200, "steps between two checkpoints", AT_LEAST_1)
     accumulate: int = setting(1, "batches whose gradients are averaged before a step", AT_LEAST_1)
     precision: str = setting(
-        "fp32", "of the matrix products: 'fp32', 'bf16' or 'fp16' (autocast; weights stay fp32)", ("fp32", "bf16", "fp16")
+        "fp32",
+        "of the matrix products: 'fp32', 'bf16' or 'fp16' (autocast; weights stay fp32)",
+        ("fp32", "bf16", "fp16"),
     )
-    recompute_activations: bool = setting(False, "in the backward pass, instead of keeping them: less memory, more time")
+    recompute_activations: bool = setting(
+        False, "in the backward pass, instead of keeping them: less memory, more time"
+    )
     patience: int = setting(
-        0, "stop after so many evaluations without a better perplexity at the last exit, keep the best model; 0 never stops", AT_LEAST_0
+        0,
+        "stop after so many evaluations without a better perplexity at the last exit, keep the best model; 0 never stops",
+        AT_LEAST_0,
     )
     sample_tokens: int = setting(0, "tokens of greedy sample text at each evaluation", AT_LEAST_0)
 
@@ -188,17 +245,23 @@ class Recipe:
         exits = list(self.model.exits)
         for layer in self.train.layer_weights if self.method.weight.rule == "given" else ():
             if layer not in exits:
-                raise ConfigError(f"train: layer_weights names layer {layer}, which is no exit; exits = {exits}")
+                raise ConfigError(
+                    f"train: layer_weights names layer {layer}, which is no exit; exits = {exits}"
+                )
         if idle := self.method.for_early_exits if len(exits) == 1 else ():
             raise ConfigError(f"{idle[0]} needs an early exit; exits = {exits}")
         if self.method.weight.rule == "layerskip" and exits[0] == 1:
             message = "method.weight: rule = 'layerskip' gives the exit after layer 1 the weight 0; it is not trained"
             warnings.warn(message, SettingWarning, stacklevel=2)
         if strange := sorted({*self.method.layer_lr_scales} - {*range(1, self.model.num_layers + 1)}):
-            raise ConfigError(f"method: layer_lr_scales names {strange}, expected layers from 1 to {self.model.num_layers}")
+            raise ConfigError(
+                f"method: layer_lr_scales names {strange}, expected layers from 1 to {self.model.num_layers}"
+            )
         if self.train.sequence_length > self.model.max_positions:
             limit = self.model.max_positions
-            raise ConfigError(f"train: sequence_length = {self.train.sequence_length} is more than max_positions = {limit}")
+            raise ConfigError(
+                f"train: sequence_length = {self.train.sequence_length} is more than max_positions = {limit}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -242,10 +305,19 @@ class Recipe:
         return type(self).from_dict(values, self.name)
 
 
-SECTIONS: Mapping[str, type[Section]] = {"model": ModelConfig, "tokenizer": TokenizerConfig, "train": TrainConfig, "method": MethodConfig}
+SECTIONS: Mapping[str, type[Section]] = {
+    "model": ModelConfig,
+    "tokenizer": TokenizerConfig,
+    "train": TrainConfig,
+    "method": MethodConfig,
+}
 OPTIONS: Mapping[str, tuple[str, ...]] = {  # an option's name -> where its setting is in a recipe
     **{name: ("method", *path) for name, path in METHOD.items()},
-    **{"_".join(path): (table, *path) for table, section in SECTIONS.items() for path, _, _ in section.settings()},
+    **{
+        "_".join(path): (table, *path)
+        for table, section in SECTIONS.items()
+        for path, _, _ in section.settings()
+    },
 }
 
 
@@ -271,7 +343,9 @@ def cut_warmup(values: dict[str, Any], options: Mapping[str, Any]) -> None:
 def recipe_names() -> list[str]:
     """The recipes that ship with the package."""
     folder = resources.files("ease_train") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def load_recipe(name: str) -> Recipe:
@@ -283,7 +357,9 @@ def load_recipe(name: str) -> Recipe:
     values, seen = _read_recipe(name), [name]
     while base := values.pop("extends", None):
         if base in seen:
-            raise ConfigError(f"recipe {name}: extends = '{base}' goes in a circle: {' -> '.join([*seen, base])}")
+            raise ConfigError(
+                f"recipe {name}: extends = '{base}' goes in a circle: {' -> '.join([*seen, base])}"
+            )
         seen.append(base)
         values = _laid_over(values, _read_recipe(base))
     return Recipe.from_dict({"name": Path(name).stem, **values}, f"recipe {Path(name).stem}")
@@ -292,7 +368,9 @@ def load_recipe(name: str) -> Recipe:
 def _laid_over(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**base, **values}
     tables = {
-        table: laid_over(section, values.get(table, {}), base.get(table, {})) for table, section in SECTIONS.items() if table in merged
+        table: laid_over(section, values.get(table, {}), base.get(table, {}))
+        for table, section in SECTIONS.items()
+        if table in merged
     }
     return {**merged, **tables}
 
@@ -306,7 +384,9 @@ def _read_recipe(name: str) -> dict[str, Any]:
     elif name in recipe_names():
         text = (resources.files("ease_train") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     else:
-        raise ConfigError(f"unknown recipe '{name}'; {did_you_mean(name, recipe_names())} (list them: ease-train recipes)")
+        raise ConfigError(
+            f"unknown recipe '{name}'; {did_you_mean(name, recipe_names())} (list them: ease-train recipes)"
+        )
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -70,12 +70,17 @@ class GateReport:
 
 
 @torch.no_grad()
-def agreement(model: Decoder, input_ids: Tensor, states: States | None = None) -> dict[int, tuple[Tensor, Tensor]]:
+def agreement(
+    model: Decoder, input_ids: Tensor, states: States | None = None
+) -> dict[int, tuple[Tensor, Tensor]]:
     """What each early exit's gate reads, and whether the exit agrees with the last layer. With `states` the layers need not run.
 
     Shape: (B, S) -> {layer: (N, D), (N) bool}.
     """
-    last, at_exits = model.config.num_layers, states.hidden.items() if states else model.exit_states(input_ids)
+    last, at_exits = (
+        model.config.num_layers,
+        states.hidden.items() if states else model.exit_states(input_ids),
+    )
     rows = {layer: model.exit_hidden(hidden, layer).flatten(0, 1) for layer, hidden in at_exits}
     said = {layer: top_tokens(model, layer, hidden) for layer, hidden in rows.items()}
     final = states.top.flatten() if states else said[last]
@@ -92,7 +97,10 @@ def balanced_loss(scores: Tensor, labels: Tensor) -> Tensor:
 def platt_scaling(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     """Temperature T > 0 and shift b that make sigmoid((score + b) / T) most likely. Shape: (N), (N) bool -> T, b."""
     scores, target = scores.double(), labels.double()
-    log_slope, offset = torch.zeros((), dtype=torch.float64, requires_grad=True), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    log_slope, offset = (
+        torch.zeros((), dtype=torch.float64, requires_grad=True),
+        torch.zeros((), dtype=torch.float64, requires_grad=True),
+    )
     optimizer = torch.optim.LBFGS([log_slope, offset], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -111,7 +119,8 @@ def quality(probabilities: Tensor, labels: Tensor, temperature: float) -> GateQu
     p, y = probabilities.double(), labels.double()
     bins = (p * BINS).long().clamp(max=BINS - 1)
     gaps = [
-        abs((p[bins == b].mean() - y[bins == b].mean()).item()) * (bins == b).double().mean().item() for b in sorted(set(bins.tolist()))
+        abs((p[bins == b].mean() - y[bins == b].mean()).item()) * (bins == b).double().mean().item()
+        for b in sorted(set(bins.tolist()))
     ]
     return GateQuality(y.mean().item(), auc(p, labels), sum(gaps), ((p - y) ** 2).mean().item(), temperature)
 
@@ -121,11 +130,15 @@ def auc(scores: Tensor, labels: Tensor) -> float:
     positive, negative = scores[labels], scores[~labels].sort().values
     if not len(positive) or not len(negative):
         return 0.5
-    below = torch.searchsorted(negative, positive, right=False) + torch.searchsorted(negative, positive, right=True)
+    below = torch.searchsorted(negative, positive, right=False) + torch.searchsorted(
+        negative, positive, right=True
+    )
     return (below.double().mean() / (2 * len(negative))).item()
 
 
-def blocks_of(text: Checkpoint, split: str, length: int, at_least: int, cache: Path | None) -> NDArray[np.int32]:
+def blocks_of(
+    text: Checkpoint, split: str, length: int, at_least: int, cache: Path | None
+) -> NDArray[np.int32]:
     """A split of a checkpoint's data in blocks. Shape: (blocks, length + 1). Raises DataError."""
     return pack(token_stream(text, split, cache), length, at_least, f"{text.data} ({split})")
 
@@ -134,11 +147,18 @@ class GateTrainer:
     """Holds the frozen model with fresh gates at all early exits, and the data of the checkpoint or another source."""
 
     def __init__(
-        self, checkpoint: Checkpoint, settings: GateConfig, source: str | None = None, device: str = "cpu", cache: Path | None = None
+        self,
+        checkpoint: Checkpoint,
+        settings: GateConfig,
+        source: str | None = None,
+        device: str = "cpu",
+        cache: Path | None = None,
     ) -> None:
         early = checkpoint.recipe.model.exits[:-1]
         if not early:
-            raise ConfigError(f"the model has no early exit to put a gate at; exits = {list(checkpoint.recipe.model.exits)}")
+            raise ConfigError(
+                f"the model has no early exit to put a gate at; exits = {list(checkpoint.recipe.model.exits)}"
+            )
         config = replace(checkpoint.recipe.model, gates=early, gate_width=settings.gate_width)
         torch.manual_seed(settings.seed)
         model = Decoder(config)
@@ -146,20 +166,33 @@ class GateTrainer:
         model.load_state_dict(kept, strict=False)
         self.device = usable_device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.gates = {layer: cast(Gate, leave.gate).requires_grad_(True) for layer, leave in model.early_exits.items()}
-        self.checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, model=config), model=model, train_state=None)
+        self.gates = {
+            layer: cast(Gate, leave.gate).requires_grad_(True) for layer, leave in model.early_exits.items()
+        }
+        self.checkpoint = replace(
+            checkpoint, recipe=replace(checkpoint.recipe, model=config), model=model, train_state=None
+        )
         self.settings = settings
-        self.optimizer = torch.optim.AdamW([p for gate in self.gates.values() for p in gate.parameters()], lr=settings.learning_rate)
+        self.optimizer = torch.optim.AdamW(
+            [p for gate in self.gates.values() for p in gate.parameters()], lr=settings.learning_rate
+        )
         length = checkpoint.recipe.train.sequence_length
         sums = {} if source else dict(checkpoint.data_sha256)
-        text = replace(self.checkpoint, data=source or known_data(checkpoint), data_sha256=sums, num_documents={})
+        text = replace(
+            self.checkpoint, data=source or known_data(checkpoint), data_sha256=sums, num_documents={}
+        )
         self.blocks = blocks_of(text, "train", length, settings.batch_size, cache)
-        self.validation = blocks_of(text, "validation", length, 1, cache)[: max(1, settings.eval_tokens // length)]
+        self.validation = blocks_of(text, "validation", length, 1, cache)[
+            : max(1, settings.eval_tokens // length)
+        ]
         self.states = self._state_caches(cache) if cache else {}
 
     def _state_caches(self, folder: Path) -> dict[str, StateCache]:
         recipe = self.checkpoint.recipe
-        settings = (recipe.method.distill.temperature, recipe.train.precision)  # those of tuning, which may have filled it
+        settings = (
+            recipe.method.distill.temperature,
+            recipe.train.precision,
+        )  # those of tuning, which may have filled it
         splits = {"train": self.blocks, "validation": self.validation}
         return {split: StateCache(folder, self.model, blocks, *settings) for split, blocks in splits.items()}
 
@@ -169,7 +202,10 @@ class GateTrainer:
         With a cache the layers' hidden states are computed before the first step.
         """
         for cache in self.states.values():
-            yield from (StatesEvent(done, len(cache.blocks), cache.num_bytes, cache.path) for done in cache.fill(self._ask))
+            yield from (
+                StatesEvent(done, len(cache.blocks), cache.num_bytes, cache.path)
+                for done in cache.fill(self._ask)
+            )
         rng = np.random.default_rng(self.settings.seed)
         for step in range(self.settings.steps):
             yield self.train_step(step, rng.choice(len(self.blocks), self.settings.batch_size, replace=False))
@@ -182,7 +218,10 @@ class GateTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * (1 - step / self.settings.steps)
         found = self._agreement("train", numbers)
-        losses = {layer: balanced_loss(gate.score(found[layer][0]), found[layer][1]) for layer, gate in self.gates.items()}
+        losses = {
+            layer: balanced_loss(gate.score(found[layer][0]), found[layer][1])
+            for layer, gate in self.gates.items()
+        }
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -191,7 +230,10 @@ class GateTrainer:
     @torch.no_grad()
     def calibrate(self) -> GateReport:
         """Fit each gate's temperature and bias on one half of the validation blocks, and report on the other half."""
-        halves = [self._scores(np.arange(half, len(self.validation), 2)) for half in range(min(2, len(self.validation)))]
+        halves = [
+            self._scores(np.arange(half, len(self.validation), 2))
+            for half in range(min(2, len(self.validation)))
+        ]
         report = {}
         for layer, gate in self.gates.items():
             with torch.enable_grad():
@@ -206,14 +248,19 @@ class GateTrainer:
         size = self.settings.batch_size
         parts = [self._agreement("validation", numbers[i : i + size]) for i in range(0, len(numbers), size)]
         return {
-            layer: (torch.cat([gate.score(part[layer][0]) for part in parts]), torch.cat([part[layer][1] for part in parts]))
+            layer: (
+                torch.cat([gate.score(part[layer][0]) for part in parts]),
+                torch.cat([part[layer][1] for part in parts]),
+            )
             for layer, gate in self.gates.items()
         }
 
     def _agreement(self, split: str, numbers: NDArray[np.int64]) -> dict[int, tuple[Tensor, Tensor]]:
         blocks = self.blocks if split == "train" else self.validation
         states = self.states[split].of(numbers, self.device) if split in self.states else None
-        found: dict[int, tuple[Tensor, Tensor]] = self._ask(lambda model, ids, _: agreement(model, ids, states), blocks[numbers])
+        found: dict[int, tuple[Tensor, Tensor]] = self._ask(
+            lambda model, ids, _: agreement(model, ids, states), blocks[numbers]
+        )
         return found
 
     def _ask(self, question: Callable[..., Any], blocks: NDArray[np.int32], *more: Any) -> Any:

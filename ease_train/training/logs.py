@@ -26,5 +26,7 @@ def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in line.items() if isinstance(value, int | float)}
     nested = {name: value for name, value in line.items() if isinstance(value, Mapping)}
     for name, values in nested.items():
-        flat |= {f"{name}_{layer}": value for layer, value in values.items() if isinstance(value, int | float)}
+        flat |= {
+            f"{name}_{layer}": value for layer, value in values.items() if isinstance(value, int | float)
+        }
     return flat

@@ -14,7 +14,11 @@ from torch.nn.utils import parametrize
 
 from ease_train.model.decoder import Decoder
 
-ORIGINAL, DOWN, UP = ".parametrizations.weight.original", ".parametrizations.weight.0.down", ".parametrizations.weight.0.up"
+ORIGINAL, DOWN, UP = (
+    ".parametrizations.weight.original",
+    ".parametrizations.weight.0.down",
+    ".parametrizations.weight.0.up",
+)
 
 
 class LowRankUpdate(nn.Module):
@@ -37,7 +41,9 @@ def add_low_rank(model: Decoder, rank: int, alpha: float) -> None:
     if model.reduced_head is not None:
         model.reduced_head.requires_grad_(True)
     for module in [module for module in model.layers.modules() if isinstance(module, nn.Linear)]:
-        parametrize.register_parametrization(module, "weight", LowRankUpdate(module.weight, rank, alpha / rank))
+        parametrize.register_parametrization(
+            module, "weight", LowRankUpdate(module.weight, rank, alpha / rank)
+        )
 
 
 def merged(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -25,14 +25,20 @@ def parameters(model: Decoder) -> list[nn.Parameter]:
     return list(dict.fromkeys(parameter for part in model.parts() for parameter in part.parameters()))
 
 
-def create_optimizer(model: Decoder, settings: TrainConfig, layer_lr_scales: Mapping[int, float] | None = None) -> torch.optim.AdamW:
+def create_optimizer(
+    model: Decoder, settings: TrainConfig, layer_lr_scales: Mapping[int, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on matrices only.
 
     `layer_lr_scales` (layer from 1 -> share) is discriminative fine-tuning (Howard & Ruder 2018, arXiv 1801.06146): a group a
     share; embedding, norms outside the layers, exits and head have the full rate.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
-    scales = {parameter: scale for layer, scale in (layer_lr_scales or {}).items() for parameter in model.layers[layer - 1].parameters()}
+    scales = {
+        parameter: scale
+        for layer, scale in (layer_lr_scales or {}).items()
+        for parameter in model.layers[layer - 1].parameters()
+    }
     for parameter in parameters(model):
         if parameter.requires_grad:
             decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
@@ -41,7 +47,9 @@ def create_optimizer(model: Decoder, settings: TrainConfig, layer_lr_scales: Map
         {"params": group, "weight_decay": decay, "lr": settings.learning_rate * scale, "lr_scale": scale}
         for (scale, decay), group in groups.items()
     ]
-    return torch.optim.AdamW(options, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
+    return torch.optim.AdamW(
+        options, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True
+    )
 
 
 def train_exits_only(model: Decoder, heads: bool) -> None:
@@ -55,4 +63,6 @@ def train_exits_only(model: Decoder, heads: bool) -> None:
         if "head" in leave.own:
             leave.head.requires_grad_(heads)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("method: trains = 'exits', but the exits have no norm, adapter or head of their own; set exit_adapter = 'mlp'")
+        raise ConfigError(
+            "method: trains = 'exits', but the exits have no norm, adapter or head of their own; set exit_adapter = 'mlp'"
+        )

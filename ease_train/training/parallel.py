@@ -161,7 +161,11 @@ def usable_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and not _flag("ACCELERATE_USE_CPU") else "cpu"
     try:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
+        chosen = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if device == "cuda"
+            else torch.device(device)
+        )
         torch.empty(1, device=chosen)
     except (AssertionError, RuntimeError) as error:  # torch raises either
         raise ConfigError(f"device = '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
@@ -173,11 +177,17 @@ def _check_launch() -> None:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         count = os.environ["WORLD_SIZE"]
-        raise ConfigError(f"WORLD_SIZE = {count} without {', '.join(missing)}; start with torchrun or accelerate launch")
+        raise ConfigError(
+            f"WORLD_SIZE = {count} without {', '.join(missing)}; start with torchrun or accelerate launch"
+        )
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if _flag(f"ACCELERATE_USE_{engine}"):
-            raise ConfigError(f"accelerate's {engine} is not supported; choose plain data parallelism or FSDP (accelerate config)")
+            raise ConfigError(
+                f"accelerate's {engine} is not supported; choose plain data parallelism or FSDP (accelerate config)"
+            )
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         warnings.warn(
-            f"accelerate's mixed precision '{precision}' has no effect; the recipe sets it: --precision", SettingWarning, stacklevel=3
+            f"accelerate's mixed precision '{precision}' has no effect; the recipe sets it: --precision",
+            SettingWarning,
+            stacklevel=3,
         )

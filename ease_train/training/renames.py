@@ -44,7 +44,9 @@ WEIGHTS = {
 
 def regrouped(method: Mapping[str, Any]) -> dict[str, Any]:
     """A `[method]` table with the settings of format 1 in their tables; what is there already stays."""
-    moved = {name: value for name, value in method.items() if name in METHOD and not isinstance(value, Mapping)}
+    moved = {
+        name: value for name, value in method.items() if name in METHOD and not isinstance(value, Mapping)
+    }
     values = {name: value for name, value in method.items() if name not in moved}
     for name, value in moved.items():
         table, setting = METHOD[name]

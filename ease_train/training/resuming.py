@@ -33,7 +33,9 @@ class Asked:
         """
         self._check_recipe(checkpoint, path)
         self._check_options(checkpoint.recipe, path)
-        step = (checkpoint.train_state or {}).get("step", checkpoint.step)  # the run's own, where the model is an earlier one
+        step = (checkpoint.train_state or {}).get(
+            "step", checkpoint.step
+        )  # the run's own, where the model is an earlier one
         checkpoint = replace(checkpoint, recipe=self._longer(checkpoint.recipe, step, path))
         if self.data not in (None, checkpoint.data) and not checkpoint.data_sha256:
             said = f"{path} does not know the sum of its text; {self.data} is taken for what it calls {checkpoint.data}"
@@ -44,9 +46,13 @@ class Asked:
         began, named = checkpoint.base or checkpoint.recipe, self.recipe
         remedy = f"leave the recipe out to go on with the run as it is: ease-train fit --out {path} --resume"
         if named is not None and named.name != began.name:
-            raise ConfigError(f"the run at {path} follows the recipe {began.name}, not {named.name}; {remedy}")
+            raise ConfigError(
+                f"the run at {path} follows the recipe {began.name}, not {named.name}; {remedy}"
+            )
         if named is not None and checkpoint.base is not None and (changed := differing(began, named)):
-            raise ConfigError(f"the recipe {named.name} has changed since the run at {path} began ({changed}); {remedy}")
+            raise ConfigError(
+                f"the recipe {named.name} has changed since the run at {path} began ({changed}); {remedy}"
+            )
 
     def _check_options(self, own: Recipe, path: Path) -> None:
         options = {name: value for name, value in self.options.items() if name != "steps"}
@@ -65,7 +71,11 @@ class Asked:
         longer = own.with_options({"steps": steps})
         before, after = learning_rate(step - 1, own.train), learning_rate(step, longer.train)
         said = f"the schedules go on as those of {steps} steps, not {own.train.steps}"
-        warnings.warn(f"{said}: the learning rate was {before:.3g}, and is {after:.3g} at step {step + 1}", SettingWarning, stacklevel=3)
+        warnings.warn(
+            f"{said}: the learning rate was {before:.3g}, and is {after:.3g} at step {step + 1}",
+            SettingWarning,
+            stacklevel=3,
+        )
         return longer
 
 

@@ -57,7 +57,9 @@ def compute_states(model: Decoder, input_ids: Tensor, targets: Tensor, temperatu
     last = model.norm(found.pop(model.config.num_layers)).float()
     tops, sums, losses = [], [], []
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    for rows, wanted in zip(torch.split(last.flatten(0, 1), size), torch.split(targets.flatten(), size), strict=True):
+    for rows, wanted in zip(
+        torch.split(last.flatten(0, 1), size), torch.split(targets.flatten(), size), strict=True
+    ):
         logits = model.lm_head(rows).float()
         tops.append(logits.argmax(dim=-1))
         losses.append(F.cross_entropy(logits, wanted, reduction="none"))
@@ -69,7 +71,9 @@ def compute_states(model: Decoder, input_ids: Tensor, targets: Tensor, temperatu
 class StateCache:
     """The states of all of `blocks` (n, S + 1) in one directory under `folder`."""
 
-    def __init__(self, folder: Path, model: Decoder, blocks: NDArray[np.int32], temperature: float, precision: str) -> None:
+    def __init__(
+        self, folder: Path, model: Decoder, blocks: NDArray[np.int32], temperature: float, precision: str
+    ) -> None:
         self.blocks, self.temperature, self.layers = blocks, temperature, model.config.exits[:-1]
         self.path = folder / f"states-{self._sum(model, precision)}"
         wide = (blocks.shape[1] - 1, model.config.dim)
@@ -77,7 +81,9 @@ class StateCache:
         self.shapes |= {"last": wide, "top": wide[:1], "log_sums": wide[:1], "losses": wide[:1]}
 
     def _sum(self, model: Decoder, precision: str) -> str:
-        digest = hashlib.sha256(f"1:{self.layers}:{self.temperature}:{precision}:{self.blocks.shape}".encode())
+        digest = hashlib.sha256(
+            f"1:{self.layers}:{self.temperature}:{precision}:{self.blocks.shape}".encode()
+        )
         state = model.state_dict()
         for name in sorted(state.keys() - model.exit_state().keys()):
             digest.update(name.encode())
@@ -102,7 +108,10 @@ class StateCache:
         partial = self.path.with_suffix(".partial")
         partial.mkdir(parents=True, exist_ok=True)
         done = self._done(partial)
-        missing, free = self.num_bytes * (len(self.blocks) - done) // len(self.blocks), shutil.disk_usage(partial).free
+        missing, free = (
+            self.num_bytes * (len(self.blocks) - done) // len(self.blocks),
+            shutil.disk_usage(partial).free,
+        )
         if missing > free:
             raise DataError(
                 f"hidden states take {missing / 1e9:.1f} GB more in {partial.parent}, which has {free / 1e9:.1f} GB; use another --cache, "
@@ -111,21 +120,33 @@ class StateCache:
         try:
             for start in range(done, len(self.blocks), BLOCKS_AT_ONCE):
                 yield start
-                self._append(partial, ask(compute_states, self.blocks[start : start + BLOCKS_AT_ONCE], self.temperature))
+                self._append(
+                    partial,
+                    ask(compute_states, self.blocks[start : start + BLOCKS_AT_ONCE], self.temperature),
+                )
         except OSError as error:
-            raise DataError(f"could not write hidden states to {partial}: {error}; what is there is kept") from None
+            raise DataError(
+                f"could not write hidden states to {partial}: {error}; what is there is kept"
+            ) from None
         partial.rename(self.path)
         yield len(self.blocks)
 
     def of(self, numbers: NDArray[np.int64], device: torch.device | str = "cpu") -> States:
         """The states of the blocks of these numbers."""
         hidden = {layer: self._read(f"exit_{layer}", numbers).to(device) for layer in self.layers}
-        last, top, log_sums, losses = (self._read(name, numbers).to(device) for name in ("last", "top", "log_sums", "losses"))
+        last, top, log_sums, losses = (
+            self._read(name, numbers).to(device) for name in ("last", "top", "log_sums", "losses")
+        )
         return States(hidden, last, top.long(), log_sums, losses)
 
     def _append(self, folder: Path, states: States) -> None:
         columns = {f"exit_{layer}": hidden for layer, hidden in states.hidden.items()}
-        columns |= {"last": states.last, "top": states.top.int(), "log_sums": states.log_sums, "losses": states.losses}
+        columns |= {
+            "last": states.last,
+            "top": states.top.int(),
+            "log_sums": states.log_sums,
+            "losses": states.losses,
+        }
         for name, values in columns.items():
             with (folder / name).open("ab") as file:
                 file.write(values.cpu().contiguous().numpy().data)
@@ -133,7 +154,10 @@ class StateCache:
     def _done(self, folder: Path) -> int:
         """How many blocks a killed run has left whole in all files; what is more is cut off."""
         files = {name: folder / name for name in self.shapes}
-        done = min(path.stat().st_size // self._row_bytes(name) if path.is_file() else 0 for name, path in files.items())
+        done = min(
+            path.stat().st_size // self._row_bytes(name) if path.is_file() else 0
+            for name, path in files.items()
+        )
         for name, path in files.items():
             with path.open("ab") as file:
                 file.truncate(done * self._row_bytes(name))
@@ -144,5 +168,7 @@ class StateCache:
 
     def _read(self, name: str, numbers: NDArray[np.int64]) -> Tensor:
         kind = np.int32 if name == "top" else np.float32
-        rows: NDArray[Any] = np.memmap(self.path / name, dtype=kind, mode="r", shape=(len(self.blocks), *self.shapes[name]))
+        rows: NDArray[Any] = np.memmap(
+            self.path / name, dtype=kind, mode="r", shape=(len(self.blocks), *self.shapes[name])
+        )
         return torch.from_numpy(np.asarray(rows[numbers]))

@@ -104,7 +104,9 @@ def objective_at(step: int, recipe: Recipe) -> Objective:
 def weights_may_rest(recipe: Recipe) -> bool:
     """Whether some step leaves weights without a gradient: an exit that is not trained, always or at times, or a gate."""
     method, model = recipe.method, recipe.model
-    moving = method.curriculum.on or method.exit_warmup.on or method.alpha.on or method.objective or method.loss
+    moving = (
+        method.curriculum.on or method.exit_warmup.on or method.alpha.on or method.objective or method.loss
+    )
     return bool(moving or model.gates) or set(exit_weights(0, recipe)) != set(model.exits)
 
 
@@ -124,14 +126,18 @@ def check_warm_ups(recipe: Recipe) -> None:
 def known_data(checkpoint: Checkpoint) -> str:
     """What a checkpoint was trained on. Raises ConfigError for an imported one, which does not say."""
     if checkpoint.data == UNKNOWN_DATA:
-        raise ConfigError("this checkpoint was imported, and what it was trained on is unknown; name the text to train on with --data")
+        raise ConfigError(
+            "this checkpoint was imported, and what it was trained on is unknown; name the text to train on with --data"
+        )
     return checkpoint.data
 
 
 def layers_rest(recipe: Recipe) -> bool:
     """Whether a run's layers see every block alike in every epoch, so that their hidden states can be kept."""
     method = recipe.method
-    return method.trains != "all" and not (method.layer_dropout.on or method.routing.on or method.objective or method.loss)
+    return method.trains != "all" and not (
+        method.layer_dropout.on or method.routing.on or method.objective or method.loss
+    )
 
 
 def own_function(name: str, what: str) -> Callable[..., Any]:
@@ -163,13 +169,17 @@ def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDAr
         checkpoint.conventions.separator,
         parse_special=checkpoint.recipe.train.parse_special,
     )
-    check_rows(stream, checkpoint.tokenizer, checkpoint.recipe.model.vocab_size, f"{checkpoint.data} ({split})")
+    check_rows(
+        stream, checkpoint.tokenizer, checkpoint.recipe.model.vocab_size, f"{checkpoint.data} ({split})"
+    )
     return stream
 
 
 def token_counts(checkpoint: Checkpoint, cache: Path | None) -> Tensor:
     """How often each token stands in the training split: a reduced head's tokens are the most frequent. Shape: (V) int64."""
-    counted = np.bincount(token_stream(checkpoint, "train", cache), minlength=checkpoint.recipe.model.vocab_size)
+    counted = np.bincount(
+        token_stream(checkpoint, "train", cache), minlength=checkpoint.recipe.model.vocab_size
+    )
     return torch.from_numpy(counted)
 
 
@@ -190,12 +200,16 @@ class Kept:
 class Trainer:
     """Holds a run: model, optimizer, packed data, the number of the next step, and with patience the best model so far."""
 
-    def __init__(self, checkpoint: Checkpoint, workers: Workers | None = None, cache: Path | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, workers: Workers | None = None, cache: Path | None = None
+    ) -> None:
         self.checkpoint, self.recipe, self.settings = checkpoint, checkpoint.recipe, checkpoint.recipe.train
         self.workers, self.cache = workers or Workers(), cache
         self.device, state = self.workers.device, checkpoint.train_state
         method = self.recipe.method
-        self.objective_at = own_function(method.objective, "method: objective") if method.objective else objective_at
+        self.objective_at = (
+            own_function(method.objective, "method: objective") if method.objective else objective_at
+        )
         self.loss = own_function(method.loss, "method: loss") if method.loss else exit_loss
         self.best: Kept | None = None
         if state is None:
@@ -219,8 +233,15 @@ class Trainer:
         self.model.recompute_activations = self.settings.recompute_activations
         self.sequences_a_step = self.settings.batch_size * self.settings.accumulate * self.workers.count
         length = self.settings.sequence_length
-        self.blocks = pack(token_stream(checkpoint, "train", cache), length, self.sequences_a_step, f"{checkpoint.data} (train)")
-        blocks = pack(token_stream(checkpoint, "validation", cache), length, 1, f"{checkpoint.data} (validation)")
+        self.blocks = pack(
+            token_stream(checkpoint, "train", cache),
+            length,
+            self.sequences_a_step,
+            f"{checkpoint.data} (train)",
+        )
+        blocks = pack(
+            token_stream(checkpoint, "validation", cache), length, 1, f"{checkpoint.data} (validation)"
+        )
         self.validation = blocks[: max(1, self.settings.eval_tokens // length)]
         self.train_states, self.validation_states = self._state_caches()
 
@@ -244,7 +265,9 @@ class Trainer:
         tokenizer = Tokenizer.from_str(workers.share(tokenizer.to_str())) if workers.count > 1 else tokenizer
         size, needed = recipe.model.vocab_size, num_ids(tokenizer)
         if 0 < size < needed:
-            raise ConfigError(f"model: vocab_size = {size}, expected 0 (the tokenizer's size) or at least that: {needed}")
+            raise ConfigError(
+                f"model: vocab_size = {size}, expected 0 (the tokenizer's size) or at least that: {needed}"
+            )
         if size == 0:
             recipe = replace(recipe, model=replace(recipe.model, vocab_size=needed))
         torch.manual_seed(recipe.train.seed)
@@ -255,7 +278,13 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, path: Path, device: str = "cpu", cache: Path | None = None, sharded: bool = False, *, asked: Asked | None = None
+        cls,
+        path: Path,
+        device: str = "cpu",
+        cache: Path | None = None,
+        sharded: bool = False,
+        *,
+        asked: Asked | None = None,
     ) -> Self:
         """Go on with the run saved at `path`, with as many processes as there are now, and with what is `asked` of it.
 
@@ -291,7 +320,9 @@ class Trainer:
         if self.cache is None or self.workers.count > 1 or not layers_rest(self.recipe):
             return None, None
         settings = (self.recipe.method.distill.temperature, self.settings.precision)
-        train, validation = (StateCache(self.cache, self.model, blocks, *settings) for blocks in (self.blocks, self.validation))
+        train, validation = (
+            StateCache(self.cache, self.model, blocks, *settings) for blocks in (self.blocks, self.validation)
+        )
         return train, validation
 
     def fill_states(self) -> Iterator[StatesEvent]:
@@ -299,7 +330,10 @@ class Trainer:
         self.model.eval()
         for cache in (self.train_states, self.validation_states):
             if cache is not None:
-                yield from (StatesEvent(done, len(cache.blocks), cache.num_bytes, cache.path) for done in cache.fill(self._ask))
+                yield from (
+                    StatesEvent(done, len(cache.blocks), cache.num_bytes, cache.path)
+                    for done in cache.fill(self._ask)
+                )
 
     def next_batch(self) -> NDArray[np.int32]:
         """The blocks of the step to come."""
@@ -321,7 +355,9 @@ class Trainer:
         loss, by_exit = self._backward(np.split(batch, self.workers.count)[self.workers.rank])
         self.scaler.unscale_(self.optimizer)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters(self.model), self.settings.grad_clip)))
-        overflows = not math.isfinite(norm) and self.scaler.get_scale() > 1  # fp16: the step is left out, the scale halved
+        overflows = (
+            not math.isfinite(norm) and self.scaler.get_scale() > 1
+        )  # fp16: the step is left out, the scale halved
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflows):
             what = f"the loss is {loss}, its gradient's norm {norm}, at step {self.checkpoint.step + 1}"
             remedy = f"try a lower learning_rate than {self.settings.learning_rate}"
@@ -335,7 +371,10 @@ class Trainer:
 
     def _backward(self, batch: NDArray[np.int32]) -> tuple[float, dict[int, float]]:
         """Add up the gradients of a step's batches; their mean losses. Shape: (accumulate * batch_size, sequence_length + 1)."""
-        objective, parts = self.objective_at(self.checkpoint.step, self.recipe), np.split(batch, self.settings.accumulate)
+        objective, parts = (
+            self.objective_at(self.checkpoint.step, self.recipe),
+            np.split(batch, self.settings.accumulate),
+        )
         self.model.train()
         if objective.drop:  # not the same sequences in every process
             place = (self.settings.seed, self.checkpoint.step, self.workers.rank)
@@ -350,10 +389,16 @@ class Trainer:
         means = self.workers.mean([total, *(by_exit[layer] for layer in losses)])
         return means[0], dict(zip(losses, means[1:], strict=True))
 
-    def _loss(self, part: NDArray[np.int32], numbers: NDArray[np.int64], objective: Objective) -> tuple[Tensor, dict[int, float]]:
+    def _loss(
+        self, part: NDArray[np.int32], numbers: NDArray[np.int64], objective: Objective
+    ) -> tuple[Tensor, dict[int, float]]:
         """A batch's loss, from its hidden states where they are kept."""
         states = self._kept(self.train_states, numbers)
-        loss, by_exit = self._ask(self.loss, part, objective) if states is None else self._ask(state_loss, part, objective, states)
+        loss, by_exit = (
+            self._ask(self.loss, part, objective)
+            if states is None
+            else self._ask(state_loss, part, objective, states)
+        )
         return loss, by_exit
 
     def _kept(self, cache: StateCache | None, numbers: NDArray[np.int64]) -> States | None:
@@ -362,7 +407,11 @@ class Trainer:
     def _ask(self, question: Callable[..., Any], batch: NDArray[np.int32], *more: Any) -> Any:
         """question(model, input_ids, targets, ...), in the run's precision. Shape: batch (n, sequence_length + 1)."""
         ids = torch.from_numpy(batch.astype(np.int64)).to(self.device)
-        with torch.autocast(self.device.type, AUTOCAST.get(self.settings.precision), enabled=self.settings.precision in AUTOCAST):
+        with torch.autocast(
+            self.device.type,
+            AUTOCAST.get(self.settings.precision),
+            enabled=self.settings.precision in AUTOCAST,
+        ):
             return self.learner(lambda model: question(model, ids[:, :-1], ids[:, 1:], *more))
 
     @torch.no_grad()
@@ -373,15 +422,21 @@ class Trainer:
         self.model.eval()
         for start in range(0, len(self.validation), self.settings.batch_size):
             numbers = np.arange(start, min(start + self.settings.batch_size, len(self.validation)))
-            figures = self._ask(exit_figures, self.validation[numbers], self._kept(self.validation_states, numbers))
+            figures = self._ask(
+                exit_figures, self.validation[numbers], self._kept(self.validation_states, numbers)
+            )
             totals += [
                 [figures[layer].loss * len(numbers) for layer in layers],
                 [figures[layer].agreement * len(numbers) for layer in layers],
             ]
-        means = self.workers.mean((totals / len(self.validation)).flatten().tolist())  # the same in every process
+        means = self.workers.mean(
+            (totals / len(self.validation)).flatten().tolist()
+        )  # the same in every process
         perplexity = {layer: math.exp(loss) for layer, loss in zip(layers, means, strict=False)}
         agreement = dict(zip(layers[:-1], means[len(layers) :], strict=False))
-        return EvalEvent(self.checkpoint.step, perplexity, self.sample(self.settings.sample_tokens), agreement)
+        return EvalEvent(
+            self.checkpoint.step, perplexity, self.sample(self.settings.sample_tokens), agreement
+        )
 
     @torch.no_grad()
     def sample(self, num_tokens: int) -> str:
@@ -389,7 +444,9 @@ class Trainer:
         ids = torch.tensor([[self.checkpoint.conventions.separator]], device=self.device)
         self.model.eval()
         for _ in range(min(num_tokens, self.recipe.model.max_positions - 1)):
-            ids = torch.cat((ids, self.learner(lambda model, so_far=ids: model(so_far))[:, -1:].argmax(dim=-1)), dim=1)
+            ids = torch.cat(
+                (ids, self.learner(lambda model, so_far=ids: model(so_far))[:, -1:].argmax(dim=-1)), dim=1
+            )
         return str(self.checkpoint.tokenizer.decode(ids[0, 1:].tolist()))
 
     def out_of_patience(self) -> bool:
@@ -411,24 +468,35 @@ class Trainer:
     def save(self, out: Path) -> SaveEvent:
         """Write the checkpoint with all that a resumed run needs: with patience the best model, and the run's own weights aside."""
         step = self.checkpoint.step
-        state: dict[str, Any] = {"optimizer": self.workers.gathered(self.optimizer.state_dict()), "scaler": self.scaler.state_dict()}
+        state: dict[str, Any] = {
+            "optimizer": self.workers.gathered(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
+        }
         weights = self._whole_weights()
         if self.workers.first:
             changed = self.workers.sharded or self.recipe.method.lora.on
             saved = self.best or (self._plain(weights) if changed else Kept(step, self.model))
             state |= {"weights": weights, "step": step} if self.best or self.recipe.method.lora.on else {}
             state |= {"best": saved.step} if self.best else {}
-            save_checkpoint(replace(self.checkpoint, step=saved.step, model=saved.model, train_state=state), out)
+            save_checkpoint(
+                replace(self.checkpoint, step=saved.step, model=saved.model, train_state=state), out
+            )
         self.workers.wait()
         return SaveEvent(step, out, saved.step if self.workers.first else step)
 
     def _plain(self, weights: Mapping[str, Tensor]) -> Kept:
         """A copy of the model as it is now, without low-rank updates beside its matrices."""
-        return Kept.of(self.checkpoint.step, self.recipe.model, merged(weights, self.recipe.method.lora.alpha))
+        return Kept.of(
+            self.checkpoint.step, self.recipe.model, merged(weights, self.recipe.method.lora.alpha)
+        )
 
     def _whole_weights(self) -> dict[str, Tensor]:
         """The model's state dictionary, whole where the weights are in shards (every process must ask)."""
-        state = self.workers.gathered(self.learner.state_dict()) if self.workers.sharded else self.model.state_dict()
+        state = (
+            self.workers.gathered(self.learner.state_dict())
+            if self.workers.sharded
+            else self.model.state_dict()
+        )
         return {name.removeprefix("model."): value for name, value in state.items()}
 
     def log(self, event: StepEvent | EvalEvent) -> StepEvent | EvalEvent:

@@ -43,14 +43,18 @@ def with_exits(model: Decoder, recipe: Recipe) -> Decoder:
     """A decoder with the recipe's exits and the weights of `model`."""
     grown = Decoder(recipe.model)
     fresh, trained = grown.state_dict(), model.state_dict()
-    kept = {name: value for name, value in trained.items() if name in fresh and fresh[name].shape == value.shape}
+    kept = {
+        name: value for name, value in trained.items() if name in fresh and fresh[name].shape == value.shape
+    }
     grown.load_state_dict(fresh | kept)
     for layer, leave in grown.early_exits.items():
         starts: dict[str, nn.Module] = {"norm": model.norm, "head": model.lm_head}
         if leave.block is not None and isinstance(model.layers[layer], Block):
             starts["adapter"] = model.layers[layer]
         for name, part in leave.own.items():
-            if name in starts and any(f"exits.{layer}.{name}.{weight}" not in kept for weight in part.state_dict()):
+            if name in starts and any(
+                f"exits.{layer}.{name}.{weight}" not in kept for weight in part.state_dict()
+            ):
                 part.load_state_dict(starts[name].state_dict())
     return grown
 
@@ -80,10 +84,21 @@ def begin_tuning(
     torch.manual_seed(chosen.train.seed)
     model = with_exits(trained.model, chosen)
     data, sums = (source, {}) if source else (known_data(trained), trained.data_sha256)
-    tuned = Checkpoint(chosen, model, trained.tokenizer, 0, data, conventions=trained.conventions, data_sha256=dict(sums), base=recipe)
+    tuned = Checkpoint(
+        chosen,
+        model,
+        trained.tokenizer,
+        0,
+        data,
+        conventions=trained.conventions,
+        data_sha256=dict(sums),
+        base=recipe,
+    )
     if model.reduced_head is not None and has_new_reduced_head(trained.model, model):
         text = replace(tuned, data=counted, data_sha256={}, num_documents={}) if counted else tuned
         model.reduced_head.choose_tokens(token_counts(text, cache), model.lm_head.weight)
     elif counted is not None:
-        raise ConfigError(f"count data {counted} has no effect: no reduced head is to be chosen (--exit-head reduced)")
+        raise ConfigError(
+            f"count data {counted} has no effect: no reduced head is to be chosen (--exit-head reduced)"
+        )
     return Trainer(tuned, workers, cache)

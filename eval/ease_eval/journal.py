@@ -35,7 +35,10 @@ class Journal:
                 self.found = {part["name"]: part["value"] for part in parts[1:]}
                 self.num_read = len(self.found)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            again = [{"asked": self.asked}, *({"name": name, "value": value} for name, value in self.found.items())]
+            again = [
+                {"asked": self.asked},
+                *({"name": name, "value": value} for name, value in self.found.items()),
+            ]
             self.path.write_text("".join(json.dumps(part) + "\n" for part in again), encoding="utf-8")
         except OSError as error:
             raise RequestError(f"could not write {self.file}: {error.strerror}") from None
@@ -50,7 +53,9 @@ class Journal:
                     out.write(json.dumps({"name": name, "value": self.found[name]}) + "\n")
         return self.found[name]
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.path is not None and kind is None:
             self.path.unlink(missing_ok=True)
 

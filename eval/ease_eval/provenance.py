@@ -27,4 +27,8 @@ def provenance(bundle: Path, llm: LLM, num_threads: int) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of Python and of the packages that the figures depend on."""
     names = ("numpy", "tokenizers", "ease-lm")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}, "onnxruntime": onnxruntime.__version__}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "onnxruntime": onnxruntime.__version__,
+    }

@@ -18,7 +18,9 @@ from ease_common.lists import FiniteFloat, list_of
 
 
 def test_one_root_catches_every_error() -> None:
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ValueError)]
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ValueError)
+    ]
     assert len(kinds) > 8
     assert all(issubclass(kind, EaseError) for kind in kinds)
 
@@ -61,7 +63,10 @@ def test_an_error_is_one_line(what: str, line: str) -> None:
     assert (result.exit_code, result.stderr) == (1, line)
 
 
-@pytest.mark.parametrize(("arguments", "kind"), [(["--debug", "run", "bundle"], BundleError), (["run", "ours"], ModuleNotFoundError)])
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [(["--debug", "run", "bundle"], BundleError), (["run", "ours"], ModuleNotFoundError)],
+)
 def test_what_is_no_users_fault_keeps_its_traceback(arguments: list[str], kind: type[Exception]) -> None:
     assert isinstance(CliRunner().invoke(commands, arguments).exception, kind)
 
@@ -97,7 +102,9 @@ def lists(exits: tuple[int, ...], rates: tuple[float, ...]) -> None:
     click.echo(f"{exits} {rates}")
 
 
-@pytest.mark.parametrize("arguments", [["--exits", "3,6"], ["--exits", "3", "--exits", "6"], ["--exits", "3, 6"]])
+@pytest.mark.parametrize(
+    "arguments", [["--exits", "3,6"], ["--exits", "3", "--exits", "6"], ["--exits", "3, 6"]]
+)
 def test_commas_and_repetition_both_add(arguments: list[str]) -> None:
     assert CliRunner().invoke(lists, arguments).output == "(3, 6) (0.5, 0.7)\n"
 
@@ -107,7 +114,8 @@ def test_an_empty_list_and_one_in_place_of_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"), [(["--exits", "3,x"], "'x'"), (["--rates", "nan"], "finite"), (["--rates", "1,inf"], "finite")]
+    ("arguments", "text"),
+    [(["--exits", "3,x"], "'x'"), (["--rates", "nan"], "finite"), (["--rates", "1,inf"], "finite")],
 )
 def test_what_is_no_item_is_named(arguments: list[str], text: str) -> None:
     result = CliRunner().invoke(lists, arguments)

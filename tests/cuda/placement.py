@@ -35,4 +35,8 @@ def placed(path: Path) -> dict[str, Counter[str]] | str:
     return found
 
 
-print(json.dumps({str(path): placed(path) for bundle in sys.argv[1:] for path in sorted(Path(bundle).glob("*.onnx"))}))
+print(
+    json.dumps(
+        {str(path): placed(path) for bundle in sys.argv[1:] for path in sorted(Path(bundle).glob("*.onnx"))}
+    )
+)

@@ -57,14 +57,23 @@ def build(folder: Path) -> Path:
     assert RUNTIME in symbols.values(), f"{PROVIDER} names no {RUNTIME}: this test knows CUDA 13"
     for library in (RUNTIME, *sorted({*symbols.values(), *LOADED_BY_NAME} - {RUNTIME})):
         names = sorted(name for name, home in symbols.items() if home == library)
-        stubs = (f'__attribute__((weak)) int {name}() {{ standin_note("{name}"); return 0; }}' for name in names)
+        stubs = (
+            f'__attribute__((weak)) int {name}() {{ standin_note("{name}"); return 0; }}' for name in names
+        )
         generated = folder / f"{library}.c"
         generated.write_text("\n".join(("void standin_note(const char *name);", *stubs)) + "\n")
         versions = folder / f"{library}.map"
         versions.write_text(f"{library} {{ global: *; }};\n")
         sources = [generated, HERE / ("standin.c" if library == RUNTIME else "products.c")]
         others = ["-ldl"] if library == RUNTIME else [f"-L{folder}", f"-l:{RUNTIME}"]
-        flags = ["-shared", "-fPIC", "-O1", "-w", f"-Wl,--version-script={versions}", f"-Wl,-soname,{library}"]
+        flags = [
+            "-shared",
+            "-fPIC",
+            "-O1",
+            "-w",
+            f"-Wl,--version-script={versions}",
+            f"-Wl,-soname,{library}",
+        ]
         command = [*compiler(), *flags, "-o", folder / library, *sources, *others]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -98,6 +107,8 @@ def run_over(libraries: Path, arguments: list[str], log: Path | None = None, cap
     environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries), "STANDIN_CC": str(capability)}
     if log is not None:
         environment["STANDIN_LOG"] = str(log)
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

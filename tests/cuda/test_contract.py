@@ -36,19 +36,36 @@ def bundles(
     precisions: tuple[Path, dict[str, Path]],
 ) -> list[Path]:
     """Every kind of graph, and every precision."""
-    return [tiny_bundle, *(bundle for _, bundle in (gated, blocks, routed, routed_with_exits)), *precisions[1].values()]
+    return [
+        tiny_bundle,
+        *(bundle for _, bundle in (gated, blocks, routed, routed_with_exits)),
+        *precisions[1].values(),
+    ]
 
 
 def test_every_node_of_every_graph_is_on_cuda(libraries: Path, bundles: list[Path]) -> None:
     """And none is copied between providers."""
     found = json.loads(standin.run_over(libraries, [str(HERE / "placement.py"), *map(str, bundles)]))
     graphs = {Path(path).name for path in found}
-    assert graphs >= {"segment_01.onnx", "kv_02.onnx", "block_02.onnx", "gate_01.onnx", "route_02.onnx", "similarity.onnx"}
-    elsewhere = {path: where for path, where in found.items() if not isinstance(where, dict) or set(where) != {"CUDAExecutionProvider"}}
+    assert graphs >= {
+        "segment_01.onnx",
+        "kv_02.onnx",
+        "block_02.onnx",
+        "gate_01.onnx",
+        "route_02.onnx",
+        "similarity.onnx",
+    }
+    elsewhere = {
+        path: where
+        for path, where in found.items()
+        if not isinstance(where, dict) or set(where) != {"CUDAExecutionProvider"}
+    }
     assert elsewhere == {}
 
 
-def decode(libraries: Path, bundle: Path, catch_up: str, confidences: list[float], log: Path) -> tuple[list[int], Counter[str]]:
+def decode(
+    libraries: Path, bundle: Path, catch_up: str, confidences: list[float], log: Path
+) -> tuple[list[int], Counter[str]]:
     """Depths of the tokens, and how often each kernel ran."""
     arguments = [str(HERE / "decode.py"), str(bundle), catch_up, *map(str, confidences)]
     depths = json.loads(standin.run_over(libraries, arguments, log))

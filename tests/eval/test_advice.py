@@ -39,7 +39,9 @@ AGAIN = {("segment", 0): 0.7, ("exit", 0): 0.3}
 OWN = 0.05
 
 
-def simulated(depths: np.ndarray[Any, Any], thresholds: tuple[float | None, ...], catch_up: str, cap: int) -> float:
+def simulated(
+    depths: np.ndarray[Any, Any], thresholds: tuple[float | None, ...], catch_up: str, cap: int
+) -> float:
     """The seconds of a token, walking the engine's rules token by token over straight-line costs."""
     done, total, straight = [0, 0, 0], 0.0, False
 
@@ -74,18 +76,24 @@ def simulated(depths: np.ndarray[Any, Any], thresholds: tuple[float | None, ...]
 
 @pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
 @pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (0.0, 0.0, 1.0), (0.1, 0.0, 0.9), (0.8, 0.15, 0.05)])
-def test_the_cost_of_a_token_is_that_of_a_simulated_queue(tiny_bundle: Path, catch_up: str, shares: tuple[float, ...]) -> None:
+def test_the_cost_of_a_token_is_that_of_a_simulated_queue(
+    tiny_bundle: Path, catch_up: str, shares: tuple[float, ...]
+) -> None:
     engine = Engine(OrtStack(tiny_bundle))
     policy = make_policy("max-prob", [0.5], LAYERS)
     depths = np.random.default_rng(0).choice(LAYERS, 40000, p=shares)
     expected = simulated(depths, policy.thresholds.values, catch_up, engine.cap)
     model = Costs(engine.stack.layout, TABLES, again=AGAIN, pass_seconds=OWN)
-    assert model.token_seconds(reach_of(depths, engine.stack), policy, catch_up) == pytest.approx(expected, rel=0.02)
+    assert model.token_seconds(reach_of(depths, engine.stack), policy, catch_up) == pytest.approx(
+        expected, rel=0.02
+    )
 
 
 def test_full_depth_asks_no_exit(tiny_bundle: Path) -> None:
     model = Costs(OrtStack(tiny_bundle).layout, TABLES, again=AGAIN, pass_seconds=OWN)
-    assert model.token_seconds([1.0, 1.0, 1.0], FULL_DEPTH, "recompute") == pytest.approx(1.0 + 2.0 + 3.0 + 0.6 + 3 * OWN)
+    assert model.token_seconds([1.0, 1.0, 1.0], FULL_DEPTH, "recompute") == pytest.approx(
+        1.0 + 2.0 + 3.0 + 0.6 + 3 * OWN
+    )
 
 
 def on_a_clock_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,24 +122,34 @@ def on_a_clock_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
-def test_predictions_are_the_clocks(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, catch_up: str) -> None:
+def test_predictions_are_the_clocks(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, catch_up: str
+) -> None:
     """What is predicted from single calls and depths is what the engine takes for a whole text."""
     llm = LLM(tiny_bundle)
     on_a_clock_of_its_own(llm, monkeypatch)
     documents = [np.random.default_rng(seed).integers(1, 300, 270).tolist() for seed in range(2)]
     texts = [Text(tuple(ids), 20) for ids in documents]
     policies = [FULL_DEPTH, *(make_policy("max-prob", [t], LAYERS) for t in (0.0, 0.3, 0.5))]
-    found = advise(llm, documents, texts, [Setting(policy, catch_up) for policy in policies], tolerance=1.0, num_rounds=2)
+    found = advise(
+        llm, documents, texts, [Setting(policy, catch_up) for policy in policies], tolerance=1.0, num_rounds=2
+    )
     assert found.pass_ms == pytest.approx(0.1)
     assert found.call_ms["segment 3"] == pytest.approx([6 * (1 + 0.05 * (size - 1)) for size in SIZES])
     for prediction in found.predictions:
-        assert prediction.predicted_speedup == pytest.approx(prediction.measured_speedup, rel=0.06)  # a text's last queue is never settled
-        assert prediction.error == pytest.approx(prediction.predicted_speedup / prediction.measured_speedup - 1)
+        assert prediction.predicted_speedup == pytest.approx(
+            prediction.measured_speedup, rel=0.06
+        )  # a text's last queue is never settled
+        assert prediction.error == pytest.approx(
+            prediction.predicted_speedup / prediction.measured_speedup - 1
+        )
     assert len({round(prediction.mean_depth, 1) for prediction in found.predictions}) == 3
     assert sorted(tuple(place.exits) for place in found.placements) == [(2,), (2, 4), (4,)]
     assert found.placements[0].exits[0] == 2
     # 64 that have left are settled by themselves, in both deeper segments: at this tolerance nobody goes in
-    settle = {"recompute": (2 + 6) * (1 + 0.05 * 63), "propagate": (0.3 + 0.6) * (1 + 0.05 * 63)}[catch_up] + 0.2
+    settle = {"recompute": (2 + 6) * (1 + 0.05 * 63), "propagate": (0.3 + 0.6) * (1 + 0.05 * 63)}[
+        catch_up
+    ] + 0.2
     expected = (1 + 2 + 6 + 0.8 + 0.3) / (1 + 0.5 + 0.1 + settle / 64)
     assert found.placements[0].predicted_speedup == pytest.approx(expected)
 
@@ -164,15 +182,44 @@ def test_every_set_or_the_small_ones() -> None:
 
 
 def run(*arguments: object) -> Any:
-    small = ["--scored-tokens", "300", "--texts", "1", "--prompt-tokens", "8", "--new-tokens", "12", "--rounds", "1"]
+    small = [
+        "--scored-tokens",
+        "300",
+        "--texts",
+        "1",
+        "--prompt-tokens",
+        "8",
+        "--new-tokens",
+        "12",
+        "--rounds",
+        "1",
+    ]
     return CliRunner().invoke(main, ["advise", *map(str, arguments), *small])
 
 
 def test_the_command(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
-    result = run(tiny_bundle, "--data", corpus_file, "--split", "train", "--thresholds", "0.2", "--json", tmp_path / "advice.json")
+    result = run(
+        tiny_bundle,
+        "--data",
+        corpus_file,
+        "--split",
+        "train",
+        "--thresholds",
+        "0.2",
+        "--json",
+        tmp_path / "advice.json",
+    )
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "advice.json").read_text())
-    assert found.keys() >= {"manifest_sha256", "versions", "exits", "placements", "predictions", "call_ms", "suitability"}
+    assert found.keys() >= {
+        "manifest_sha256",
+        "versions",
+        "exits",
+        "placements",
+        "predictions",
+        "call_ms",
+        "suitability",
+    }
     assert [one["layer"] for one in found["exits"]] == [2, 4, 6]
     assert found["exits"][-1]["agreement"] == 1.0
     assert len(found["call_ms"]["segment 3"]) == len(SIZES)
@@ -189,7 +236,9 @@ def test_the_command(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> No
         (["--policy", "gate"], "policy 'gate' needs a gate at every early exit"),
     ],
 )
-def test_bad_input_ends_in_one_line(tiny_bundle: Path, corpus_file: Path, options: list[str], message: str) -> None:
+def test_bad_input_ends_in_one_line(
+    tiny_bundle: Path, corpus_file: Path, options: list[str], message: str
+) -> None:
     result = run(tiny_bundle, "--data", corpus_file, "--split", "train", *options)
     assert result.exit_code == 1
     assert message in result.stderr

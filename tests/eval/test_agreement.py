@@ -13,7 +13,9 @@ from ease_eval.measure.agreement import read_prompts
 def test_prompts_of_json_lines(tmp_path: Path) -> None:
     """The line separators of Unicode end no line of JSON."""
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a\u2028b"}\n\n{"turns": ["first", "second"]}\n{"question": "why?"}\n', encoding="utf-8")
+    file.write_text(
+        '{"prompt": "a\u2028b"}\n\n{"turns": ["first", "second"]}\n{"question": "why?"}\n', encoding="utf-8"
+    )
     assert read_prompts(file, 10) == ["a\u2028b", "first", "why?"]
     assert read_prompts(file, 2) == ["a\u2028b", "first"]
 

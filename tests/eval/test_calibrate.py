@@ -95,7 +95,9 @@ def test_candidates_grow_eager() -> None:
     vectors = candidates(confidences, harms, 0.2)
     assert len(vectors) > 3
     for careful, eager in pairwise(vectors):
-        assert all(a is None or (b is not None and b <= a) for a, b in zip(careful.values, eager.values, strict=True))
+        assert all(
+            a is None or (b is not None and b <= a) for a, b in zip(careful.values, eager.values, strict=True)
+        )
         assert careful != eager
 
 
@@ -116,7 +118,9 @@ def documents(tiny_bundle: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("policy", ["max-prob", "similarity", "patience"])
-def test_recorded_exits_are_those_of_scoring(tiny_bundle: Path, documents: list[list[int]], policy: str) -> None:
+def test_recorded_exits_are_those_of_scoring(
+    tiny_bundle: Path, documents: list[list[int]], policy: str
+) -> None:
     """Confidences, tokens and log-probabilities of an exit, against scoring with that exit alone."""
     engine = Engine(OrtStack(tiny_bundle))
     everything = make_policy(policy, [1.0], engine.stack.exit_layers)
@@ -125,19 +129,31 @@ def test_recorded_exits_are_those_of_scoring(tiny_bundle: Path, documents: list[
     (full,) = score_documents(engine, documents[:3], [FULL_DEPTH], "recompute")
     np.testing.assert_array_equal(off.says, full.says)
     for k, thresholds in enumerate([(0.0, None), (None, 0.0)]):
-        (alone,) = score_documents(engine, documents[:3], [make_policy("max-prob", thresholds, (2, 4, 6))], "recompute")
+        (alone,) = score_documents(
+            engine, documents[:3], [make_policy("max-prob", thresholds, (2, 4, 6))], "recompute"
+        )
         np.testing.assert_array_equal(exits[k].says, alone.says)
         np.testing.assert_allclose(exits[k].logprobs, alone.logprobs, rtol=1e-6)
     threshold = float(np.median(confidences[0]))
-    (left,) = score_documents(engine, documents[:3], [make_policy(policy, [threshold, None], (2, 4, 6))], "recompute")
+    (left,) = score_documents(
+        engine, documents[:3], [make_policy(policy, [threshold, None], (2, 4, 6))], "recompute"
+    )
     assert ((confidences[0] >= threshold) == (left.depths == 2)).all()
 
 
 @pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
-def test_a_bundle_is_calibrated_and_says_so(tiny_bundle: Path, documents: list[list[int]], catch_up: str, tmp_path: Path) -> None:
+def test_a_bundle_is_calibrated_and_says_so(
+    tiny_bundle: Path, documents: list[list[int]], catch_up: str, tmp_path: Path
+) -> None:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     engine = Engine(OrtStack(bundle))
-    settings = {"policy": "max-prob", "catch_up": catch_up, "risk": "disagreement", "data": "made up", "split": "validation"}
+    settings = {
+        "policy": "max-prob",
+        "catch_up": catch_up,
+        "risk": "disagreement",
+        "data": "made up",
+        "split": "validation",
+    }
     certificate = calibrate(engine, documents, delta=0.5, epsilon=0.1, **settings)
     assert certificate.num_fit_documents + certificate.num_test_documents == 40
     assert certificate.thresholds == certificate.tested[-1].thresholds or certificate.tested[-1].p_value > 0.1
@@ -148,13 +164,21 @@ def test_a_bundle_is_calibrated_and_says_so(tiny_bundle: Path, documents: list[l
     sequence = generation.choices[0].sequence
     assert sequence.decision.policy.thresholds == certificate.thresholds
     assert sequence.request.catch_up == catch_up
-    assert "thresholds from the bundle's calibration: disagreement at most 0.5 with probability 0.9, on made up" in sequence.notes[0]
+    assert (
+        "thresholds from the bundle's calibration: disagreement at most 0.5 with probability 0.9, on made up"
+        in sequence.notes[0]
+    )
     off = llm.submit("And the king", Options(max_tokens=20, threshold=(None,)))
     assert not off.choices[0].sequence.decision.policy.thresholds
     same = certificate.thresholds
     promised = Options(threshold=same, catch_up=catch_up)
     assert llm.notes(promised)
-    others: list[dict[str, Any]] = [{"threshold": (0.3,)}, {"depth_budget": 3.0}, {"decay": 50.0}, {"min_exit": 4}]
+    others: list[dict[str, Any]] = [
+        {"threshold": (0.3,)},
+        {"depth_budget": 3.0},
+        {"decay": 50.0},
+        {"min_exit": 4},
+    ]
     others.append({"catch_up": "propagate" if catch_up == "recompute" else "recompute"})
     assert [llm.notes(replace(promised, **other)) for other in others] == [[]] * len(others)
 
@@ -190,14 +214,26 @@ def test_a_calibration_that_nobody_wrote_is_refused(tiny_bundle: Path, tmp_path:
         ({"policy": "gate"}, "policy 'gate' needs a gate"),
     ],
 )
-def test_what_cannot_be_calibrated(tiny_bundle: Path, documents: list[list[int]], change: dict[str, object], message: str) -> None:
-    settings = {"policy": "max-prob", "catch_up": "recompute", "risk": "loss", "data": "x", "split": "x", "delta": 0.1, "epsilon": 0.1}
+def test_what_cannot_be_calibrated(
+    tiny_bundle: Path, documents: list[list[int]], change: dict[str, object], message: str
+) -> None:
+    settings = {
+        "policy": "max-prob",
+        "catch_up": "recompute",
+        "risk": "loss",
+        "data": "x",
+        "split": "x",
+        "delta": 0.1,
+        "epsilon": 0.1,
+    }
     with pytest.raises(RequestError) as caught:
         calibrate(Engine(OrtStack(tiny_bundle)), documents, **{**settings, **change})
     assert message in str(caught.value)
 
 
-def test_a_tolerance_that_nothing_holds_changes_no_bundle(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
+def test_a_tolerance_that_nothing_holds_changes_no_bundle(
+    tiny_bundle: Path, corpus_file: Path, tmp_path: Path
+) -> None:
     """Nine documents cannot show one in a thousand."""
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     before = (bundle / "manifest.json").read_bytes()
@@ -225,7 +261,16 @@ def test_agreement_of_verify_and_of_the_others(tiny_bundle: Path, tmp_path: Path
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"turns": ["And the king went", "x"]}, {"prompt": "the sea"}, {"question": "a voice?"}]
     prompts.write_text("\n".join(json.dumps(row) for row in rows))
-    command = ["agreement", str(tiny_bundle), "--prompts", str(prompts), "--max-tokens", "30", "--threshold", "0.2"]
+    command = [
+        "agreement",
+        str(tiny_bundle),
+        "--prompts",
+        str(prompts),
+        "--max-tokens",
+        "30",
+        "--threshold",
+        "0.2",
+    ]
     result = CliRunner().invoke(main, [*command, "--catch-up", "verify"])
     assert result.exit_code == 0, result.output
     assert "3 of 3 texts are those of full depth; mean ROUGE-L 1.000" in result.output

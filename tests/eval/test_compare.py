@@ -25,7 +25,12 @@ def folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def plan(bundle: Path, folder: Path, tmp_path: Path, **fields: object) -> Plan:
-    return Plan(bundle, folder, Path(sys.executable), **{"new_tokens": 12, "rounds": 2, "work": tmp_path / "work", "threads": 1, **fields})  # type: ignore[arg-type]
+    return Plan(
+        bundle,
+        folder,
+        Path(sys.executable),
+        **{"new_tokens": 12, "rounds": 2, "work": tmp_path / "work", "threads": 1, **fields},
+    )  # type: ignore[arg-type]
 
 
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
@@ -34,16 +39,32 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def test_transformers_says_the_same_and_what_is_absent_is_named(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+def test_transformers_says_the_same_and_what_is_absent_is_named(
+    tiny_bundle: Path, folder: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("transformers")
     settings = {"threshold": [0.0], "catch_up": "propagate"}
     found = compare_peers(plan(tiny_bundle, folder, tmp_path, settings=settings), PROMPTS)
-    names = ["ease", "ease max-prob 0 propagate", "transformers eager", "transformers early exit 4", "onnxruntime-genai"]
+    names = [
+        "ease",
+        "ease max-prob 0 propagate",
+        "transformers eager",
+        "transformers early exit 4",
+        "onnxruntime-genai",
+    ]
     assert [row.runtime for row in found.rows] == names
     ease, early, eager, assisted, genai = found.rows
-    assert (genai.error, genai.tokens_per_second) == ("onnxruntime_genai is not installed; run: make peers", None)
+    assert (genai.error, genai.tokens_per_second) == (
+        "onnxruntime_genai is not installed; run: make peers",
+        None,
+    )
     assert [row.error for row in found.rows[:4]] == [None] * 4
-    assert (ease.same_texts, eager.same_texts, assisted.same_texts, ease.ease_over_this) == (1.0, 1.0, 1.0, 1.0)
+    assert (ease.same_texts, eager.same_texts, assisted.same_texts, ease.ease_over_this) == (
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    )
     assert early.mean_agreement is not None
     assert early.mean_agreement < 1.0
     assert eager.version is not None
@@ -93,7 +114,9 @@ CRASH = "if token > 40: __import__('os').kill(__import__('os').getpid(), 11)"
         ("return {'error': 'context full'}", "RuntimeError: {'error': 'context full'}"),
     ],
 )
-def test_what_is_said_of_a_peer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: str | None) -> None:
+def test_what_is_said_of_a_peer_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: str | None
+) -> None:
     script(tmp_path, monkeypatch, "xllamacpp", GGUF_THAT_COUNTS.format(step=step))
     asked = {"runtime": "llama.cpp", "gguf": "model.gguf", "context": 64, "threads": 1}
     worker = Worker(Peer("llama.cpp", "q4", sys.executable, asked), answer_seconds=2.0)
@@ -118,9 +141,15 @@ def test_a_peer_that_crashes_is_a_line_and_the_rest_goes_on(
     script(tmp_path, monkeypatch, "xllamacpp", GGUF_THAT_COUNTS.format(step=CRASH))
     script(tmp_path, monkeypatch, "transformers", "raise ImportError('broken on purpose')")
     (tmp_path / "model.gguf").touch()
-    found = compare_peers(plan(tiny_bundle, folder, tmp_path, gguf=tmp_path / "model.gguf"), [[5, 17, 8], [44, 9, 40]])
+    found = compare_peers(
+        plan(tiny_bundle, folder, tmp_path, gguf=tmp_path / "model.gguf"), [[5, 17, 8], [44, 9, 40]]
+    )
     ease, llama = found.rows[0], found.rows[-1]
-    assert (llama.runtime, llama.error, llama.tokens_per_second) == ("llama.cpp", "its process ended: killed by SIGSEGV", None)
+    assert (llama.runtime, llama.error, llama.tokens_per_second) == (
+        "llama.cpp",
+        "its process ended: killed by SIGSEGV",
+        None,
+    )
     assert [row.error for row in found.rows[1:3]] == ["ImportError: broken on purpose"] * 2
     assert (ease.error, ease.same_texts) == (None, 1.0)
 
@@ -137,10 +166,21 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["compare", *map(str, arguments)])
 
 
-def test_the_command_writes_what_it_shows(tiny_bundle: Path, folder: Path, corpus_file: Path, tmp_path: Path) -> None:
+def test_the_command_writes_what_it_shows(
+    tiny_bundle: Path, folder: Path, corpus_file: Path, tmp_path: Path
+) -> None:
     amounts = ["--texts", "1", "--prompt-tokens", "8", "--new-tokens", "8", "--rounds", "1"]
-    place = ["--work", tmp_path / "work", "--json", tmp_path / "out.json", "--python", tmp_path / "no-such-python"]
-    result = run(tiny_bundle, "--checkpoint", folder, "--data", corpus_file, "--split", "train", *amounts, *place)
+    place = [
+        "--work",
+        tmp_path / "work",
+        "--json",
+        tmp_path / "out.json",
+        "--python",
+        tmp_path / "no-such-python",
+    ]
+    result = run(
+        tiny_bundle, "--checkpoint", folder, "--data", corpus_file, "--split", "train", *amounts, *place
+    )
     assert result.exit_code == 0, result.output
     assert f"transformers eager: no Python at {tmp_path / 'no-such-python'}; run: make peers" in result.output
     found = json.loads((tmp_path / "out.json").read_text())
@@ -151,16 +191,24 @@ def test_the_command_writes_what_it_shows(tiny_bundle: Path, folder: Path, corpu
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--checkpoint", "{tiny}"], "is no Hugging Face directory; make one of a checkpoint: ease-train export-hf"),
+        (
+            ["--checkpoint", "{tiny}"],
+            "is no Hugging Face directory; make one of a checkpoint: ease-train export-hf",
+        ),
         (["--checkpoint", "no/such"], "no/such is no Hugging Face directory: no readable config.json"),
         (["--checkpoint", "{hf}", "--gguf", "no.gguf"], "no GGUF file at no.gguf"),
         (["--checkpoint", "{hf}", "--exit", "6"], "exit layer 6 is outside 1..5"),
         (["--checkpoint", "{hf}", "--rounds", "0"], "rounds = 0, expected at least 1"),
         (["--checkpoint", "{hf}", "--threshold", "0.5", "--catch-up", "recal"], "unknown catch-up 'recal'"),
-        (["--checkpoint", "{hf}", "--threshold", "0.5", "--policy", "gate"], "policy 'gate' needs a gate at every early exit"),
+        (
+            ["--checkpoint", "{hf}", "--threshold", "0.5", "--policy", "gate"],
+            "policy 'gate' needs a gate at every early exit",
+        ),
     ],
 )
-def test_bad_input_ends_in_one_line(tiny_bundle: Path, tiny_checkpoint: Path, folder: Path, options: list[str], message: str) -> None:
+def test_bad_input_ends_in_one_line(
+    tiny_bundle: Path, tiny_checkpoint: Path, folder: Path, options: list[str], message: str
+) -> None:
     result = run(tiny_bundle, *(option.format(tiny=tiny_checkpoint, hf=folder) for option in options))
     assert result.exit_code == 1
     assert message in result.stderr

@@ -58,14 +58,18 @@ def test_a_byte_is_a_byte_wherever_the_tokens_are_cut(num_ids: int, start: list[
 
 def test_a_text_whose_case_is_lost_has_all_its_bytes() -> None:
     tokenizer = by_character("abcdefghijklmnopqrstuvwxyz ")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
     text = "Été À"
     found = coverage(tokenizer, [Document(text, [0, *ids_of(tokenizer, text)])])
     assert (found.num_bytes, found.num_unknown, found.num_lost) == (len(text.encode()), 0, 0)
 
 
 def test_characters_that_a_tokenizer_drops_are_told() -> None:
-    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))  # no unknown token: what it does not know is left out
+    tokenizer = Tokenizer(
+        models.BPE({"a": 0, "b": 1}, [])
+    )  # no unknown token: what it does not know is left out
     text = "axb ya"
     found = coverage(tokenizer, [Document(text, [7, *ids_of(tokenizer, text)])])
     assert (found.num_tokens, found.num_bytes, found.num_unknown, found.num_lost) == (3, 6, 0, 2)
@@ -90,12 +94,16 @@ def test_bits_per_byte_of_a_command(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "warning" not in result.stderr
     off = json.loads(out.read_text())["rows"][0]
     bits = sum(off["depth_counts"].values()) * math.log2(off["ppl"])
-    assert bits / off["bits_per_byte"] == pytest.approx(sum(len(text.encode()) for text in load_documents(str(data), "test")))
+    assert bits / off["bits_per_byte"] == pytest.approx(
+        sum(len(text.encode()) for text in load_documents(str(data), "test"))
+    )
     assert off["unknown_share"] == 0.0
 
 
 def test_a_prompt_of_unknown_characters_is_told() -> None:
     llm = TextEngine(MockStack(), by_character("abcdefgh"))
     generation = llm.submit("aéb")
-    assert generation.choices[0].sequence.notes == ["1 of the prompt's 3 tokens stand for characters that this tokenizer does not know"]
+    assert generation.choices[0].sequence.notes == [
+        "1 of the prompt's 3 tokens stand for characters that this tokenizer does not know"
+    ]
     assert llm.submit("ab").choices[0].sequence.notes == []

@@ -17,25 +17,41 @@ def run(*arguments: object) -> Result:
     ("command", "flags", "message"),
     [
         ("agreement", "--prompts {file}", "no token leaves early: both sides would be full depth"),
-        ("agreement", "--prompts {file} --threshold off", "no token leaves early: both sides would be full depth"),
-        ("agreement", "--prompts {file} --catch-up verify", "catch_up verify has no effect without a threshold"),
+        (
+            "agreement",
+            "--prompts {file} --threshold off",
+            "no token leaves early: both sides would be full depth",
+        ),
+        (
+            "agreement",
+            "--prompts {file} --catch-up verify",
+            "catch_up verify has no effect without a threshold",
+        ),
         ("depth", "--data {file} --catch-up verify", "the depths of verify are those of its drafts"),
         ("table", "--data {file} --policy fixed", "policy 'fixed' has no thresholds to measure"),
         ("calibrate", "--data {file} --policy fixed", "policy 'fixed' has no thresholds to measure"),
         ("ppl", "--data {file} --exit-thresholds off,off", "--exit-thresholds with off alone asks no exit"),
         ("compare", "--checkpoint x --policy entropy", "--policy has no effect without --threshold"),
         ("compare", "--checkpoint x --threshold off", "--threshold off asks no exit"),
-        ("compare", "--checkpoint x --prompts {file} --split train", "--split has no effect beside --prompts"),
+        (
+            "compare",
+            "--checkpoint x --prompts {file} --split train",
+            "--split has no effect beside --prompts",
+        ),
     ],
 )
-def test_a_measurement_of_nothing_is_refused(tiny_bundle: Path, corpus_file: Path, command: str, flags: str, message: str) -> None:
+def test_a_measurement_of_nothing_is_refused(
+    tiny_bundle: Path, corpus_file: Path, command: str, flags: str, message: str
+) -> None:
     result = run(command, tiny_bundle, *flags.format(file=corpus_file).split())
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_flags_that_a_command_does_not_measure_are_told(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
+def test_flags_that_a_command_does_not_measure_are_told(
+    tiny_bundle: Path, corpus_file: Path, tmp_path: Path
+) -> None:
     small = ["--scored-tokens", "100", "--rounds", "1", "--thresholds", "0.5"]
     result = run("ppl", tiny_bundle, "--data", corpus_file, *small, "--catch-up", "verify")
     assert result.exit_code == 0, result.output

@@ -66,12 +66,18 @@ def test_the_harness_grades_alike() -> None:
     rng = random.Random(0)
     parts = ["72", "-", "$", ",", ".", "#### ", "3/4", "1e5", " ", "\n", "it is", "7", "%", "####", "72.00"]
     texts = ["".join(rng.choices(parts, k=rng.randint(0, 6))) for _ in range(400)]
-    pairs = [(said, answer) for said, answer, _, _ in GRADED] + [(text, "#### 72") for text in texts] + [(text, "7") for text in texts]
+    pairs = (
+        [(said, answer) for said, answer, _, _ in GRADED]
+        + [(text, "#### 72") for text in texts]
+        + [(text, "7") for text in texts]
+    )
     for one in task["filter_list"]:
         settings = {name: value for name, value in one["filter"][0].items() if name != "function"}
         assert FILTERS[one["name"]] == (settings["regex_pattern"], settings.get("group_select", 0))
         found = RegexFilter(**settings).apply([[said] for said, _ in pairs], [])
         for (said, answer), (extracted,) in zip(pairs, found, strict=True):
             options = {"regexes_to_ignore": list(IGNORED), "ignore_case": metric["ignore_case"]}
-            expected = exact_match_hf_evaluate(predictions=[extracted], references=[answer], **options)["exact_match"]
+            expected = exact_match_hf_evaluate(predictions=[extracted], references=[answer], **options)[
+                "exact_match"
+            ]
             assert is_right(said, answer, one["name"]) == bool(expected), (said, answer, one["name"])

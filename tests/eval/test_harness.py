@@ -19,11 +19,18 @@ from ease_runtime.options import Options
 from ease_runtime.policies import FULL_DEPTH, make_policy
 from ease_train.training.checkpoint import load_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
 pytest.importorskip("lm_eval", reason="lm_eval is not installed", exc_type=ImportError)
 
 TEXT = "And the king went up to the mountain; and it was good. And my servant spoke unto the people; and it was night."
-PAIRS = [("And the king went up to", " the mountain"), ("And the king ", "spoke unto the stone"), ("", "And a voice"), ("the", " sea")]
+PAIRS = [
+    ("And the king went up to", " the mountain"),
+    ("And the king ", "spoke unto the stone"),
+    ("", "And a voice"),
+    ("the", " sea"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +71,17 @@ def test_rolling_at_full_depth_is_torchs(tiny_bundle: Path, tiny_checkpoint: Pat
     expected = logprobs[0, torch.arange(ids.shape[1] - 1), ids[0, 1:]].sum().item()
     assert rolling(tiny_bundle, "", instance) == pytest.approx(expected, rel=1e-4)
     assert rolling(tiny_bundle, ",threshold=off", instance) == pytest.approx(expected, rel=1e-4)
-    assert rolling(tiny_bundle, ",threshold=0.5,catch_up=verify", instance) == pytest.approx(expected, rel=1e-4)
+    assert rolling(tiny_bundle, ",threshold=0.5,catch_up=verify", instance) == pytest.approx(
+        expected, rel=1e-4
+    )
     assert rolling(tiny_bundle, "", instance, "") == 0.0
 
 
 @pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
 @pytest.mark.parametrize("threshold", ["0.4", "off/0.6"])
-def test_rolling_under_a_policy_is_the_tables(tiny_bundle: Path, instance: Any, catch_up: str, threshold: str) -> None:
+def test_rolling_under_a_policy_is_the_tables(
+    tiny_bundle: Path, instance: Any, catch_up: str, threshold: str
+) -> None:
     """Also over several windows of the context."""
     llm, text = LLM(tiny_bundle), TEXT * 8
     values = [None if part == "off" else float(part) for part in threshold.split("/")]
@@ -94,7 +105,14 @@ def test_loglikelihood_is_the_engines_token_by_token(tiny_bundle: Path, instance
         ids = [*first, *rest]
         tokens = list(
             engine.generate(
-                engine.start(first, max_new_tokens=len(rest), policy=one.policy, catch_up=catch_up, sampler=Given(ids), num_logprobs=1)
+                engine.start(
+                    first,
+                    max_new_tokens=len(rest),
+                    policy=one.policy,
+                    catch_up=catch_up,
+                    sampler=Given(ids),
+                    num_logprobs=1,
+                )
             )
         )
         assert found == pytest.approx(sum(t.logprob for t in tokens), rel=1e-4)
@@ -117,10 +135,14 @@ def test_generation_is_the_runtimes(tiny_bundle: Path, instance: Any, batch_size
 
 
 def test_generation_arguments(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    one = model(tiny_bundle, ",max_gen_toks=9", device="cuda:0")  # as the harness's command says when nobody asked for one
+    one = model(
+        tiny_bundle, ",max_gen_toks=9", device="cuda:0"
+    )  # as the harness's command says when nobody asked for one
     assert one._read({"until": "\n\n", "num_beams": 4}) == Options(max_tokens=9, stop=("\n\n",))
     assert "generation arguments without effect here: num_beams" in caplog.text
-    assert one._read({"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 3}) == Options(max_tokens=3, temperature=0.5, top_p=0.9)
+    assert one._read({"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 3}) == Options(
+        max_tokens=3, temperature=0.5, top_p=0.9
+    )
     assert one._read({"do_sample": True}).temperature == 1.0
     assert one._read({"max_tokens": 10**6}).max_tokens == 287
 
@@ -215,7 +237,9 @@ CONTEXTS = [
 
 
 @pytest.mark.parametrize("kind", ["trained here", "start token", "named only", "no name"])
-def test_likelihoods_are_those_of_the_harness_own_model(tiny_checkpoint: Path, tmp_path: Path, instance: Any, kind: str) -> None:
+def test_likelihoods_are_those_of_the_harness_own_model(
+    tiny_checkpoint: Path, tmp_path: Path, instance: Any, kind: str
+) -> None:
     """Of the same directory, by `lm_eval --model hf` with its default arguments, whatever stands before a text there."""
     from lm_eval.models.huggingface import HFLM
 
@@ -240,6 +264,8 @@ def test_likelihoods_are_those_of_the_harness_own_model(tiny_checkpoint: Path, t
     ours = model(tmp_path / "bundle").loglikelihood(requests)
     for path in (folder, tmp_path / "back"):
         if path.exists():
-            theirs = HFLM(pretrained=str(path), device="cpu", dtype="float32").loglikelihood(requests, disable_tqdm=True)
+            theirs = HFLM(pretrained=str(path), device="cpu", dtype="float32").loglikelihood(
+                requests, disable_tqdm=True
+            )
             assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
             assert [found for found, _ in ours] == pytest.approx([found for found, _ in theirs], rel=1e-4)

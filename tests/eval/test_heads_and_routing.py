@@ -41,7 +41,9 @@ def test_every_graph_equals_torch(name: str, request: pytest.FixtureRequest) -> 
     compared = {d.graph for d in report.differences}
     manifest = load_manifest(bundle)
     assert compared >= {s.graph for s in manifest.segments}
-    assert compared >= {e.gate for e in manifest.exits if e.gate} | {s.route_graph for s in manifest.segments if s.route_graph}
+    assert compared >= {e.gate for e in manifest.exits if e.gate} | {
+        s.route_graph for s in manifest.segments if s.route_graph
+    }
 
 
 @pytest.mark.parametrize("name", ["gated", "blocks", "routed", "routed_with_exits"])
@@ -80,7 +82,11 @@ def test_a_gate_decides_as_in_torch_and_the_head_runs_only_for_who_leaves(gated:
     tokens = list(engine.generate(sequence))
     calls = Counter((call.graph, call.number) for call in stack.trace)
     with torch.no_grad():
-        gates = {e: model.exit(e).gate(model.exit_hidden(h[0], e)) for e, h in model.exit_states(torch.tensor([ids[:-1]])) if e < 6}
+        gates = {
+            e: model.exit(e).gate(model.exit_hidden(h[0], e))
+            for e, h in model.exit_states(torch.tensor([ids[:-1]]))
+            if e < 6
+        }
     expected = [2 if gates[2][i] >= threshold else 4 if gates[4][i] >= threshold else 6 for i in range(89)]
     assert [t.depth for t in tokens] == expected
     left = Counter(expected)
@@ -109,7 +115,9 @@ def test_a_gate_decides_as_in_torch_and_the_head_runs_only_for_who_leaves(gated:
     ],
 )
 @pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
-def test_parallel_scores_equal_the_engines(name: str, policy: str, catch_up: str, request: pytest.FixtureRequest) -> None:
+def test_parallel_scores_equal_the_engines(
+    name: str, policy: str, catch_up: str, request: pytest.FixtureRequest
+) -> None:
     stack = OrtStack(request.getfixturevalue(name)[1])
     engine, ids = Engine(stack), text(120, seed=6)
     layers = stack.exit_layers
@@ -119,7 +127,9 @@ def test_parallel_scores_equal_the_engines(name: str, policy: str, catch_up: str
         policies = [FULL_DEPTH]  # nothing leaves early: nothing is propagated
     scores = score_documents(engine, [ids], policies, catch_up)
     for chosen, score in zip(policies, scores, strict=True):
-        sequence = engine.start(ids[:1], max_new_tokens=119, policy=chosen, catch_up=catch_up, sampler=Given(ids))
+        sequence = engine.start(
+            ids[:1], max_new_tokens=119, policy=chosen, catch_up=catch_up, sampler=Given(ids)
+        )
         tokens = list(engine.generate(sequence))
         assert score.depths.tolist() == [t.depth for t in tokens]
         np.testing.assert_allclose(score.logprobs, [t.logprob for t in tokens], rtol=1e-4, atol=1e-4)
@@ -177,7 +187,9 @@ def test_decoding_routes_as_teacher_forcing_and_skips_for_real(routed: Made) -> 
     tokens = list(engine.generate(sequence))
     with torch.no_grad():
         routes = routes_in_torch(model, ids[:-1])
-        logprobs = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0, torch.arange(149), torch.tensor(ids[1:])]
+        logprobs = model(torch.tensor([ids[:-1]])).log_softmax(-1)[
+            0, torch.arange(149), torch.tensor(ids[1:])
+        ]
     ran = Counter(call.number for call in stack.trace if call.graph == "segment")
     for segment, info in enumerate(stack.manifest.segments):
         if info.kind == "routed":
@@ -200,7 +212,11 @@ def test_keys_and_values_are_written_only_for_routed_tokens(routed: Made) -> Non
     buffers = engine.cache.buffers  # type: ignore[attr-defined]
     for segment, info in enumerate(stack.manifest.segments):
         filled = np.abs(buffers[info.first_layer - 1][0][0]).sum(axis=1) > 0
-        expected = np.count_nonzero(sequence.counters.inside[segment]) if info.kind == "routed" else len(sequence.tokens) - 1
+        expected = (
+            np.count_nonzero(sequence.counters.inside[segment])
+            if info.kind == "routed"
+            else len(sequence.tokens) - 1
+        )
         assert np.count_nonzero(filled) == expected
         assert filled[:expected].all()
 
@@ -213,7 +229,9 @@ def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRe
 
     def begin(engine: Engine, i: int) -> TokenSequence:
         prompt, catch_up = text(10 + 9 * i, seed=i), ("recompute", "verify")[i % 2]
-        return engine.start(prompt, max_new_tokens=50, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, i))
+        return engine.start(
+            prompt, max_new_tokens=50, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, i)
+        )
 
     alone = []
     for i in range(5):
@@ -225,7 +243,9 @@ def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRe
     while engine.busy:
         engine.step()
     routed = {k for k, shape in enumerate(stack.layout) if shape.routed}
-    assert any(call.num_tokens > 1 for call in stack.trace[50:] if call.graph == "segment" and call.number in routed)
+    assert any(
+        call.num_tokens > 1 for call in stack.trace[50:] if call.graph == "segment" and call.number in routed
+    )
     assert [s.produced for s in sequences] == alone
 
 
@@ -235,9 +255,16 @@ def test_what_a_bundle_cannot_do_is_said(routed_with_exits: Made, tiny_bundle: P
     with pytest.raises(RequestError, match="policy 'similarity' compares the states around a segment"):
         engine.start([1], max_new_tokens=2, policy=similarity)
     with pytest.raises(RequestError, match="'propagate' has no K/V for routed layers; use recompute"):
-        engine.start([1], max_new_tokens=2, policy=make_policy("max-prob", [0.5], engine.stack.exit_layers), catch_up="propagate")
+        engine.start(
+            [1],
+            max_new_tokens=2,
+            policy=make_policy("max-prob", [0.5], engine.stack.exit_layers),
+            catch_up="propagate",
+        )
     plain = Engine(OrtStack(tiny_bundle))
-    with pytest.raises(RequestError, match="policy 'gate' needs a gate at every early exit; train them: ease-train gates"):
+    with pytest.raises(
+        RequestError, match="policy 'gate' needs a gate at every early exit; train them: ease-train gates"
+    ):
         plain.start([1], max_new_tokens=2, policy=make_policy("gate", [0.5], plain.stack.exit_layers))
 
 

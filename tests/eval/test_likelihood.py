@@ -14,7 +14,17 @@ from ease_runtime.engine.mock import MockStack
 from ease_runtime.llm import LLM, TextEngine
 from ease_runtime.policies import make_policy
 
-MERGES = [(".", "Ċ"), ("Ċ", "Ċ"), (".Ċ", "Ċ"), ("h", "e"), ("l", "l"), ("ll", "o"), ("he", "l"), ("Ġ", "he"), ("a", ".Ċ")]
+MERGES = [
+    (".", "Ċ"),
+    ("Ċ", "Ċ"),
+    (".Ċ", "Ċ"),
+    ("h", "e"),
+    ("l", "l"),
+    ("ll", "o"),
+    ("he", "l"),
+    ("Ġ", "he"),
+    ("a", ".Ċ"),
+]
 PIECES = ["he", "hel", "l", "lo", ".", "\n", "\n\n", "a", " ", "日", "é"]
 
 
@@ -39,7 +49,10 @@ def engine(start_id: int | None) -> Any:
 
 def pairs() -> list[tuple[str, str]]:
     rng = random.Random(0)
-    return [("".join(rng.choices(PIECES, k=rng.randint(0, 4))), "".join(rng.choices(PIECES, k=rng.randint(1, 3)))) for _ in range(1000)]
+    return [
+        ("".join(rng.choices(PIECES, k=rng.randint(0, 4))), "".join(rng.choices(PIECES, k=rng.randint(1, 3))))
+        for _ in range(1000)
+    ]
 
 
 @pytest.mark.parametrize("start_id", [START, None])

@@ -49,7 +49,9 @@ class Simulation:
     def next(self, ids: Sequence[int]) -> tuple[int, int, float]:
         """Token, depth and confidence that follow `ids`."""
         hidden = self.model.embed(torch.tensor([list(ids)]))
-        frozen_below = [0] * self.num_prompt + self.depths  # the depth at which a position's state froze; 0: never
+        frozen_below = [
+            0
+        ] * self.num_prompt + self.depths  # the depth at which a position's state froze; 0: never
         for first, last in self.model.config.segments:
             hidden = self.model.run_layers(hidden, first, last, self.active(frozen_below, first, hidden))
             probabilities = self.model.lm_head(self.model.exit_hidden(hidden[0, -1], last)).softmax(-1)
@@ -70,10 +72,16 @@ class Simulation:
 
 @pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_engine_equals_the_simulation_in_torch(stack: OrtStack, model: Decoder, catch_up: str, threshold: float) -> None:
+def test_engine_equals_the_simulation_in_torch(
+    stack: OrtStack, model: Decoder, catch_up: str, threshold: float
+) -> None:
     prompt, num_tokens = text(12, seed=3), 120
     engine = Engine(stack)
-    produced = list(engine.generate(engine.start(prompt, max_new_tokens=num_tokens, policy=policy(threshold), catch_up=catch_up)))
+    produced = list(
+        engine.generate(
+            engine.start(prompt, max_new_tokens=num_tokens, policy=policy(threshold), catch_up=catch_up)
+        )
+    )
     simulation, ids, ties = Simulation(model, threshold, catch_up, len(prompt)), list(prompt), 0
     for token in produced:
         with torch.no_grad():
@@ -85,13 +93,19 @@ def test_engine_equals_the_simulation_in_torch(stack: OrtStack, model: Decoder, 
         assert token.confidence == pytest.approx(confidence, abs=1e-4)
         ids.append(expected)
     assert ties == 0, "pick another seed: a tie cut this test short"
-    assert len({t.depth for t in produced}) >= 2, "the threshold must separate tokens, or the test shows nothing"
+    assert len({t.depth for t in produced}) >= 2, (
+        "the threshold must separate tokens, or the test shows nothing"
+    )
 
 
-def engine_logprobs(stack: OrtStack, ids: list[int], chosen: ExitPolicy, catch_up: str, cap: int) -> tuple[list[float], list[int]]:
+def engine_logprobs(
+    stack: OrtStack, ids: list[int], chosen: ExitPolicy, catch_up: str, cap: int
+) -> tuple[list[float], list[int]]:
     """Token by token, from a prompt of one token."""
     engine = Engine(stack, cap=cap)
-    sequence = engine.start(ids[:1], max_new_tokens=len(ids) - 1, policy=chosen, catch_up=catch_up, sampler=Given(ids))
+    sequence = engine.start(
+        ids[:1], max_new_tokens=len(ids) - 1, policy=chosen, catch_up=catch_up, sampler=Given(ids)
+    )
     tokens = list(engine.generate(sequence))
     return [t.logprob for t in tokens], [t.depth for t in tokens]
 
@@ -114,7 +128,9 @@ def test_parallel_scores_equal_the_engines(stack: OrtStack, catch_up: str, name:
 def test_off_is_the_plain_model(stack: OrtStack, model: Decoder) -> None:
     ids = text(200, seed=8)
     with torch.no_grad():
-        expected = model(torch.tensor([ids[:-1]])).log_softmax(-1)[0, torch.arange(199), torch.tensor(ids[1:])]
+        expected = model(torch.tensor([ids[:-1]])).log_softmax(-1)[
+            0, torch.arange(199), torch.tensor(ids[1:])
+        ]
     for catch_up in ("recompute", "propagate"):
         (score,) = score_documents(Engine(stack), [ids], [policy(None)], catch_up)
         assert set(score.depths) == {6}
@@ -127,7 +143,9 @@ def test_threshold_zero_leaves_every_token_at_the_first_exit(stack: OrtStack) ->
         assert set(score.depths) == {2}
 
 
-def test_long_documents_are_scored_once_a_token_with_the_context_of_their_window(stack: OrtStack, model: Decoder) -> None:
+def test_long_documents_are_scored_once_a_token_with_the_context_of_their_window(
+    stack: OrtStack, model: Decoder
+) -> None:
     documents = [text(700, seed=1), text(2, seed=2), text(stack.max_positions + 1, seed=3)]
     (score,) = score_documents(Engine(stack), documents, [policy(None)], "recompute")
     assert len(score.logprobs) == 699 + 1 + stack.max_positions
@@ -138,7 +156,9 @@ def test_long_documents_are_scored_once_a_token_with_the_context_of_their_window
     np.testing.assert_allclose(score.logprobs[288:432], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("num_ids", "length", "stride"), [(2, 4, 2), (5, 4, 2), (17, 8, 3), (100, 8, 8), (9, 8, 4), (10, 8, 1)])
+@pytest.mark.parametrize(
+    ("num_ids", "length", "stride"), [(2, 4, 2), (5, 4, 2), (17, 8, 3), (100, 8, 8), (9, 8, 4), (10, 8, 1)]
+)
 def test_windows_score_every_target_once(num_ids: int, length: int, stride: int) -> None:
     scored: list[int] = []
     for window in windows(num_ids, length, stride):
@@ -168,8 +188,16 @@ def test_scores_after_a_prompt_equal_the_engines(stack: OrtStack, catch_up: str,
     """A prompt's K/V are exact, its last token's prediction follows the policy."""
     ids, chosen = text(90, seed=6), [policy(None), policy(0.0), policy(0.5)]
     engine = Engine(stack)
-    for one, score in zip(chosen, score_continuation(engine, ids[:num_prompt], ids[num_prompt:], chosen, catch_up), strict=True):
-        sequence = engine.start(ids[:num_prompt], max_new_tokens=90 - num_prompt, policy=one, catch_up=catch_up, sampler=Given(ids))
+    for one, score in zip(
+        chosen, score_continuation(engine, ids[:num_prompt], ids[num_prompt:], chosen, catch_up), strict=True
+    ):
+        sequence = engine.start(
+            ids[:num_prompt],
+            max_new_tokens=90 - num_prompt,
+            policy=one,
+            catch_up=catch_up,
+            sampler=Given(ids),
+        )
         tokens = list(engine.generate(sequence))
         assert score.depths.tolist() == [t.depth for t in tokens]
         np.testing.assert_allclose(score.logprobs, [t.logprob for t in tokens], rtol=1e-4, atol=1e-4)

@@ -14,13 +14,35 @@ from ease_eval.cli.main import main
 from ease_eval.measure.reliability import bins, expected_error, fit_temperature, scale
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SMALL = ["--scored-tokens", "300", "--texts", "2", "--prompt-tokens", "8", "--new-tokens", "16", "--rounds", "2"]
+SMALL = [
+    "--scored-tokens",
+    "300",
+    "--texts",
+    "2",
+    "--prompt-tokens",
+    "8",
+    "--new-tokens",
+    "16",
+    "--rounds",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")
 def report(tiny_bundle: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "out.html"
-    command = ["report", str(tiny_bundle), "--data", str(corpus_file), "--split", "train", "--thresholds", "0,0.4", "--out", str(out)]
+    command = [
+        "report",
+        str(tiny_bundle),
+        "--data",
+        str(corpus_file),
+        "--split",
+        "train",
+        "--thresholds",
+        "0,0.4",
+        "--out",
+        str(out),
+    ]
     result = CliRunner().invoke(main, [*command, "--catch-up", "recompute", "--catch-up", "verify", *SMALL])
     assert result.exit_code == 0, result.output
     return out
@@ -39,7 +61,9 @@ def test_one_file_that_loads_nothing(report: Path) -> None:
 def test_figures_for_papers(report: Path) -> None:
     folder = report.with_suffix("")
     names = ["depth-by-position", "depth-shares", "perplexity-speed", "reliability"]
-    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"{name}.{kind}" for name in names for kind in ("png", "svg")
+    ]
     assert all(path.read_bytes()[:4] in (b"\x89PNG", b"<svg") for path in folder.iterdir())
 
 
@@ -51,12 +75,21 @@ def test_in_a_browser(report: Path) -> None:
     with playwright.sync_playwright() as running:
         chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         for scheme in ("light", "dark"):
-            page = chromium.new_context(color_scheme=scheme, viewport={"width": 390, "height": 800}).new_page()
+            page = chromium.new_context(
+                color_scheme=scheme, viewport={"width": 390, "height": 800}
+            ).new_page()
             troubles: list[str] = []
             page.on("pageerror", lambda error, found=troubles: found.append(str(error)))
-            page.on("request", lambda request, found=troubles: found.append(request.url) if not request.url.startswith("file:") else None)
+            page.on(
+                "request",
+                lambda request, found=troubles: (
+                    found.append(request.url) if not request.url.startswith("file:") else None
+                ),
+            )
             page.goto(report.as_uri())
-            page.evaluate("document.getElementById('at').value = 2; document.getElementById('at').dispatchEvent(new Event('input'))")
+            page.evaluate(
+                "document.getElementById('at').value = 2; document.getElementById('at').dispatchEvent(new Event('input'))"
+            )
             assert page.locator(".passage:visible").get_attribute("data-row") == "2"
             assert page.locator("#name").inner_text() == "recompute 0.4"
             assert page.locator(f"figure.{scheme}").first.is_visible()
@@ -83,9 +116,13 @@ def test_a_known_temperature_is_found() -> None:
     assert expected_error(scale(overconfident, 2.0), agrees) < 0.02 < expected_error(overconfident, agrees)
 
 
-def test_a_report_without_a_suffix_is_refused_before_anything_is_measured(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_report_without_a_suffix_is_refused_before_anything_is_measured(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
     """Its figures would take the name of the file."""
-    result = CliRunner().invoke(main, ["report", str(tiny_bundle), "--data", "kjv", "--out", str(tmp_path / "report")])
+    result = CliRunner().invoke(
+        main, ["report", str(tiny_bundle), "--data", "kjv", "--out", str(tmp_path / "report")]
+    )
     assert result.exit_code != 0
     assert "give a free name that ends in .html" in result.stderr
     assert not list(tmp_path.iterdir())

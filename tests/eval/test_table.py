@@ -23,10 +23,23 @@ from ease_runtime.policies import make_policy
 
 CONTRACT = {"policy", "threshold", "catch_up", "ppl", "mean_depth", "depth_fraction", "tokens_per_second"}
 CONTRACT |= {"latency_ms_p50", "latency_ms_p95", "speedup", "ideal_speedup"}
-SMALL = ["--scored-tokens", "300", "--texts", "2", "--prompt-tokens", "8", "--new-tokens", "24", "--rounds", "2"]
+SMALL = [
+    "--scored-tokens",
+    "300",
+    "--texts",
+    "2",
+    "--prompt-tokens",
+    "8",
+    "--new-tokens",
+    "24",
+    "--rounds",
+    "2",
+]
 
 
-def test_json_and_markdown_hold_every_row_off_first(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
+def test_json_and_markdown_hold_every_row_off_first(
+    tiny_bundle: Path, corpus_file: Path, tmp_path: Path
+) -> None:
     files = ["--json", str(tmp_path / "out" / "table.json"), "--markdown", str(tmp_path / "table.md")]
     arguments = [
         "table",
@@ -53,7 +66,12 @@ def test_json_and_markdown_hold_every_row_off_first(tiny_bundle: Path, corpus_fi
     ]
     assert all(r.keys() >= CONTRACT for r in rows)
     off = rows[0]
-    assert (off["threshold"], off["mean_depth"], off["speedup"], off["ideal_speedup"]) == ("off", 6.0, 1.0, 1.0)
+    assert (off["threshold"], off["mean_depth"], off["speedup"], off["ideal_speedup"]) == (
+        "off",
+        6.0,
+        1.0,
+        1.0,
+    )
     assert rows[1]["mean_depth"] == 2.0
     assert 2.0 < rows[2]["mean_depth"] < 6.0
     assert rows[1]["ppl"] == rows[3]["ppl"], "when all leave at the first exit, no later K/V is ever read"
@@ -73,7 +91,10 @@ def test_json_and_markdown_hold_every_row_off_first(tiny_bundle: Path, corpus_fi
 
 
 def settings(*thresholds: float | None) -> list[Setting]:
-    return [Setting(make_policy("max-prob", None if t is None else [t], (2, 4, 6)), "propagate") for t in thresholds]
+    return [
+        Setting(make_policy("max-prob", None if t is None else [t], (2, 4, 6)), "propagate")
+        for t in thresholds
+    ]
 
 
 def test_a_slow_deep_segment_shows_in_measured_and_ideal_speed(tiny_bundle: Path) -> None:
@@ -84,7 +105,9 @@ def test_a_slow_deep_segment_shows_in_measured_and_ideal_speed(tiny_bundle: Path
     def speedups() -> tuple[float, float]:
         (off, early), seconds = measure(Engine(stack), settings(None, 0.0), texts, 3)
         assert (set(off.depths), set(early.depths)) == ({6}, {2})
-        return off.rounds[1] / early.rounds[1], ideal_seconds(off.calls, seconds) / ideal_seconds(early.calls, seconds)
+        return off.rounds[1] / early.rounds[1], ideal_seconds(off.calls, seconds) / ideal_seconds(
+            early.calls, seconds
+        )
 
     plain_measured, plain_ideal = speedups()
     plain_run = stack.run_segment
@@ -106,7 +129,10 @@ def test_calls_of_a_setting_are_those_its_depths_need(tiny_bundle: Path) -> None
     (off, early), _ = measure(Engine(stack), settings(None, 0.0), texts, 1)
     kinds = [(call.graph, call.number, call.num_tokens) for call in off.calls]
     assert kinds == [("segment", 0, 1), ("segment", 1, 1), ("segment", 2, 1), ("exit", 2, 1)] * 19
-    assert [(call.graph, call.number, call.num_tokens) for call in early.calls] == [("segment", 0, 1), ("exit", 0, 1)] * 19
+    assert [(call.graph, call.number, call.num_tokens) for call in early.calls] == [
+        ("segment", 0, 1),
+        ("exit", 0, 1),
+    ] * 19
     assert len(off.depths) == len(off.token_seconds) == 19
 
 
@@ -123,8 +149,12 @@ def test_calls_of_a_setting_are_those_its_depths_need(tiny_bundle: Path) -> None
         (["--json", "/proc/table.json"], "could not write /proc/table.json"),
     ],
 )
-def test_bad_input_ends_in_one_line(tiny_bundle: Path, corpus_file: Path, options: list[str], message: str) -> None:
-    result = CliRunner().invoke(main, ["table", str(tiny_bundle), "--data", str(corpus_file), *SMALL, *options])
+def test_bad_input_ends_in_one_line(
+    tiny_bundle: Path, corpus_file: Path, options: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(
+        main, ["table", str(tiny_bundle), "--data", str(corpus_file), *SMALL, *options]
+    )
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
@@ -146,25 +176,49 @@ def test_ppl_and_depth_are_the_tables(tiny_bundle: Path, corpus_file: Path, tmp_
     for name in ("table", "ppl", "depth", "latency"):
         result = command(name, *flags, "--json", tmp_path / f"{name}.json")
         assert result.exit_code == 0, result.output
-    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("table", "ppl", "depth", "latency")}
+    found = {
+        name: json.loads((tmp_path / f"{name}.json").read_text())
+        for name in ("table", "ppl", "depth", "latency")
+    }
     rows = found["table"]["rows"]
     for name in ("ppl", "depth"):
         for row, whole in zip(found[name]["rows"], rows, strict=True):
             assert {key: whole[key] for key in row} == row
     assert [row["threshold"] for row in found["latency"]["rows"]] == ["off", 0.0, 0.6]
-    assert found["latency"]["rows"][1].keys() >= {"latency_ms_p50", "latency_ms_p99", "prefill_ms_p95", "speedup", "tokens_per_second"}
+    assert found["latency"]["rows"][1].keys() >= {
+        "latency_ms_p50",
+        "latency_ms_p99",
+        "prefill_ms_p95",
+        "speedup",
+        "tokens_per_second",
+    }
     for one in found.values():
         assert one.keys() >= {"bundle", "manifest_sha256", "precision", "versions", "seed", "device"}
 
 
 def test_depth_by_position(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
-    assert command("depth", tiny_bundle, "--data", corpus_file, "--thresholds", "0,0.6", "--json", tmp_path / "d.json").exit_code == 0
+    assert (
+        command(
+            "depth",
+            tiny_bundle,
+            "--data",
+            corpus_file,
+            "--thresholds",
+            "0,0.6",
+            "--json",
+            tmp_path / "d.json",
+        ).exit_code
+        == 0
+    )
     off, first, some = json.loads((tmp_path / "d.json").read_text())["rows"]
     assert set(off["depth_by_position"]) == {6.0}
     assert set(first["depth_by_position"]) == {2.0}
     assert len(set(some["depth_by_position"])) > 2
     scored = Scored([range(21), range(19)], 1)
-    assert scored.by_position(np.array([2] * 16 + [4] * 4 + [6] * 18), 17) == [4.0, 5.0]  # positions of 20 and 18 tokens, the last ones out
+    assert scored.by_position(np.array([2] * 16 + [4] * 4 + [6] * 18), 17) == [
+        4.0,
+        5.0,
+    ]  # positions of 20 and 18 tokens, the last ones out
 
 
 def test_batches_are_rows_of_their_own(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
@@ -172,14 +226,29 @@ def test_batches_are_rows_of_their_own(tiny_bundle: Path, corpus_file: Path, tmp
     result = command("table", tiny_bundle, "--data", corpus_file, *flags)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "t.json").read_text())
-    assert [(one["batch"], one["threshold"]) for one in found["batches"]] == [(1, "off"), (1, 0.0), (3, "off"), (3, 0.0)]
+    assert [(one["batch"], one["threshold"]) for one in found["batches"]] == [
+        (1, "off"),
+        (1, 0.0),
+        (3, "off"),
+        (3, 0.0),
+    ]
     assert [one["speedup"] for one in found["batches"][::2]] == [1.0, 1.0]
     assert all(one["tokens_per_second"] > 0 for one in found["batches"])
     assert found["peak_memory_mb"] > 50
 
 
 def test_several_bundles_give_a_table_each(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
-    result = command("table", tiny_bundle, tiny_bundle, "--data", corpus_file, "--thresholds", "0", "--json", tmp_path / "t.json")
+    result = command(
+        "table",
+        tiny_bundle,
+        tiny_bundle,
+        "--data",
+        corpus_file,
+        "--thresholds",
+        "0",
+        "--json",
+        tmp_path / "t.json",
+    )
     assert result.exit_code == 0, result.output
     one, other = json.loads((tmp_path / "t.json").read_text())["tables"]
     assert (one["precision"], one["rows"][1]["ppl"]) == ("fp32", other["rows"][1]["ppl"])
@@ -189,7 +258,17 @@ def test_a_killed_table_ends_in_the_same_json(
     tiny_bundle: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was measured before the kill stands, times too; the rest is measured once."""
-    flags = [tiny_bundle, "--data", corpus_file, "--thresholds", "0", "--batch", 2, "--json", tmp_path / "t.json"]
+    flags = [
+        tiny_bundle,
+        "--data",
+        corpus_file,
+        "--thresholds",
+        "0",
+        "--batch",
+        2,
+        "--json",
+        tmp_path / "t.json",
+    ]
     counted: list[str] = []
 
     def counting(name: str, run: Any) -> Any:
@@ -201,7 +280,12 @@ def test_a_killed_table_ends_in_the_same_json(
 
         return call
 
-    for name, function in (("scores", "score_settings"), ("times", "measure"), ("exits", "exit_figures"), ("batch", "measure_batch")):
+    for name, function in (
+        ("scores", "score_settings"),
+        ("times", "measure"),
+        ("exits", "exit_figures"),
+        ("batch", "measure_batch"),
+    ):
         monkeypatch.setattr(table_module, function, counting(name, getattr(table_module, function)))
     assert command("table", *flags).exit_code == 1
     journal = tmp_path / ".t.json.journal"
@@ -212,7 +296,9 @@ def test_a_killed_table_ends_in_the_same_json(
     assert counted == ["scores", "times", "exits", "exits", "batch"]
     found = json.loads((tmp_path / "t.json").read_text())
     times = kept[2]["value"]
-    assert [{key: row[key] for key in speed} for row, (speed, _) in zip(found["rows"], times, strict=True)] == [speed for speed, _ in times]
+    assert [
+        {key: row[key] for key in speed} for row, (speed, _) in zip(found["rows"], times, strict=True)
+    ] == [speed for speed, _ in times]
     assert found["rows"][0]["ppl"] == pytest.approx(np.exp(-np.mean(kept[1]["value"][0][0])))
     assert not journal.exists()
 
@@ -223,7 +309,12 @@ def test_bytes_that_calls_read(tiny_bundle: Path) -> None:
     size = {name: info.num_bytes for name, info in manifest.files.items()}
     layers = size["segment_02.onnx.data"]
     head = size.get("exit_01.onnx.data", 0) + size["head.onnx.data"]
-    calls = [Call("segment", 0, 1, 256), Call("segment", 0, 3, 256), Call("kv", 1, 2, 256), Call("exit", 0, 1)]
+    calls = [
+        Call("segment", 0, 1, 256),
+        Call("segment", 0, 3, 256),
+        Call("kv", 1, 2, 256),
+        Call("exit", 0, 1),
+    ]
     assert size["segment_01.onnx.data"] > layers, "its embedding is not tied"
     assert bytes_read(manifest, calls) == 2 * layers + head
     assert bytes_read(manifest, [Call("segment", 1, 1, 256)]) == layers > 2 * 64 * 64 * 4 * 4
@@ -231,8 +322,15 @@ def test_bytes_that_calls_read(tiny_bundle: Path) -> None:
 
 def test_the_share_of_heads_is_that_of_the_time_of_their_calls(tiny_bundle: Path) -> None:
     """What an exit costs beside layers: its graph and head, its gate, its own layer; not the K/V of those that left."""
-    layers, own, head, debt = Call("segment", 0, 1, 256), Call("block", 0, 1, 256), Call("exit", 0, 1), Call("kv", 1, 2, 256)
-    timing = Timings(rounds=[1.0], prefills=[1.0], token_seconds=[1.0], depths=[2], calls=[layers, own, head, debt])
+    layers, own, head, debt = (
+        Call("segment", 0, 1, 256),
+        Call("block", 0, 1, 256),
+        Call("exit", 0, 1),
+        Call("kv", 1, 2, 256),
+    )
+    timing = Timings(
+        rounds=[1.0], prefills=[1.0], token_seconds=[1.0], depths=[2], calls=[layers, own, head, debt]
+    )
     speed = make_speed(timing, timing, {layers: 0.5, own: 0.1, head: 0.3, debt: 0.1}, LLM(tiny_bundle))
     assert speed.head_share == pytest.approx(0.4)
 

@@ -25,15 +25,26 @@ from ease_train.training.checkpoint import load_checkpoint
 CHOICES = [
     {"context": "And the king went up to", "choices": ["the mountain", "the sea", "a stone"], "answer": 0},
     {"question": "Who spoke?", "choices": ["the king", "my servant"], "answer": "B"},
-    {"question": "And the river was with", "choices": ["the people", "the city", "the field"], "answer": "the field"},
+    {
+        "question": "And the river was with",
+        "choices": ["the people", "the city", "the field"],
+        "answer": "the field",
+    },
     {"prompt": "And a voice came before the house ", "choices": ["of the lord", "of the king"], "answer": 1},
 ]
-EXACT = [{"question": f"How much is {i} and {i}?", "answer": f"Twice {i}.\n#### {2 * i}"} for i in range(1, 5)]
-WORDS = [{"text": "And the king went up to the mountain"}, {"text": "And my servant looked upon the sea; and it was good"}]
+EXACT = [
+    {"question": f"How much is {i} and {i}?", "answer": f"Twice {i}.\n#### {2 * i}"} for i in range(1, 5)
+]
+WORDS = [
+    {"text": "And the king went up to the mountain"},
+    {"text": "And my servant looked upon the sea; and it was good"},
+]
 
 
 def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -50,21 +61,30 @@ def token_by_token(llm: LLM, context: str, continuation: str, options: Options) 
     """The engine's own sum of log-probabilities, and the depths."""
     first, rest = encode_pair(llm, context, continuation)
     policy, sampler = llm.policy(options), Given([*first, *rest])
-    sequence = llm.engine.start(first, max_new_tokens=len(rest), policy=policy, catch_up=options.catch_up, sampler=sampler)
+    sequence = llm.engine.start(
+        first, max_new_tokens=len(rest), policy=policy, catch_up=options.catch_up, sampler=sampler
+    )
     tokens = list(llm.engine.generate(sequence))
     return sum(t.logprob for t in tokens), [t.depth for t in tokens]
 
 
 @pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
 def test_choices_are_scored_where_their_tokens_leave(llm: LLM, tmp_path: Path, catch_up: str) -> None:
-    task, options = read_tasks(write(tmp_path / "choices.jsonl", CHOICES), 10), Options(threshold=(0.5,), catch_up=catch_up)
+    task, options = (
+        read_tasks(write(tmp_path / "choices.jsonl", CHOICES), 10),
+        Options(threshold=(0.5,), catch_up=catch_up),
+    )
     result = run_task(llm, task, options, Journal(None, {}))
     layers = tokens = 0
     for item, answer in zip(task.items, result.items, strict=True):
-        sums, depths = zip(*(token_by_token(llm, item.context, f" {c}", options) for c in item.choices), strict=True)
+        sums, depths = zip(
+            *(token_by_token(llm, item.context, f" {c}", options) for c in item.choices), strict=True
+        )
         assert answer.said == item.choices[int(np.argmax(sums))]
         assert answer.logprob == pytest.approx(sums[item.answer], rel=1e-4)
-        assert answer.normalised_correct == (np.argmax([s / len(c) for s, c in zip(sums, item.choices, strict=True)]) == item.answer)
+        assert answer.normalised_correct == (
+            np.argmax([s / len(c) for s, c in zip(sums, item.choices, strict=True)]) == item.answer
+        )
         layers, tokens = layers + sum(map(sum, depths)), tokens + sum(map(len, depths))
     assert result.mean_depth == pytest.approx(layers / tokens)
     assert 2.0 < result.mean_depth < 6.0, "the threshold must separate tokens, or the test shows nothing"
@@ -72,14 +92,21 @@ def test_choices_are_scored_where_their_tokens_leave(llm: LLM, tmp_path: Path, c
 
 def test_full_depth_is_torchs(llm: LLM, tiny_checkpoint: Path, tmp_path: Path) -> None:
     model = load_checkpoint(tiny_checkpoint).model.eval()
-    result = run_task(llm, read_tasks(write(tmp_path / "words.jsonl", WORDS), 10), Options(threshold=(0.0,)), Journal(None, {}))
+    result = run_task(
+        llm,
+        read_tasks(write(tmp_path / "words.jsonl", WORDS), 10),
+        Options(threshold=(0.0,)),
+        Journal(None, {}),
+    )
     total = tokens = 0
     for row, answer in zip(WORDS, result.items, strict=True):
         first, rest = encode_pair(llm, *row["text"].rsplit(maxsplit=1)[:1], " " + row["text"].split()[-1])
         assert [*first, *rest] == llm.encode(row["text"])
         with torch.no_grad():
             logprobs = model(torch.tensor([[*first, *rest][:-1]])).log_softmax(-1)[0, len(first) - 1 :]
-        assert answer.full_depth_logprob == pytest.approx(logprobs[torch.arange(len(rest)), rest].sum().item(), rel=1e-4)
+        assert answer.full_depth_logprob == pytest.approx(
+            logprobs[torch.arange(len(rest)), rest].sum().item(), rel=1e-4
+        )
         assert answer.full_depth_correct == (logprobs.argmax(-1).tolist() == rest)
         total, tokens = total + answer.full_depth_logprob, tokens + len(rest)
     assert result.full_depth_perplexity == pytest.approx(np.exp(-total / tokens))
@@ -89,25 +116,47 @@ def test_full_depth_is_torchs(llm: LLM, tiny_checkpoint: Path, tmp_path: Path) -
 
 def test_off_says_what_full_depth_says(llm: LLM, tmp_path: Path) -> None:
     for name, rows in (("choices", CHOICES), ("exact", EXACT), ("words", WORDS)):
-        result = run_task(llm, read_tasks(write(tmp_path / name, rows), 10), Options(max_tokens=8), Journal(None, {}))
-        assert (result.agreement, result.mean_depth, result.accuracy) == (1.0, 6.0, result.full_depth_accuracy)
+        result = run_task(
+            llm, read_tasks(write(tmp_path / name, rows), 10), Options(max_tokens=8), Journal(None, {})
+        )
+        assert (result.agreement, result.mean_depth, result.accuracy) == (
+            1.0,
+            6.0,
+            result.full_depth_accuracy,
+        )
         assert result.difference_interval == (0.0, 0.0)
 
 
 def test_answers_are_generated_through_the_policy(llm: LLM, tmp_path: Path) -> None:
     options = Options(threshold=(0.4,), max_tokens=12, stop=("Question:",))
-    result = run_task(llm, read_tasks(write(tmp_path / "exact.jsonl", EXACT), 10), options, Journal(None, {}), shots=1)
+    result = run_task(
+        llm, read_tasks(write(tmp_path / "exact.jsonl", EXACT), 10), options, Journal(None, {}), shots=1
+    )
     assert [answer.line for answer in result.items] == [2, 3, 4]
     asked = f"Question: {EXACT[0]['question']}\nAnswer: {EXACT[0]['answer']}\n\nQuestion: {EXACT[1]['question']}\nAnswer:"
     events = list(llm.generate(asked, options))
     assert result.items[0].said == "".join(event.text for event in events)
     assert result.items[0].layers == sum(event.depth for event in events) < 6 * len(events)
-    assert result.items[0].full_depth_said == "".join(event.text for event in llm.generate(asked, options.at_full_depth()))
+    assert result.items[0].full_depth_said == "".join(
+        event.text for event in llm.generate(asked, options.at_full_depth())
+    )
 
 
 def test_malformed_lines_are_named_and_the_rest_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
-    rows = [CHOICES[0], "{", CHOICES[1], "", {"question": "?", "choices": ["a", "b"], "answer": 2}, EXACT[0], CHOICES[2]]
-    file, words, out = write(tmp_path / "mixed.jsonl", rows), tmp_path / "words.jsonl.gz", tmp_path / "out.json"
+    rows = [
+        CHOICES[0],
+        "{",
+        CHOICES[1],
+        "",
+        {"question": "?", "choices": ["a", "b"], "answer": 2},
+        EXACT[0],
+        CHOICES[2],
+    ]
+    file, words, out = (
+        write(tmp_path / "mixed.jsonl", rows),
+        tmp_path / "words.jsonl.gz",
+        tmp_path / "out.json",
+    )
     words.write_bytes(gzip.compress(write(tmp_path / "words.jsonl", WORDS).read_bytes()))
     result = run(tiny_bundle, file, words, "--threshold", "0.5", "--json", out)
     assert result.exit_code == 0, result.output
@@ -118,12 +167,17 @@ def test_malformed_lines_are_named_and_the_rest_goes_on(tiny_bundle: Path, tmp_p
     ]
     found = json.loads(out.read_text())
     assert found.keys() >= {"bundle", "manifest_sha256", "versions", "options", "seed", "device", "tasks"}
-    assert [(t["kind"], t["num_items"], len(t["faults"])) for t in found["tasks"]] == [("multiple choice", 3, 3), ("last word", 2, 0)]
+    assert [(t["kind"], t["num_items"], len(t["faults"])) for t in found["tasks"]] == [
+        ("multiple choice", 3, 3),
+        ("last word", 2, 0),
+    ]
     assert [item["line"] for item in found["tasks"][0]["items"]] == [1, 3, 7]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_killed_run_ends_in_the_same_json(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_ends_in_the_same_json(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write(tmp_path / "choices.jsonl", CHOICES)
     common = [tiny_bundle, file, "--threshold", "0.5"]
     assert run(*common, "--json", tmp_path / "whole.json").exit_code == 0
@@ -168,11 +222,17 @@ def test_a_run_that_asks_for_something_else_begins_anew(tmp_path: Path) -> None:
         ("[1]", "expected a JSON object"),
         ('{"choices": ["a"], "question": "?", "answer": 0}', '"choices" must be two texts or more'),
         ('{"choices": ["a", 1], "question": "?", "answer": 0}', '"choices" must be two texts or more'),
-        ('{"choices": ["a", "b"], "question": "?", "answer": true}', "\"answer\" 'True' is none of the 2 choices"),
+        (
+            '{"choices": ["a", "b"], "question": "?", "answer": true}',
+            "\"answer\" 'True' is none of the 2 choices",
+        ),
         ('{"choices": ["a", "b"], "question": "?"}', "\"answer\" 'None' is none of the 2 choices"),
         ('{"choices": ["a", "b"], "answer": 0}', 'expected a text under "question", "context" or "prompt"'),
         ('{"question": "?", "answer": 42}', '"answer" must be a text'),
-        ('{"question": "?", "answer": "it is ####42"}', '"answer" has "####" without a space behind it; expected "#### 42"'),
+        (
+            '{"question": "?", "answer": "it is ####42"}',
+            '"answer" has "####" without a space behind it; expected "#### 42"',
+        ),
         ('{"text": "a \\ud83d b"}', "half of a surrogate pair"),
         ('{"text": "a \ud83d b"}', "no UTF-8: invalid continuation byte at byte 12"),
         ('{"text": "word"}', 'expected "choices", "answer", or a "text" of two words or more'),
@@ -198,11 +258,17 @@ def test_the_interval_of_a_share() -> None:
         (CHOICES, ["--shots", "4"], "shots 4 is outside 0..3"),
         (CHOICES, ["--decay", "2", "--threshold", "0.5"], "thresholds that move with a generation"),
         (CHOICES, ["--threshold", "2"], "threshold 2.0 is outside [0, 1]"),
-        (EXACT, ["--max-tokens", "288"], "max_tokens 288 leaves no room for a question in this model's context of 288"),
+        (
+            EXACT,
+            ["--max-tokens", "288"],
+            "max_tokens 288 leaves no room for a question in this model's context of 288",
+        ),
         (EXACT, ["--chat"], "this bundle has no chat template"),
     ],
 )
-def test_bad_input_ends_in_one_line(tiny_bundle: Path, tmp_path: Path, rows: list[Any], options: list[str], message: str) -> None:
+def test_bad_input_ends_in_one_line(
+    tiny_bundle: Path, tmp_path: Path, rows: list[Any], options: list[str], message: str
+) -> None:
     result = run(tiny_bundle, write(tmp_path / "tasks.jsonl", rows), *options)
     assert result.exit_code == 1
     assert message in result.stderr
@@ -229,7 +295,9 @@ def test_a_text_without_a_context_follows_the_start_token(llm: LLM) -> None:
         encode_pair(llm, "And", "")
 
 
-def test_an_answer_to_an_item_that_has_changed_is_not_taken_from_a_journal(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_an_answer_to_an_item_that_has_changed_is_not_taken_from_a_journal(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
     llm, options, file = LLM(tiny_bundle), Options(max_tokens=4), tmp_path / "items.jsonl"
     said = []
     for choices in (["aa", "bb"], ["aa", "bb"], ["cc", "dd"]):

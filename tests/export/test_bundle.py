@@ -34,15 +34,30 @@ def test_every_graph_equals_torch_and_greedy_tokens_agree(tiny_bundle: Path, tin
     report = verify_bundle(tiny_bundle, tiny_checkpoint, NUM_GREEDY)
     assert max(d.relative for d in report.differences) <= TOLERANCE
     graphs = {d.graph for d in report.differences}
-    assert {"segment_01.onnx", "segment_02.onnx", "segment_03.onnx", "kv_02.onnx", "kv_03.onnx", "exit_02.onnx + head.onnx"} <= graphs
+    assert {
+        "segment_01.onnx",
+        "segment_02.onnx",
+        "segment_03.onnx",
+        "kv_02.onnx",
+        "kv_03.onnx",
+        "exit_02.onnx + head.onnx",
+    } <= graphs
     assert (report.agreed, report.num_generated) == (NUM_GREEDY, NUM_GREEDY)
     assert report.ok
 
 
 @pytest.mark.parametrize(
-    "name", ["layers.3.attention.k_proj.weight", "exits.2.norm.weight", "lm_head.weight", "layers.5.mlp.down_proj.weight"]
+    "name",
+    [
+        "layers.3.attention.k_proj.weight",
+        "exits.2.norm.weight",
+        "lm_head.weight",
+        "layers.5.mlp.down_proj.weight",
+    ],
 )
-def test_verify_finds_a_weight_that_differs(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+def test_verify_finds_a_weight_that_differs(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, name: str
+) -> None:
     other = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint, other)
     weights = load_file(other / "model.safetensors")
@@ -55,9 +70,14 @@ def test_graphs_hold_standard_operators_only(tiny_bundle: Path) -> None:
     for path in sorted(tiny_bundle.glob("*.onnx")):
         model = onnx.load(path, load_external_data=False)
         assert {node.domain for node in model.graph.node} == {""}, path.name
-        assert "Shape" not in {node.op_type for node in model.graph.node}, f"{path.name}: on CUDA, what follows would run on the CPU"
+        assert "Shape" not in {node.op_type for node in model.graph.node}, (
+            f"{path.name}: on CUDA, what follows would run on the CPU"
+        )
         assert [(o.domain, o.version) for o in model.opset_import] == [("", 24)], path.name
-    operators = Counter(node.op_type for node in onnx.load(tiny_bundle / "segment_02.onnx", load_external_data=False).graph.node)
+    operators = Counter(
+        node.op_type
+        for node in onnx.load(tiny_bundle / "segment_02.onnx", load_external_data=False).graph.node
+    )
     assert operators["Attention"] == 2
     assert operators["TensorScatter"] == 4
 
@@ -65,7 +85,11 @@ def test_graphs_hold_standard_operators_only(tiny_bundle: Path) -> None:
 def test_kv_graphs_name_their_segments_weights(tiny_bundle: Path) -> None:
     def places(name: str) -> set[tuple[str, str]]:
         graph = onnx.load(tiny_bundle / name, load_external_data=False).graph
-        entries = [{e.key: e.value for e in tensor.external_data} for tensor in graph.initializer if tensor.external_data]
+        entries = [
+            {e.key: e.value for e in tensor.external_data}
+            for tensor in graph.initializer
+            if tensor.external_data
+        ]
         return {(e["location"], e["offset"]) for e in entries}
 
     assert not (tiny_bundle / "kv_02.onnx.data").exists()
@@ -75,7 +99,9 @@ def test_kv_graphs_name_their_segments_weights(tiny_bundle: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def cuts(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, tiny_checkpoint: Path) -> dict[int, tuple[Path, Path]]:
+def cuts(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, tiny_checkpoint: Path
+) -> dict[int, tuple[Path, Path]]:
     """The same model cut into 1, 2, 3 and 4 segments: number -> (checkpoint, bundle)."""
     made = {3: (tiny_checkpoint, tiny_bundle)}
     for exits in ((6,), (3, 6), (1, 3, 5, 6)):
@@ -138,8 +164,13 @@ def test_a_failed_export_keeps_the_older_bundle(
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
-@pytest.mark.parametrize(("precision", "value", "said"), [("fp32", float("nan"), "holds nan at [5, 3]"), ("fp16", 1e6, "in fp16: ")])
-def test_a_weight_that_is_no_number_is_named(tiny_checkpoint: Path, tmp_path: Path, precision: str, value: float, said: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "value", "said"),
+    [("fp32", float("nan"), "holds nan at [5, 3]"), ("fp16", 1e6, "in fp16: ")],
+)
+def test_a_weight_that_is_no_number_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, precision: str, value: float, said: str
+) -> None:
     shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
     weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
     weights["layers.4.mlp.up_proj.weight"][5, 3] = value
@@ -162,7 +193,9 @@ def test_a_bundle_that_does_not_run_does_not_replace_another(
             (others[1].folder / plan.file).write_bytes(b"no graph")
 
     monkeypatch.setattr(build, "write_graph", broken)
-    with pytest.raises(ExportError, match=r"in fp32 gives graphs that do not run: kv_02\.onnx cannot be loaded"):
+    with pytest.raises(
+        ExportError, match=r"in fp32 gives graphs that do not run: kv_02\.onnx cannot be loaded"
+    ):
         export_bundle(tiny_checkpoint, tmp_path / "bundle")
     assert (tmp_path / "bundle" / "manifest.json").read_bytes() == kept
 
@@ -185,7 +218,9 @@ def test_export_does_not_replace_what_is_no_bundle(tiny_checkpoint: Path, tmp_pa
     assert (tmp_path / "letters" / "mine.txt").read_text() == "dear"
 
 
-def test_a_checkpoint_without_the_gates_of_a_bundle_is_told(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_the_gates_of_a_bundle_is_told(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint)
     gated = replace(checkpoint.model.config, gates=checkpoint.model.config.exits[:1])
     recipe = replace(checkpoint.recipe, model=gated)
@@ -195,7 +230,9 @@ def test_a_checkpoint_without_the_gates_of_a_bundle_is_told(tiny_bundle: Path, t
         verify_bundle(tmp_path / "bundle", tiny_checkpoint, 8)
 
 
-def test_verify_runs_where_buffers_are_bound_by_address(tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_runs_where_buffers_are_bound_by_address(
+    tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a GPU: states and caches are read from the device's memory."""
     elsewhere = Device("cpu", "CPUExecutionProvider", own_memory=True)
     monkeypatch.setattr(stack_module, "choose_device", lambda name: elsewhere)

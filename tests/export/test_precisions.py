@@ -36,7 +36,9 @@ def bundles(precisions: Made) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_bundle_is_its_checkpoint_with_weights_of_its_precision(bundles: dict[str, Path], checkpoint: Path, precision: str) -> None:
+def test_a_bundle_is_its_checkpoint_with_weights_of_its_precision(
+    bundles: dict[str, Path], checkpoint: Path, precision: str
+) -> None:
     report = verify_bundle(bundles[precision], checkpoint, 20)
     assert report.precision == precision
     assert report.ok, report
@@ -51,7 +53,9 @@ def test_a_bundle_is_its_checkpoint_with_weights_of_its_precision(bundles: dict[
 def test_round_trip_is_close_and_not_the_same(checkpoint: Path, precision: str) -> None:
     model, rounded = load_checkpoint(checkpoint).model, load_checkpoint(checkpoint).model
     round_trip(rounded, precision)
-    for (before, bits), (after, _) in zip(matrices(model, precision), matrices(rounded, precision), strict=True):
+    for (before, bits), (after, _) in zip(
+        matrices(model, precision), matrices(rounded, precision), strict=True
+    ):
         step = 2 / (2**bits - 1)  # of the largest magnitude of a block
         assert 0 < (before.weight - after.weight).abs().max() <= step * before.weight.abs().max()
     assert rounded.lm_head.weight is rounded.embed.weight
@@ -69,7 +73,9 @@ def test_bytes_are_read_as_the_kernels_read_them(width: int) -> None:
 
 
 @pytest.mark.parametrize("precision", BITS)
-def test_verify_finds_a_weight_that_differs_by_one_step(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path, precision: str) -> None:
+def test_verify_finds_a_weight_that_differs_by_one_step(
+    bundles: dict[str, Path], checkpoint: Path, tmp_path: Path, precision: str
+) -> None:
     """Which the rounding of activations would hide."""
     other = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, other)
@@ -79,7 +85,9 @@ def test_verify_finds_a_weight_that_differs_by_one_step(bundles: dict[str, Path]
     save_file(weights, other / "model.safetensors")
     report = verify_bundle(bundles[precision], other, 8)
     assert not report.ok
-    assert min(exit_.agreed / exit_.num_places for exit_ in report.rounding) > 0.5, "both forms are of the same bundle"
+    assert min(exit_.agreed / exit_.num_places for exit_ in report.rounding) > 0.5, (
+        "both forms are of the same bundle"
+    )
 
 
 @pytest.mark.parametrize(("precision", "tied"), [("int8", False), ("int4", True)])
@@ -117,7 +125,11 @@ def test_verify_stays_within_a_small_context(tmp_path: Path, context: int) -> No
 def external(bundle: Path, graph: str) -> dict[str, tuple[str, str]]:
     """Where each large weight of a graph is: file and offset."""
     tensors = onnx.load(bundle / graph, load_external_data=False).graph.initializer
-    places = {tensor.name: {entry.key: entry.value for entry in tensor.external_data} for tensor in tensors if tensor.external_data}
+    places = {
+        tensor.name: {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in tensors
+        if tensor.external_data
+    }
     return {name: (place["location"], place["offset"]) for name, place in places.items()}
 
 
@@ -135,7 +147,9 @@ def test_what_graphs_share_is_stored_once(bundles: dict[str, Path], precision: s
 def test_only_matrices_of_layers_and_heads_are_quantised(bundles: dict[str, Path]) -> None:
     kinds = {}
     for path in sorted(bundles["int4"].glob("*.onnx")):
-        kinds[path.name] = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node if node.domain}
+        kinds[path.name] = {
+            node.op_type for node in onnx.load(path, load_external_data=False).graph.node if node.domain
+        }
     quantised = {"segment_01.onnx": {"MatMulNBits", "GatherBlockQuantized"}}
     quantised |= {name: {"MatMulNBits"} for name in ("segment_02.onnx", "kv_02.onnx", "head.onnx")}
     assert kinds == {name: quantised.get(name, set()) for name in kinds}
@@ -174,22 +188,34 @@ def test_passes_are_bit_identical(bundles: dict[str, Path], precision: str) -> N
         found = run_all(stack, num_rows, size)
         tolerance = 0.1 if (precision, num_rows * size) == ("int4", 1) else 0.0
         for row in range(num_rows):
-            for a, b in ((found[0][row], states[0]), (found[1][:, :, row], caches[:, :, 0]), (found[2][row], logits[0])):
-                np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=f"{num_rows} rows, {size} a pass")
+            for a, b in (
+                (found[0][row], states[0]),
+                (found[1][:, :, row], caches[:, :, 0]),
+                (found[2][row], logits[0]),
+            ):
+                np.testing.assert_allclose(
+                    a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=f"{num_rows} rows, {size} a pass"
+                )
 
 
 def test_fp16_is_fp16(bundles: dict[str, Path], checkpoint: Path) -> None:
     """For CUDA; on a CPU ONNX Runtime computes it with casts around what it has no kernels for."""
     graph = onnx.load(bundles["fp16"] / "segment_02.onnx", load_external_data=False).graph
-    assert {tensor.data_type for tensor in graph.initializer if tensor.external_data} == {onnx.TensorProto.FLOAT16}
+    assert {tensor.data_type for tensor in graph.initializer if tensor.external_data} == {
+        onnx.TensorProto.FLOAT16
+    }
     report = verify_bundle(bundles["fp16"], checkpoint, 8)
     assert report.ok, report
     assert max(d.relative for d in report.differences) > TOLERANCES["fp32"]
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["build", str(checkpoint), str(tmp_path / "bundle"), "--precision", "int8"])
+    result = CliRunner().invoke(
+        main, ["build", str(checkpoint), str(tmp_path / "bundle"), "--precision", "int8"]
+    )
     assert result.exit_code == 0, result.output
     assert "int8" in CliRunner().invoke(main, ["inspect", str(tmp_path / "bundle")]).output
-    result = CliRunner().invoke(main, ["verify", str(tmp_path / "bundle"), "--checkpoint", str(checkpoint), "--tokens", "8"])
+    result = CliRunner().invoke(
+        main, ["verify", str(tmp_path / "bundle"), "--checkpoint", str(checkpoint), "--tokens", "8"]
+    )
     assert (result.exit_code, "greedy tokens equal to torch's" in result.output) == (0, True), result.output

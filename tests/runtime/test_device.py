@@ -29,9 +29,15 @@ def decode(stack: OrtStack) -> list[list[Token]]:
     layers, requests = stack.exit_layers, []
     engine = Engine(stack, num_slots=3)
     for i, catch_up in enumerate(CATCH_UPS):
-        for policy in (FULL_DEPTH, make_policy("max-prob", [0.4], layers), make_policy("similarity", [0.6], layers)):
+        for policy in (
+            FULL_DEPTH,
+            make_policy("max-prob", [0.4], layers),
+            make_policy("similarity", [0.6], layers),
+        ):
             prompt, sampler = [1 + i, 5, 9] * (4 + 9 * i), GumbelSampler(0.8, 0, 1.0, i)
-            requests.append(engine.start(prompt, max_new_tokens=25, policy=policy, catch_up=catch_up, sampler=sampler))
+            requests.append(
+                engine.start(prompt, max_new_tokens=25, policy=policy, catch_up=catch_up, sampler=sampler)
+            )
     while engine.busy:
         engine.step()
     return [request.produced for request in requests]
@@ -72,7 +78,9 @@ def test_the_choice_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_module, "why_no_cuda", lambda: "no usable GPU")
     assert choose_device("cpu") is CPU
     assert choose_device("auto") is CPU
-    with pytest.raises(DeviceError, match="device 'cuda' does not work here: no usable GPU; use --device cpu, or install") as caught:
+    with pytest.raises(
+        DeviceError, match="device 'cuda' does not work here: no usable GPU; use --device cpu, or install"
+    ) as caught:
         choose_device("cuda")
     assert "\n" not in str(caught.value)
     with pytest.raises(DeviceError, match="unknown device 'cudda'; did you mean 'cuda'"):
@@ -135,7 +143,9 @@ def test_auto_runs_on_the_cpu_what_cuda_cannot_run(
     assert "\n" not in str(caught.value)
 
 
-def test_auto_tries_every_graph(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_tries_every_graph(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A kernel that fails only when it runs is found while the bundle is loaded."""
 
     def run_kv(self: OrtStack, *_: object) -> None:
@@ -150,7 +160,9 @@ def test_auto_tries_every_graph(tiny_bundle: Path, monkeypatch: pytest.MonkeyPat
         open_stack(tiny_bundle, device="cuda")
 
 
-def test_a_broken_bundle_is_no_matter_of_the_device(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_bundle_is_no_matter_of_the_device(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(device_module, "why_no_cuda", lambda: None)
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
     (tmp_path / "bundle" / "head.onnx").write_bytes(b"")

@@ -26,9 +26,18 @@ LAYERS = (2, 4, 6)
         ({"policy": "entropy", "decay": 3.0}, "policy entropy, decay 3.0 have no effect without a threshold"),
         ({"patience": 2}, "patience 2 has no effect without a threshold"),
         ({"min_exit": 4}, "min_exit 4 has no effect without a threshold"),
-        ({"patience": 2, "threshold": (0.5,)}, "patience 2 has no effect with policy 'max-prob'; add --policy patience"),
-        ({"min_exit": 5, "threshold": (0.5,)}, "min_exit 5 leaves no early exit: the last one is after layer 4"),
-        ({"policy": "fixed", "exit_layer": 2, "min_exit": 4}, "min_exit 4 has no effect with policy 'fixed', whose exit is 2"),
+        (
+            {"patience": 2, "threshold": (0.5,)},
+            "patience 2 has no effect with policy 'max-prob'; add --policy patience",
+        ),
+        (
+            {"min_exit": 5, "threshold": (0.5,)},
+            "min_exit 5 leaves no early exit: the last one is after layer 4",
+        ),
+        (
+            {"policy": "fixed", "exit_layer": 2, "min_exit": 4},
+            "min_exit 4 has no effect with policy 'fixed', whose exit is 2",
+        ),
     ],
 )
 def test_what_cannot_make_a_token_leave_is_refused(options: dict[str, Any], message: str) -> None:
@@ -61,7 +70,9 @@ def test_sampling_that_greedy_ignores_is_told() -> None:
     assert effect_notes(Options(top_k=5, min_p=0.1, n=3, temperature=0.7)) == []
 
 
-@pytest.mark.parametrize("flags", ["--catch-up verify", "--policy gate", "--patience 2", "--decay 3", "--min-exit 4"])
+@pytest.mark.parametrize(
+    "flags", ["--catch-up verify", "--policy gate", "--patience 2", "--decay 3", "--min-exit 4"]
+)
 @pytest.mark.parametrize("command", ["generate --prompt And --show-exits", "chat", "serve --port 0"])
 def test_a_command_ends_in_one_line(tiny_bundle: Path, command: str, flags: str) -> None:
     name, *more = command.split()
@@ -73,20 +84,34 @@ def test_a_command_ends_in_one_line(tiny_bundle: Path, command: str, flags: str)
 
 def test_flags_without_effect_are_told(tiny_bundle: Path, tmp_path: Path) -> None:
     def run(*flags: str) -> tuple[int, str]:
-        result = CliRunner().invoke(main, ["generate", str(tiny_bundle), "--prompt", "And", "--max-tokens", "2", *flags])
+        result = CliRunner().invoke(
+            main, ["generate", str(tiny_bundle), "--prompt", "And", "--max-tokens", "2", *flags]
+        )
         return result.exit_code, result.stderr
 
     assert run() == (0, "")
     assert run("--threshold", "0.5", "--logprobs", "2", "--json") == (0, "")
     assert run("--logprobs", "2") == (0, "note: --logprobs has no effect without --json\n")
-    assert run("--adapt") == (0, "note: --adapt has no effect at full depth; give a threshold (--threshold 0.7)\n")
+    assert run("--adapt") == (
+        0,
+        "note: --adapt has no effect at full depth; give a threshold (--threshold 0.7)\n",
+    )
     assert run("--top-p", "0.5") == (0, "note: top_p 0.5 has no effect at temperature 0, which is greedy\n")
-    assert run("--show-exits", "--json") == (0, "note: --show-exits has no effect with --json, which tells each token's depth\n")
-    assert run("--compare") == (1, "error: --compare has nothing to compare: no token leaves early; give a threshold (--threshold 0.7)\n")
+    assert run("--show-exits", "--json") == (
+        0,
+        "note: --show-exits has no effect with --json, which tells each token's depth\n",
+    )
+    assert run("--compare") == (
+        1,
+        "error: --compare has nothing to compare: no token leaves early; give a threshold (--threshold 0.7)\n",
+    )
     (tmp_path / "in").write_text('{"prompt": "a"}\n')
     arguments = ["batch", str(tiny_bundle), str(tmp_path / "in"), str(tmp_path / "out"), "--ray-workers", "3"]
     result = CliRunner().invoke(main, arguments)
-    assert (result.exit_code, result.stderr) == (1, "error: --ray-workers 3 has no effect without --ray ADDRESS\n")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: --ray-workers 3 has no effect without --ray ADDRESS\n",
+    )
 
 
 def test_an_exit_has_the_flags_name_in_json_too() -> None:
@@ -103,7 +128,11 @@ def test_null_is_off_in_a_request() -> None:
 def test_what_a_body_says_without_effect_is_refused() -> None:
     llm = text_engine()
     for reader, body, message in (
-        (read_completion, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options has no effect without stream"),
+        (
+            read_completion,
+            {"prompt": "a", "stream_options": {"include_usage": True}},
+            "stream_options has no effect without stream",
+        ),
         (
             read_chat,
             {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "max_completion_tokens": 4},
@@ -127,7 +156,10 @@ def test_a_line_of_a_batch_gets_its_log_probabilities_and_its_notes() -> None:
         b'{"prompt": "abc"}',
         b'{"prompt": "a", "patience": 2}',
     ]
-    found = [json.loads(line) for line in answer_lines(text_engine(), enumerate(lines, 1), Options(max_tokens=3), 2)]
+    found = [
+        json.loads(line)
+        for line in answer_lines(text_engine(), enumerate(lines, 1), Options(max_tokens=3), 2)
+    ]
     for choice in found[0]["choices"]:
         assert [len(token["top_logprobs"]) for token in choice["tokens"]] == [2, 2, 2]
         assert "".join(token["text"] for token in choice["tokens"]) == choice["text"]

@@ -41,22 +41,37 @@ class Case:
 
     def stack(self) -> MockStack:
         script = self.leaves_at
-        confidence = None if script is None else lambda exit_index, position: float(exit_index >= script[position])
-        return MockStack(self.exit_layers, vocab_size=self.vocab, max_positions=self.limit + 3, confidence=confidence, blocks=self.blocks)
+        confidence = (
+            None if script is None else lambda exit_index, position: float(exit_index >= script[position])
+        )
+        return MockStack(
+            self.exit_layers,
+            vocab_size=self.vocab,
+            max_positions=self.limit + 3,
+            confidence=confidence,
+            blocks=self.blocks,
+        )
 
     @property
     def limit(self) -> int:
         return len(self.prompt) + self.num_new
 
     def exit_policy(self) -> ExitPolicy:
-        return make_policy(self.policy, self.thresholds, self.exit_layers, decay=self.decay, patience=self.patience)
+        return make_policy(
+            self.policy, self.thresholds, self.exit_layers, decay=self.decay, patience=self.patience
+        )
 
     def sampler(self) -> Sampler:
         return Greedy() if self.seed is None else GumbelSampler(1.3, 7, 0.9, self.seed)
 
     def start(self, engine: Engine, catch_up: str, *, keep: bool = False) -> TokenSequence:
         return engine.start(
-            self.prompt, max_new_tokens=self.num_new, policy=self.exit_policy(), catch_up=catch_up, sampler=self.sampler(), keep=keep
+            self.prompt,
+            max_new_tokens=self.num_new,
+            policy=self.exit_policy(),
+            catch_up=catch_up,
+            sampler=self.sampler(),
+            keep=keep,
         )
 
 
@@ -72,17 +87,25 @@ def cases(
     early, vocab = len(exit_layers) - 1, vocab or draw(st.sampled_from([3, VOCAB]))
     prompt = tuple(draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=6)))
     num_new = draw(st.integers(1, 18))
-    leaves_at = draw(st.lists(st.integers(0, early), min_size=len(prompt) + num_new, max_size=len(prompt) + num_new))
+    leaves_at = draw(
+        st.lists(st.integers(0, early), min_size=len(prompt) + num_new, max_size=len(prompt) + num_new)
+    )
     scripted = scripts and draw(st.booleans())
     value = st.just(0.5) if scripted else st.one_of(st.floats(0.0, 1.0), st.sampled_from([0.0, 1.0]))
-    thresholds = draw(st.none() | st.lists(st.none() | value, min_size=early, max_size=early)) if early else None
+    thresholds = (
+        draw(st.none() | st.lists(st.none() | value, min_size=early, max_size=early)) if early else None
+    )
     return Case(
         exit_layers,
         tuple(leaves_at) if scripted else None,
         prompt,
         num_new,
         None if thresholds is None else tuple(thresholds),
-        draw(st.sampled_from(["max-prob", "margin", "entropy", "similarity", "patience", *(["gate"] if scripted else [])])),
+        draw(
+            st.sampled_from(
+                ["max-prob", "margin", "entropy", "similarity", "patience", *(["gate"] if scripted else [])]
+            )
+        ),
         draw(st.none() | st.integers(0, 99)),
         draw(st.none() | st.floats(0.0, 8.0)),
         vocab,
@@ -131,17 +154,29 @@ def reference(case: Case, catch_up: str) -> Reference:
             if left is not None or not (k == last or policy.thresholds.at(k) is not None):
                 continue
             if k < last and case.policy in ("gate", "similarity"):
-                ask = stack.run_gate(k, read[-1:]) if case.policy == "gate" else stack.run_similarity(rows[-1:], before)
+                ask = (
+                    stack.run_gate(k, read[-1:])
+                    if case.policy == "gate"
+                    else stack.run_similarity(rows[-1:], before)
+                )
                 confidence = float(ask[0])
                 output = stack.run_exit(k, read[-1:])
             else:
                 output = stack.run_exit(k, read[-1:])
-                confidence = float(policy.confidence(ExitOutput(k, np.array([newest]), output, early=k < last), policy.begin())[0])
+                confidence = float(
+                    policy.confidence(
+                        ExitOutput(k, np.array([newest]), output, early=k < last), policy.begin()
+                    )[0]
+                )
                 if case.policy == "patience" and k < last:
                     agreeing = agreeing + 1 if output.top_id[0] == said else 0
                     confidence, said = float(np.float32(min(1.0, agreeing / case.patience))), output.top_id[0]
             if k == last or confidence >= lowered(policy.thresholds.at(k), case, len(tokens)):
-                left = (k, confidence, sampler.pick(output.logits[0], int(output.top_id[0]), tokens, len(tokens)))
+                left = (
+                    k,
+                    confidence,
+                    sampler.pick(output.logits[0], int(output.top_id[0]), tokens, len(tokens)),
+                )
         assert left is not None
         exits.append(left[0])
         confidences.append(left[1])
@@ -160,7 +195,11 @@ def lowered(threshold: float, case: Case, length: int) -> np.float32:
 def finish(engine: Engine, sequence: TokenSequence) -> list[Token]:
     """Step to the end, watching the counters."""
     while sequence.finish_reason is None:
-        before, produced, leaving = list(sequence.counters.done), len(sequence.produced), sequence.decision.leaving
+        before, produced, leaving = (
+            list(sequence.counters.done),
+            len(sequence.produced),
+            sequence.decision.leaving,
+        )
         changed = engine.step()
         assert sequence.counters.done == sorted(sequence.counters.done, reverse=True)
         if sequence.request.catch_up != "verify" and leaving is None:
@@ -183,7 +222,8 @@ def assert_same(case: Case, engine: Engine, sequence: TokenSequence, expected: R
     for k, done in enumerate(sequence.counters.done):
         for layer in stack.layers(k):
             np.testing.assert_array_equal(
-                engine.cache.entries[sequence.slot, layer - 1, :done], expected.cache.entries[0, layer - 1, :done]
+                engine.cache.entries[sequence.slot, layer - 1, :done],
+                expected.cache.entries[0, layer - 1, :done],
             )
 
 
@@ -216,7 +256,10 @@ def test_verify_is_full_depth(case: Case, draft_length: int, chunk: int) -> None
     for k, done in enumerate(sequence.counters.done):
         for layer in case.stack().layers(k):
             length = min(done, len(sequence.tokens) - 1)
-            np.testing.assert_array_equal(engine.cache.entries[sequence.slot, layer - 1, :length], off.cache.entries[0, layer - 1, :length])
+            np.testing.assert_array_equal(
+                engine.cache.entries[sequence.slot, layer - 1, :length],
+                off.cache.entries[0, layer - 1, :length],
+            )
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -249,7 +292,9 @@ def test_a_cap_moves_work_and_bounds_queues(catch_up: str, case: Case, cap: int)
             assert max(-np.diff(sequence.counters.done), default=0) < cap
         capped.step()
     assert sequence.produced == without
-    decoding = [c for c in capped.stack.trace if c.graph in ("segment", "kv") and c.cache_length > len(case.prompt)]
+    decoding = [
+        c for c in capped.stack.trace if c.graph in ("segment", "kv") and c.cache_length > len(case.prompt)
+    ]
     assert max((c.num_tokens for c in decoding), default=1) <= (cap + 1) * len(case.exit_layers)
 
 
@@ -260,15 +305,21 @@ def test_a_cap_settles_a_queue_that_nobody_needs(catch_up: str) -> None:
     for cap in (4, 1000):
         stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 1.0)
         engine = Engine(stack, cap=cap)
-        sequence = engine.start([1, 2, 3], max_new_tokens=20, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up)
+        sequence = engine.start(
+            [1, 2, 3], max_new_tokens=20, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up
+        )
         finish(engine, sequence)
-        sequence = engine.start([1, 2, 3], max_new_tokens=20, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up)
+        sequence = engine.start(
+            [1, 2, 3], max_new_tokens=20, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up=catch_up
+        )
         assert engine.step() == []  # segment 1 of 3 of the prefill
         engine.step()
         engine.step()
         stack.trace = []
         finish(engine, sequence)
-        calls[cap] = [(c.graph, c.number, c.num_tokens) for c in stack.trace if c.number and c.graph != "exit"]
+        calls[cap] = [
+            (c.graph, c.number, c.num_tokens) for c in stack.trace if c.number and c.graph != "exit"
+        ]
     graph = "kv" if catch_up == "propagate" else "segment"
     assert calls[1000] == []
     assert calls[4] == [(graph, 1, 4), (graph, 2, 4)] * 4
@@ -286,7 +337,9 @@ def test_off_is_the_plain_model(catch_up: str, case: Case) -> None:
     produced = finish(engine, sequence)
     segments, last = range(len(case.exit_layers)), len(case.exit_layers) - 1
     sizes = [len(case.prompt)] + [1] * (case.num_new - 1)
-    expected = [call for size in sizes for call in [*(("segment", k, size) for k in segments), ("exit", last, 1)]]
+    expected = [
+        call for size in sizes for call in [*(("segment", k, size) for k in segments), ("exit", last, 1)]
+    ]
     assert [(c.graph, c.number, c.num_tokens) for c in stack.trace] == expected
     assert {t.depth for t in produced} == {case.exit_layers[-1]}
     plain, sampler = case.stack(), case.sampler()
@@ -308,14 +361,18 @@ def test_off_is_the_plain_model(catch_up: str, case: Case) -> None:
 @pytest.mark.parametrize("policy", ["max-prob", "margin", "entropy", "similarity", "patience", "gate"])
 def test_threshold_0_leaves_at_the_first_exit(catch_up: str, policy: str) -> None:
     engine = Engine(MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.0))
-    sequence = engine.start([5, 1], max_new_tokens=30, policy=make_policy(policy, [0.0], (2, 4, 6)), catch_up=catch_up)
+    sequence = engine.start(
+        [5, 1], max_new_tokens=30, policy=make_policy(policy, [0.0], (2, 4, 6)), catch_up=catch_up
+    )
     assert [t.depth for t in finish(engine, sequence)] == [2] * 30
 
 
 @pytest.mark.parametrize("catch_up", CATCH_UPS)
 def test_a_threshold_nobody_reaches_runs_every_layer(catch_up: str) -> None:
     engine = Engine(MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.999))
-    sequence = engine.start([5, 1], max_new_tokens=30, policy=make_policy("max-prob", [1.0], (2, 4, 6)), catch_up=catch_up)
+    sequence = engine.start(
+        [5, 1], max_new_tokens=30, policy=make_policy("max-prob", [1.0], (2, 4, 6)), catch_up=catch_up
+    )
     produced = finish(engine, sequence)
     off = engine.start([5, 1], max_new_tokens=30, catch_up=catch_up)
     assert [(t.id, t.depth) for t in produced] == [(t.id, 6) for t in finish(engine, off)]
@@ -336,19 +393,30 @@ def test_the_prefill_runs_every_segment(catch_up: str, thresholds: list[float] |
     """And the last prompt position is predicted at the exit that its policy says, with no head call after it."""
     stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.5)
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start([3, 1, 4, 1, 5], max_new_tokens=2, policy=make_policy("max-prob", thresholds, (2, 4, 6)), catch_up=catch_up)
+    sequence = engine.start(
+        [3, 1, 4, 1, 5],
+        max_new_tokens=2,
+        policy=make_policy("max-prob", thresholds, (2, 4, 6)),
+        catch_up=catch_up,
+    )
     token = next(engine.generate(sequence))
     assert [(c.number, c.num_tokens) for c in stack.trace if c.graph == "segment"] == [(0, 5), (1, 5), (2, 5)]
     heads = [c.number for c in stack.trace if c.graph == "exit"]
-    assert (token.depth, heads) == {None: (6, [2]), 0.0: (2, [0]), 1.0: (6, [0, 1, 2])}[thresholds and thresholds[0]]
+    assert (token.depth, heads) == {None: (6, [2]), 0.0: (2, [0]), 1.0: (6, [0, 1, 2])}[
+        thresholds and thresholds[0]
+    ]
     assert sequence.counters.done == [5, 5, 5]
 
 
 def test_propagate_never_runs_a_segment_for_pending_tokens() -> None:
     """Decoding: every segment pass is of one token; the others' K/V come from `run_kv`, each position exactly once."""
-    stack = MockStack((1, 3, 4), confidence=lambda exit_index, position: float(exit_index >= (position * 7) % 3))
+    stack = MockStack(
+        (1, 3, 4), confidence=lambda exit_index, position: float(exit_index >= (position * 7) % 3)
+    )
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start([2, 7], max_new_tokens=40, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up="propagate")
+    sequence = engine.start(
+        [2, 7], max_new_tokens=40, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up="propagate"
+    )
     finish(engine, sequence)
     decoding = [c for c in stack.trace if c.cache_length > 2]
     assert {c.num_tokens for c in decoding if c.graph == "segment"} == {1}
@@ -358,9 +426,13 @@ def test_propagate_never_runs_a_segment_for_pending_tokens() -> None:
 
 
 def test_recompute_runs_each_position_once_and_batched() -> None:
-    stack = MockStack((1, 3, 4), confidence=lambda exit_index, position: float(exit_index >= (0 if position % 8 else 2)))
+    stack = MockStack(
+        (1, 3, 4), confidence=lambda exit_index, position: float(exit_index >= (0 if position % 8 else 2))
+    )
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start([2, 7], max_new_tokens=40, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up="recompute")
+    sequence = engine.start(
+        [2, 7], max_new_tokens=40, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up="recompute"
+    )
     finish(engine, sequence)
     decoding = [(c.number, c.num_tokens) for c in stack.trace if c.graph == "segment" and c.cache_length > 2]
     assert [n for k, n in decoding if k == 1] == [7, 8, 8, 8, 8]  # positions 2..8, then 8 at a time
@@ -390,7 +462,9 @@ def run_mix(requests: list[tuple[Case, str]], num_slots: int, cap: int, dice: ra
     shape = requests[0][0]
     limit = max(case.limit for case, _ in requests)
     stack = MockStack(shape.exit_layers, vocab_size=shape.vocab, max_positions=limit, blocks=shape.blocks)
-    engine = Engine(stack, num_slots=num_slots, cap=cap, chunk=dice.randint(1, 8), draft_length=dice.randint(1, 6))
+    engine = Engine(
+        stack, num_slots=num_slots, cap=cap, chunk=dice.randint(1, 8), draft_length=dice.randint(1, 6)
+    )
     sequences, given_up = [], []
     while len(sequences) < len(requests) or engine.busy:
         while len(sequences) < len(requests) and (not engine.busy or dice.random() < 0.2):
@@ -416,8 +490,13 @@ def run_mix(requests: list[tuple[Case, str]], num_slots: int, cap: int, dice: ra
 @st.composite
 def mixes(draw: st.DrawFn) -> list[tuple[Case, str]]:
     """Requests for one stack, of every length, policy and catch-up."""
-    exit_layers, vocab = draw(st.sampled_from([(1, 2), (2, 4, 6), (1, 3, 4, 6)])), draw(st.sampled_from([3, VOCAB]))
-    blocks = draw(some_exits(len(exit_layers) - 1))  # whether a request is asked at one depends on its thresholds
+    exit_layers, vocab = (
+        draw(st.sampled_from([(1, 2), (2, 4, 6), (1, 3, 4, 6)])),
+        draw(st.sampled_from([3, VOCAB])),
+    )
+    blocks = draw(
+        some_exits(len(exit_layers) - 1)
+    )  # whether a request is asked at one depends on its thresholds
     one = st.tuples(cases(exit_layers, vocab, scripts=False, blocks=blocks), st.sampled_from(CATCH_UPS))
     return draw(st.lists(one, min_size=2, max_size=7))
 
@@ -454,13 +533,25 @@ class Forced:
         self.tokens = tokens
 
     def pick(self, logits: np.ndarray, top_id: int, tokens: list[int], position: int) -> int:
-        return self.tokens[position] if position < len(self.tokens) else Greedy().pick(logits, top_id, tokens, position)
+        return (
+            self.tokens[position]
+            if position < len(self.tokens)
+            else Greedy().pick(logits, top_id, tokens, position)
+        )
 
 
 @pytest.mark.parametrize("catch_up", LOSSY)
 @settings(max_examples=60, deadline=None)
-@given(case=cases(), steps=st.integers(0, 40), length=st.integers(1, 24), replacement=st.integers(0, VOCAB - 1), cap=st.integers(1, 9))
-def test_crop_then_continue_is_as_if_it_had_been_so(catch_up: str, case: Case, steps: int, length: int, replacement: int, cap: int) -> None:
+@given(
+    case=cases(),
+    steps=st.integers(0, 40),
+    length=st.integers(1, 24),
+    replacement=st.integers(0, VOCAB - 1),
+    cap=st.integers(1, 9),
+)
+def test_crop_then_continue_is_as_if_it_had_been_so(
+    catch_up: str, case: Case, steps: int, length: int, replacement: int, cap: int
+) -> None:
     """Cut anywhere, at any moment after the prompt has run, and given another token: as a sequence that never went further."""
     policy = case.policy if case.policy != "gate" else "margin"
     case = replace(case, leaves_at=None, num_new=case.num_new + 2, policy=policy, seed=None, decay=None)
@@ -489,11 +580,16 @@ def test_crop_then_continue_is_as_if_it_had_been_so(catch_up: str, case: Case, s
     finish(fresh_engine, fresh)
     assert sequence.tokens == fresh.tokens
     num_after = len(fresh.tokens) - len(history)
-    assert sequence.produced[len(sequence.produced) - num_after :] == fresh.produced[len(fresh.produced) - num_after :]
+    assert (
+        sequence.produced[len(sequence.produced) - num_after :]
+        == fresh.produced[len(fresh.produced) - num_after :]
+    )
     for k in range(len(sequence.counters.done)):
         done = min(sequence.counters.done[k], fresh.counters.done[k])
         for layer in case.stack().layers(k):
-            np.testing.assert_array_equal(engine.cache.entries[0, layer - 1, :done], fresh_engine.cache.entries[0, layer - 1, :done])
+            np.testing.assert_array_equal(
+                engine.cache.entries[0, layer - 1, :done], fresh_engine.cache.entries[0, layer - 1, :done]
+            )
 
 
 def test_crop_forgets_what_was_produced_past_it() -> None:
@@ -503,7 +599,12 @@ def test_crop_forgets_what_was_produced_past_it() -> None:
         engine.step()
     kept = sequence.produced[:2]
     sequence.crop(5)
-    assert (len(sequence.tokens), sequence.produced, sequence.counters.done, sequence.decision.level) == (5, kept, [5, 5, 5], 0)
+    assert (len(sequence.tokens), sequence.produced, sequence.counters.done, sequence.decision.level) == (
+        5,
+        kept,
+        [5, 5, 5],
+        0,
+    )
     with pytest.raises(AssertionError, match="needs its next token"):
         engine.step()
 
@@ -512,11 +613,16 @@ def test_crop_forgets_what_was_produced_past_it() -> None:
 def test_verify_takes_the_first_token_from_full_depth(thresholds: list[float] | None) -> None:
     stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.5)
     stack.trace, engine = [], Engine(stack)
-    sequence = engine.start([3, 1, 4], max_new_tokens=2, policy=make_policy("max-prob", thresholds, (2, 4, 6)), catch_up="verify")
+    sequence = engine.start(
+        [3, 1, 4], max_new_tokens=2, policy=make_policy("max-prob", thresholds, (2, 4, 6)), catch_up="verify"
+    )
     while not sequence.produced:
         engine.step()
     assert sequence.produced[0].depth == 6
-    assert [(c.graph, c.number, c.num_tokens) for c in stack.trace] == [*(("segment", k, 3) for k in range(3)), ("exit", 2, 1)]
+    assert [(c.graph, c.number, c.num_tokens) for c in stack.trace] == [
+        *(("segment", k, 3) for k in range(3)),
+        ("exit", 2, 1),
+    ]
 
 
 def test_verify_judges_draft_length_drafts_at_once() -> None:
@@ -537,7 +643,9 @@ def test_a_drafted_stop_token_is_judged_before_it_ends() -> None:
     for stop in range(3):
         engine = Engine(stack, draft_length=5)
         off = finish(engine, engine.start(prompt, max_new_tokens=40, stop_ids=frozenset({stop})))
-        sequence = engine.start(prompt, max_new_tokens=40, policy=policy, catch_up="verify", stop_ids=frozenset({stop}))
+        sequence = engine.start(
+            prompt, max_new_tokens=40, policy=policy, catch_up="verify", stop_ids=frozenset({stop})
+        )
         assert [t.id for t in finish(engine, sequence)] == [t.id for t in off]
         assert sequence.tokens == prompt + [t.id for t in off]
         assert sequence.finish_reason == "stop"
@@ -548,7 +656,9 @@ def test_a_depth_budget_is_held() -> None:
     dice = random.Random(1)
     spread = [dice.random() for _ in range(500)]
     for budget in (2.5, 3.5, 5.0):
-        engine = Engine(MockStack((2, 4, 6), max_positions=400, confidence=lambda exit_index, position: spread[position]))
+        engine = Engine(
+            MockStack((2, 4, 6), max_positions=400, confidence=lambda exit_index, position: spread[position])
+        )
         policy = make_policy("max-prob", [0.9], (2, 4, 6), depth_budget=budget)
         depths = [t.depth for t in finish(engine, engine.start([1], max_new_tokens=300, policy=policy))]
         assert np.mean(depths) == pytest.approx(budget, abs=0.15)
@@ -593,7 +703,9 @@ def test_a_request_after_another_runs_only_what_is_new(catch_up: str) -> None:
     finish(engine, second)
     assert [c.num_tokens for c in stack.trace if c.graph == "segment"][:3] == [len(prompt) - shared] * 3
     fresh = Engine(MockStack(layers, max_positions=200))
-    assert second.produced == finish(fresh, fresh.start(prompt, max_new_tokens=10, policy=policy, catch_up=catch_up))
+    assert second.produced == finish(
+        fresh, fresh.start(prompt, max_new_tokens=10, policy=policy, catch_up=catch_up)
+    )
     assert engine.sequences == []
 
 

@@ -16,7 +16,26 @@ from ease_runtime.bundle.manifest import MANIFEST_FILE, sha256_of
 from ease_runtime.engine.engine import Engine
 from ease_runtime.ort.stack import OrtStack
 
-JUNK = [None, True, -1, 0, 1, 3, 10**9, 2**63, 0.5, "", "x", "../manifest.json", "/etc/passwd", "segment_02.onnx", [], {}, [1], {"a": 1}]
+JUNK = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    10**9,
+    2**63,
+    0.5,
+    "",
+    "x",
+    "../manifest.json",
+    "/etc/passwd",
+    "segment_02.onnx",
+    [],
+    {},
+    [1],
+    {"a": 1},
+]
 SECONDS = 300  # for a hundred mutations
 
 
@@ -90,13 +109,21 @@ def main(kind: str, source: str, folder: str, seeds: range) -> None:
 @pytest.mark.parametrize("kind", MUTATIONS)
 def test_a_hundred_mutations(kind: str, tiny_bundle: Path, tmp_path: Path) -> None:
     command = [sys.executable, __file__, kind, str(tiny_bundle), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env={**os.environ, "PYTHONFAULTHANDLER": "1"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+    )
     results = dict(json.loads(line) for line in done.stdout.splitlines())
     assert done.returncode == 0, f"after {len(results)} mutations: {done.stderr[-2000:]}"
     assert len(results) == 100
     assert all("\n" not in result for result in results.values())
     refused = sum(result != "runs" for result in results.values())
-    assert refused >= {"manifest": 90, "file": 100, "forged": 20}[kind]  # names and notes inside a graph may be anything
+    assert (
+        refused >= {"manifest": 90, "file": 100, "forged": 20}[kind]
+    )  # names and notes inside a graph may be anything
 
 
 def test_a_file_without_a_sum_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -48,7 +48,11 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[str]:
                 parents = module.split(".")[: len(module.split(".")) - node.level + is_package]
                 base = ".".join([*parents, *([base] if base else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module", "import_module"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "__import__",
+            "importlib.import_module",
+            "import_module",
+        ):
             yield _text(node.args[0])
 
 
@@ -76,24 +80,48 @@ def breaches(package: str, module: str, path: Path, source: str) -> list[str]:
 def test_packages_import_only_what_they_may(package: str) -> None:
     found = modules(package)
     assert len(found) > 4
-    assert {name: wrong for name, path in found.items() if (wrong := breaches(package, name, path, path.read_text(encoding="utf-8")))} == {}
+    assert {
+        name: wrong
+        for name, path in found.items()
+        if (wrong := breaches(package, name, path, path.read_text(encoding="utf-8")))
+    } == {}
 
 
 @pytest.mark.parametrize(
     ("package", "source", "wrong"),
     [
         ("ease_runtime", "import ease_train", ["ease_train"]),
-        ("ease_runtime", "def f():\n    from ease_export.build import export_bundle", ["ease_export.build.export_bundle"]),
+        (
+            "ease_runtime",
+            "def f():\n    from ease_export.build import export_bundle",
+            ["ease_export.build.export_bundle"],
+        ),
         ("ease_runtime", "from .engine import Engine\nimport numpy", []),
-        ("ease_runtime", "import importlib\nimportlib.import_module('ease_eval.measure.table')", ["ease_eval.measure.table"]),
+        (
+            "ease_runtime",
+            "import importlib\nimportlib.import_module('ease_eval.measure.table')",
+            ["ease_eval.measure.table"],
+        ),
         ("ease_runtime", "__import__(name)", ["{}"]),
         ("ease_train", "from importlib import import_module\nimport_module(f'ease_train.{name}')", []),
-        ("ease_train", "from importlib import import_module\nimport_module(f'ease_export.{name}')", ["ease_export.{}"]),
+        (
+            "ease_train",
+            "from importlib import import_module\nimport_module(f'ease_export.{name}')",
+            ["ease_export.{}"],
+        ),
         ("ease_train", "import ease_runtime.bundle.manifest as m", ["ease_runtime.bundle.manifest"]),
-        ("ease_eval", "from ease_train.data.corpora import load_documents\nfrom ease_common import errors", []),
+        (
+            "ease_eval",
+            "from ease_train.data.corpora import load_documents\nfrom ease_common import errors",
+            [],
+        ),
         ("ease_eval", "from ease_train import model", ["ease_train.model"]),
         ("ease_eval", "from ease_train.corpora_more import x", ["ease_train.corpora_more.x"]),
-        ("ease_export", "import ease_train.model.decoder, ease_eval.measure.table", ["ease_eval.measure.table"]),
+        (
+            "ease_export",
+            "import ease_train.model.decoder, ease_eval.measure.table",
+            ["ease_eval.measure.table"],
+        ),
     ],
 )
 def test_the_check_sees_breaches(package: str, source: str, wrong: list[str]) -> None:
@@ -103,7 +131,11 @@ def test_the_check_sees_breaches(package: str, source: str, wrong: list[str]) ->
 def test_the_runtime_names_nothing_heavy() -> None:
     """Not even inside a function."""
     for name, path in modules("ease_runtime").items():
-        heavy = [found for found in imports(path.read_text(encoding="utf-8"), name, path.name == "__init__.py") if within(found, HEAVY)]
+        heavy = [
+            found
+            for found in imports(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
+            if within(found, HEAVY)
+        ]
         assert heavy == [], name
 
 
@@ -114,14 +146,18 @@ def needed(module: str) -> set[str]:
         name = left.pop()
         source = known[name].read_text(encoding="utf-8")
         for imported in imports(source, name, known[name].name == "__init__.py"):
-            owner = next((prefix for prefix in (imported, imported.rpartition(".")[0]) if prefix in known), None)
+            owner = next(
+                (prefix for prefix in (imported, imported.rpartition(".")[0]) if prefix in known), None
+            )
             if owner and owner not in found:
                 found.add(owner)
                 left.append(owner)
     return found
 
 
-@pytest.mark.parametrize("name", ["engine.schedule", "engine.commit", "engine.slots", "engine.sequence", "policies"])
+@pytest.mark.parametrize(
+    "name", ["engine.schedule", "engine.commit", "engine.slots", "engine.sequence", "policies"]
+)
 def test_what_decides_imports_no_stack(name: str) -> None:
     """Neither itself nor through others: only the runner calls the layers."""
     layers = ("ort.stack", "ort.graphs", "engine.runner", "engine.engine", "engine.probe")
@@ -130,17 +166,35 @@ def test_what_decides_imports_no_stack(name: str) -> None:
 
 def test_only_the_runner_and_the_probe_call_the_stack() -> None:
     seen = needed("ease_runtime.engine.engine")
-    assert {"ease_runtime.ort.stack", "ease_runtime.policies.protocol"} <= seen, "the walk sees what is imported"
-    calls = ("run_segment", "run_kv", "run_route", "run_routed", "reserve_rows", "read_states", "ask", "head", "block")
+    assert {"ease_runtime.ort.stack", "ease_runtime.policies.protocol"} <= seen, (
+        "the walk sees what is imported"
+    )
+    calls = (
+        "run_segment",
+        "run_kv",
+        "run_route",
+        "run_routed",
+        "reserve_rows",
+        "read_states",
+        "ask",
+        "head",
+        "block",
+    )
     for name in ("engine.engine", "engine.commit", "engine.slots", "engine.schedule", "llm"):
         tree = ast.parse(modules("ease_runtime")[f"ease_runtime.{name}"].read_text(encoding="utf-8"))
-        called = {node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
+        called = {
+            node.func.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        }
         assert not called & set(calls), name
 
 
 def run_python(code: str, *arguments: str) -> list[str]:
     """Lines that a fresh interpreter prints."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -171,8 +225,13 @@ def test_running_a_bundle_loads_nothing_heavy(tiny_bundle: Path) -> None:
 
 def test_evaluation_loads_no_torch() -> None:
     """Nothing of what training and exporting need is there once every module of ease_eval is imported."""
-    needs = {"matplotlib": {"ease_eval.measure.figures", "ease_eval.measure.report"}, "lm_eval": {"ease_eval.tasks.harness"}}
-    missing = set().union(*(names for package, names in needs.items() if importlib.util.find_spec(package) is None))
+    needs = {
+        "matplotlib": {"ease_eval.measure.figures", "ease_eval.measure.report"},
+        "lm_eval": {"ease_eval.tasks.harness"},
+    }
+    missing = set().union(
+        *(names for package, names in needs.items() if importlib.util.find_spec(package) is None)
+    )
     loaded = run_python(LOADED, "", *(name for name in modules("ease_eval") if name not in missing))
     assert not set(loaded) & {"torch", "onnx", "onnxscript", "transformers", "safetensors", "ease_export"}
     assert "ease_eval" in loaded

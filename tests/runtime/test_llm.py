@@ -29,7 +29,9 @@ def text_engine(num_slots: int = 1, **more: Any) -> TextEngine:
     """Letters over hashes: 22 letters and the end."""
     stack = MockStack(vocab_size=1 + len(LETTERS), max_positions=64)
     tokenizer = toy_text.letter_tokenizer(LETTERS)
-    return TextEngine(stack, tokenizer, **{"start_id": 0, "stop_ids": frozenset({0}), **more}, num_slots=num_slots)
+    return TextEngine(
+        stack, tokenizer, **{"start_id": 0, "stop_ids": frozenset({0}), **more}, num_slots=num_slots
+    )
 
 
 def text_of(events: Sequence[TokenEvent], choice: int = 0) -> str:
@@ -119,7 +121,9 @@ def test_a_document_that_mentions_a_special_token_holds_none() -> None:
 
 def test_a_base_models_chat_is_text() -> None:
     tokenizer = toy_text.byte_tokenizer()
-    engine = TextEngine(MockStack(vocab_size=tokenizer.get_vocab_size()), tokenizer, start_id=0, stop_ids=frozenset({0}))
+    engine = TextEngine(
+        MockStack(vocab_size=tokenizer.get_vocab_size()), tokenizer, start_id=0, stop_ids=frozenset({0})
+    )
     conversation = Conversation(engine, Options(max_tokens=2))
     list(conversation.say(f"a{toy_text.END}"))
     assert conversation.last is not None
@@ -156,7 +160,9 @@ def test_completions_are_those_of_their_seeds() -> None:
     texts = [text_of(events, choice) for choice in range(4)]
     assert len(set(texts)) == 4
     assert texts[0] == text_of(list(text_engine().generate("abc", dataclasses.replace(options, n=1))))
-    assert [sum(e.finish_reason is not None for e in events if e.choice == choice) for choice in range(4)] == [1] * 4
+    assert [
+        sum(e.finish_reason is not None for e in events if e.choice == choice) for choice in range(4)
+    ] == [1] * 4
 
 
 @pytest.mark.parametrize("num_slots", [1, 3, 8])
@@ -188,7 +194,9 @@ def test_logprobs_name_the_most_probable() -> None:
 def test_bias_and_penalties_reach_the_tokens() -> None:
     engine = text_engine()
     assert text_of(list(engine.generate("abc", Options(max_tokens=5, logit_bias={7: 100.0})))) == "ggggg"
-    told = text_of(list(engine.generate("abc", Options(max_tokens=22, frequency_penalty=100.0, logit_bias={0: -1000.0}))))
+    told = text_of(
+        list(engine.generate("abc", Options(max_tokens=22, frequency_penalty=100.0, logit_bias={0: -1000.0})))
+    )
     assert sorted(told) == list(LETTERS)
 
 
@@ -231,7 +239,10 @@ def test_a_row_without_numbers_ends_alone(monkeypatch: pytest.MonkeyPatch) -> No
         output = plain(number, rows)
         for place, row in enumerate(rows):
             sequence = sick.choices[0].sequence
-            if len(sequence.produced) == 4 and row in sequence.counters.rows[sequence.counters.done[0] - 1 : sequence.counters.done[0]]:
+            if (
+                len(sequence.produced) == 4
+                and row in sequence.counters.rows[sequence.counters.done[0] - 1 : sequence.counters.done[0]]
+            ):
                 output.logits[place], output.top_prob[place] = math.nan, math.nan
         return output
 
@@ -259,7 +270,9 @@ def test_a_conversation_goes_on_from_its_cache() -> None:
         engine.step()
     ran = sum(call.num_tokens for call in engine.stack.trace if (call.graph, call.number) == ("segment", 0))
     assert ran < len(prompt)
-    assert [token.id for token in second.choices[0].sequence.produced] == [e.id for e in fresh.generate(prompt, Options(max_tokens=5))]
+    assert [token.id for token in second.choices[0].sequence.produced] == [
+        e.id for e in fresh.generate(prompt, Options(max_tokens=5))
+    ]
 
 
 @pytest.mark.parametrize("stop", [(), ("u", "t", "s")])
@@ -273,10 +286,14 @@ def test_a_chat_keeps_its_history_in_the_cache(stop: tuple[str, ...]) -> None:
         engine.stack.trace = []
         history.append({"role": "user", "content": "abc"})
         text = text_of(list(conversation.say("abc")))
-        assert text == text_of(list(text_engine(stop_ids=frozenset()).generate(engine.encode_chat(history), options)))
+        assert text == text_of(
+            list(text_engine(stop_ids=frozenset()).generate(engine.encode_chat(history), options))
+        )
         history.append({"role": "assistant", "content": text})
         assert conversation.messages == history
-        ran = sum(call.num_tokens for call in engine.stack.trace if (call.graph, call.number) == ("segment", 0))
+        ran = sum(
+            call.num_tokens for call in engine.stack.trace if (call.graph, call.number) == ("segment", 0)
+        )
         assert ran <= 14  # the history alone has 29 tokens in the end, and 6 come out
     events = conversation.say("abc")
     first = next(events)
@@ -331,8 +348,16 @@ def test_options_that_cannot_be_used(values: dict[str, Any], message: str) -> No
 
 def test_options_from_json() -> None:
     base = Options(max_tokens=5, threshold=(0.3,), seed=2)
-    values = {"threshold": [0.2, None], "stop": "x", "logit_bias": {"3": 1}, "temperature": 1, "min_exit": None}
-    expected = Options(max_tokens=5, threshold=(0.2, None), seed=2, stop=("x",), logit_bias={3: 1.0}, temperature=1.0)
+    values = {
+        "threshold": [0.2, None],
+        "stop": "x",
+        "logit_bias": {"3": 1},
+        "temperature": 1,
+        "min_exit": None,
+    }
+    expected = Options(
+        max_tokens=5, threshold=(0.2, None), seed=2, stop=("x",), logit_bias={3: 1.0}, temperature=1.0
+    )
     assert Options.from_json(values, base) == expected
     assert Options.from_json({"threshold": None}, base).threshold == OFF
     assert Options.from_json({}) == Options()
@@ -362,7 +387,9 @@ def test_a_chat_is_rendered_by_the_template() -> None:
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "<b>"}]
     assert template.render(messages) == "[<system>be kind]<user><b>]<assistant>"
     engine = text_engine(template=template)
-    assert engine.encode_chat(messages) == engine.tokenizer.encode("[<system>be kind]<user><b>]<assistant>").ids
+    assert (
+        engine.encode_chat(messages) == engine.tokenizer.encode("[<system>be kind]<user><b>]<assistant>").ids
+    )
     with pytest.raises(RequestError, match="no chat template"):
         text_engine().encode_chat(messages)
 
@@ -398,7 +425,9 @@ def test_templates_are_kept_in_their_box() -> None:
         template = ChatTemplate(source)
         assert template.problem is not None
         assert len(template.problem.splitlines()) == 1
-        with pytest.raises(RequestError, match=r"the chat template cannot be read .*; chat is refused, all else works"):
+        with pytest.raises(
+            RequestError, match=r"the chat template cannot be read .*; chat is refused, all else works"
+        ):
             text_engine(template=template).encode_chat(messages)
         with pytest.raises(RequestError, match="cannot be read"):
             Conversation(text_engine(template=template), Options())

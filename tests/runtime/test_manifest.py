@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from ease_common.errors import BundleError
-from ease_runtime.bundle.manifest import FORMAT_VERSION, MANIFEST_FILE, load_manifest, parse_manifest, sha256_of
+from ease_runtime.bundle.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    load_manifest,
+    parse_manifest,
+    sha256_of,
+)
 from ease_runtime.ort.stack import OrtStack
 
 REMEDY = "export the bundle again: ease-export build CHECKPOINT"
@@ -48,7 +54,11 @@ def names(bundle: Path) -> list[str]:
 def test_a_sound_bundle_is_read_whole(bundle: Path) -> None:
     manifest = load_manifest(bundle)
     assert manifest.exit_layers == (2, 4, 6)
-    assert [(s.first_layer, s.last_layer, s.num_layers) for s in manifest.segments] == [(1, 2, 2), (3, 4, 2), (5, 6, 2)]
+    assert [(s.first_layer, s.last_layer, s.num_layers) for s in manifest.segments] == [
+        (1, 2, 2),
+        (3, 4, 2),
+        (5, 6, 2),
+    ]
     assert [bool(s.kv_graph) for s in manifest.segments] == [False, True, True]
     assert sorted(manifest.files) == names(bundle)
 
@@ -60,12 +70,18 @@ def test_a_manifest_written_and_read_is_the_same(bundle: Path) -> None:
 
 
 def test_no_bundle(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "none") == f"no bundle at {tmp_path / 'none'}; make one: ease-export build CHECKPOINT {tmp_path / 'none'}"
+    assert (
+        refusal(tmp_path / "none")
+        == f"no bundle at {tmp_path / 'none'}; make one: ease-export build CHECKPOINT {tmp_path / 'none'}"
+    )
 
 
 def test_a_directory_that_is_no_bundle(bundle: Path) -> None:
     (bundle / MANIFEST_FILE).unlink()
-    assert refusal(bundle) == f"no bundle (manifest.json is missing) at {bundle}; make one: ease-export build CHECKPOINT {bundle}"
+    assert (
+        refusal(bundle)
+        == f"no bundle (manifest.json is missing) at {bundle}; make one: ease-export build CHECKPOINT {bundle}"
+    )
 
 
 def test_a_file_in_place_of_a_bundle(tmp_path: Path) -> None:
@@ -90,7 +106,9 @@ def test_each_flipped_byte(bundle: Path) -> None:
             flipped = bytearray(content)
             flipped[place] ^= 1
             (bundle / name).write_bytes(flipped)
-            assert refusal(bundle) == f"{bundle / name} is altered (its sha256 sum differs); {REMEDY} {bundle}"
+            assert (
+                refusal(bundle) == f"{bundle / name} is altered (its sha256 sum differs); {REMEDY} {bundle}"
+            )
         (bundle / name).write_bytes(content)
     load_manifest(bundle)
 
@@ -100,7 +118,9 @@ def test_a_file_cut_short_and_one_too_long(bundle: Path) -> None:
     content = path.read_bytes()
     for changed in (content[:-1], content + b"\0", b""):
         path.write_bytes(changed)
-        assert refusal(bundle) == f"{path} has {len(changed)} bytes, expected {len(content)}; {REMEDY} {bundle}"
+        assert (
+            refusal(bundle) == f"{path} has {len(changed)} bytes, expected {len(content)}; {REMEDY} {bundle}"
+        )
 
 
 def test_a_directory_in_place_of_a_graph(bundle: Path) -> None:
@@ -187,7 +207,10 @@ def test_a_bundle_reached_by_a_link(bundle: Path) -> None:
     assert load_manifest(link) == load_manifest(bundle)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe\x00", b"[" * 100_000, b'{"format_version": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"not json", b"\xff\xfe\x00", b"[" * 100_000, b'{"format_version": ' + b"9" * 5000 + b"}"],
+)
 def test_what_is_no_json(bundle: Path, content: bytes) -> None:
     (bundle / MANIFEST_FILE).write_bytes(content)
     assert refusal(bundle) == f"{bundle / MANIFEST_FILE} is damaged; {REMEDY} {bundle}"
@@ -202,35 +225,85 @@ def test_a_half_written_manifest(bundle: Path) -> None:
 @pytest.mark.parametrize("values", [[], "text", 5, None, True])
 def test_json_that_is_no_object(bundle: Path, values: object) -> None:
     (bundle / MANIFEST_FILE).write_text(json.dumps(values), encoding="utf-8")
-    assert refusal(bundle) == f"{bundle / MANIFEST_FILE} is damaged: an object was expected; {REMEDY} {bundle}"
+    assert (
+        refusal(bundle) == f"{bundle / MANIFEST_FILE} is damaged: an object was expected; {REMEDY} {bundle}"
+    )
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a key that is not there": (lambda v: v.pop("dim"), "dim = None, expected a whole number of at least 1"),
-    "a text for a number": (lambda v: v.update(dim="64"), "dim = '64', expected a whole number of at least 1"),
-    "a fraction": (lambda v: v.update(vocab_size=320.0), "vocab_size = 320.0, expected a whole number of at least 1"),
-    "a truth value": (lambda v: v.update(num_layers=True), "num_layers = True, expected a whole number of at least 1"),
+    "a text for a number": (
+        lambda v: v.update(dim="64"),
+        "dim = '64', expected a whole number of at least 1",
+    ),
+    "a fraction": (
+        lambda v: v.update(vocab_size=320.0),
+        "vocab_size = 320.0, expected a whole number of at least 1",
+    ),
+    "a truth value": (
+        lambda v: v.update(num_layers=True),
+        "num_layers = True, expected a whole number of at least 1",
+    ),
     "zero": (lambda v: v.update(max_positions=0), "max_positions = 0, expected a whole number of at least 1"),
-    "version zero": (lambda v: v.update(format_version=0), "format_version = 0, expected a whole number of at least 1"),
-    "no version": (lambda v: v.pop("format_version"), "format_version = None, expected a whole number of at least 1"),
-    "a version in words": (lambda v: v.update(format_version="one"), "format_version = 'one', expected a whole number of at least 1"),
-    "a negative start": (lambda v: v.update(start_id=-1), "start_id = -1, expected a whole number of at least 0"),
-    "a stop that is no list": (lambda v: v.update(stop_ids=2), "stop_ids = 2, expected a list of whole numbers of at least 0"),
-    "a negative stop": (lambda v: v.update(stop_ids=[2, -1]), "stop_ids = [2, -1], expected a list of whole numbers of at least 0"),
+    "version zero": (
+        lambda v: v.update(format_version=0),
+        "format_version = 0, expected a whole number of at least 1",
+    ),
+    "no version": (
+        lambda v: v.pop("format_version"),
+        "format_version = None, expected a whole number of at least 1",
+    ),
+    "a version in words": (
+        lambda v: v.update(format_version="one"),
+        "format_version = 'one', expected a whole number of at least 1",
+    ),
+    "a negative start": (
+        lambda v: v.update(start_id=-1),
+        "start_id = -1, expected a whole number of at least 0",
+    ),
+    "a stop that is no list": (
+        lambda v: v.update(stop_ids=2),
+        "stop_ids = 2, expected a list of whole numbers of at least 0",
+    ),
+    "a negative stop": (
+        lambda v: v.update(stop_ids=[2, -1]),
+        "stop_ids = [2, -1], expected a list of whole numbers of at least 0",
+    ),
     "a number for a text": (lambda v: v.update(tokenizer=7), "tokenizer = 7, expected a text"),
     "an empty name": (lambda v: v["exits"][0].update(graph=""), "graph = '', expected a text"),
-    "an unknown precision": (lambda v: v.update(precision="fp7"), "precision = 'fp7', expected one of: fp32, fp16, int8, int4"),
-    "an unknown kind": (lambda v: v["segments"][0].update(kind="magic"), "kind = 'magic', expected one of: layers, routed"),
+    "an unknown precision": (
+        lambda v: v.update(precision="fp7"),
+        "precision = 'fp7', expected one of: fp32, fp16, int8, int4",
+    ),
+    "an unknown kind": (
+        lambda v: v["segments"][0].update(kind="magic"),
+        "kind = 'magic', expected one of: layers, routed",
+    ),
     "an unknown target": (lambda v: v.update(target="tpu"), "target = 'tpu', expected one of: cpu, cuda"),
-    "an unknown cache": (lambda v: v.update(cache_layout="TKB"), "cache_layout = 'TKB', expected one of: BTK"),
-    "an unknown exactness": (lambda v: v.update(exactness="none"), "exactness = 'none', expected one of: bits, rounding"),
-    "no form of the weights": (lambda v: v.pop("weights"), "bits = None, expected a whole number of at least 1"),
+    "an unknown cache": (
+        lambda v: v.update(cache_layout="TKB"),
+        "cache_layout = 'TKB', expected one of: BTK",
+    ),
+    "an unknown exactness": (
+        lambda v: v.update(exactness="none"),
+        "exactness = 'none', expected one of: bits, rounding",
+    ),
+    "no form of the weights": (
+        lambda v: v.pop("weights"),
+        "bits = None, expected a whole number of at least 1",
+    ),
     "weights of another precision": (
         lambda v: v["weights"].update(bits=8, block=32),
         "weights of 8 bits in blocks of 32 are not fp32",
     ),
-    "blocks of what is not rounded": (lambda v: v["weights"].update(block=32), "weights of 32 bits in blocks of 32 are not fp32"),
-    "a switch in words": (lambda v: v["weights"].update(symmetric="no"), "symmetric = 'no', expected true or false"),
+    "blocks of what is not rounded": (
+        lambda v: v["weights"].update(block=32),
+        "weights of 32 bits in blocks of 32 are not fp32",
+    ),
+    "a switch in words": (
+        lambda v: v["weights"].update(symmetric="no"),
+        "symmetric = 'no', expected true or false",
+    ),
     "a drafting head of nobody": (
         lambda v: v.update(drafting_head="exit_01.onnx"),
         "drafting_head 'exit_01.onnx' is the head of no early exit",
@@ -240,20 +313,53 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a segment that is a text": (lambda v: v["segments"].insert(0, "first"), "an object was expected"),
     "an exit that is a number": (lambda v: v["exits"].insert(0, 2), "an object was expected"),
     "files in a list": (lambda v: v.update(files=["a"]), "files = ['a'], expected an object"),
-    "a sum that is a number": (lambda v: v["files"]["head.onnx"].update(sha256=5), "sha256 = 5, expected a text"),
-    "a size below zero": (lambda v: v["files"]["head.onnx"].update(num_bytes=-1), "num_bytes = -1, expected a whole number of at least 0"),
+    "a sum that is a number": (
+        lambda v: v["files"]["head.onnx"].update(sha256=5),
+        "sha256 = 5, expected a text",
+    ),
+    "a size below zero": (
+        lambda v: v["files"]["head.onnx"].update(num_bytes=-1),
+        "num_bytes = -1, expected a whole number of at least 0",
+    ),
     "a source that is a text": (lambda v: v.update(source="there"), "source = 'there', expected an object"),
     "a graph without a sum": (lambda v: v["files"].pop("kv_02.onnx"), "kv_02.onnx has no sha256 sum"),
-    "a tokenizer without a sum": (lambda v: v["files"].pop("tokenizer.json"), "tokenizer.json has no sha256 sum"),
-    "a file without a name": (lambda v: v["files"].update({"": v["files"]["head.onnx"]}), "'' is not the name of a file inside the bundle"),
+    "a tokenizer without a sum": (
+        lambda v: v["files"].pop("tokenizer.json"),
+        "tokenizer.json has no sha256 sum",
+    ),
+    "a file without a name": (
+        lambda v: v["files"].update({"": v["files"]["head.onnx"]}),
+        "'' is not the name of a file inside the bundle",
+    ),
     "no files": (lambda v: v.pop("files"), "tokenizer.json has no sha256 sum"),
-    "a segment without its kv graph": (lambda v: v["segments"][1].update(kv_graph=None), "segment segment_02.onnx has no kv_graph"),
-    "a gap in the layers": (lambda v: v["segments"][1].update(first_layer=4), "a segment of layers 4..4 does not follow layer 2"),
-    "layers back to front": (lambda v: v["segments"].reverse(), "a segment of layers 5..6 does not follow layer 0"),
-    "an exit inside a segment": (lambda v: v["exits"][0].update(layer=1), "exits at [1, 4, 6] do not stand at the ends of segments"),
-    "more layers than segments": (lambda v: v.update(num_layers=7), "3 segments and exits at [2, 4, 6] do not make 7 layers"),
-    "a segment back to front": (lambda v: v["segments"][1].update(last_layer=2), "a segment of layers 3..2 does not follow layer 2"),
-    "an exit twice": (lambda v: v["exits"].insert(0, v["exits"][0]), "exits at [2, 2, 4, 6] do not stand at the ends of segments"),
+    "a segment without its kv graph": (
+        lambda v: v["segments"][1].update(kv_graph=None),
+        "segment segment_02.onnx has no kv_graph",
+    ),
+    "a gap in the layers": (
+        lambda v: v["segments"][1].update(first_layer=4),
+        "a segment of layers 4..4 does not follow layer 2",
+    ),
+    "layers back to front": (
+        lambda v: v["segments"].reverse(),
+        "a segment of layers 5..6 does not follow layer 0",
+    ),
+    "an exit inside a segment": (
+        lambda v: v["exits"][0].update(layer=1),
+        "exits at [1, 4, 6] do not stand at the ends of segments",
+    ),
+    "more layers than segments": (
+        lambda v: v.update(num_layers=7),
+        "3 segments and exits at [2, 4, 6] do not make 7 layers",
+    ),
+    "a segment back to front": (
+        lambda v: v["segments"][1].update(last_layer=2),
+        "a segment of layers 3..2 does not follow layer 2",
+    ),
+    "an exit twice": (
+        lambda v: v["exits"].insert(0, v["exits"][0]),
+        "exits at [2, 2, 4, 6] do not stand at the ends of segments",
+    ),
     "exits in another order": (
         lambda v: v["exits"].insert(0, v["exits"].pop(1)),
         "exits at [4, 2, 6] do not stand at the ends of segments",
@@ -268,7 +374,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "a gate without a sum": (lambda v: v["exits"][0].update(gate="gate.onnx"), "gate.onnx has no sha256 sum"),
     "an exit too few": (lambda v: v["exits"].pop(), "3 segments and exits at [2, 4] do not make 6 layers"),
-    "a segment too few": (lambda v: v["segments"].pop(), "2 segments and exits at [2, 4, 6] do not make 6 layers"),
+    "a segment too few": (
+        lambda v: v["segments"].pop(),
+        "2 segments and exits at [2, 4, 6] do not make 6 layers",
+    ),
 }
 
 

@@ -21,7 +21,14 @@ def run(stack: MockStack, cache: MockCache, sizes: list[int], active: np.ndarray
         for size in sizes:
             out = stack.reserve_rows(2 * size, [done, *([rows[start:]] if k else [])])
             inputs = rows[start : start + size]
-            stack.run_segment(k, cache, at(start, inputs), inputs, out, None if active is None else active[start : start + size])
+            stack.run_segment(
+                k,
+                cache,
+                at(start, inputs),
+                inputs,
+                out,
+                None if active is None else active[start : start + size],
+            )
             done, start = np.append(done, np.arange(out, out + size)), start + size
         rows = done
     return stack.pool.states[rows].copy()
@@ -33,7 +40,10 @@ def at(start: int, tokens: np.ndarray) -> list[Span]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(cuts=st.lists(st.integers(1, 8), min_size=8, max_size=8), active=st.lists(st.booleans(), min_size=8, max_size=8))
+@given(
+    cuts=st.lists(st.integers(1, 8), min_size=8, max_size=8),
+    active=st.lists(st.booleans(), min_size=8, max_size=8),
+)
 def test_passes_may_be_cut_anywhere(cuts: list[int], active: list[bool]) -> None:
     sizes = []
     for cut in cuts:
@@ -112,7 +122,9 @@ def test_scripted_confidences_by_exit_and_position() -> None:
     np.testing.assert_allclose(1 - output.entropy / np.log(stack.vocab_size), np.arange(8) / 16, atol=1e-6)
     out = stack.reserve_rows(8, [rows])
     stack.run_segment(1, cache, at(0, rows), rows, out)
-    np.testing.assert_array_equal(stack.run_exit(1, np.arange(out, out + 2)).top_prob, np.float32([1 / 2, 9 / 16]))
+    np.testing.assert_array_equal(
+        stack.run_exit(1, np.arange(out, out + 2)).top_prob, np.float32([1 / 2, 9 / 16])
+    )
 
 
 def test_unscripted_figures_are_those_of_the_logits() -> None:
@@ -126,7 +138,9 @@ def test_unscripted_figures_are_those_of_the_logits() -> None:
     np.testing.assert_array_equal(output.top_id, probabilities.argmax(axis=1))
     np.testing.assert_allclose(output.top_prob, ordered[:, 0], rtol=1e-5)
     np.testing.assert_allclose(output.margin, ordered[:, 0] - ordered[:, 1], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(output.entropy, -(probabilities * np.log(probabilities)).sum(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        output.entropy, -(probabilities * np.log(probabilities)).sum(axis=1), rtol=1e-5
+    )
 
 
 def test_an_output_is_spoilt_by_the_next_call() -> None:
@@ -167,26 +181,56 @@ class Filled:
 
 
 FAULTS = {
-    "a gap in the first segment": (lambda f: f.stack.run_segment(0, f.cache, at(9, IDS[:1]), IDS[:1], f.out), "leaves a gap"),
-    "a gap in a later segment": (lambda f: f.stack.run_segment(1, f.cache, at(1, f.rows[1:]), f.rows[1:], f.out), "leaves a gap"),
-    "a gap in propagated K/V": (lambda f: f.stack.run_kv(1, f.cache, at(1, f.rows[1:]), f.rows[1:]), "leaves a gap"),
-    "no tokens": (lambda f: f.stack.run_segment(1, f.cache, at(0, f.rows[:0]), f.rows[:0], f.out), "no token"),
-    "past the context": (lambda f: f.stack.run_segment(0, f.cache, at(8, IDS[:3]), IDS[:3], f.out), "past the context"),
+    "a gap in the first segment": (
+        lambda f: f.stack.run_segment(0, f.cache, at(9, IDS[:1]), IDS[:1], f.out),
+        "leaves a gap",
+    ),
+    "a gap in a later segment": (
+        lambda f: f.stack.run_segment(1, f.cache, at(1, f.rows[1:]), f.rows[1:], f.out),
+        "leaves a gap",
+    ),
+    "a gap in propagated K/V": (
+        lambda f: f.stack.run_kv(1, f.cache, at(1, f.rows[1:]), f.rows[1:]),
+        "leaves a gap",
+    ),
+    "no tokens": (
+        lambda f: f.stack.run_segment(1, f.cache, at(0, f.rows[:0]), f.rows[:0], f.out),
+        "no token",
+    ),
+    "past the context": (
+        lambda f: f.stack.run_segment(0, f.cache, at(8, IDS[:3]), IDS[:3], f.out),
+        "past the context",
+    ),
     "a token outside the vocabulary": (
         lambda f: f.stack.run_segment(0, f.cache, at(8, IDS[:1] + 50), IDS[:1] + 50, f.out),
         "outside the vocabulary",
     ),
-    "another order": (lambda f: f.stack.run_segment(1, f.cache, at(0, f.rows[::-1]), f.rows[::-1], f.out), "run at"),
+    "another order": (
+        lambda f: f.stack.run_segment(1, f.cache, at(0, f.rows[::-1]), f.rows[::-1], f.out),
+        "run at",
+    ),
     "another position": (lambda f: f.stack.run_kv(1, f.cache, at(0, f.rows[1:]), f.rows[1:]), "run at"),
-    "a segment skipped": (lambda f: f.stack.run_segment(2, f.cache, at(0, f.rows), f.rows, f.out), "does not come from segment 1"),
+    "a segment skipped": (
+        lambda f: f.stack.run_segment(2, f.cache, at(0, f.rows), f.rows, f.out),
+        "does not come from segment 1",
+    ),
     "another exit": (lambda f: f.stack.run_exit(1, f.rows), "does not come from segment 1"),
     "a row that nobody wrote": (lambda f: f.stack.run_exit(0, np.array([f.out])), "holds no state"),
     "a row that is not there": (lambda f: f.stack.run_exit(0, np.array([999])), "holds no state"),
     "a dead row kept alive": (lambda f: f.stack.reserve_rows(1, [np.array([0])]), "holds no state"),
     "a row twice alive": (lambda f: f.stack.reserve_rows(1, [f.rows, f.rows[:1]]), "living twice"),
-    "writing over a living row": (lambda f: f.stack.run_segment(1, f.cache, at(0, f.rows), f.rows, int(f.rows[0])), "not reserved"),
-    "writing past the reserved rows": (lambda f: f.stack.run_segment(1, f.cache, at(0, f.rows), f.rows, f.out + 9), "not reserved"),
-    "propagating into the first segment": (lambda f: f.stack.run_kv(0, f.cache, at(0, IDS), IDS), "nothing to propagate"),
+    "writing over a living row": (
+        lambda f: f.stack.run_segment(1, f.cache, at(0, f.rows), f.rows, int(f.rows[0])),
+        "not reserved",
+    ),
+    "writing past the reserved rows": (
+        lambda f: f.stack.run_segment(1, f.cache, at(0, f.rows), f.rows, f.out + 9),
+        "not reserved",
+    ),
+    "propagating into the first segment": (
+        lambda f: f.stack.run_kv(0, f.cache, at(0, IDS), IDS),
+        "nothing to propagate",
+    ),
 }
 
 
@@ -208,12 +252,19 @@ def test_a_state_runs_a_segment_once() -> None:
     filled = Filled()
     filled.stack.run_segment(1, filled.cache, at(0, filled.rows), filled.rows, filled.out)
     with pytest.raises(AssertionError, match="been through segment 1 before"):
-        filled.stack.run_kv(1, filled.cache, at(0, np.arange(filled.out, filled.out + 8)), np.arange(filled.out, filled.out + 8))
+        filled.stack.run_kv(
+            1,
+            filled.cache,
+            at(0, np.arange(filled.out, filled.out + 8)),
+            np.arange(filled.out, filled.out + 8),
+        )
 
 
 def test_what_a_rewritten_cache_held_past_the_writing_is_stale() -> None:
     filled = Filled()
-    filled.stack.run_segment(0, filled.cache, at(3, IDS[:1]), IDS[:1], filled.out)  # position 3 anew: positions 4..7 no longer count
+    filled.stack.run_segment(
+        0, filled.cache, at(3, IDS[:1]), IDS[:1], filled.out
+    )  # position 3 anew: positions 4..7 no longer count
     with pytest.raises(AssertionError, match="holds 4 positions: writing at 8"):
         filled.stack.run_segment(0, filled.cache, at(8, IDS[:1]), IDS[:1], filled.out + 1)
 

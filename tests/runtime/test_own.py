@@ -36,7 +36,10 @@ def own_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def generated(bundle: Path, *flags: str) -> list[tuple[int, int]]:
-    result = CliRunner().invoke(run_main, ["generate", str(bundle), "--prompt", "And the king", "--max-tokens", "20", "--json", *flags])
+    result = CliRunner().invoke(
+        run_main,
+        ["generate", str(bundle), "--prompt", "And the king", "--max-tokens", "20", "--json", *flags],
+    )
     assert result.exit_code == 0, result.output
     return [(token["id"], token["depth"]) for token in json.loads(result.stdout)["tokens"]]
 
@@ -53,14 +56,33 @@ def test_the_pages_policy_generates(own_policy: str, tiny_bundle: Path) -> None:
     assert [(event.id, event.depth) for event in events] == named
 
 
-def test_the_pages_policy_in_a_table_and_a_calibration(own_policy: str, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_pages_policy_in_a_table_and_a_calibration(
+    own_policy: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("datasets", reason="a text file is read with it")
     text = tmp_path / "text.jsonl"
     words = ["king", "went", "out", "and", "the", "son", "of"]
-    text.write_text("".join(json.dumps({"text": " ".join(words[(i * k) % 7] for k in range(20))}) + "\n" for i in range(1, 31)))
-    small = ["--scored-tokens", "200", "--texts", "1", "--prompt-tokens", "4", "--new-tokens", "8", "--rounds", "1"]
+    text.write_text(
+        "".join(
+            json.dumps({"text": " ".join(words[(i * k) % 7] for k in range(20))}) + "\n" for i in range(1, 31)
+        )
+    )
+    small = [
+        "--scored-tokens",
+        "200",
+        "--texts",
+        "1",
+        "--prompt-tokens",
+        "4",
+        "--new-tokens",
+        "8",
+        "--rounds",
+        "1",
+    ]
     asked = [str(tiny_bundle), "--data", str(text), "--split", "train", "--policy", own_policy]
-    result = CliRunner().invoke(eval_main, ["table", *asked, "--thresholds", "off,0.02", "--json", "table.json", *small])
+    result = CliRunner().invoke(
+        eval_main, ["table", *asked, "--thresholds", "off,0.02", "--json", "table.json", *small]
+    )
     assert result.exit_code == 0, result.output
     rows = json.loads(Path("table.json").read_text())["rows"]
     assert [(row["policy"], row["threshold"]) for row in rows] == [(own_policy, "off"), (own_policy, 0.02)]
@@ -87,12 +109,28 @@ def test_objects_in_a_table_and_a_calibration(tiny_bundle: Path) -> None:
     documents = [Document(llm.tokenizer.decode(ids), ids) for ids in encoded]
     amounts = Amounts(scored_tokens=100, num_texts=1, prompt_tokens=4, new_tokens=4, num_rounds=1)
     table = make_table(
-        tiny_bundle, llm, documents, source="x", split="y", policy=Certain(), thresholds=[0.9], catch_ups=["recompute"], amounts=amounts
+        tiny_bundle,
+        llm,
+        documents,
+        source="x",
+        split="y",
+        policy=Certain(),
+        thresholds=[0.9],
+        catch_ups=["recompute"],
+        amounts=amounts,
     )
     assert [row.mean_depth for row in table.rows] == [6.0, 2.0]
     assert table.rows[1].policy.endswith(":Certain")
     found = calibrate(
-        llm.engine, encoded, policy=Certain, catch_up="recompute", risk="disagreement", delta=0.9, epsilon=0.9, data="x", split="y"
+        llm.engine,
+        encoded,
+        policy=Certain,
+        catch_up="recompute",
+        risk="disagreement",
+        delta=0.9,
+        epsilon=0.9,
+        data="x",
+        split="y",
     )
     assert found.policy == table.rows[1].policy
 
@@ -113,23 +151,35 @@ def test_a_sampler_of_ones_own(own_policy: str, tiny_bundle: Path, tmp_path: Pat
     found = generated(tiny_bundle, "--sampler", "second:Second")
     assert found[0] != greedy[0]
     assert found != generated(tiny_bundle, "--sampler", "second:Second", "--seed", "1")
-    same = LLM(tiny_bundle).generate("And the king", Options(max_tokens=20, temperature=1.0), sampler=Greedy())
+    same = LLM(tiny_bundle).generate(
+        "And the king", Options(max_tokens=20, temperature=1.0), sampler=Greedy()
+    )
     assert [(event.id, event.depth) for event in same] == greedy
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--policy", "nowhere:Policy"], "policy 'nowhere:Policy' cannot be loaded (ModuleNotFoundError: No module named 'nowhere')"),
+        (
+            ["--policy", "nowhere:Policy"],
+            "policy 'nowhere:Policy' cannot be loaded (ModuleNotFoundError: No module named 'nowhere')",
+        ),
         (["--policy", "top_two:Nobody"], "policy 'top_two:Nobody' cannot be loaded (AttributeError"),
-        (["--policy", "top_two:np"], "policy 'top_two:np' is no class derived from ease_runtime.policies.ThresholdPolicy"),
+        (
+            ["--policy", "top_two:np"],
+            "policy 'top_two:np' is no class derived from ease_runtime.policies.ThresholdPolicy",
+        ),
         (["--policy", "broken:Policy"], "policy 'broken:Policy' cannot be loaded (SyntaxError"),
         (["--sampler", "nowhere:Sampler"], "sampler 'nowhere:Sampler' cannot be loaded"),
     ],
 )
-def test_what_cannot_be_loaded_is_one_line(own_policy: str, tmp_path: Path, tiny_bundle: Path, flags: list[str], message: str) -> None:
+def test_what_cannot_be_loaded_is_one_line(
+    own_policy: str, tmp_path: Path, tiny_bundle: Path, flags: list[str], message: str
+) -> None:
     (tmp_path / "broken.py").write_text("class Policy(:", encoding="utf-8")
-    result = CliRunner().invoke(run_main, ["generate", str(tiny_bundle), "--prompt", "a", "--threshold", "0.5", *flags])
+    result = CliRunner().invoke(
+        run_main, ["generate", str(tiny_bundle), "--prompt", "a", "--threshold", "0.5", *flags]
+    )
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
@@ -147,12 +197,22 @@ def test_a_bundle_cannot_name_code(own_policy: str, tiny_bundle: Path, tmp_path:
     """Calibrated for a policy of one's own: nothing is imported before its user names it; then its thresholds hold."""
     llm = LLM(tiny_bundle)
     llm.manifest.calibration.update(
-        {"policy": own_policy, "thresholds": 0.02, "catch_up": "recompute", "risk": "loss", "delta": 0.1, "epsilon": 0.1, "data": "x"}
+        {
+            "policy": own_policy,
+            "thresholds": 0.02,
+            "catch_up": "recompute",
+            "risk": "loss",
+            "delta": 0.1,
+            "epsilon": 0.1,
+            "data": "x",
+        }
     )
     unasked = llm.submit("And the king", Options(max_tokens=2))
     assert "top_two" not in sys.modules
     assert not unasked.choices[0].sequence.decision.policy.thresholds
-    assert unasked.choices[0].sequence.notes == [f"this bundle was calibrated for a policy of one's own; to use it: --policy {own_policy}"]
+    assert unasked.choices[0].sequence.notes == [
+        f"this bundle was calibrated for a policy of one's own; to use it: --policy {own_policy}"
+    ]
     llm.cancel(unasked)
     asked = llm.submit("And the king", Options(max_tokens=2, policy=own_policy)).choices[0].sequence
     assert asked.decision.policy.thresholds == Thresholds((0.02, 0.02))

@@ -33,17 +33,26 @@ def page(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": width, "height": 740}, color_scheme=scheme)
     page, wrong = context.new_page(), []
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda asked: None if asked.url.startswith(("http://127.0.0.1", "data:")) else wrong.append(asked.url))
+    page.on(
+        "request",
+        lambda asked: (
+            None if asked.url.startswith(("http://127.0.0.1", "data:")) else wrong.append(asked.url)
+        ),
+    )
     yield page
     context.close()
     assert wrong == []
 
 
-LOOKS = pytest.mark.parametrize("page", [(1200, "light"), (1200, "dark"), (360, "light"), (360, "dark")], indirect=True)
+LOOKS = pytest.mark.parametrize(
+    "page", [(1200, "light"), (1200, "dark"), (360, "light"), (360, "dark")], indirect=True
+)
 
 
 def set_threshold(page: Any, value: float) -> None:
-    page.eval_on_selector("#threshold", f"slider => {{ slider.value = {value}; slider.dispatchEvent(new Event('input')) }}")
+    page.eval_on_selector(
+        "#threshold", f"slider => {{ slider.value = {value}; slider.dispatchEvent(new Event('input')) }}"
+    )
 
 
 def run(page: Any, prompt: str) -> list[tuple[str, str]]:
@@ -67,7 +76,10 @@ def test_a_prompt_is_run_and_its_tokens_coloured(page: Any) -> None:
         tokens = run(page, "abc")
         assert len(tokens) == 30
         colours = {
-            page.eval_on_selector(f".token[title^='depth {depth} ']", "t => getComputedStyle(t).backgroundColor") for depth in (2, 4, 6)
+            page.eval_on_selector(
+                f".token[title^='depth {depth} ']", "t => getComputedStyle(t).backgroundColor"
+            )
+            for depth in (2, 4, 6)
         }
         assert len(colours) == 3
         page.hover(".token >> nth=3")

@@ -34,7 +34,12 @@ def formula(name: str, logits: np.ndarray) -> np.ndarray:
     ordered = np.sort(probabilities, axis=1)[:, ::-1]
     if name == "fixed":
         return np.ones(len(logits))
-    if name in ("max-prob", "gate", "similarity", "patience"):  # of a head, which is asked where there is nothing else to ask
+    if name in (
+        "max-prob",
+        "gate",
+        "similarity",
+        "patience",
+    ):  # of a head, which is asked where there is nothing else to ask
         return ordered[:, 0]
     if name == "margin":
         return ordered[:, 0] - ordered[:, 1]
@@ -68,13 +73,23 @@ def test_confidence_at_its_bounds(name: str, uniform: float) -> None:
 @pytest.mark.parametrize("entropy", [-1e-6, math.log(64) + 1e-5])
 def test_entropy_that_rounds_past_its_bounds(entropy: float) -> None:
     nothing = np.zeros(1, np.float32)
-    output = HeadOutput(np.zeros((1, 64), np.float32), np.zeros(1, np.int64), nothing, nothing, np.array([entropy], np.float32))
+    output = HeadOutput(
+        np.zeros((1, 64), np.float32),
+        np.zeros(1, np.int64),
+        nothing,
+        nothing,
+        np.array([entropy], np.float32),
+    )
     assert POLICIES["entropy"]().confidence(said(output), None)[0] == (1.0 if entropy < 0 else 0.0)
 
 
 def test_leaves_at_its_threshold_and_above() -> None:
     policy = make_policy("max-prob", [0.7, 0.2], (2, 4, 6))
-    below, at, above = np.nextafter(np.float32(0.7), np.float32(0)), np.float32(0.7), np.nextafter(np.float32(0.7), np.float32(1))
+    below, at, above = (
+        np.nextafter(np.float32(0.7), np.float32(0)),
+        np.float32(0.7),
+        np.nextafter(np.float32(0.7), np.float32(1)),
+    )
     assert policy.leaves(0, np.array([below, at, above]), 0.0, None).tolist() == [False, True, True]
     assert policy.leaves(1, np.array([0.1, 0.2, 0.7], np.float32), 0.0, None).tolist() == [False, True, True]
 
@@ -82,7 +97,12 @@ def test_leaves_at_its_threshold_and_above() -> None:
 def test_threshold_0_takes_everyone_and_1_only_the_certain() -> None:
     confidences = np.array([0.0, 0.5, np.nextafter(np.float32(1), np.float32(0)), 1.0], np.float32)
     assert make_policy("margin", [0.0], (2, 4)).leaves(0, confidences, 0.0, None).tolist() == [True] * 4
-    assert make_policy("margin", [1.0], (2, 4)).leaves(0, confidences, 0.0, None).tolist() == [False, False, False, True]
+    assert make_policy("margin", [1.0], (2, 4)).leaves(0, confidences, 0.0, None).tolist() == [
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_which_exits_ask() -> None:
@@ -115,7 +135,9 @@ def test_patience_counts_agreeing_exits() -> None:
         head = HeadOutput(np.zeros((2, 9), np.float32), np.array(ids), nothing, nothing, nothing)
         found = policy.confidence(said(head, exit_index), state)
         assert found.tolist() == list(confidences)
-        assert policy.leaves(min(exit_index, 2), found, 0.0, state).tolist() == [value == 1.0 for value in confidences]
+        assert policy.leaves(min(exit_index, 2), found, 0.0, state).tolist() == [
+            value == 1.0 for value in confidences
+        ]
     again = policy.confidence(said(head, 0), state)
     assert again.tolist() == [0.0, 0.0], "positions that are on their way again begin anew"
 
@@ -151,20 +173,37 @@ def test_a_budget_is_held(seed: int, budget: float, threshold: float) -> None:
         ("max-prob", [1.01], {}, "threshold 1.01 is outside [0, 1]"),
         ("max-prob", [-0.1], {}, "threshold -0.1 is outside [0, 1]"),
         ("max-prob", [0.5, math.nan], {}, "threshold nan is outside [0, 1]"),
-        ("max-prob", [0.1, 0.2, 0.3], {}, "3 thresholds given; this bundle has 2 early exits: give one, or one for each"),
+        (
+            "max-prob",
+            [0.1, 0.2, 0.3],
+            {},
+            "3 thresholds given; this bundle has 2 early exits: give one, or one for each",
+        ),
         ("max-prob", [], {}, f"no threshold in an empty list; give {EXPECTED}"),
         ("patience", [0.5], {"patience": 0}, "patience 0 is outside 1..10000 agreeing exits"),
         ("patience", [0.5], {"patience": 10**400}, f"patience {10**19} is outside 1..10000 agreeing exits"),
         ("margin", [0.5], {"decay": -1.0}, "decay -1.0 is not a finite number of at least 0"),
         ("margin", [0.5], {"min_exit": 9}, "min_exit 9 is no layer of 1..6"),
         ("margin", [0.5], {"depth_budget": 1.0}, "depth budget 1.0 is outside 2..6, the layers of the exits"),
-        ("margin", [0.5], {"exit_layer": 2}, "policy 'fixed' and an exit layer go together: --policy fixed --exit LAYER"),
+        (
+            "margin",
+            [0.5],
+            {"exit_layer": 2},
+            "policy 'fixed' and an exit layer go together: --policy fixed --exit LAYER",
+        ),
         ("fixed", None, {}, "policy 'fixed' and an exit layer go together: --policy fixed --exit LAYER"),
         ("fixed", None, {"exit_layer": 3}, "exit layer 3 is no early exit of this bundle, which has 2, 4"),
-        ("fixed", [0.5], {"exit_layer": 2}, "policy 'fixed' takes an exit layer, and no threshold, decay or depth budget"),
+        (
+            "fixed",
+            [0.5],
+            {"exit_layer": 2},
+            "policy 'fixed' takes an exit layer, and no threshold, decay or depth budget",
+        ),
     ],
 )
-def test_what_is_refused(name: str, thresholds: list[float] | None, options: dict[str, float], message: str) -> None:
+def test_what_is_refused(
+    name: str, thresholds: list[float] | None, options: dict[str, float], message: str
+) -> None:
     with pytest.raises(RequestError) as caught:
         make_policy(name, thresholds, (2, 4, 6), **options)
     assert str(caught.value) == message
@@ -191,18 +230,25 @@ def test_a_bundle_with_one_exit_takes_no_threshold() -> None:
         ([None, 1], (None, 1.0), "off,1", "off,1.0"),
     ],
 )
-def test_thresholds_have_one_notation(given: object, values: tuple[float | None, ...], text: str, in_json: float | str) -> None:
+def test_thresholds_have_one_notation(
+    given: object, values: tuple[float | None, ...], text: str, in_json: float | str
+) -> None:
     found = Thresholds.of(given)
     assert found.values == values
     assert (str(found), found.to_json()) == (text, in_json)
     assert bool(found) == (text != "off")
     num_early = max(2, len(values))
-    assert Thresholds.of(in_json).for_exits(num_early) == found.for_exits(num_early), "what is written is read as the same"
+    assert Thresholds.of(in_json).for_exits(num_early) == found.for_exits(num_early), (
+        "what is written is read as the same"
+    )
     assert Thresholds.of(found) is found
     assert found.for_exits(num_early) == OFF or len(found.for_exits(num_early).values) == num_early
 
 
-@pytest.mark.parametrize("given", ["nan", "0.5,nan", math.nan, "x", "0.5/0.7", "", True, [True], [[0.5]], {}, 10**400, "1e999", [], -1])
+@pytest.mark.parametrize(
+    "given",
+    ["nan", "0.5,nan", math.nan, "x", "0.5/0.7", "", True, [True], [[0.5]], {}, 10**400, "1e999", [], -1],
+)
 def test_no_thresholds(given: object) -> None:
     with pytest.raises(RequestError) as caught:
         Thresholds.of(given)

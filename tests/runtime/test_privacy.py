@@ -13,7 +13,11 @@ IMPORT = "import {package}; import os; assert os.environ['ORT_DISABLE_TELEMETRY'
 
 def left_in_home(code: str, home: Path, **environment: str) -> list[Path]:
     """What a fresh interpreter leaves in an empty home directory."""
-    kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY" and not name.startswith("XDG_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "ORT_DISABLE_TELEMETRY" and not name.startswith("XDG_")
+    }
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**kept, "HOME": str(home), **environment},

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from ease_common.errors import RequestError
 from ease_runtime.engine import sampling
-from ease_runtime.engine.sampling import AdjustedGreedy, Adjustments, Given, Greedy, GumbelSampler, Sampler, gumbel_noise, seed_of
+from ease_runtime.engine.sampling import (
+    AdjustedGreedy,
+    Adjustments,
+    Given,
+    Greedy,
+    GumbelSampler,
+    Sampler,
+    gumbel_noise,
+    seed_of,
+)
 
 DRAWS = 6_000
 
@@ -56,7 +65,9 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
 
 def draws(sampler: GumbelSampler, logits: np.ndarray) -> np.ndarray:
     """How often each id is picked over many positions."""
-    return np.bincount([sampler.pick(logits, -1, (), position) for position in range(DRAWS)], minlength=len(logits))
+    return np.bincount(
+        [sampler.pick(logits, -1, (), position) for position in range(DRAWS)], minlength=len(logits)
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +83,9 @@ def draws(sampler: GumbelSampler, logits: np.ndarray) -> np.ndarray:
         (1.5, 8, 0.9, 7, 0.3),
     ],
 )
-def test_draws_follow_the_filtered_softmax(temperature: float, top_k: int, top_p: float, seed: int, min_p: float) -> None:
+def test_draws_follow_the_filtered_softmax(
+    temperature: float, top_k: int, top_p: float, seed: int, min_p: float
+) -> None:
     """Over positions, at fixed seeds: within 4 standard deviations of the softmax of what the filters keep, and never outside it."""
     logits = some_logits(12, 1)
     probabilities = softmax(logits / np.float32(temperature))
@@ -141,14 +154,18 @@ def test_noise_of_an_id_does_not_depend_on_the_others(seed: int, position: int, 
     top_p=st.floats(0.01, 1.0),
     min_p=st.floats(0.0, 1.0),
 )
-def test_filters_keep_what_their_definitions_say(seed: int, size: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+def test_filters_keep_what_their_definitions_say(
+    seed: int, size: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     scaled = some_logits(size, seed).astype(np.float64) / temperature
     sampler = GumbelSampler(temperature, top_k, top_p, seed, min_p)
     kept = sampler.kept(scaled)
     assert len(set(kept.tolist())) == len(kept) > 0
     weights = np.exp(scaled - scaled.max())
     expected = brute_force_kept(weights / weights.sum(), top_k, top_p, min_p)
-    if set(kept.tolist()) != expected:  # only a mass that reaches top_p up to rounding may be decided otherwise
+    if (
+        set(kept.tolist()) != expected
+    ):  # only a mass that reaches top_p up to rounding may be decided otherwise
         mass = weights[sorted(expected & set(kept.tolist()))].sum()
         total = weights[sorted(brute_force_kept(weights, top_k, 1.0))].sum()
         assert abs(mass - top_p * total) < 1e-12 * total
@@ -181,8 +198,15 @@ def test_filters_on_round_figures(top_k: int, top_p: float, min_p: float, expect
 
 
 @settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 2**64 - 1), position=st.integers(0, 5000), top_k=st.integers(1, 30), top_p=st.floats(0.05, 1.0))
-def test_a_filter_keeps_the_draw_if_it_keeps_the_token(seed: int, position: int, top_k: int, top_p: float) -> None:
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    position=st.integers(0, 5000),
+    top_k=st.integers(1, 30),
+    top_p=st.floats(0.05, 1.0),
+)
+def test_a_filter_keeps_the_draw_if_it_keeps_the_token(
+    seed: int, position: int, top_k: int, top_p: float
+) -> None:
     """The noise does not depend on what is kept: a draw that survives a filter is the filtered draw."""
     logits = some_logits(30, seed % 1000)
     free = pick(GumbelSampler(1.0, 0, 1.0, seed), logits, position)
@@ -207,7 +231,10 @@ def test_top_p_of_a_large_vocabulary(spread: float, top_p: float) -> None:
 
 def test_a_seed_gives_the_same_draws() -> None:
     outputs = [some_logits(40, position) for position in range(200)]
-    first, again, other = ([pick(GumbelSampler(1.0, 0, 0.95, seed), o, p) for p, o in enumerate(outputs)] for seed in (11, 11, 12))
+    first, again, other = (
+        [pick(GumbelSampler(1.0, 0, 0.95, seed), o, p) for p, o in enumerate(outputs)]
+        for seed in (11, 11, 12)
+    )
     assert first == again
     assert sum(a != b for a, b in zip(first, other, strict=True)) > 50
 
@@ -215,7 +242,20 @@ def test_a_seed_gives_the_same_draws() -> None:
 def test_these_draws_for_ever() -> None:
     """A seed means the same on every machine and in every version: draws written down here."""
     logits = np.linspace(0.0, 1.0, 10, dtype=np.float32)
-    assert [pick(GumbelSampler(1.0, 0, 1.0, 42), logits, position) for position in range(12)] == [2, 5, 5, 6, 2, 8, 2, 9, 8, 6, 8, 2]
+    assert [pick(GumbelSampler(1.0, 0, 1.0, 42), logits, position) for position in range(12)] == [
+        2,
+        5,
+        5,
+        6,
+        2,
+        8,
+        2,
+        9,
+        8,
+        6,
+        8,
+        2,
+    ]
 
 
 def test_a_low_temperature_is_greedy_and_so_is_top_1() -> None:
@@ -257,7 +297,9 @@ def test_values_outside_their_range(values: tuple[float, int, float, int, float]
 
 
 def test_the_largest_seed_draws() -> None:
-    picks = {pick(GumbelSampler(1.0, 0, 1.0, 2**64 - 1), some_logits(30, 0), position) for position in range(100)}
+    picks = {
+        pick(GumbelSampler(1.0, 0, 1.0, 2**64 - 1), some_logits(30, 0), position) for position in range(100)
+    }
     assert len(picks) > 5
 
 
@@ -302,7 +344,9 @@ def test_adjusted_draws_follow_the_adjusted_softmax() -> None:
     kept = sorted(brute_force_kept(probabilities, 5, 1.0))
     sampler = GumbelSampler(0.7, 5, 1.0, 9, adjustments=adjustments)
     tokens = [0] * DRAWS
-    counts = np.bincount([sampler.pick(logits, -1, tokens, 1 + position) for position in range(DRAWS)], minlength=8)
+    counts = np.bincount(
+        [sampler.pick(logits, -1, tokens, 1 + position) for position in range(DRAWS)], minlength=8
+    )
     assert counts.sum() == counts[kept].sum()
     assert abs(chi_square(counts[kept], probabilities[kept] / probabilities[kept].sum())) < 4
 
@@ -347,5 +391,8 @@ def test_completions_draw_from_streams_of_their_own() -> None:
     seeds = [seed_of(seed, number) for seed in range(50) for number in range(50)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**64 for seed in seeds)
-    one, other = gumbel_noise(seed_of(7, 1), 3, np.arange(2000)), gumbel_noise(seed_of(7, 2), 3, np.arange(2000))
+    one, other = (
+        gumbel_noise(seed_of(7, 1), 3, np.arange(2000)),
+        gumbel_noise(seed_of(7, 2), 3, np.arange(2000)),
+    )
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.1

@@ -61,7 +61,13 @@ def stream(server: Served, path: str, body: dict[str, Any]) -> list[Any]:
 def is_idle(server: Served) -> bool:
     """Whether nothing is left of any request."""
     worker, engine = server.service.worker, server.service.llm.engine
-    return worker.num_taken == 0 and not worker.tickets and not worker.engine.jobs and not engine.busy and not server.service.llm.choices
+    return (
+        worker.num_taken == 0
+        and not worker.tickets
+        and not worker.engine.jobs
+        and not engine.busy
+        and not server.service.llm.choices
+    )
 
 
 # What the openai client makes of it.
@@ -78,18 +84,27 @@ def test_openai_completions(client: Any) -> None:
     answer = client.completions.create(model="toy", prompt="abc", max_tokens=9, logprobs=2)
     assert answer.choices[0].text == said("abc", max_tokens=9)
     assert answer.choices[0].finish_reason == "length"
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (4, 9, 13)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        4,
+        9,
+        13,
+    )
     logprobs = answer.choices[0].logprobs
     assert "".join(logprobs.tokens) == answer.choices[0].text
     assert logprobs.text_offset == list(range(9))
-    assert all(tokens[token] == logprob for tokens, token, logprob in zip(logprobs.top_logprobs, logprobs.tokens, logprobs.token_logprobs))  # noqa: B905
+    assert all(
+        tokens[token] == logprob
+        for tokens, token, logprob in zip(logprobs.top_logprobs, logprobs.tokens, logprobs.token_logprobs)
+    )  # noqa: B905
     assert all(len(tokens) == 2 for tokens in logprobs.top_logprobs)
 
 
 def test_openai_completions_streamed(client: Any) -> None:
     options = {"max_tokens": 12, "temperature": 0.9, "seed": 7, "stop": ["zz"], "n": 2}
     texts, usage = ["", ""], None
-    for part in client.completions.create(model="toy", prompt="abc", stream=True, stream_options={"include_usage": True}, **options):
+    for part in client.completions.create(
+        model="toy", prompt="abc", stream=True, stream_options={"include_usage": True}, **options
+    ):
         for choice in part.choices:
             texts[choice.index] += choice.text
         usage = part.usage or usage
@@ -103,7 +118,9 @@ def test_openai_chat(client: Any) -> None:
         {"role": "system", "content": "de"},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "a"}]},
     ]
-    whole = client.chat.completions.create(model="toy", messages=messages, max_completion_tokens=8, logprobs=True, top_logprobs=3)
+    whole = client.chat.completions.create(
+        model="toy", messages=messages, max_completion_tokens=8, logprobs=True, top_logprobs=3
+    )
     ids = text_engine().tokenizer.encode("debaabc").ids
     assert whole.choices[0].message.content == said(ids, max_tokens=8)
     content = whole.choices[0].logprobs.content
@@ -132,7 +149,8 @@ def test_openai_sends_ease_and_reads_depths(client: Any) -> None:
     options = Options(20, "entropy", (0.2, 0.4), "propagate")
     events = list(text_engine(1).generate("abc", options))
     assert answer.choices[0].ease["tokens"] == [
-        {"id": e.id, "text": e.text, "depth": e.depth, "confidence": e.confidence, "drafted": False} for e in events
+        {"id": e.id, "text": e.text, "depth": e.depth, "confidence": e.confidence, "drafted": False}
+        for e in events
     ]
     assert len({event.depth for event in events}) > 1
     assert answer.usage.ease["mean_depth"] == sum(event.depth for event in events) / 20
@@ -146,12 +164,23 @@ def test_prompts_in_every_form(toy: Served) -> None:
     assert [choice["text"] for choice in one["choices"]] == [said("abc", max_tokens=5)]
     both = post(toy, COMPLETIONS, {"prompt": ["abc", "f"], "max_tokens": 5, "n": 2, "ease": {}}).json()
     assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
-    assert [choice["text"] for choice in both["choices"]] == [said("abc", max_tokens=5)] * 2 + [said("f", max_tokens=5)] * 2
-    assert post(toy, COMPLETIONS, {"prompt": [[0, 1], [2]], "max_tokens": 1}).json()["usage"]["prompt_tokens"] == 3
+    assert [choice["text"] for choice in both["choices"]] == [said("abc", max_tokens=5)] * 2 + [
+        said("f", max_tokens=5)
+    ] * 2
+    assert (
+        post(toy, COMPLETIONS, {"prompt": [[0, 1], [2]], "max_tokens": 1}).json()["usage"]["prompt_tokens"]
+        == 3
+    )
 
 
 def test_a_stream_says_what_the_whole_says(toy: Served) -> None:
-    body = {"prompt": "abc", "max_tokens": 15, "logprobs": 2, "ease": {"threshold": 0.3, "catch_up": "verify"}, "stop": "ee"}
+    body = {
+        "prompt": "abc",
+        "max_tokens": 15,
+        "logprobs": 2,
+        "ease": {"threshold": 0.3, "catch_up": "verify"},
+        "stop": "ee",
+    }
     whole = post(toy, COMPLETIONS, body).json()["choices"][0]
     events = stream(toy, COMPLETIONS, {**body, "stream_options": {"include_usage": True}})
     parts = [event["choices"][0] for event in events[:-1]]
@@ -196,7 +225,12 @@ def test_a_request_without_a_seed_draws_one(toy: Served) -> None:
         (COMPLETIONS, {"prompt": [-1]}, 400, "outside the vocabulary of 23"),
         (COMPLETIONS, {"prompt": [2**80]}, 400, "outside the vocabulary of 23"),
         (COMPLETIONS, {"prompt": "a" * 41}, 400, "the prompt has 42 tokens; this server takes up to 40"),
-        (COMPLETIONS, {"prompt": "a", "modle": "toy"}, 400, "unknown or unsupported field 'modle'; did you mean 'model'?"),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "modle": "toy"},
+            400,
+            "unknown or unsupported field 'modle'; did you mean 'model'?",
+        ),
         (COMPLETIONS, {"prompt": "a", "model": "other"}, 404, "this server has 'toy'"),
         (COMPLETIONS, {"prompt": "a", "echo": True}, 400, "echo is not supported"),
         (COMPLETIONS, {"prompt": "a", "stream": "yes"}, 400, "stream must be true or false"),
@@ -207,17 +241,44 @@ def test_a_request_without_a_seed_draws_one(toy: Served) -> None:
         (COMPLETIONS, {"prompt": "a", "stop": ["x" * 2**16, "y"]}, 400, "stop strings"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"99": 1}}, 400, "token id 99, outside the vocabulary"),
         (COMPLETIONS, {"prompt": "a", "ease": 1}, 400, "ease must be an object"),
-        (COMPLETIONS, {"prompt": "a", "ease": {"treshold": 1}}, 400, "unknown field 'ease.treshold'; did you mean 'threshold'?"),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "ease": {"treshold": 1}},
+            400,
+            "unknown field 'ease.treshold'; did you mean 'threshold'?",
+        ),
         (COMPLETIONS, {"prompt": "a", "ease": {"threshold": 7}}, 400, "threshold 7.0 is outside"),
-        (COMPLETIONS, {"prompt": "a", "ease": {"policy": "gate", "threshold": 0.5}}, 400, "policy 'gate' needs a gate"),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "ease": {"policy": "gate", "threshold": 0.5}},
+            400,
+            "policy 'gate' needs a gate",
+        ),
         (COMPLETIONS, {"prompt": "a", "ease": {"depth_budget": 90}}, 400, "depth budget 90.0"),
         (CHAT, {"messages": "hi"}, 400, "messages must be a list"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "a part that is no text"),
-        (CHAT, {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
-        (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400, "unknown or unsupported field 'tools'"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "a part that is no text",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
+            400,
+            "top_logprobs needs logprobs",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "a"}], "tools": [{}]},
+            400,
+            "unknown or unsupported field 'tools'",
+        ),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(toy: Served, path: str, body: Any, status: int, message: str) -> None:
+def test_a_bad_request_is_told_what_is_wrong(
+    toy: Served, path: str, body: Any, status: int, message: str
+) -> None:
     response = post(toy, path, body)
     assert (response.status_code, set(response.json())) == (status, {"error"})
     error = response.json()["error"]
@@ -231,20 +292,29 @@ def test_large_bodies_and_long_prompts_are_refused(toy: Served) -> None:
     assert post(toy, COMPLETIONS, {"prompt": "a" * (2**20)}).status_code == 413
     start = time.perf_counter()
     response = post(toy, COMPLETIONS, {"prompt": "a" * (2**20 - 100)})
-    assert (response.status_code, "tokens; this server takes up to 40" in response.json()["error"]["message"]) == (400, True)
+    assert (
+        response.status_code,
+        "tokens; this server takes up to 40" in response.json()["error"]["message"],
+    ) == (400, True)
     assert time.perf_counter() - start < 10
 
 
 def test_stop_strings_of_10_kb_cost_nothing_silly(toy: Served) -> None:
     start = time.perf_counter()
-    text = post(toy, COMPLETIONS, {"prompt": "abc", "max_tokens": 40, "stop": ["a" * 10_000, "ab" * 5000]}).json()["choices"][0]["text"]
+    text = post(
+        toy, COMPLETIONS, {"prompt": "abc", "max_tokens": 40, "stop": ["a" * 10_000, "ab" * 5000]}
+    ).json()["choices"][0]["text"]
     assert text == said("abc", max_tokens=40)
     assert time.perf_counter() - start < 5
 
 
 def test_other_routes(toy: Served) -> None:
     assert httpx.get(f"{toy.url}/health").json() == {"status": "ok", "model": "toy", "taken": 0}
-    for path, method, status in [("/v1/nothing", "GET", 404), (COMPLETIONS, "GET", 405), ("/v1/models/gpt", "GET", 404)]:
+    for path, method, status in [
+        ("/v1/nothing", "GET", 404),
+        (COMPLETIONS, "GET", 405),
+        ("/v1/models/gpt", "GET", 404),
+    ]:
         response = httpx.request(method, toy.url + path)
         assert response.status_code == status
         assert response.json()["error"]["type"] == "invalid_request_error"
@@ -269,7 +339,12 @@ def test_an_api_key_is_asked_for() -> None:
     with served(text_engine(), api_key="sésame") as server:
         right = {"Authorization": "Bearer sésame".encode()}
         assert post(server, COMPLETIONS, {"prompt": "a", "max_tokens": 1}, headers=right).status_code == 200
-        for headers in ({}, {"Authorization": "Bearer sesame"}, {"Authorization": "sésame".encode()}, {"Authorization": b"Bearer \xff"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer sesame"},
+            {"Authorization": "sésame".encode()},
+            {"Authorization": b"Bearer \xff"},
+        ):
             response = post(server, COMPLETIONS, {"prompt": "a"}, headers=headers)
             assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
             assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 401
@@ -278,14 +353,20 @@ def test_an_api_key_is_asked_for() -> None:
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:
-    with served(text_engine(2, seconds=0.005), max_queued=1) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+    with (
+        served(text_engine(2, seconds=0.005), max_queued=1) as server,
+        httpx.Client(base_url=server.url, timeout=30) as client,
+    ):
         busy = {"prompt": "abc", "max_tokens": 50, "n": 3, "stream": True}
         with client.stream("POST", COMPLETIONS, json=busy) as response:
             assert response.status_code == 200
             refused = post(server, COMPLETIONS, {"prompt": "abc"})
             assert refused.status_code == 429
             assert 1 <= int(refused.headers["retry-after"]) <= 60
-            assert (refused.json()["error"]["type"], refused.json()["error"]["code"]) == ("rate_limit_error", "queue_full")
+            assert (refused.json()["error"]["type"], refused.json()["error"]["code"]) == (
+                "rate_limit_error",
+                "queue_full",
+            )
             response.read()
         assert post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 2}).status_code == 200
         assert 'outcome="refused"} 1.0' in httpx.get(f"{server.url}/metrics").text
@@ -306,14 +387,18 @@ def test_hang_ups_free_their_place(streamed: bool) -> None:
             client.close()
         wait_until(lambda: is_idle(server))
         assert time.perf_counter() - start < 1.5  # one answer alone takes longer
-        assert post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 3}).json()["choices"][0]["text"] == said("abc", max_tokens=3)
+        assert post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 3}).json()["choices"][0][
+            "text"
+        ] == said("abc", max_tokens=3)
         assert 'outcome="ok"} 1.0' in httpx.get(f"{server.url}/metrics").text
 
 
 def test_a_body_that_never_ends_leaves_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with served(text_engine()) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.sendall(f'POST {COMPLETIONS} HTTP/1.1\r\nHost: toy\r\nContent-Length: 100\r\n\r\n{{"prompt":'.encode())
+            client.sendall(
+                f'POST {COMPLETIONS} HTTP/1.1\r\nHost: toy\r\nContent-Length: 100\r\n\r\n{{"prompt":'.encode()
+            )
             time.sleep(0.1)
         assert post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 1}).status_code == 200
         assert is_idle(server)
@@ -328,7 +413,10 @@ def break_logits(llm: TextEngine, letter: int) -> None:
         output = plain(number, rows)
         for place, row in enumerate(rows.tolist()):
             for sequence in llm.engine.sequences:
-                here = sequence.counters.rows[sequence.counters.done[0] - 1] == row and len(sequence.produced) == 3
+                here = (
+                    sequence.counters.rows[sequence.counters.done[0] - 1] == row
+                    and len(sequence.produced) == 3
+                )
                 if here and sequence.tokens[1] == letter:
                     output.logits[place], output.top_prob[place] = math.nan, math.nan
         return output
@@ -357,7 +445,9 @@ def test_a_row_without_numbers_fails_alone() -> None:
         assert is_idle(server)
 
 
-def test_an_engine_that_fails_serves_the_next(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_engine_that_fails_serves_the_next(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     llm = text_engine(2)
     with served(llm) as server:
         with monkeypatch.context() as patch:
@@ -366,17 +456,26 @@ def test_an_engine_that_fails_serves_the_next(monkeypatch: pytest.MonkeyPatch, c
             assert response.status_code == 500
             assert "the engine failed: division by zero" in response.json()["error"]["message"]
         assert "the engine failed" in caplog.text
-        assert post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 4}).json()["choices"][0]["text"] == said("abc", max_tokens=4)
+        assert post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 4}).json()["choices"][0][
+            "text"
+        ] == said("abc", max_tokens=4)
 
 
 def some_request(rng: random.Random) -> dict[str, Any]:
     """A request whose answer depends on everything in it."""
     body: dict[str, Any] = {"prompt": "".join(rng.choices("abcdefghijklmnopqrstuv", k=rng.randint(1, 20)))}
-    body |= {"max_tokens": rng.randint(1, 25), "seed": rng.randint(0, 99), "temperature": rng.choice([0, 0.7, 1.3])}
+    body |= {
+        "max_tokens": rng.randint(1, 25),
+        "seed": rng.randint(0, 99),
+        "temperature": rng.choice([0, 0.7, 1.3]),
+    }
     if rng.random() < 0.5:
         body["stop"] = rng.choices("abcdefgh", k=2)
     if rng.random() < 0.7:
-        body["ease"] = {"threshold": rng.choice([0.1, 0.3, 0.6]), "catch_up": rng.choice(["recompute", "propagate", "verify"])}
+        body["ease"] = {
+            "threshold": rng.choice([0.1, 0.3, 0.6]),
+            "catch_up": rng.choice(["recompute", "propagate", "verify"]),
+        }
     return body
 
 
@@ -402,12 +501,18 @@ def test_64_clients_get_what_each_would_get_alone() -> None:
         async def ask(number: int) -> str | None:
             async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
                 if number % 8 == 7:  # leaves after the first event
-                    async with client.stream("POST", COMPLETIONS, json={**bodies[number], "stream": True}) as response:
+                    async with client.stream(
+                        "POST", COMPLETIONS, json={**bodies[number], "stream": True}
+                    ) as response:
                         async for _ in response.aiter_lines():
                             return None
                 if number % 2:
                     response = await client.post(COMPLETIONS, json={**bodies[number], "stream": True})
-                    events = [json.loads(line[6:]) for line in response.text.split("\n\n") if line and line != "data: [DONE]"]
+                    events = [
+                        json.loads(line[6:])
+                        for line in response.text.split("\n\n")
+                        if line and line != "data: [DONE]"
+                    ]
                     return "".join(choice["text"] for event in events for choice in event["choices"])
                 response = await client.post(COMPLETIONS, json=bodies[number])
                 text: str = response.json()["choices"][0]["text"]
@@ -427,12 +532,19 @@ def test_64_clients_get_what_each_would_get_alone() -> None:
     figures = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
     assert float(figures["ease_mean_batch"]) > 1.5
     assert float(figures["ease_queue_length"]) == 0
-    assert float(figures['ease_requests_total{endpoint="completions",outcome="ok"}']) >= 2 * num_clients * 7 / 8
+    assert (
+        float(figures['ease_requests_total{endpoint="completions",outcome="ok"}']) >= 2 * num_clients * 7 / 8
+    )
 
 
 def test_a_server_that_ends_cuts_what_does_not_end_in_time() -> None:
-    with served(text_engine(1, seconds=0.02)) as server, httpx.Client(base_url=server.url, timeout=30) as client:
-        with client.stream("POST", COMPLETIONS, json={"prompt": "abc", "max_tokens": 59, "stream": True}) as response:
+    with (
+        served(text_engine(1, seconds=0.02)) as server,
+        httpx.Client(base_url=server.url, timeout=30) as client,
+    ):
+        with client.stream(
+            "POST", COMPLETIONS, json={"prompt": "abc", "max_tokens": 59, "stream": True}
+        ) as response:
             lines = response.iter_lines()
             assert "choices" in next(lines)
             server.service.worker.drain(0.1)
@@ -462,7 +574,11 @@ def test_the_command_serves_until_it_is_told_to_end(tiny_bundle: Path) -> None:
         address = next(found[0] for line in process.stderr if (found := re.search(r"http://[0-9.:]+", line)))
         with httpx.Client(base_url=address, timeout=30) as client:
             assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [tiny_bundle.name]
-            with client.stream("POST", COMPLETIONS, json={"prompt": "And the king", "stream": True, "logit_bias": {"0": -100}}) as response:
+            with client.stream(
+                "POST",
+                COMPLETIONS,
+                json={"prompt": "And the king", "stream": True, "logit_bias": {"0": -100}},
+            ) as response:
                 lines = response.iter_lines()
                 assert "choices" in next(lines)
                 process.send_signal(signal.SIGTERM)
@@ -475,7 +591,15 @@ def test_the_command_serves_until_it_is_told_to_end(tiny_bundle: Path) -> None:
 
 def test_a_port_that_is_taken_is_said(tiny_bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        command = [sys.executable, "-m", "ease_runtime.cli.main", "serve", str(tiny_bundle), "--port", str(taken.getsockname()[1])]
+        command = [
+            sys.executable,
+            "-m",
+            "ease_runtime.cli.main",
+            "serve",
+            str(tiny_bundle),
+            "--port",
+            str(taken.getsockname()[1]),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "is the port taken? choose another: --port" in done.stderr.splitlines()[-1]
@@ -507,8 +631,16 @@ def test_shadowed_answers_are_compared_with_full_depth() -> None:
             post(server, COMPLETIONS, {"prompt": prompt, "max_tokens": 20, "ease": early(0.1)})
             wait_until(lambda number=number: len(server.service.shadow.risks) == number)
         post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 5})  # at full depth
-        post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 5, "ease": {"threshold": 0.1, "catch_up": "verify"}})
-        post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 5, "temperature": 1, "seed": 1, "ease": early(0.1)})
+        post(
+            server,
+            COMPLETIONS,
+            {"prompt": "abc", "max_tokens": 5, "ease": {"threshold": 0.1, "catch_up": "verify"}},
+        )
+        post(
+            server,
+            COMPLETIONS,
+            {"prompt": "abc", "max_tokens": 5, "temperature": 1, "seed": 1, "ease": early(0.1)},
+        )
         wait_until(lambda: is_idle(server))
         found = httpx.get(server.url + "/health").json()["shadow"]
         metrics = httpx.get(server.url + "/metrics").text
@@ -531,11 +663,21 @@ def test_shadowed_answers_are_compared_with_full_depth() -> None:
 @pytest.mark.parametrize(("delta", "drift"), [(0.001, True), (0.9, False)])
 def test_drift_from_the_certificate(delta: float, drift: bool) -> None:
     """Only answers as the certificate has them count; drift is a risk above its promise beyond chance."""
-    certificate = {"policy": "max-prob", "thresholds": [0.1, 0.1], "catch_up": "recompute", "risk": "disagreement", "delta": delta}
+    certificate = {
+        "policy": "max-prob",
+        "thresholds": [0.1, 0.1],
+        "catch_up": "recompute",
+        "risk": "disagreement",
+        "delta": delta,
+    }
     with served(text_engine(), shadow=1.0, certificate=certificate) as server:
         post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 5, "ease": early(0.2)})
         for number in range(1, 21):
-            post(server, COMPLETIONS, {"prompt": "hello"[: 1 + number % 5], "max_tokens": 8, "ease": early(0.1)})
+            post(
+                server,
+                COMPLETIONS,
+                {"prompt": "hello"[: 1 + number % 5], "max_tokens": 8, "ease": early(0.1)},
+            )
             wait_until(lambda number=number: len(server.service.shadow.risks) == number)
         found = httpx.get(server.url + "/health").json()["shadow"]
         metrics = httpx.get(server.url + "/metrics").text
@@ -564,7 +706,13 @@ def test_a_comparison_that_is_cut_does_not_count() -> None:
 
 def test_the_loss_of_an_answer() -> None:
     """Nats that each token lost against full depth, none below 0 or above 1; sampled answers count, too."""
-    certificate = {"policy": "max-prob", "thresholds": [0.1, 0.1], "catch_up": "recompute", "risk": "loss", "delta": 0.5}
+    certificate = {
+        "policy": "max-prob",
+        "thresholds": [0.1, 0.1],
+        "catch_up": "recompute",
+        "risk": "loss",
+        "delta": 0.5,
+    }
     llm = text_engine(1)
     shadow = Shadow(llm.engine, 1.0, certificate)
     generation = llm.submit("hello", Options(max_tokens=12, threshold=(0.1,), temperature=1.0, seed=3))
@@ -574,7 +722,9 @@ def test_the_loss_of_an_answer() -> None:
         llm.step()
     ids, losses = llm.encode("hello"), []
     for event in early:
-        (full,) = llm.generate(list(ids), Options(max_tokens=1, logit_bias={event.id: 1000.0}))  # says the same token at full depth
+        (full,) = llm.generate(
+            list(ids), Options(max_tokens=1, logit_bias={event.id: 1000.0})
+        )  # says the same token at full depth
         assert full.id == event.id
         losses.append(min(max(full.logprob - event.logprob, 0.0), 1.0))
         ids.append(event.id)

@@ -30,7 +30,9 @@ def make_tokenizer(kind: str) -> Tokenizer:
     texts = ["You obey the user, and the assistant obeys the system", "im start im end, Hi", "<|im_start|>"]
     tokenizer.train_from_iterator(
         texts * 3,
-        trainers.BpeTrainer(vocab_size=320, special_tokens=[END, START], initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=[END, START], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     tokenizer.add_tokens([AddedToken(THINK, special=False)])
     return tokenizer
@@ -54,7 +56,9 @@ def as_text(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("text", [FORGED, END, f"{START}{END}", "Hi", "", f"<|im_{END}end|>", f"{THINK} obey {END}"])
+@pytest.mark.parametrize(
+    "text", [FORGED, END, f"{START}{END}", "Hi", "", f"<|im_{END}end|>", f"{THINK} obey {END}"]
+)
 def test_what_a_text_mentions_is_text(tokenizer: Tokenizer, special: SpecialTokens, text: str) -> None:
     ids = special.encode_text(text)
     assert ids == as_text(tokenizer, text)
@@ -65,11 +69,15 @@ def test_what_a_text_mentions_is_text(tokenizer: Tokenizer, special: SpecialToke
 def test_a_forged_turn_is_text(tokenizer: Tokenizer, special: SpecialTokens) -> None:
     template = ChatTemplate(CHATML)
     honest = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]
-    assert special.encode_chat(template, honest) == tokenizer.encode(template.render(honest), add_special_tokens=False).ids
+    assert (
+        special.encode_chat(template, honest)
+        == tokenizer.encode(template.render(honest), add_special_tokens=False).ids
+    )
     ids = special.encode_chat(template, [{"role": "user", "content": FORGED}])
     assert [token for token in ids if token < 2] == [1, 0, 1]
     assert tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.decode(
-        tokenizer.encode(template.render([{"role": "user", "content": FORGED}])).ids, skip_special_tokens=False
+        tokenizer.encode(template.render([{"role": "user", "content": FORGED}])).ids,
+        skip_special_tokens=False,
     )
 
 
@@ -87,7 +95,11 @@ def test_the_words_around_a_mention_are_cut_as_without_it() -> None:
         assert ids[1 : ids.index(0)] == expected
 
 
-@given(st.lists(st.sampled_from([START, END, THINK, "<|im_", "end|>", "Hi", " obey ", "\n", "7", "é🙂"]), max_size=8))
+@given(
+    st.lists(
+        st.sampled_from([START, END, THINK, "<|im_", "end|>", "Hi", " obey ", "\n", "7", "é🙂"]), max_size=8
+    )
+)
 @settings(max_examples=60, deadline=None)
 def test_whatever_is_said_only_the_template_controls(parts: list[str]) -> None:
     special = SPECIAL
@@ -103,7 +115,9 @@ SPECIAL = SpecialTokens(make_tokenizer("bytes"))
 
 def test_every_field_of_a_message_is_text() -> None:
     template = ChatTemplate("{{ messages | tojson }}{{ messages[0].name | upper }}<|im_end|>")
-    ids = SPECIAL.encode_chat(template, [{"role": "user", "content": "x", "name": START, "parts": [{"text": END}]}])
+    ids = SPECIAL.encode_chat(
+        template, [{"role": "user", "content": "x", "name": START, "parts": [{"text": END}]}]
+    )
     assert [token for token in ids if token < 2] == [0]
     assert SPECIAL.tokenizer.decode(ids).count(START) == 2
 

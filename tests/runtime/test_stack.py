@@ -19,7 +19,14 @@ from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import FULL_DEPTH, make_policy
 
 NUM_TOKENS = 96
-SIZES = (1, 2, 3, 16, 48, 96)  # tokens a pass; none but the last is a whole number of the others, all divide 96
+SIZES = (
+    1,
+    2,
+    3,
+    16,
+    48,
+    96,
+)  # tokens a pass; none but the last is a whole number of the others, all divide 96
 COPIED = "TensorScatter: in-place optimization not activated"
 
 
@@ -27,24 +34,37 @@ def some_ids(stack: OrtStack, num_tokens: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, stack.vocab_size, num_tokens)
 
 
-def run_all(stack: OrtStack, ids: np.ndarray, size: int, active: np.ndarray | None = None) -> tuple[list[np.ndarray], RowCache]:
+def run_all(
+    stack: OrtStack, ids: np.ndarray, size: int, active: np.ndarray | None = None
+) -> tuple[list[np.ndarray], RowCache]:
     """Every segment over `ids` in passes of `size`: the hidden states after each segment, and the cache."""
     cache, rows, states = stack.open_cache(), ids, []
     for k in range(len(stack.exit_layers)):
         out = stack.reserve_rows(2 * len(ids), [rows] if k else [])
         for start in range(0, len(ids), size):
             part = slice(start, min(start + size, len(ids)))
-            stack.run_segment(k, cache, [Span(0, part.start, part.stop)], rows[part], out + start, None if active is None else active[part])
+            stack.run_segment(
+                k,
+                cache,
+                [Span(0, part.start, part.stop)],
+                rows[part],
+                out + start,
+                None if active is None else active[part],
+            )
         rows = np.arange(out, out + len(ids))
         states.append(stack.pool.states[rows].copy())
     return states, cache
 
 
-def assert_equal_runs(one: tuple[list[np.ndarray], RowCache], other: tuple[list[np.ndarray], RowCache]) -> None:
+def assert_equal_runs(
+    one: tuple[list[np.ndarray], RowCache], other: tuple[list[np.ndarray], RowCache]
+) -> None:
     for k, (a, b) in enumerate(zip(one[0], other[0], strict=True)):
         np.testing.assert_array_equal(a, b, err_msg=f"hidden states after segment {k}")
     length = len(one[0][0])
-    np.testing.assert_array_equal(contents(one[1])[..., :length, :], contents(other[1])[..., :length, :], err_msg="keys and values")
+    np.testing.assert_array_equal(
+        contents(one[1])[..., :length, :], contents(other[1])[..., :length, :], err_msg="keys and values"
+    )
 
 
 def contents(cache: RowCache) -> np.ndarray:
@@ -61,16 +81,24 @@ def whole(tiny_stack: OrtStack) -> tuple[list[np.ndarray], RowCache]:
 @pytest.mark.parametrize("step", [1, 7, 128, 1000])
 @pytest.mark.parametrize("size", SIZES)
 def test_passes_are_bit_identical(
-    tiny_stack: OrtStack, whole: tuple[list[np.ndarray], RowCache], size: int, step: int, monkeypatch: pytest.MonkeyPatch
+    tiny_stack: OrtStack,
+    whole: tuple[list[np.ndarray], RowCache],
+    size: int,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever the number of tokens S and the cache length T: T as short as can be, in odd steps, in steps of 128, and all of it."""
     monkeypatch.setattr(buffers, "CACHE_STEP", step)
     lengths = {tiny_stack.open_cache().length_for(1, n) for n in range(size, NUM_TOKENS + 1, size)}
-    assert lengths == {min(-(-n // step) * step, tiny_stack.max_positions) for n in range(size, NUM_TOKENS + 1, size)}
+    assert lengths == {
+        min(-(-n // step) * step, tiny_stack.max_positions) for n in range(size, NUM_TOKENS + 1, size)
+    }
     assert_equal_runs(run_all(tiny_stack, some_ids(tiny_stack, NUM_TOKENS), size), whole)
 
 
-def test_states_and_kv_are_not_trivial(tiny_stack: OrtStack, whole: tuple[list[np.ndarray], RowCache]) -> None:
+def test_states_and_kv_are_not_trivial(
+    tiny_stack: OrtStack, whole: tuple[list[np.ndarray], RowCache]
+) -> None:
     """Equal to the bit means something: every position and segment has states of its own, and another past gives others."""
     states, cache = whole
     for k in range(3):
@@ -121,7 +149,9 @@ def test_head_figures_are_those_of_its_logits(tiny_stack: OrtStack) -> None:
         np.testing.assert_array_equal(output.top_id, logits.argmax(axis=1))
         np.testing.assert_allclose(output.top_prob, top[:, -1], rtol=1e-5)
         np.testing.assert_allclose(output.margin, top[:, -1] - top[:, -2], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(output.entropy, -(np.exp(logprobs) * logprobs).sum(axis=1), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            output.entropy, -(np.exp(logprobs) * logprobs).sum(axis=1), rtol=1e-4, atol=1e-5
+        )
 
 
 # The cache in place
@@ -164,7 +194,9 @@ def test_the_cache_grows_in_steps(tiny_stack: OrtStack) -> None:
     sequence = engine.start(ids.tolist(), max_new_tokens=1000)
     tokens = [token.id for token in engine.generate(sequence)]
     trace, tiny_stack.trace = tiny_stack.trace, None
-    assert [c.cache_length for c in trace if c.graph == "segment" and c.number == 2] == [128] * 29 + [256] * 128 + [288] * 31
+    assert [c.cache_length for c in trace if c.graph == "segment" and c.number == 2] == [128] * 29 + [
+        256
+    ] * 128 + [288] * 31
     assert len(tokens) == 188
     assert len(set(tokens)) > 10
     assert tokens == full_recomputation(tiny_stack, ids, 188)
@@ -190,10 +222,18 @@ def begin(engine: Engine, seed: int, catch_up: str, threshold: float | None) -> 
     """A seeded prompt and sampler, so that the texts differ and do not loop."""
     prompt = some_ids(engine.stack, 5 + 9 * seed, seed).tolist()
     policy = make_policy("max-prob", None if threshold is None else [threshold], engine.stack.exit_layers)
-    return engine.start(prompt, max_new_tokens=60, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, seed))
+    return engine.start(
+        prompt, max_new_tokens=60, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, seed)
+    )
 
 
-REQUESTS = [(0, "propagate", 0.4), (1, "recompute", 0.4), (2, "recompute", None), (3, "propagate", 0.2), (4, "recompute", 0.0)]
+REQUESTS = [
+    (0, "propagate", 0.4),
+    (1, "recompute", 0.4),
+    (2, "recompute", None),
+    (3, "propagate", 0.2),
+    (4, "recompute", 0.0),
+]
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +257,13 @@ def test_depths_vary(alone: list[list[Token]]) -> None:
 @pytest.mark.parametrize("always", [False, True])
 @pytest.mark.parametrize(("pool_rows", "cap", "num_slots"), [(1, 3, 5), (1, 64, 2), (64, 3, 3), (64, 64, 5)])
 def test_rows_of_a_batch_in_a_small_pool(
-    tiny_bundle: Path, alone: list[list[Token]], pool_rows: int, cap: int, num_slots: int, always: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path,
+    alone: list[list[Token]],
+    pool_rows: int,
+    cap: int,
+    num_slots: int,
+    always: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Together, with a pool so small that it grows and is packed (or packed at every pass): tokens and figures as alone, to the bit."""
     reserve, pack, packs = HiddenPool.reserve, HiddenPool._pack, []
@@ -263,13 +309,18 @@ def test_verify_says_what_full_depth_says(tiny_stack: OrtStack, seed: int | None
         for policy in (make_policy("max-prob", [0.05], layers), make_policy("similarity", [0.5], layers)):
             prompts = [some_ids(tiny_stack, 5 + 20 * i, i).tolist() for i in range(4)]
             started = [
-                [engine.start(p, max_new_tokens=60, policy=chosen, catch_up="verify", sampler=sampler) for p in prompts]
+                [
+                    engine.start(p, max_new_tokens=60, policy=chosen, catch_up="verify", sampler=sampler)
+                    for p in prompts
+                ]
                 for chosen in (FULL_DEPTH, policy)
             ]
             while engine.busy:
                 engine.step()
             for plain, verified in zip(*started, strict=True):
-                assert [(t.id, t.logprob) for t in verified.produced] == [(t.id, t.logprob) for t in plain.produced]
+                assert [(t.id, t.logprob) for t in verified.produced] == [
+                    (t.id, t.logprob) for t in plain.produced
+                ]
                 drafted, accepted = drafted + verified.drafts.judged, accepted + verified.drafts.accepted
     assert 0 < accepted < drafted
 
@@ -297,7 +348,10 @@ def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack) -> None:
     trace, tiny_stack.trace = tiny_stack.trace, None
     assert [s.produced for s in sequences] == expected
     assert nearest_end == 0 or {len(s.tokens) for s in sequences} == {limit}
-    assert {c.cache_length for c in trace if c.num_slots > 1} >= {256, 384}  # the second: room for pads past the context of 288
+    assert {c.cache_length for c in trace if c.num_slots > 1} >= {
+        256,
+        384,
+    }  # the second: room for pads past the context of 288
     assert engine.cache.length == 128  # and back, once nobody needs it
     assert 0 < engine.cache.copied_bytes < 8 * contents(engine.cache).nbytes
 
@@ -344,7 +398,11 @@ def test_the_pool_keeps_what_lives(data: st.DataObject, rows: int) -> None:
         written += num_rows
         pool.states[new] = values
         owners.append((new, values))
-        owners = [(rows[cut:], values[cut:]) for rows, values in owners if (cut := data.draw(st.integers(0, len(rows)))) < len(rows)]
+        owners = [
+            (rows[cut:], values[cut:])
+            for rows, values in owners
+            if (cut := data.draw(st.integers(0, len(rows)))) < len(rows)
+        ]
         for rows_of, expected in owners:
             np.testing.assert_array_equal(pool.states[rows_of], expected)
 
@@ -368,7 +426,9 @@ def test_the_self_test_sees_a_wrong_mask(tiny_bundle: Path, monkeypatch: pytest.
     """A causal mask aligned top-left, as before onnxruntime 1.31: several tokens on a filled cache see only its beginning."""
     right = OrtStack.run_segment
 
-    def top_left(self: OrtStack, number: int, cache: RowCache, spans: list[Span], inputs: np.ndarray, out_row: int) -> None:
+    def top_left(
+        self: OrtStack, number: int, cache: RowCache, spans: list[Span], inputs: np.ndarray, out_row: int
+    ) -> None:
         if len(inputs) > 1 and spans[0].start:
             right(self, number, self.open_cache(), [Span(0, 0, len(inputs))], inputs, out_row)
         else:
@@ -386,7 +446,9 @@ def test_the_self_test_sees_a_wrong_mask(tiny_bundle: Path, monkeypatch: pytest.
 def test_the_self_test_sees_numbers_that_are_none(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = OrtStack.run_segment
 
-    def not_a_number(self: OrtStack, number: int, cache: RowCache, spans: list[Span], inputs: np.ndarray, out_row: int) -> None:
+    def not_a_number(
+        self: OrtStack, number: int, cache: RowCache, spans: list[Span], inputs: np.ndarray, out_row: int
+    ) -> None:
         right(self, number, cache, spans, inputs, out_row)
         self.pool.states[out_row + len(inputs) - 1, 0] = np.nan
 
@@ -395,7 +457,9 @@ def test_the_self_test_sees_numbers_that_are_none(tiny_bundle: Path, monkeypatch
         OrtStack(tiny_bundle)
 
 
-def test_one_thread_pool_for_the_process(tiny_bundle: Path, tiny_stack: OrtStack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_thread_pool_for_the_process(
+    tiny_bundle: Path, tiny_stack: OrtStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Set once, however many stacks load; every session uses it."""
     assert graphs.start_thread_pool.cache_info().currsize == 1  # `tiny_stack` has set it for good
     sizes, own_threads = [], []
@@ -411,7 +475,9 @@ def test_one_thread_pool_for_the_process(tiny_bundle: Path, tiny_stack: OrtStack
     OrtStack(tiny_bundle)
     OrtStack(tiny_bundle)
     assert sizes == [(0, 1)]
-    assert own_threads == [False] * 2 * 10  # 3 segments, 2 kv graphs, 3 exits, 1 head that they share, the similarity
+    assert (
+        own_threads == [False] * 2 * 10
+    )  # 3 segments, 2 kv graphs, 3 exits, 1 head that they share, the similarity
 
 
 def test_another_number_of_threads_is_refused(tiny_bundle: Path, tiny_stack: OrtStack) -> None:

@@ -57,9 +57,18 @@ def test_no_piece_is_a_broken_character(text: str, prompt: str) -> None:
 
 @pytest.mark.parametrize(
     ("stop", "expected", "count"),
-    [((0,), "a", 2), ((0, "b"), "a", 3), (("a", 0), "", 2), (("b", 0, "c"), "a", 5), ((0, 0), "abc", 7), ("bc", "a", None)],
+    [
+        ((0,), "a", 2),
+        ((0, "b"), "a", 3),
+        (("a", 0), "", 2),
+        (("b", 0, "c"), "a", 5),
+        ((0, 0), "abc", 7),
+        ("bc", "a", None),
+    ],
 )
-def test_special_tokens_stand_in_stop_strings(stop: tuple[str | int, ...], expected: str, count: int | None) -> None:
+def test_special_tokens_stand_in_stop_strings(
+    stop: tuple[str | int, ...], expected: str, count: int | None
+) -> None:
     """a, 0, b, 0, c, 0, 0: they have no text, but they stand between the letters and are stopped at."""
     a, b, c = (BYTES.encode(letter).ids[0] for letter in "abc")
     given, writer = write([a, 0, b, 0, c, 0, 0, a], [stop])
@@ -72,7 +81,9 @@ def test_special_tokens_stand_in_stop_strings(stop: tuple[str | int, ...], expec
 
 
 def test_a_character_comes_with_its_last_byte() -> None:
-    ids = BYTES.encode("€!").ids  # the merges cut it after two bytes, and join its third with the next character
+    ids = BYTES.encode(
+        "€!"
+    ).ids  # the merges cut it after two bytes, and join its third with the next character
     assert len(ids) == 2
     assert pieces_of(BYTES, ids, []) == ["", "€!", ""]
     assert pieces_of(BYTES, ids[:1], []) == ["", "\ufffd"]
@@ -113,7 +124,9 @@ def test_characters_in_bytes_and_a_prompt_that_ends_inside_one(kind: str) -> Non
     euro, hand = ([3 + byte for byte in character.encode()] for character in "€👍")
     the, broken = tokenizer.token_to_id("▁the"), 3 + 0xFF
     assert pieces_of(tokenizer, [*euro, *hand, *euro, the], [the]) == [*[""] * 10, "€👍€ the", ""]
-    assert "".join(pieces_of(tokenizer, [the], [the, *euro, *hand, *euro])) == " the", "nothing of the prompt's own bytes"
+    assert "".join(pieces_of(tokenizer, [the], [the, *euro, *hand, *euro])) == " the", (
+        "nothing of the prompt's own bytes"
+    )
     assert "".join(pieces_of(tokenizer, [*euro[1:], the], [the, euro[0]])) == "€ the"
     assert "".join(pieces_of(tokenizer, [the], [the, *euro[:2]])) == " the"
     assert "".join(pieces_of(tokenizer, [*euro, broken, the], [the])) == "\ufffd" * 4 + " the"
@@ -127,7 +140,9 @@ def test_a_stop_string_is_looked_for_in_the_text_as_it_reads(last: bool) -> None
     given, writer = write([the, *ids, *([] if last else [the])], ["👍b"], tokenizer)
     assert (text_of(given), writer.stopped) == ("thea€", True)
     given, writer = write([the, *ids[:-2], the], ["€"], tokenizer)
-    assert (text_of(given), writer.stopped) == ("the" + "\ufffd" * 7 + " the", False), "a byte is missing, so none of them reads"
+    assert (text_of(given), writer.stopped) == ("the" + "\ufffd" * 7 + " the", False), (
+        "a byte is missing, so none of them reads"
+    )
 
 
 def test_a_long_run_of_broken_bytes_costs_no_more_than_a_text() -> None:
@@ -148,7 +163,9 @@ def first_stop(text: str, stops: list[str]) -> int:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    text=st.text("ab", max_size=40), stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3), cut=st.integers(1, 5)
+    text=st.text("ab", max_size=40),
+    stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3),
+    cut=st.integers(1, 5),
 )
 def test_stop_strings_against_brute_force(text: str, stops: list[str], cut: int) -> None:
     """Fed in parts of any size: found where they are, and what is held is the longest end that begins one of them."""
@@ -164,7 +181,10 @@ def test_stop_strings_against_brute_force(text: str, stops: list[str], cut: int)
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text("the a€\n", max_size=40), stops=st.lists(st.text("the a€\n", min_size=1, max_size=5), max_size=3))
+@given(
+    text=st.text("the a€\n", max_size=40),
+    stops=st.lists(st.text("the a€\n", min_size=1, max_size=5), max_size=3),
+)
 def test_the_answer_ends_before_the_stop_string(text: str, stops: list[str]) -> None:
     """Across the borders of tokens and of characters; what was given never has to be taken back."""
     given, writer = write(BYTES.encode(text).ids, stops)
@@ -191,7 +211,15 @@ def test_each_token_comes_once_and_in_order() -> None:
 
 def test_what_may_begin_a_stop_string_is_held_back() -> None:
     given, _ = write(BYTES.encode("x12x123").ids, ["1234"])
-    assert [[piece.text for piece in pieces] for pieces in given] == [["x"], [], [], ["1", "2", "x"], [], [], ["1", "2", "3"]]
+    assert [[piece.text for piece in pieces] for pieces in given] == [
+        ["x"],
+        [],
+        [],
+        ["1", "2", "x"],
+        [],
+        [],
+        ["1", "2", "3"],
+    ]
 
 
 def test_no_stop_strings_hold_nothing() -> None:

@@ -10,7 +10,15 @@ import torch
 from ease_train.training.config import Recipe
 
 TINY: dict[str, dict[str, Any]] = {
-    "model": {"dim": 16, "num_layers": 4, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 32, "max_positions": 32, "exits": [2, 3, 4]},
+    "model": {
+        "dim": 16,
+        "num_layers": 4,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "ffn_dim": 32,
+        "max_positions": 32,
+        "exits": [2, 3, 4],
+    },
     "tokenizer": {"kind": "char"},
     "train": {
         "layer_weights": {2: 0.3, 3: 0.2, 4: 1.0},
@@ -28,7 +36,9 @@ TINY: dict[str, dict[str, Any]] = {
 
 def tiny_recipe(**tables: dict[str, Any]) -> Recipe:
     known = {**TINY, **{table: {} for table in tables if table not in TINY}}
-    return Recipe.from_dict({"name": "tiny", **{t: {**fields, **tables.get(t, {})} for t, fields in known.items()}}, "tiny")
+    return Recipe.from_dict(
+        {"name": "tiny", **{t: {**fields, **tables.get(t, {})} for t, fields in known.items()}}, "tiny"
+    )
 
 
 @pytest.fixture(autouse=True)

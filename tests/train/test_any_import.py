@@ -29,13 +29,19 @@ from ease_runtime.text.streaming import Detokenizer
 from ease_train.convert.huggingface import import_model
 from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 NUM_DIRECTORIES = int(os.environ.get("EASE_IMPORTS", "25"))
 TOLERANCE = 1e-4  # of the largest logit
 TEXTS = ["And the king spoke", " a  river\n\n", "Hé, 日€!", "the <|eot|> of <tool>it</tool>", "1234567"]
 CHATS = [
     [{"role": "user", "content": "Hello "}],
-    [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ],
 ]
 TEMPLATES = [
     foreign_models.TEMPLATE,
@@ -55,10 +61,15 @@ STARTS = {
     "none": None,
     "start": processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]),
     "start of a sequence": processors.Sequence(
-        [processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])]
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)]),
+        ]
     ),
     "bytes": processors.ByteLevel(trim_offsets=False),
-    "both ends": processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]),
+    "both ends": processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    ),
 }
 often = st.sampled_from([False, False, False, True])  # an oddity: most directories have one or two
 
@@ -112,7 +123,9 @@ def words(kind: str) -> str:
     names = ["<s>", "</s>", "<|eot|>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     names += [left + right for left, right in merges]
     vocabulary = {name: place for place, name in enumerate(names)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
@@ -126,30 +139,56 @@ def write_tokenizer(plan: dict[str, Any], folder: Path) -> int:
     if (start := STARTS[plan["start"]]) is not None:
         tokenizer.post_processor = start
     if plan["added"]:
-        tokenizer.add_tokens([AddedToken("<tool>", special=False), AddedToken("</tool>", special=False, lstrip=True)])
+        tokenizer.add_tokens(
+            [AddedToken("<tool>", special=False), AddedToken("</tool>", special=False, lstrip=True)]
+        )
     if plan["cut"]:
         tokenizer.enable_truncation(4)
     if plan["padded"]:
         tokenizer.enable_padding(pad_id=1, pad_token="</s>", length=40)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": None, "pad_token": None, **dict.fromkeys(plan["named"], "<|eot|>")}
-    named: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": plan["tidied"], **names}
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": None,
+        "pad_token": None,
+        **dict.fromkeys(plan["named"], "<|eot|>"),
+    }
+    named: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": plan["tidied"],
+        **names,
+    }
     if plan["says_start"] is not None:
         named["add_bos_token"] = plan["says_start"]
     if plan["says_end"]:
         named["add_eos_token"] = True
     if plan["added_beside"]:
-        token = {"content": "<beside>", "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+        token = {
+            "content": "<beside>",
+            "special": True,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "single_word": False,
+        }
         named["added_tokens_decoder"] = {str(tokenizer.get_vocab_size()): token}
     if plan["special_map"]:
-        beside = {name: {"content": text, "lstrip": False, "normalized": False} for name, text in names.items() if text}
+        beside = {
+            name: {"content": text, "lstrip": False, "normalized": False}
+            for name, text in names.items()
+            if text
+        }
         (folder / "special_tokens_map.json").write_text(json.dumps(beside))
     if plan["template_in"] == "file":
         (folder / "chat_template.jinja").write_text(plan["template"])
     elif plan["template_in"] == "settings":
         named["chat_template"] = plan["template"]
     elif plan["template_in"] == "list":
-        named["chat_template"] = [{"name": "other", "template": "x"}, {"name": "default", "template": plan["template"]}]
+        named["chat_template"] = [
+            {"name": "other", "template": "x"},
+            {"name": "default", "template": plan["template"]},
+        ]
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     return int(tokenizer.get_vocab_size()) + plan["added_beside"]
 
@@ -213,18 +252,31 @@ def or_none(render: Any) -> str | None:
 def check(checkpoint: Checkpoint, folder: Path) -> None:
     """One import against transformers on the same directory."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    known, tokenizer, conventions = transformers.AutoTokenizer.from_pretrained(folder), checkpoint.tokenizer, checkpoint.conventions
+    known, tokenizer, conventions = (
+        transformers.AutoTokenizer.from_pretrained(folder),
+        checkpoint.tokenizer,
+        checkpoint.conventions,
+    )
     template = None
     if (source := conventions.chat_template) is not None:
         template = ChatTemplate(source, **conventions.special_tokens)
-    engine = TextEngine(MockStack(vocab_size=512), tokenizer, start_id=conventions.start_id, template=template)
+    engine = TextEngine(
+        MockStack(vocab_size=512), tokenizer, start_id=conventions.start_id, template=template
+    )
     for text in TEXTS:
         assert engine.encode(text) == known(text, truncation=False, padding=False).input_ids, text
     for chat in CHATS:
-        expected = or_none(lambda chat=chat: known.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-        assert or_none(lambda chat=chat: template and template.render(chat)) == expected or (template is None and expected is None)
+        expected = or_none(
+            lambda chat=chat: known.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        )
+        assert or_none(lambda chat=chat: template and template.render(chat)) == expected or (
+            template is None and expected is None
+        )
         if expected is not None:
-            assert engine.encode_chat(chat) == known(expected, add_special_tokens=False, truncation=False, padding=False).input_ids
+            assert (
+                engine.encode_chat(chat)
+                == known(expected, add_special_tokens=False, truncation=False, padding=False).input_ids
+            )
     ids = torch.arange(2, 50).reshape(2, 24) * 5 % len(known)
     with torch.no_grad():
         expected = theirs(ids).logits
@@ -258,6 +310,8 @@ def test_any_directory_is_read_as_transformers_reads_it_or_refused(plan: dict[st
             check(load_checkpoint(folder / "checkpoint"), folder)
         else:
             assert len(refusal.splitlines()) == 1
-            assert plan["rotary"] == "yarn" or plan["biases"] or plan["start"] == "both ends" or plan["says_end"], refusal
+            assert (
+                plan["rotary"] == "yarn" or plan["biases"] or plan["start"] == "both ends" or plan["says_end"]
+            ), refusal
     finally:
         shutil.rmtree(folder)

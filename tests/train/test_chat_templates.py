@@ -18,8 +18,16 @@ from ease_runtime.llm import LLM
 from ease_train.cli import main as ease_train
 from ease_train.convert.huggingface import export_model, import_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+NAMES = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hello"}],
     [
@@ -41,8 +49,13 @@ SOURCES = [
     "{{ cls_token is defined }}{{ bos_token + eos_token }}{{ additional_special_tokens }}",
     "{{ cls_token + bos_token }}",
     TURNS.replace("BODY", "{% generation %}{{ m.content }}{% endgeneration %}\n"),
-    TURNS.replace("BODY", "{%- set x = 1 -%}{%- generation -%}{% set x = 2 %}{{ x }}{%- endgeneration -%}{{ x }}"),
-    TURNS.replace("BODY", "{% generation %}{% for c in m.content %}{{ c }}{{ loop.index }}{% endfor %}{% endgeneration %}"),
+    TURNS.replace(
+        "BODY", "{%- set x = 1 -%}{%- generation -%}{% set x = 2 %}{{ x }}{%- endgeneration -%}{{ x }}"
+    ),
+    TURNS.replace(
+        "BODY",
+        "{% generation %}{% for c in m.content %}{{ c }}{{ loop.index }}{% endfor %}{% endgeneration %}",
+    ),
     "{% for m in messages %}{{ m.name is defined }}{{ m.tool_calls is defined }}{{ m.reasoning_content }}{{ m.thinking }}{% endfor %}",
     "{% for m in messages[::-1] %}{% if m.role == 'assistant' %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
     "  {% if true %}\n    a\n  {% endif %}\nb\n",
@@ -71,7 +84,9 @@ def rendered(render: Any) -> str | None:
 def test_templates_say_what_transformers_makes_them_say(tokenizer: Any, source: str) -> None:
     for chat in CHATS:
         theirs = rendered(
-            lambda chat=chat: tokenizer.apply_chat_template(chat, chat_template=source, add_generation_prompt=True, tokenize=False)
+            lambda chat=chat: tokenizer.apply_chat_template(
+                chat, chat_template=source, add_generation_prompt=True, tokenize=False
+            )
         )
         assert rendered(lambda chat=chat: ChatTemplate(source, **NAMES).render(chat)) == theirs
 
@@ -97,7 +112,9 @@ def with_template(llama: Path, folder: Path, template: Any, **settings: Any) -> 
 def test_a_template_that_cannot_be_read_costs_chat_only(llama: Path, tmp_path: Path) -> None:
     """Said at import, at build and when chat is asked; a text goes on."""
     run, said = CliRunner().invoke, "the chat template cannot be read (Encountered unknown tag 'blink'."
-    source = with_template(llama, tmp_path / "hf", b"{% for m in messages %}{{ m.content }}{% endfor %}\n{% blink %}")
+    source = with_template(
+        llama, tmp_path / "hf", b"{% for m in messages %}{{ m.content }}{% endfor %}\n{% blink %}"
+    )
     checkpoint, bundle = str(tmp_path / "checkpoint"), str(tmp_path / "bundle")
     for command, arguments in (
         (ease_train, ["import", str(source), "--out", checkpoint]),
@@ -121,10 +138,16 @@ def test_a_template_that_cannot_be_read_costs_chat_only(llama: Path, tmp_path: P
     [
         (b"{{ messages|nonsense }}", True, "cannot be read .No filter named 'nonsense'., line 1"),
         (b"\xff\xfe{", False, "cannot be read .'utf-8' codec"),
-        ([{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}], False, "named 'default' .there are: rag, tool_use"),
+        (
+            [{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}],
+            False,
+            "named 'default' .there are: rag, tool_use",
+        ),
     ],
 )
-def test_what_else_is_no_template(llama: Path, tmp_path: Path, template: Any, kept: bool, message: str) -> None:
+def test_what_else_is_no_template(
+    llama: Path, tmp_path: Path, template: Any, kept: bool, message: str
+) -> None:
     folder = with_template(llama, tmp_path / "hf", template)
     with pytest.warns(SettingWarning, match=message):
         found = import_model(str(folder)).conventions
@@ -133,8 +156,13 @@ def test_what_else_is_no_template(llama: Path, tmp_path: Path, template: Any, ke
 
 def test_special_tokens_reach_the_template_and_go_back(llama: Path, tmp_path: Path) -> None:
     """Through checkpoint, bundle and `export-hf`, named by their text or by an object that holds it."""
-    template = "{{ bos_token }}{{ unk_token }}{{ pad_token }}{{ messages[0].content }}{{ cls_token is defined }}"
-    names = {"unk_token": "<|eot|>", "pad_token": {"__type": "AddedToken", "content": "</s>", "special": True}}
+    template = (
+        "{{ bos_token }}{{ unk_token }}{{ pad_token }}{{ messages[0].content }}{{ cls_token is defined }}"
+    )
+    names = {
+        "unk_token": "<|eot|>",
+        "pad_token": {"__type": "AddedToken", "content": "</s>", "special": True},
+    }
     folder = with_template(llama, tmp_path / "hf", template, **names)
     chat = [{"role": "user", "content": "Hello"}]
     expected = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, tokenize=False)
@@ -147,4 +175,9 @@ def test_special_tokens_reach_the_template_and_go_back(llama: Path, tmp_path: Pa
     assert template is not None
     assert template.render(chat) == expected
     export_model(import_model(str(folder)), tmp_path / "back")
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").apply_chat_template(chat, tokenize=False) == expected
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "back").apply_chat_template(
+            chat, tokenize=False
+        )
+        == expected
+    )

@@ -40,7 +40,12 @@ def test_save_and_load(recipe: Recipe, tmp_path: Path, tied: bool) -> None:
     before = make(recipe, 5, tie_embeddings=tied)
     save_checkpoint(before, tmp_path / "c")
     after = load_checkpoint(tmp_path / "c", resume=True)
-    assert (after.recipe, after.step, after.data, after.metrics) == (before.recipe, 5, "corpus.txt", [{"step": 5}])
+    assert (after.recipe, after.step, after.data, after.metrics) == (
+        before.recipe,
+        5,
+        "corpus.txt",
+        [{"step": 5}],
+    )
     assert after.tokenizer.to_str() == before.tokenizer.to_str()
     for name, value in before.model.state_dict().items():
         assert torch.equal(value, after.model.state_dict()[name]), name
@@ -51,15 +56,23 @@ def test_save_and_load(recipe: Recipe, tmp_path: Path, tied: bool) -> None:
 
 
 @pytest.mark.parametrize("culprit", ["save_model", "torch.save", "torch.save, wrapped"])
-def test_a_full_disk_leaves_the_old_checkpoint(recipe: Recipe, saved: Path, monkeypatch: pytest.MonkeyPatch, culprit: str) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint(
+    recipe: Recipe, saved: Path, monkeypatch: pytest.MonkeyPatch, culprit: str
+) -> None:
     def full(*_: object) -> None:
-        raise RuntimeError("unexpected pos 64 vs 0") if "wrapped" in culprit else OSError(28, "No space left on device")
+        raise (
+            RuntimeError("unexpected pos 64 vs 0")
+            if "wrapped" in culprit
+            else OSError(28, "No space left on device")
+        )
 
     if culprit == "save_model":
         monkeypatch.setattr(checkpoint_module, "save_model", full)
     else:
         monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"could not save step 4 to .*; the checkpoint of before is still at"):
+    with pytest.raises(
+        CheckpointError, match=r"could not save step 4 to .*; the checkpoint of before is still at"
+    ):
         save_checkpoint(make(recipe, step=4), saved)
     monkeypatch.undo()
     assert load_checkpoint(saved, resume=True).step == 3
@@ -68,8 +81,12 @@ def test_a_full_disk_leaves_the_old_checkpoint(recipe: Recipe, saved: Path, monk
     assert load_checkpoint(saved).step == 4
 
 
-def test_a_first_save_that_fails_leaves_nothing(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+def test_a_first_save_that_fails_leaves_nothing(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(CheckpointError) as error:
         save_checkpoint(make(recipe, step=1), tmp_path / "c")
     assert "of before" not in str(error.value)
@@ -112,10 +129,14 @@ def test_missing(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "none")
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "train_state/state.pt"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "train_state/state.pt"]
+)
 def test_incomplete(saved: Path, name: str) -> None:
     (saved / name).unlink()
-    with pytest.raises(CheckpointError, match=f"is no complete checkpoint: {name} is missing; train it again"):
+    with pytest.raises(
+        CheckpointError, match=f"is no complete checkpoint: {name} is missing; train it again"
+    ):
         load_checkpoint(saved, resume=True)
 
 
@@ -126,7 +147,9 @@ def edit_config(path: Path, **changes: object) -> None:
 
 def test_newer(saved: Path) -> None:
     edit_config(saved, format_version=99)
-    with pytest.raises(CheckpointError, match=r"has format_version 99, this version of EASE reads up to 2; update: pip"):
+    with pytest.raises(
+        CheckpointError, match=r"has format_version 99, this version of EASE reads up to 2; update: pip"
+    ):
         load_checkpoint(saved)
 
 
@@ -137,7 +160,9 @@ def test_damaged_config(saved: Path, content: str) -> None:
         load_checkpoint(saved)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "metrics.jsonl", "train_state/state.pt"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "metrics.jsonl", "train_state/state.pt"]
+)
 def test_damaged_file(saved: Path, name: str) -> None:
     (saved / name).write_bytes(b"\x80not this")
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint") as error:
@@ -148,7 +173,10 @@ def test_damaged_file(saved: Path, name: str) -> None:
 def test_weights_of_another_model(recipe: Recipe, saved: Path, tmp_path: Path) -> None:
     save_checkpoint(make(recipe, 1, exits=[1, 2, 3, 4]), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", saved / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"weights do not fit the model: missing \[\], unexpected \['exits\.1\.norm\.weight'\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"weights do not fit the model: missing \[\], unexpected \['exits\.1\.norm\.weight'\]",
+    ):
         load_checkpoint(saved)
 
 
@@ -203,9 +231,14 @@ def write_as_format_1(path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_format_1_is_read(recipe: Recipe, tmp_path: Path, kind: dict[str, Any]) -> None:
     values = recipe.to_dict()
-    values["method"] |= {"distill": {"weight": 0.5, "temperature": 3.0}, "curriculum": {"kind": "rotational", "every": 3}}
+    values["method"] |= {
+        "distill": {"weight": 0.5, "temperature": 3.0},
+        "curriculum": {"kind": "rotational", "every": 3},
+    }
     before = make(Recipe.from_dict(values, "tiny"), 5, **kind)
-    before.train_state["weights"] = {in_format_1(name): value for name, value in before.model.state_dict().items()}
+    before.train_state["weights"] = {
+        in_format_1(name): value for name, value in before.model.state_dict().items()
+    }
     save_checkpoint(before, tmp_path / "c")
     write_as_format_1(tmp_path / "c")
     stored = load_file(tmp_path / "c" / "model.safetensors")
@@ -223,10 +256,17 @@ def test_the_shared_exits_have_names_of_today_or_of_format_1() -> None:
 
     folder = Path(__file__).parents[2] / "exits" / "smollm2-135m-instruct"
     recipe = Recipe.from_dict(
-        {k: v for k, v in json.loads((folder / "ease.json").read_text()).items() if k not in ("step", "figures")}, "x"
+        {
+            k: v
+            for k, v in json.loads((folder / "ease.json").read_text()).items()
+            if k not in ("step", "figures")
+        },
+        "x",
     )
     with torch.device("meta"):
         expected = Decoder(recipe.model).exit_state()
     found = renamed(load_file(folder / "ease_exits.safetensors"))
     assert expected.keys() - found.keys() == {"reduced_head.known.weight"}, "its rows are the LM head's"
-    assert {name: value.shape for name, value in found.items()} == {name: expected[name].shape for name in found}
+    assert {name: value.shape for name, value in found.items()} == {
+        name: expected[name].shape for name in found
+    }

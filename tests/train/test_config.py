@@ -13,7 +13,15 @@ import pytest
 from ease_common.errors import ConfigError, SettingWarning
 from ease_common.settings import Bounds, Section
 from ease_train.methods.method import GateConfig
-from ease_train.training.config import OPTIONS, SECTIONS, ModelConfig, Recipe, TokenizerConfig, load_recipe, recipe_names
+from ease_train.training.config import (
+    OPTIONS,
+    SECTIONS,
+    ModelConfig,
+    Recipe,
+    TokenizerConfig,
+    load_recipe,
+    recipe_names,
+)
 
 Maker = Callable[..., Recipe]
 
@@ -34,10 +42,18 @@ def test_a_recipe_survives_json(recipe: Recipe) -> None:
     ("table", "fields", "message"),
     [
         ("model", {"num_layer": 3}, "tiny, [model]: unknown field 'num_layer'; did you mean 'num_layers'?"),
-        ("train", {"learning_rat": 1.0}, "tiny, [train]: unknown field 'learning_rat'; did you mean 'learning_rate'?"),
+        (
+            "train",
+            {"learning_rat": 1.0},
+            "tiny, [train]: unknown field 'learning_rat'; did you mean 'learning_rate'?",
+        ),
         ("train", {"steps": "many"}, "tiny, [train]: steps = 'many' is not of the type int"),
         ("train", {"steps": True}, "tiny, [train]: steps = True is not of the type int"),
-        ("train", {"layer_weights": {"two": 1.0}}, "layer_weights = {'two': 1.0}: invalid literal for int() with base 10: 'two'"),
+        (
+            "train",
+            {"layer_weights": {"two": 1.0}},
+            "layer_weights = {'two': 1.0}: invalid literal for int() with base 10: 'two'",
+        ),
         ("model", {"exits": [2, "x"]}, "exits = 'x' is not of the type int"),
         ("model", {"tie_embeddings": 1}, "tie_embeddings = 1 is not of the type bool"),
         ("model", {"exits": [2, 9]}, "exits = [2, 9], expected layers from 1 to 4"),
@@ -49,9 +65,17 @@ def test_a_recipe_survives_json(recipe: Recipe) -> None:
         ("model", {"exit_norm": "owned"}, "exit_norm = 'owned'; did you mean 'own'?"),
         ("tokenizer", {"kind": "bqe"}, "kind = 'bqe'; did you mean 'bpe'?"),
         ("train", {"steps": 0}, "steps = 0, expected at least 1"),
-        ("train", {"layer_weights": {2: -1.0, 4: 1.0}}, "layer_weights = {2: -1.0, 4: 1.0}, expected at least 0"),
+        (
+            "train",
+            {"layer_weights": {2: -1.0, 4: 1.0}},
+            "layer_weights = {2: -1.0, 4: 1.0}, expected at least 0",
+        ),
         ("train", {"layer_weights": {2: 0.0}}, "layer_weights are all 0; nothing would be trained"),
-        ("train", {"layer_weights": {1: 1.0}}, "layer_weights names layer 1, which is no exit; exits = [2, 3, 4]"),
+        (
+            "train",
+            {"layer_weights": {1: 1.0}},
+            "layer_weights names layer 1, which is no exit; exits = [2, 3, 4]",
+        ),
         ("train", {"sequence_length": 64}, "sequence_length = 64 is more than max_positions = 32"),
     ],
 )
@@ -68,7 +92,9 @@ NUMERIC = {int, float, tuple[int, ...], tuple[float, ...], dict[int, float]}
 def numeric_settings() -> list[tuple[type[Section], tuple[str, ...]]]:
     """Every setting of every section, and of those within it, that holds numbers."""
     sections = (*SECTIONS.values(), GateConfig)
-    return [(section, path) for section in sections for path, _, hint in section.settings() if hint in NUMERIC]
+    return [
+        (section, path) for section in sections for path, _, hint in section.settings() if hint in NUMERIC
+    ]
 
 
 def just_outside(bounds: Bounds, whole: bool) -> list[float]:
@@ -81,7 +107,9 @@ def just_outside(bounds: Bounds, whole: bool) -> list[float]:
 
 
 @pytest.mark.parametrize(("section", "path"), numeric_settings())
-def test_every_number_has_bounds_and_nothing_beyond_them_passes(section: type[Section], path: tuple[str, ...]) -> None:
+def test_every_number_has_bounds_and_nothing_beyond_them_passes(
+    section: type[Section], path: tuple[str, ...]
+) -> None:
     field, hint = next((f, hint) for found, f, hint in section.settings() if found == path)
     bounds = field.metadata.get("allowed")
     assert isinstance(bounds, Bounds), f"{section.table}: {'.'.join(path)} has no bounds"
@@ -90,7 +118,10 @@ def test_every_number_has_bounds_and_nothing_beyond_them_passes(section: type[Se
         values = {path[-1]: value} if len(path) == 1 else {path[0]: {path[1]: value}}
         with pytest.raises(ConfigError) as error:
             section.from_dict(values, "test")
-        assert str(error.value) == f"{'.'.join((section.table, *path[:-1]))}: {path[-1]} = {value}, expected {bounds}"
+        assert (
+            str(error.value)
+            == f"{'.'.join((section.table, *path[:-1]))}: {path[-1]} = {value}, expected {bounds}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +159,12 @@ def test_the_gated_unit_is_8_3_of_the_width_in_steps_of_64() -> None:
 
 def test_options_replace_fields_of_any_table(recipe: Recipe) -> None:
     changed = recipe.with_options({"dim": 96, "kind": "bpe", "steps": 7})
-    assert (changed.model.dim, changed.model.ffn_dim, changed.tokenizer.kind, changed.train.steps) == (96, 256, "bpe", 7)
+    assert (changed.model.dim, changed.model.ffn_dim, changed.tokenizer.kind, changed.train.steps) == (
+        96,
+        256,
+        "bpe",
+        7,
+    )
     assert changed.train.batch_size == recipe.train.batch_size
     with pytest.raises(ConfigError, match="unknown field 'stepz'; did you mean 'steps'"):
         recipe.with_options({"stepz": 7})
@@ -136,7 +172,10 @@ def test_options_replace_fields_of_any_table(recipe: Recipe) -> None:
 
 def test_a_recipe_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text((resources.files("ease_train") / "recipes" / "demo.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text(
+        (resources.files("ease_train") / "recipes" / "demo.toml").read_text(encoding="utf-8"),
+        encoding="utf-8",
+    )
     assert load_recipe(str(path)).train == load_recipe("demo").train
     assert load_recipe(str(path)).name == "mine"
     path.write_text("[model\n", encoding="utf-8")
@@ -145,7 +184,8 @@ def test_a_recipe_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("demmo", "unknown recipe 'demmo'; did you mean 'demo'?"), ("no.toml", "no recipe file at no.toml")]
+    ("name", "message"),
+    [("demmo", "unknown recipe 'demmo'; did you mean 'demo'?"), ("no.toml", "no recipe file at no.toml")],
 )
 def test_no_such_recipe(name: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
@@ -160,19 +200,35 @@ def test_an_unknown_table_is_named() -> None:
 
 def test_a_method_with_the_flat_names_of_before_is_the_same(make_recipe: Maker, tmp_path: Path) -> None:
     flat = {"rotate_every": 3, "curriculum": "rotational", "labels": "last-exit", "distill_weight": 0.5}
-    tables = {"curriculum": {"kind": "rotational", "every": 3}, "distill": {"labels": "last-exit", "weight": 0.5}}
+    tables = {
+        "curriculum": {"kind": "rotational", "every": 3},
+        "distill": {"labels": "last-exit", "weight": 0.5},
+    }
     assert make_recipe(method=flat) == make_recipe(method=tables)
     assert make_recipe().with_options(flat) == make_recipe(method=tables)
-    named = {"curriculum_every": 3, "curriculum_kind": "rotational", "distill_labels": "last-exit", "distill_weight": 0.5}
+    named = {
+        "curriculum_every": 3,
+        "curriculum_kind": "rotational",
+        "distill_labels": "last-exit",
+        "distill_weight": 0.5,
+    }
     assert make_recipe().with_options(named) == make_recipe(method=tables)
     path = tmp_path / "mine.toml"
     path.write_text('extends = "layerskip"\n[method]\nrotate_every = 4\n', encoding="utf-8")
     method = load_recipe(str(path)).method
-    assert (method.curriculum.kind, method.curriculum.every, method.weight.rule) == ("rotational", 4, "layerskip")
+    assert (method.curriculum.kind, method.curriculum.every, method.weight.rule) == (
+        "rotational",
+        4,
+        "layerskip",
+    )
 
 
 def test_options_name_one_setting_each() -> None:
-    paths = [("_".join(path), (table, *path)) for table, section in SECTIONS.items() for path, _, _ in section.settings()]
+    paths = [
+        ("_".join(path), (table, *path))
+        for table, section in SECTIONS.items()
+        for path, _, _ in section.settings()
+    ]
     assert len(dict(paths)) == len(paths)
     assert {name: OPTIONS[name] for name, _ in paths} == dict(paths)
 

@@ -71,7 +71,9 @@ def test_parquet(tmp_path: Path) -> None:
     assert all_splits(path) == EXPECTED
 
 
-@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".XZ", lzma.compress)])
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".XZ", lzma.compress)]
+)
 def test_compressed(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
     plain = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     path = tmp_path / f"b.JSONL{suffix}"
@@ -95,7 +97,9 @@ def test_json_may_be_lines_after_all(tmp_path: Path) -> None:
     assert all_splits(write_jsonl(tmp_path / "a.json", DOCUMENTS)) == EXPECTED
 
 
-@pytest.mark.parametrize("later", [{"title": "x"}, {"date": "unknown"}, {"meta": {"a": 1, "b": [2]}}, {"more": 1}, {"meta": "x"}])
+@pytest.mark.parametrize(
+    "later", [{"title": "x"}, {"date": "unknown"}, {"meta": {"a": 1, "b": [2]}}, {"more": 1}, {"meta": "x"}]
+)
 def test_other_columns_may_be_anything(tmp_path: Path, later: dict[str, Any]) -> None:
     first = {"title": None, "date": "2024-01-01 00:00:00", "meta": {"a": 1}}
     rows = [{**(later if i > 30 else first), "text": text} for i, text in enumerate(DOCUMENTS)]
@@ -111,7 +115,9 @@ def test_texts_that_look_like_dates_are_texts(tmp_path: Path) -> None:
 def test_marks_of_an_encoding_are_obeyed_and_no_text(tmp_path: Path, encoding: str) -> None:
     texts = [f"caf\u00e9 \U0001f600 {i}" for i in range(20)]
     path = tmp_path / "a.jsonl"
-    path.write_bytes("".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in texts).encode(encoding))
+    path.write_bytes(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in texts).encode(encoding)
+    )
     assert list(file_texts(path)) == texts
     plain = tmp_path / "a.txt"
     plain.write_bytes("\r\n\r\n".join(texts).encode(encoding))
@@ -136,7 +142,9 @@ def test_a_replaced_file_is_read_anew_whatever_its_time(tmp_path: Path, name: st
 
     def write(word: str) -> None:
         rows = [f"{word} number {i} " * 400 for i in range(30)]
-        text = "".join(json.dumps({"text": row}) + "\n" for row in rows) if "json" in name else "\n\n".join(rows)
+        text = (
+            "".join(json.dumps({"text": row}) + "\n" for row in rows) if "json" in name else "\n\n".join(rows)
+        )
         path.write_bytes(gzip.compress(text.encode(), mtime=0) if name.endswith("gz") else text.encode())
         os.utime(path, ns=(10**18, 10**18))
 
@@ -158,7 +166,9 @@ def test_a_moved_file_is_not_read_again_and_one_that_is_gone_is_not_kept(
     moved.unlink()
     other = write_jsonl(tmp_path / "c.jsonl", DOCUMENTS[:30])
     assert load_documents(str(other), "test")[0] == DOCUMENTS[10]
-    assert [copy.name.split("-")[0] for copy in copies.iterdir()] == [hashlib.sha256(other.read_bytes()).hexdigest()]
+    assert [copy.name.split("-")[0] for copy in copies.iterdir()] == [
+        hashlib.sha256(other.read_bytes()).hexdigest()
+    ]
 
 
 def test_documents_stay_on_the_disk(tmp_path: Path) -> None:
@@ -182,7 +192,10 @@ def test_a_short_file_evaluates_whole_and_trains_nothing(tmp_path: Path) -> None
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:19])
     for split in ("validation", "test"):
         assert list(load_documents(str(path), split)) == DOCUMENTS[:19]
-    assert f"{path} has only 19 documents: too few to split by document and train on one part; expected at least 20" in said_of(path)
+    assert (
+        f"{path} has only 19 documents: too few to split by document and train on one part; expected at least 20"
+        in said_of(path)
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, copies: Path) -> None:
@@ -230,7 +243,9 @@ def test_text_is_cut_at_empty_lines_and_nothing_is_lost(tmp_path: Path) -> None:
 def test_the_default_corpus() -> None:
     chapters = {split: load_documents("kjv", split) for split in SPLITS}
     assert sum(map(len, chapters.values())) == 1189
-    assert chapters["validation"][0].startswith("Genesis 1\nIn the beginning God created the heaven and the earth.")
+    assert chapters["validation"][0].startswith(
+        "Genesis 1\nIn the beginning God created the heaven and the earth."
+    )
 
 
 GOOD = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[:30])
@@ -242,26 +257,74 @@ GOOD = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[:30])
         ("", "empty.txt", "txt has no text"),
         ("\n\n \n\n", "blank.txt", "txt has no text"),
         ("a few words\n", "short.txt", "has only 1 documents: too few to split by document"),
-        ('{"content": "x", "id": 3}\n', "column.jsonl", ", row 1: expected a column 'text', found content, id"),
+        (
+            '{"content": "x", "id": 3}\n',
+            "column.jsonl",
+            ", row 1: expected a column 'text', found content, id",
+        ),
         ('{"text": "x"\n', "broken.jsonl", ", row 1: no JSON: Expecting ',' delimiter (column 13)"),
-        (GOOD + '\n{"text": "cut of\n' + GOOD, "cut.jsonl", ", row 32: no JSON: Unterminated string starting at (column 10)"),
-        (GOOD + '{"text": null}\n', "null.jsonl", ", row 31: text is null, expected a string; mend or drop the row"),
+        (
+            GOOD + '\n{"text": "cut of\n' + GOOD,
+            "cut.jsonl",
+            ", row 32: no JSON: Unterminated string starting at (column 10)",
+        ),
+        (
+            GOOD + '{"text": null}\n',
+            "null.jsonl",
+            ", row 31: text is null, expected a string; mend or drop the row",
+        ),
         (GOOD + '{"id": 7}\n', "missing.jsonl", ", row 31: expected a column 'text', found id"),
         (GOOD + '{"text": 12}\n', "number.jsonl", ", row 31: text is 12, expected a string"),
         (GOOD + "[1]\n", "list.jsonl", ", row 31: [1], expected an object with 'text'"),
-        (GOOD + '{"text": "half \\ud83d"}\n', "half.jsonl", ", row 31: text holds half of a surrogate pair, \\ud83d"),
-        (GOOD + '{"text": "a", "text": "b"}\n', "twice.jsonl", ", row 31: cannot be read as JSON: 'text' stands in it more than once"),
+        (
+            GOOD + '{"text": "half \\ud83d"}\n',
+            "half.jsonl",
+            ", row 31: text holds half of a surrogate pair, \\ud83d",
+        ),
+        (
+            GOOD + '{"text": "a", "text": "b"}\n',
+            "twice.jsonl",
+            ", row 31: cannot be read as JSON: 'text' stands in it more than once",
+        ),
         (GOOD + "[" * 99999 + "\n", "deep.jsonl", ", row 31: cannot be read as JSON: "),
-        (GOOD.encode() + '{"text": "d\u00e9j\u00e0"}\n'.encode("latin-1"), "l.jsonl", ", row 31: byte 0xE9 at character 12 is no UTF-8"),
-        ("one\n\ncaf\u00e9\n".encode("latin-1"), "latin.txt", ", row 3: byte 0xE9 at character 4 is no UTF-8; convert it"),
-        ("one two".encode("utf-16-le"), "le.txt", "UTF-16 without its mark, expected UTF-8; convert it: iconv -f UTF-16LE"),
-        ("one two".encode("utf-16-be"), "be.txt", "UTF-16 without its mark, expected UTF-8; convert it: iconv -f UTF-16BE"),
+        (
+            GOOD.encode() + '{"text": "d\u00e9j\u00e0"}\n'.encode("latin-1"),
+            "l.jsonl",
+            ", row 31: byte 0xE9 at character 12 is no UTF-8",
+        ),
+        (
+            "one\n\ncaf\u00e9\n".encode("latin-1"),
+            "latin.txt",
+            ", row 3: byte 0xE9 at character 4 is no UTF-8; convert it",
+        ),
+        (
+            "one two".encode("utf-16-le"),
+            "le.txt",
+            "UTF-16 without its mark, expected UTF-8; convert it: iconv -f UTF-16LE",
+        ),
+        (
+            "one two".encode("utf-16-be"),
+            "be.txt",
+            "UTF-16 without its mark, expected UTF-8; convert it: iconv -f UTF-16BE",
+        ),
         (b"\xff\xfeo\0n", "odd.txt", "truncated data"),
         ('[{"text": "x"}, {"text": null}]', "null.json", ", row 2: text is null"),
-        ('{\n"data": []}', "object.json", "expected a list of objects with 'text', or one such object a line"),
-        ('[{"text": "x"},\n{"text": "y]', "cut.json", ": no JSON: Unterminated string starting at (line 2, column 10)"),
+        (
+            '{\n"data": []}',
+            "object.json",
+            "expected a list of objects with 'text', or one such object a line",
+        ),
+        (
+            '[{"text": "x"},\n{"text": "y]',
+            "cut.json",
+            ": no JSON: Unterminated string starting at (line 2, column 10)",
+        ),
         ("not a table", "broken.parquet", "cannot read"),
-        ("x", "what.csv", "expected a file that ends in .txt, .tokens, .jsonl or .json (also .gz, .bz2, .xz), or .parquet"),
+        (
+            "x",
+            "what.csv",
+            "expected a file that ends in .txt, .tokens, .jsonl or .json (also .gz, .bz2, .xz), or .parquet",
+        ),
         ("x", "notes.txt.csv", "expected a file that ends in .txt"),
         ("x", ".a.json.bak", "expected a file that ends in .txt"),
         ("x", "a.parquet.gz", "expected a file that ends in .txt"),
@@ -301,7 +364,8 @@ def test_strings_of_every_arrow_type(tmp_path: Path) -> None:
 
 def test_no_such_file_and_no_such_split(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"no data file at .*missing\.txt; say with --data where it is \(\.txt, .*\), or give one of: kjv, wikitext-2"
+        DataError,
+        match=r"no data file at .*missing\.txt; say with --data where it is \(\.txt, .*\), or give one of: kjv, wikitext-2",
     ):
         load_documents(str(tmp_path / "missing.txt"), "train")
     with pytest.raises(DataError, match="unknown split 'trian'; did you mean 'train'"):

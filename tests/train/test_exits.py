@@ -18,12 +18,21 @@ BLOCKS = {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 2}
 
 
 def make(**fields: object) -> Decoder:
-    values = {"vocab_size": 13, "dim": 32, "num_layers": 4, "exits": [1, 3, 4], "tie_embeddings": False, **fields}
+    values = {
+        "vocab_size": 13,
+        "dim": 32,
+        "num_layers": 4,
+        "exits": [1, 3, 4],
+        "tie_embeddings": False,
+        **fields,
+    }
     return Decoder(ModelConfig.from_dict(values, "test"))
 
 
 def names(model: Decoder) -> set[str]:
-    return {name for name in model.state_dict() if not name.startswith(("layers", "embed", "norm", "lm_head"))}
+    return {
+        name for name in model.state_dict() if not name.startswith(("layers", "embed", "norm", "lm_head"))
+    }
 
 
 def test_what_each_kind_adds_to_the_weights() -> None:
@@ -35,7 +44,9 @@ def test_what_each_kind_adds_to_the_weights() -> None:
     assert names(make(exit_norm="shared", exit_adapter="mlp")) == low_rank | mlp
     assert names(make(exit_norm="shared", exit_head="own")) == {"exits.1.head.weight", "exits.3.head.weight"}
     block = {name.removeprefix("layers.0.") for name in make().state_dict() if name.startswith("layers.0.")}
-    assert names(make(exit_norm="shared", exit_adapter="block")) == {f"exits.{layer}.adapter.{name}" for layer in (1, 3) for name in block}
+    assert names(make(exit_norm="shared", exit_adapter="block")) == {
+        f"exits.{layer}.adapter.{name}" for layer in (1, 3) for name in block
+    }
     assert names(make(exit_norm="shared", exit_head="reduced", exit_vocab_size=5)) == {
         "reduced_head.known.weight",
         "reduced_head.rest.weight",
@@ -136,7 +147,11 @@ def test_what_a_reduced_head_gives_the_rest_is_shared_out_as_it_was_counted() ->
     torch.testing.assert_close(distribution[..., [2, 3, 7, 11]], classes[..., :4])
     torch.testing.assert_close(distribution[..., 0], classes[..., 4] * 4 / 13)
     torch.testing.assert_close(distribution[..., [5, 12]], classes[..., 4:] * torch.tensor([2, 1]) / 13)
-    expected = (4 * model.lm_head.weight[0] + model.lm_head.weight[5] + model.lm_head.weight[[1, 4, 5, 6, 8, 9, 10, 12]].sum(0)) / 13
+    expected = (
+        4 * model.lm_head.weight[0]
+        + model.lm_head.weight[5]
+        + model.lm_head.weight[[1, 4, 5, 6, 8, 9, 10, 12]].sum(0)
+    ) / 13
     torch.testing.assert_close(model.reduced_head.rest.weight[0], expected)
 
 
@@ -144,12 +159,19 @@ def test_to_a_reduced_heads_loss_all_it_does_not_know_is_one_token() -> None:
     model, temperature = reduced().double(), 3.0
     ids = torch.randint(13, (3, 9))
     inputs, targets = ids[:, :-1], ids[:, 1:].flatten()
-    objective = Objective(weights={1: 1.0, 3: 0.5, 4: 0.2}, distill=Distill(weight=0.7, temperature=temperature))
+    objective = Objective(
+        weights={1: 1.0, 3: 0.5, 4: 0.2}, distill=Distill(weight=0.7, temperature=temperature)
+    )
     loss, losses = exit_loss(model, inputs, ids[:, 1:], objective)
-    rows = {layer: model.exit_hidden(hidden, layer).flatten(0, 1) for layer, hidden in model.exit_states(inputs)}
+    rows = {
+        layer: model.exit_hidden(hidden, layer).flatten(0, 1) for layer, hidden in model.exit_states(inputs)
+    }
     teacher = (model.lm_head(rows[4]) / temperature).softmax(-1).detach()[:, model.reduced_head.ids]
     teacher = torch.cat((teacher, 1 - teacher.sum(-1, keepdim=True)), -1)
-    known, expected = torch.isin(targets, model.reduced_head.ids), 0.2 * F.cross_entropy(model.lm_head(rows[4]), targets)
+    known, expected = (
+        torch.isin(targets, model.reduced_head.ids),
+        0.2 * F.cross_entropy(model.lm_head(rows[4]), targets),
+    )
     assert 0 < known.sum() < len(targets)
     places = torch.where(known, torch.searchsorted(model.reduced_head.ids, targets), 4)
     for layer, weight in ((1, 1.0), (3, 0.5)):
@@ -161,8 +183,12 @@ def test_to_a_reduced_heads_loss_all_it_does_not_know_is_one_token() -> None:
         whole = F.cross_entropy(model.exit(layer).head(rows[layer]), targets)
         assert exit_losses(model, inputs, ids[:, 1:])[layer] == pytest.approx(whole.item(), rel=1e-5)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-    parameters = [p for name, p in model.named_parameters() if name != "embed.weight" and not name.startswith("layers")]
-    for found, wanted in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
+    parameters = [
+        p for name, p in model.named_parameters() if name != "embed.weight" and not name.startswith("layers")
+    ]
+    for found, wanted in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -211,7 +237,9 @@ def test_all_of_it_survives_a_checkpoint(recipe: Recipe, tmp_path: Path, kind: d
     after = load_checkpoint(tmp_path / "c")
     assert after.recipe == recipe
     assert after.model.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(value, after.model.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, after.model.state_dict()[name]) for name, value in model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,8 +247,14 @@ def test_all_of_it_survives_a_checkpoint(recipe: Recipe, tmp_path: Path, kind: d
     [
         ({"exit_adapter": "lowrank"}, "exit_adapter = 'lowrank'; did you mean 'low-rank'?"),
         ({"exit_vocab_size": 5}, "exit_vocab_size = 5 needs exit_head = 'reduced', not 'tied'"),
-        ({"exit_head": "reduced"}, "exit_vocab_size = 0, expected at least 1 and less than 13 with exit_head = 'reduced'"),
-        ({"exit_head": "reduced", "exit_vocab_size": 13}, "exit_vocab_size = 13, expected at least 1 and less than 13"),
+        (
+            {"exit_head": "reduced"},
+            "exit_vocab_size = 0, expected at least 1 and less than 13 with exit_head = 'reduced'",
+        ),
+        (
+            {"exit_head": "reduced", "exit_vocab_size": 13},
+            "exit_vocab_size = 13, expected at least 1 and less than 13",
+        ),
         ({"exit_head": "tie"}, "exit_head = 'tie'; did you mean 'tied'?"),
         ({"gates": [2]}, "gates = [2], expected early exits: [1, 3]"),
         ({"gates": [4]}, "gates = [4], expected early exits: [1, 3]"),

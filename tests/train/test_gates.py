@@ -17,7 +17,16 @@ from ease_train.methods.method import GateConfig
 from ease_train.model.decoder import Decoder
 from ease_train.training.checkpoint import load_checkpoint
 from ease_train.training.config import Recipe
-from ease_train.training.gates import GateReport, GateStep, GateTrainer, agreement, auc, balanced_loss, platt_scaling, quality
+from ease_train.training.gates import (
+    GateReport,
+    GateStep,
+    GateTrainer,
+    agreement,
+    auc,
+    balanced_loss,
+    platt_scaling,
+    quality,
+)
 from ease_train.training.trainer import Trainer
 
 QUICK = {"steps": 60, "batch_size": 8, "learning_rate": 0.03, "eval_tokens": 2000}
@@ -37,22 +46,31 @@ def test_the_label_is_agreement_with_the_last_layer(trained: Path, monkeypatch: 
         for parameter in model.layers[2:].parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
         ids = torch.randint(model.config.vocab_size, (4, 16))
-        said = {layer: model.exit(layer).head(model.exit_hidden(h, layer)).argmax(-1).flatten() for layer, h in model.exit_states(ids)}
+        said = {
+            layer: model.exit(layer).head(model.exit_hidden(h, layer)).argmax(-1).flatten()
+            for layer, h in model.exit_states(ids)
+        }
         monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 7 * model.config.vocab_size)
         found = agreement(model, ids)
     assert set(found) == {2, 3}
     for layer, (hidden, labels) in found.items():
         assert torch.equal(labels, said[layer] == said[4])
         assert 0 < labels.sum() < 64
-        torch.testing.assert_close(hidden, model.exit_hidden(dict(model.exit_states(ids))[layer], layer).flatten(0, 1))
+        torch.testing.assert_close(
+            hidden, model.exit_hidden(dict(model.exit_states(ids))[layer], layer).flatten(0, 1)
+        )
 
 
 def test_exits_with_a_reduced_head_agree_where_they_say_the_same(make_recipe: Callable[..., Recipe]) -> None:
-    model = Decoder(make_recipe(model={"vocab_size": 40, "exit_head": "reduced", "exit_vocab_size": 20}).model).eval()
+    model = Decoder(
+        make_recipe(model={"vocab_size": 40, "exit_head": "reduced", "exit_vocab_size": 20}).model
+    ).eval()
     ids = torch.randint(40, (4, 16))
     states = dict(model.exit_states(ids))
     last = model.lm_head(model.norm(states[4])).argmax(-1).flatten()
-    counts = torch.zeros(40, dtype=torch.int64).index_fill(0, last.unique()[::2], 1)  # every second token that the last layer says
+    counts = torch.zeros(40, dtype=torch.int64).index_fill(
+        0, last.unique()[::2], 1
+    )  # every second token that the last layer says
     model.reduced_head.choose_tokens(counts, model.lm_head.weight)
     found = agreement(model, ids)
     assert 0 < torch.isin(last, model.reduced_head.ids).sum() < 64
@@ -102,7 +120,9 @@ def test_only_the_gates_change(trained: Path) -> None:
     after = trainer.checkpoint.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert {name for name in after if name not in before} == {
-        f"exits.{layer}.gate.{part}" for layer in (2, 3) for part in ("score.out.weight", "score.out.bias", "temperature")
+        f"exits.{layer}.gate.{part}"
+        for layer in (2, 3)
+        for part in ("score.out.weight", "score.out.bias", "temperature")
     }
     assert all(after[f"exits.{layer}.gate.temperature"] > 0 for layer in (2, 3))
     fresh = GateTrainer(load_checkpoint(trained), GateConfig(**QUICK)).checkpoint.model.state_dict()
@@ -148,7 +168,19 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 def test_the_command(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "gated"
-    code, output, _ = run(str(trained), "--out", str(out), "--steps", "5", "--eval-tokens", "200", "--threads", "1", "--gate-width", "6")
+    code, output, _ = run(
+        str(trained),
+        "--out",
+        str(out),
+        "--steps",
+        "5",
+        "--eval-tokens",
+        "200",
+        "--threads",
+        "1",
+        "--gate-width",
+        "6",
+    )
     assert code == 0, output
     assert "gate at layer 2: agrees" in output
     gated = load_checkpoint(out)
@@ -156,7 +188,9 @@ def test_the_command(trained: Path, tmp_path: Path) -> None:
     last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert set(last["gates"]) == {"2", "3"}
     assert all(math.isfinite(value) for gate in last["gates"].values() for value in gate.values())
-    code, output, _ = run(str(out), "--out", str(tmp_path / "again"), "--steps", "2", "--eval-tokens", "200", "--threads", "1")
+    code, output, _ = run(
+        str(out), "--out", str(tmp_path / "again"), "--steps", "2", "--eval-tokens", "200", "--threads", "1"
+    )
     assert code == 0, output  # gates may be trained anew
     assert load_checkpoint(tmp_path / "again").recipe.model.gate_width == 0
     assert run(str(trained), "--out", str(out))[0] == 1

@@ -54,7 +54,11 @@ def interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
 def tensors_of(model: Any, arch: str) -> dict[str, np.ndarray]:
     """The weights by llama.cpp's names, in its order."""
     config = model.config
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if arch == "llama" else {}
+    heads = (
+        {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        if arch == "llama"
+        else {}
+    )
     named = {gguf_name(name): value.numpy() for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
         named.pop("output.weight", None)
@@ -82,7 +86,9 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim if hasattr(config, "head_dim") else config.hidden_size // config.num_attention_heads)
+    writer.add_key_length(
+        config.head_dim if hasattr(config, "head_dim") else config.hidden_size // config.num_attention_heads
+    )
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
@@ -124,7 +130,9 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(words)
-    writer.add_token_types([TokenType.CONTROL if number < 3 else TokenType.NORMAL for number in range(len(words))])
+    writer.add_token_types(
+        [TokenType.CONTROL if number < 3 else TokenType.NORMAL for number in range(len(words))]
+    )
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
@@ -169,7 +177,9 @@ def test_what_is_read_is_the_model_that_was_written(family: str, tmp_path: Path)
     change: Change | None = (lambda writer: stretch(writer, 2.0)) if family == "linear" else None
     write_gguf(theirs, tmp_path / "model.gguf", arch, tensors=tensors, change=change)
     ours = import_model(str(tmp_path / "model.gguf"), (2,)).model
-    assert torch.equal(ours.layers[1].attention.k_proj.weight, theirs.state_dict()["model.layers.1.self_attn.k_proj.weight"])
+    assert torch.equal(
+        ours.layers[1].attention.k_proj.weight, theirs.state_dict()["model.layers.1.self_attn.k_proj.weight"]
+    )
     ids = torch.arange(3, 99)[None]
     with torch.no_grad():
         expected, found = theirs(ids).logits, ours(ids)
@@ -178,7 +188,9 @@ def test_what_is_read_is_the_model_that_was_written(family: str, tmp_path: Path)
 
 def test_packed_weights_are_read_near_what_they_were(tmp_path: Path) -> None:
     wide = foreign_models.make_model("llama2", hidden_size=96)
-    checkpoint = import_model(str(write_gguf(wide, tmp_path / "model.gguf", kind=GGMLQuantizationType.Q8_0)), (2,))
+    checkpoint = import_model(
+        str(write_gguf(wide, tmp_path / "model.gguf", kind=GGMLQuantizationType.Q8_0)), (2,)
+    )
     reference = wide.state_dict()["model.layers.2.self_attn.k_proj.weight"]
     found = checkpoint.model.state_dict()["layers.2.attention.k_proj.weight"]
     assert (found - reference).abs().max() <= 0.01 * reference.abs().max()
@@ -223,7 +235,9 @@ def test_tokens_and_conventions_come_along(model: Any, tmp_path: Path) -> None:
     assert found.generation == expected
     assert found.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     text = "And the king went up to the city"
-    assert checkpoint.tokenizer.encode(text).ids == foreign_models.make_tokenizer(start=False).encode(text).ids
+    assert (
+        checkpoint.tokenizer.encode(text).ids == foreign_models.make_tokenizer(start=False).encode(text).ids
+    )
     assert checkpoint.tokenizer.encode("a<|eot|>b").ids[1] == 2
 
 
@@ -236,7 +250,9 @@ def test_tokens_and_conventions_come_along(model: Any, tmp_path: Path) -> None:
     ],
     ids=["eot", "eom", "by its text"],
 )
-def test_every_token_that_ends_a_turn_is_a_stop(model: Any, tmp_path: Path, change: Change, stops: tuple[int, ...]) -> None:
+def test_every_token_that_ends_a_turn_is_a_stop(
+    model: Any, tmp_path: Path, change: Change, stops: tuple[int, ...]
+) -> None:
     checkpoint = import_model(str(write_gguf(model, tmp_path / "model.gguf", change=change)))
     assert checkpoint.conventions.stop_ids == stops
     assert checkpoint.tokenizer.encode(checkpoint.tokenizer.id_to_token(stops[-1])).ids == [stops[-1]]
@@ -249,13 +265,17 @@ def rename(writer: gguf.GGUFWriter, number: int, text: str) -> None:
 
 
 @pytest.mark.parametrize(("said", "start"), [(None, 0), (True, 0), (False, None)])
-def test_a_start_token_is_the_files_word_or_its_kinds_habit(model: Any, tmp_path: Path, said: bool | None, start: int | None) -> None:
+def test_a_start_token_is_the_files_word_or_its_kinds_habit(
+    model: Any, tmp_path: Path, said: bool | None, start: int | None
+) -> None:
     def change(writer: gguf.GGUFWriter) -> None:
         writer.add_tokenizer_pre("llama-bpe")
         if said is not None:
             writer.add_add_bos_token(said)
 
-    assert import_model(str(write_gguf(model, tmp_path / "m.gguf", change=change))).conventions.start_id == start
+    assert (
+        import_model(str(write_gguf(model, tmp_path / "m.gguf", change=change))).conventions.start_id == start
+    )
 
 
 def test_what_was_used_is_listed(model: Any, tmp_path: Path) -> None:
@@ -365,14 +385,20 @@ def test_a_key_that_is_missing_is_named(model: Any, tmp_path: Path, key: str, me
 def test_tensors_that_lack_or_are_too_many_are_named(model: Any, tmp_path: Path) -> None:
     one = np.ones((4, 6, 8), np.float32)
     cases = {
-        "lacks 1 tensors that the model needs, the first is blk.1.ffn_up.weight": less(model, "blk.1.ffn_up.weight"),
+        "lacks 1 tensors that the model needs, the first is blk.1.ffn_up.weight": less(
+            model, "blk.1.ffn_up.weight"
+        ),
         "lacks the tensor token_embd.weight": less(model, "token_embd.weight"),
-        "1 tensors .* no place for, the first is blk.0.ffn_gate_exps.weight": less(model, **{"blk.0.ffn_gate_exps.weight": one}),
+        "1 tensors .* no place for, the first is blk.0.ffn_gate_exps.weight": less(
+            model, **{"blk.0.ffn_gate_exps.weight": one}
+        ),
         "no place for, the first is blk.0.attn_q.bias": less(model, **{"blk.0.attn_q.bias": one[0, 0]}),
         "rope_freqs.weight has 8 values, expected 4": less(model, **{"rope_freqs.weight": one[0, 0]}),
         "not Llama 3's, nor linear": less(model, **{"rope_freqs.weight": np.array([1, 9, 2, 5], np.float32)}),
         "attn_k.weight has 6 rows, expected 6 heads of 8": less(model, **{"blk.2.attn_k.weight": one[0]}),
-        r"output_norm.weight has the shape|norm.weight has the shape \[8\]": less(model, **{"output_norm.weight": one[0, 0]}),
+        r"output_norm.weight has the shape|norm.weight has the shape \[8\]": less(
+            model, **{"output_norm.weight": one[0, 0]}
+        ),
     }
     for number, (message, tensors) in enumerate(cases.items()):
         path = write_gguf(model, tmp_path / f"{number}.gguf", tensors=tensors)
@@ -383,9 +409,15 @@ def test_tensors_that_lack_or_are_too_many_are_named(model: Any, tmp_path: Path)
 def test_two_stretches_of_the_rotary_embedding_are_refused(model: Any, tmp_path: Path) -> None:
     tensors = less(
         model,
-        **{"rope_freqs.weight": llama3_factors({**foreign_models.ROPE3, "original_max_position_embeddings": 32}, 8)},
+        **{
+            "rope_freqs.weight": llama3_factors(
+                {**foreign_models.ROPE3, "original_max_position_embeddings": 32}, 8
+            )
+        },
     )
-    path = write_gguf(model, tmp_path / "model.gguf", tensors=tensors, change=lambda writer: stretch(writer, 2.0, None))
+    path = write_gguf(
+        model, tmp_path / "model.gguf", tensors=tensors, change=lambda writer: stretch(writer, 2.0, None)
+    )
     with pytest.raises(ForeignError, match=r"both rope_freqs.weight and llama.rope.scaling.factor = 2.0"):
         import_model(str(path))
 
@@ -396,7 +428,9 @@ def test_two_stretches_of_the_rotary_embedding_are_refused(model: Any, tmp_path:
     "settings",
     [(32.0, 1.0, 4.0, 8192.0), (8.0, 1.0, 4.0, 8192.0), (8.0, 1.0, 4.0, 64.0), (3.0, 1.0, 2.5, 500.0)],
 )
-def test_the_settings_of_llama_3_are_found_in_their_factors(settings: tuple[float, ...], theta: float, head_dim: int) -> None:
+def test_the_settings_of_llama_3_are_found_in_their_factors(
+    settings: tuple[float, ...], theta: float, head_dim: int
+) -> None:
     """All that is asked of them is that they say the same of each rotated pair, since POSITIONS shows in some pairs only."""
     rope = dict(
         zip(
@@ -409,10 +443,14 @@ def test_the_settings_of_llama_3_are_found_in_their_factors(settings: tuple[floa
     try:
         found = rope_scaling(torch.from_numpy(factors).double(), theta)
     except ForeignError:
-        assert settings[2] != 4.0 or factors.max() < settings[0]  # too few pairs to tell another HIGH, or FACTOR
+        assert (
+            settings[2] != 4.0 or factors.max() < settings[0]
+        )  # too few pairs to tell another HIGH, or FACTOR
         return
     if found["rope_type"] == "llama3":
-        np.testing.assert_allclose(llama3_factors({**found, "rope_theta": theta}, head_dim), factors, rtol=1e-4)
+        np.testing.assert_allclose(
+            llama3_factors({**found, "rope_theta": theta}, head_dim), factors, rtol=1e-4
+        )
     else:
         assert set(factors) == {found.get("factor", 1.0)}
     if head_dim >= 64 and settings[2] == 4.0 and theta > 1e3:
@@ -440,14 +478,18 @@ def test_what_cannot_be_read_is_one_clear_line(model: Any, tmp_path: Path) -> No
         assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_type_of_block_that_gguf_cannot_dequantise(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_type_of_block_that_gguf_cannot_dequantise(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_gguf(model, tmp_path / "model.gguf")
 
     def refuse(*_: Any) -> np.ndarray:
         raise NotImplementedError("Quantization for Q1_X is not yet implemented")
 
     monkeypatch.setattr(gguf, "dequantize", refuse)
-    with pytest.raises(ForeignError, match=r"stored as F32, which gguf cannot dequantise: Quantization for Q1_X"):
+    with pytest.raises(
+        ForeignError, match=r"stored as F32, which gguf cannot dequantise: Quantization for Q1_X"
+    ):
         import_model(str(tmp_path / "model.gguf"))
 
 

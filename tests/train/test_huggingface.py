@@ -20,7 +20,9 @@ from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_che
 from ease_train.training.config import load_recipe
 from ease_train.training.tune import tuned_recipe, with_exits
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 TOLERANCE = 1e-4  # of the largest logit
 IDS = torch.arange(2, 50).reshape(2, 24) * 5 % 320
 
@@ -44,13 +46,17 @@ def greedy(model: Any, num_tokens: int = 24) -> list[int]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return foreign_models.write_model(foreign_models.make_model("llama2"), tmp_path_factory.mktemp("llama") / "hf")
+    return foreign_models.write_model(
+        foreign_models.make_model("llama2"), tmp_path_factory.mktemp("llama") / "hf"
+    )
 
 
 @pytest.mark.parametrize("family", foreign_models.FAMILIES)
 def test_an_imported_model_is_transformers_and_goes_back_as_it_came(family: str, tmp_path: Path) -> None:
     reference = foreign_models.make_model(family)
-    folder = foreign_models.write_model(reference, tmp_path / "hf", shard_size="60KB" if family == "llama3" else "1GB")
+    folder = foreign_models.write_model(
+        reference, tmp_path / "hf", shard_size="60KB" if family == "llama3" else "1GB"
+    )
     assert (folder / "model.safetensors.index.json").exists() == (family == "llama3")
     save_checkpoint(import_model(str(folder), (2,)), tmp_path / "checkpoint")
     checkpoint = load_checkpoint(tmp_path / "checkpoint")
@@ -71,7 +77,9 @@ def test_an_imported_model_is_transformers_and_goes_back_as_it_came(family: str,
 def generated(reference: Any) -> list[int]:
     """transformers' own greedy generation, over its cache."""
     mask = torch.ones(1, 8, dtype=torch.int64)
-    out = reference.generate(IDS[:1, :8], attention_mask=mask, do_sample=False, max_new_tokens=24, eos_token_id=-1, pad_token_id=0)
+    out = reference.generate(
+        IDS[:1, :8], attention_mask=mask, do_sample=False, max_new_tokens=24, eos_token_id=-1, pad_token_id=0
+    )
     return out[0, 8:].tolist()
 
 
@@ -81,14 +89,18 @@ def test_half_precision_files_are_read_as_fp32(family: str, tmp_path: Path) -> N
     foreign_models.write_model(model, tmp_path / "hf")
     weights = import_model(str(tmp_path / "hf"), (1, 3)).model.state_dict()
     assert {value.dtype for value in weights.values()} == {torch.float32}
-    assert torch.equal(weights["layers.1.mlp.up_proj.weight"], model.model.layers[1].mlp.up_proj.weight.float())
+    assert torch.equal(
+        weights["layers.1.mlp.up_proj.weight"], model.model.layers[1].mlp.up_proj.weight.float()
+    )
     assert torch.equal(weights["exits.3.norm.weight"], weights["norm.weight"])
 
 
 def test_conventions_come_along(llama: Path, tmp_path: Path) -> None:
     found = import_model(str(llama)).conventions
     assert (found.start_id, found.stop_ids, found.chat_template) == (0, (1, 2), foreign_models.TEMPLATE)
-    assert {name: found.generation[name] for name in ("temperature", "top_p", "bos_token_id", "eos_token_id")} == {
+    assert {
+        name: found.generation[name] for name in ("temperature", "top_p", "bos_token_id", "eos_token_id")
+    } == {
         "temperature": 0.6,
         "top_p": 0.9,
         "bos_token_id": 0,
@@ -103,7 +115,9 @@ def test_the_tokenizer_goes_back(llama: Path, tmp_path: Path) -> None:
     before, after = (transformers.AutoTokenizer.from_pretrained(path) for path in (llama, tmp_path / "back"))
     assert after("And the king spoke").input_ids == before("And the king spoke").input_ids
     messages = [{"role": "user", "content": "Hello"}]
-    assert after.apply_chat_template(messages, tokenize=False) == before.apply_chat_template(messages, tokenize=False)
+    assert after.apply_chat_template(messages, tokenize=False) == before.apply_chat_template(
+        messages, tokenize=False
+    )
     assert (after.bos_token, after.eos_token) == ("<s>", "</s>")
 
 
@@ -121,14 +135,31 @@ def with_tokenizer(llama: Path, folder: Path, described: dict[str, Any], written
 
 def ids_of(checkpoint: Checkpoint, text: str) -> list[int]:
     start = checkpoint.conventions.start_id
-    return [*([] if start is None else [start]), *checkpoint.tokenizer.encode(text, add_special_tokens=False).ids]
+    return [
+        *([] if start is None else [start]),
+        *checkpoint.tokenizer.encode(text, add_special_tokens=False).ids,
+    ]
 
 
 TRUNCATION = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-PADDING = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0, "pad_token": "</s>"}
+PADDING = {
+    "strategy": {"Fixed": 9},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 1,
+    "pad_type_id": 0,
+    "pad_token": "</s>",
+}
 END = {"SpecialToken": {"id": "</s>", "type_id": 0}}
 OF_END = {"special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}}
-TAG = {"content": "<tag>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+TAG = {
+    "content": "<tag>",
+    "lstrip": True,
+    "rstrip": False,
+    "normalized": False,
+    "single_word": False,
+    "special": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +177,9 @@ TAG = {"content": "<tag>", "lstrip": True, "rstrip": False, "normalized": False,
     ],
     ids=["cut", "flag off", "flags on", "no name", "added", "more", "llama", "gpt2", "qwen"],
 )
-def test_texts_have_transformers_ids(llama: Path, tmp_path: Path, described: dict[str, Any], written: dict[str, Any]) -> None:
+def test_texts_have_transformers_ids(
+    llama: Path, tmp_path: Path, described: dict[str, Any], written: dict[str, Any]
+) -> None:
     """As imported, and as exported again: read by transformers, saved by it, and imported from there."""
     folder = with_tokenizer(llama, tmp_path / "hf", described, written)
     theirs, checkpoint = transformers.AutoTokenizer.from_pretrained(folder), import_model(str(folder), (2,))
@@ -168,8 +201,14 @@ def test_what_transformers_does_with_an_exported_models_text(tiny_checkpoint: Pa
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     found = theirs("And it came", return_tensors="pt")
     assert found.input_ids[0].tolist() == ids_of(checkpoint, "And it came")
-    assert theirs("And", "it").input_ids == [0, *theirs("And", add_special_tokens=False).input_ids, *theirs("it").input_ids]
-    said = model.generate(**found, max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)[0].tolist()
+    assert theirs("And", "it").input_ids == [
+        0,
+        *theirs("And", add_special_tokens=False).input_ids,
+        *theirs("it").input_ids,
+    ]
+    said = model.generate(**found, max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)[
+        0
+    ].tolist()
     ids = torch.tensor([ids_of(checkpoint, "And it came")])
     with torch.no_grad():
         for _ in range(8):
@@ -201,7 +240,11 @@ def test_a_start_token_of_its_generation_defaults_is_not_the_tokenizers(llama: P
             },
             r"the tokenizer makes a </s> of the text 'a'; expected nothing more than one token before the text",
         ),
-        ({"split_special_tokens": True}, {}, "has split_special_tokens = true: its chat template would be read as plain text"),
+        (
+            {"split_special_tokens": True},
+            {},
+            "has split_special_tokens = true: its chat template would be read as plain text",
+        ),
     ],
 )
 def test_what_no_prompt_should_have_is_refused(
@@ -211,15 +254,20 @@ def test_what_no_prompt_should_have_is_refused(
         import_model(str(with_tokenizer(llama, tmp_path / "hf", described, written)))
 
 
-def test_without_transformers_a_tokenizer_is_its_file_or_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_a_tokenizer_is_its_file_or_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    folder = with_tokenizer(llama, tmp_path / "cut", {"add_bos_token": False}, {"truncation": TRUNCATION, "padding": PADDING})
+    folder = with_tokenizer(
+        llama, tmp_path / "cut", {"add_bos_token": False}, {"truncation": TRUNCATION, "padding": PADDING}
+    )
     found, plain = import_model(str(folder)), import_model(str(llama))
     assert found.conventions == plain.conventions
     assert ids_of(found, TEXTS[0]) == ids_of(plain, TEXTS[0])
     folder = with_tokenizer(llama, tmp_path / "added", {"added_tokens_decoder": {"320": TAG}}, {})
     with pytest.raises(
-        ForeignError, match=r"names tokens that tokenizer.json has not \(<tag>\); adding them needs transformers: pip install"
+        ForeignError,
+        match=r"names tokens that tokenizer.json has not \(<tag>\); adding them needs transformers: pip install",
     ):
         import_model(str(folder))
 
@@ -232,37 +280,61 @@ def test_a_sliding_window_cuts_the_context(tmp_path: Path) -> None:
     assert import_model(str(tmp_path / "hf"), (), 16).recipe.model.max_positions == 16
 
 
-def test_a_model_with_trained_exits_and_untrained_tokens_round_trips(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_with_trained_exits_and_untrained_tokens_round_trips(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint)
     export_model(checkpoint, tmp_path / "hf")
     again = import_model(str(tmp_path / "hf"))
-    assert (again.recipe.model, again.conventions.separator) == (checkpoint.recipe.model, checkpoint.conventions.separator)
+    assert (again.recipe.model, again.conventions.separator) == (
+        checkpoint.recipe.model,
+        checkpoint.conventions.separator,
+    )
     weights = checkpoint.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
 
 
 def test_block_exits_and_a_reduced_head_round_trip(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    trained, settings = load_checkpoint(tiny_checkpoint), {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 9}
+    trained, settings = (
+        load_checkpoint(tiny_checkpoint),
+        {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 9},
+    )
     first = min(trained.recipe.model.exits)
-    recipe = tuned_recipe(trained.recipe, load_recipe("ee-tuning"), {"exits": [first], "layer_weights": {first: 1.0}, **settings})
+    recipe = tuned_recipe(
+        trained.recipe,
+        load_recipe("ee-tuning"),
+        {"exits": [first], "layer_weights": {first: 1.0}, **settings},
+    )
     grown = with_exits(trained.model, recipe)
     grown.reduced_head.choose_tokens(torch.arange(recipe.model.vocab_size), grown.lm_head.weight)
     export_model(Checkpoint(recipe, grown, trained.tokenizer, 0, "unknown"), tmp_path / "hf")
     again = import_model(str(tmp_path / "hf"))
     assert again.recipe.model == recipe.model
     assert again.model.state_dict().keys() == grown.state_dict().keys()
-    assert all(torch.equal(value, grown.state_dict()[name]) for name, value in again.model.state_dict().items())
+    assert all(
+        torch.equal(value, grown.state_dict()[name]) for name, value in again.model.state_dict().items()
+    )
 
 
 def test_exits_alone_go_back_onto_their_model(llama: Path, tmp_path: Path) -> None:
     plain = import_model(str(llama))
     reduced = {"exit_head": "reduced", "exit_vocab_size": 9}
-    settings = {"exits": [2], "layer_weights": {2: 1.0}, "sequence_length": 32, "exit_adapter": "low-rank", **reduced}
+    settings = {
+        "exits": [2],
+        "layer_weights": {2: 1.0},
+        "sequence_length": 32,
+        "exit_adapter": "low-rank",
+        **reduced,
+    }
     recipe = tuned_recipe(plain.recipe, load_recipe("ee-tuning"), settings)
     grown = with_exits(plain.model, recipe)
     grown.reduced_head.choose_tokens(torch.arange(recipe.model.vocab_size), grown.lm_head.weight)
     torch.nn.init.normal_(grown.exit(2).adapter.up.weight)
-    metrics = [{"step": 1, "agreement": {"2": 0.2}}, {"step": 2, "agreement": {"2": 0.5}}, {"step": 2, "gates": {"2": {"auc": 0.7}}}]
+    metrics = [
+        {"step": 1, "agreement": {"2": 0.2}},
+        {"step": 2, "agreement": {"2": 0.5}},
+        {"step": 2, "gates": {"2": {"auc": 0.7}}},
+    ]
     export_exits(Checkpoint(recipe, grown, plain.tokenizer, 2, "unknown", metrics), tmp_path / "exits")
     tensors = load_file(tmp_path / "exits" / "ease_exits.safetensors")
     assert "reduced_head.known.weight" not in tensors, "its rows are the LM head's"
@@ -291,7 +363,10 @@ def test_exits_of_another_model_are_refused(llama: Path, tmp_path: Path) -> None
     (tmp_path / "exits" / "ease.json").write_text(json.dumps(described))
     with pytest.raises(ForeignError, match=r"exits in .* belong to another model: dim = 96, but 48 in"):
         import_model(str(llama), with_exits=tmp_path / "exits")
-    with pytest.raises(ForeignError, match=r"holds no exits: expected ease.json and ease_exits.safetensors, as `ease-train export-exits`"):
+    with pytest.raises(
+        ForeignError,
+        match=r"holds no exits: expected ease.json and ease_exits.safetensors, as `ease-train export-exits`",
+    ):
         import_model(str(llama), with_exits=tmp_path)
     with pytest.raises(ForeignError, match="is there already and was not written by export-exits"):
         export_exits(import_model(str(llama), (2,)), llama)
@@ -307,17 +382,25 @@ def edited(source: Path, folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma2"}, "models of the type 'gemma2' cannot be imported; expected one of: llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "gemma2"},
+            "models of the type 'gemma2' cannot be imported; expected one of: llama, mistral, qwen2, qwen3",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu', which this decoder does not compute"),
         ({"attention_bias": True}, "attention_bias = True, which this decoder does not compute"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}, which"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary embeddings of the kind 'yarn'"),
         ({"num_hidden_layers": 5}, "lack 9 weights, the first is model.layers.4.input_layernorm.weight"),
-        ({"num_hidden_layers": 3}, "hold 9 weights that this decoder has no place for, the first is model.layers.3"),
+        (
+            {"num_hidden_layers": 3},
+            "hold 9 weights that this decoder has no place for, the first is model.layers.3",
+        ),
         ({"intermediate_size": 64}, "has the shape [96, 48], but config.json makes it [64, 48]"),
     ],
 )
-def test_what_cannot_be_imported_is_one_clear_line(llama: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_imported_is_one_clear_line(
+    llama: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     folder = edited(llama, tmp_path / "hf", **changes)
     result = CliRunner().invoke(main, ["import", str(folder), "--out", str(tmp_path / "out"), "--exits", "2"])
     assert result.exit_code == 1
@@ -327,7 +410,9 @@ def test_what_cannot_be_imported_is_one_clear_line(llama: Path, tmp_path: Path, 
 
 
 def test_missing_shards_and_damaged_files(llama: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
-    folder = foreign_models.write_model(foreign_models.make_model("qwen2"), tmp_path / "sharded", shard_size="60KB")
+    folder = foreign_models.write_model(
+        foreign_models.make_model("qwen2"), tmp_path / "sharded", shard_size="60KB"
+    )
     next(iter(sorted(folder.glob("model-*.safetensors")))).unlink()
     with pytest.raises(ForeignError, match=r"lacks model-00001-of-\d+\.safetensors \(1 of \d+ shards\)"):
         import_model(str(folder))
@@ -362,7 +447,9 @@ def test_a_hub_id_without_network_and_no_id_at_all(tmp_path: Path) -> None:
             import_model(source)
 
 
-def test_without_transformers_only_some_files_are_out_of_reach(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_only_some_files_are_out_of_reach(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.delitem(sys.modules, "ease_train.convert.gguf", raising=False)
@@ -387,7 +474,9 @@ def test_the_commands(llama: Path, tmp_path: Path) -> None:
     assert (result.exit_code, "was not written by export-hf" in result.output) == (1, True)
 
 
-def test_a_sentencepiece_vocabulary_is_read_as_what_it_is_or_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sentencepiece_vocabulary_is_read_as_what_it_is_or_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
     folder = edited(llama, tmp_path / "hf")
@@ -398,5 +487,7 @@ def test_a_sentencepiece_vocabulary_is_read_as_what_it_is_or_refused(llama: Path
     with pytest.raises(ForeignError, match=r"tokenizer.model is a unigram vocabulary, expected BPE"):
         import_model(str(folder))
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
-    with pytest.raises(ForeignError, match=r"tokenizer.model needs sentencepiece to be read: pip install 'ease-lm\[hf\]'"):
+    with pytest.raises(
+        ForeignError, match=r"tokenizer.model needs sentencepiece to be read: pip install 'ease-lm\[hf\]'"
+    ):
         import_model(str(folder))

@@ -15,7 +15,9 @@ VOCABULARY = 11
 
 
 def model_and_batch(recipe: Recipe, **fields: object) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
-    model = Decoder(type(recipe.model).from_dict({**recipe.model.to_dict(), "vocab_size": VOCABULARY, **fields}, "test"))
+    model = Decoder(
+        type(recipe.model).from_dict({**recipe.model.to_dict(), "vocab_size": VOCABULARY, **fields}, "test")
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5.0)  # losses that differ from exit to exit
@@ -23,7 +25,9 @@ def model_and_batch(recipe: Recipe, **fields: object) -> tuple[Decoder, torch.Te
     return model, ids[:, :-1], ids[:, 1:]
 
 
-def naive(model: Decoder, inputs: torch.Tensor, targets: torch.Tensor, weights: dict[int, float]) -> torch.Tensor:
+def naive(
+    model: Decoder, inputs: torch.Tensor, targets: torch.Tensor, weights: dict[int, float]
+) -> torch.Tensor:
     total = torch.zeros(())
     for layer, hidden in model.exit_states(inputs):
         logits = model.lm_head(model.exit_hidden(hidden, layer))
@@ -65,7 +69,9 @@ def test_an_exit_without_weight_gets_no_gradient(recipe: Recipe) -> None:
     exit_cross_entropy(model, inputs, targets, {2: 0.0, 3: 1.0, 4: 0.0})[0].backward()
     assert model.exit(2).norm.weight.grad is None
     assert model.norm.weight.grad is None
-    assert all(p.grad is None for p in model.layers[3].parameters())  # no layer runs past the last exit with a weight
+    assert all(
+        p.grad is None for p in model.layers[3].parameters()
+    )  # no layer runs past the last exit with a weight
     assert model.exit(3).norm.weight.grad.abs().sum() > 0
     assert all(p.grad.abs().sum() > 0 for p in model.layers[0].parameters())
 

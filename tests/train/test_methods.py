@@ -24,7 +24,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_model(recipe: Recipe, **fields: object) -> Decoder:
-    model = Decoder(ModelConfig.from_dict({**recipe.model.to_dict(), "vocab_size": VOCABULARY, **fields}, "test"))
+    model = Decoder(
+        ModelConfig.from_dict({**recipe.model.to_dict(), "vocab_size": VOCABULARY, **fields}, "test")
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5.0)
@@ -40,17 +42,26 @@ def gradients(model: Decoder, loss: torch.Tensor) -> Gradients:
 def assert_same(found: Gradients, expected: Gradients) -> None:
     assert found.keys() == expected.keys()
     for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-5 * expected[name].abs().max().item() + 1e-9)
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=0, atol=2e-5 * expected[name].abs().max().item() + 1e-9
+        )
 
 
 def exit_logits(model: Decoder, inputs: torch.Tensor) -> dict[int, torch.Tensor]:
-    return {layer: model.exit(layer).head(model.exit_hidden(h, layer)).flatten(0, 1) for layer, h in model.exit_states(inputs)}
+    return {
+        layer: model.exit(layer).head(model.exit_hidden(h, layer)).flatten(0, 1)
+        for layer, h in model.exit_states(inputs)
+    }
 
 
 @pytest.mark.parametrize("chunk", [5, 1024])
 @pytest.mark.parametrize("head", ["tied", "own"])
 def test_distillation(
-    recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor], chunk: int, head: str, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    chunk: int,
+    head: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk * VOCABULARY)
     model, (inputs, targets), temperature = make_model(recipe, exit_head=head), batch, 3.0
@@ -61,12 +72,21 @@ def test_distillation(
     for layer, hidden in model.exit_states(inputs):
         loss = F.cross_entropy(found[layer], targets.flatten())
         if layer < 4:
-            kl = (teacher * (teacher.log() - F.log_softmax(found[layer] / temperature, dim=-1))).sum(-1).mean()
-            loss = loss + 0.7 * temperature**2 * kl + 0.4 * ((model.exit_hidden(hidden, layer) - last) ** 2).mean()
+            kl = (
+                (teacher * (teacher.log() - F.log_softmax(found[layer] / temperature, dim=-1))).sum(-1).mean()
+            )
+            loss = (
+                loss
+                + 0.7 * temperature**2 * kl
+                + 0.4 * ((model.exit_hidden(hidden, layer) - last) ** 2).mean()
+            )
         expected = expected + WEIGHTS[layer] * loss
     wanted = gradients(model, expected)
     total, by_exit = exit_loss(
-        model, inputs, targets, Objective(weights=WEIGHTS, distill=Distill(weight=0.7, temperature=temperature, hidden_weight=0.4))
+        model,
+        inputs,
+        targets,
+        Objective(weights=WEIGHTS, distill=Distill(weight=0.7, temperature=temperature, hidden_weight=0.4)),
     )
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
     assert by_exit[2] == pytest.approx(F.cross_entropy(found[2], targets.flatten()).item(), rel=1e-5)
@@ -76,17 +96,23 @@ def test_distillation(
 def test_the_teacher_gets_no_gradient(recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     """With no loss of its own, the last exit only teaches: nothing above the student's layers learns."""
     model = make_model(recipe, exit_head="own")
-    total, _ = exit_loss(model, *batch, Objective(weights={2: 1.0}, distill=Distill(weight=1.0, hidden_weight=1.0)))
+    total, _ = exit_loss(
+        model, *batch, Objective(weights={2: 1.0}, distill=Distill(weight=1.0, hidden_weight=1.0))
+    )
     found = gradients(model, total)
     assert found["exits.2.head.weight"].abs().sum() > 0
     assert found["layers.0.mlp.up_proj.weight"].abs().sum() > 0
     assert "norm.weight" not in found or found["norm.weight"].abs().sum() == 0
-    assert all(grad.abs().sum() == 0 for name, grad in found.items() if name.startswith(("layers.2", "layers.3")))
+    assert all(
+        grad.abs().sum() == 0 for name, grad in found.items() if name.startswith(("layers.2", "layers.3"))
+    )
     tied = {name: grad.abs().sum() for name, grad in found.items() if name == "lm_head.weight"}
     assert all(total == 0 for total in tied.values())
 
 
-def test_each_token_trains_the_first_exit_that_is_sure(recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_each_token_trains_the_first_exit_that_is_sure(
+    recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     model, (inputs, targets) = make_model(recipe), batch
     found = exit_logits(model, inputs)
     tops = {layer: F.softmax(logits, dim=-1).max(-1).values for layer, logits in found.items()}
@@ -113,18 +139,24 @@ def parts(model: Decoder, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[int,
     return out
 
 
-def test_detached_exits_leave_the_layers_to_the_last_one(recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_detached_exits_leave_the_layers_to_the_last_one(
+    recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     model = make_model(recipe, tie_embeddings=False)
     alone = parts(model, batch)
     found = gradients(model, exit_loss(model, *batch, Objective(weights=WEIGHTS, gradient="detached"))[0])
     layers = {name for name in found if name.startswith(("layers", "embed"))}
     assert_same({n: found[n] for n in layers}, {n: alone[4][n] for n in layers})
-    assert_same({n: found[n] for n in ("exits.2.norm.weight",)}, {n: alone[2][n] for n in ("exits.2.norm.weight",)})
+    assert_same(
+        {n: found[n] for n in ("exits.2.norm.weight",)}, {n: alone[2][n] for n in ("exits.2.norm.weight",)}
+    )
     head = {"lm_head.weight": sum(alone[layer]["lm_head.weight"] for layer in WEIGHTS)}
     assert_same({"lm_head.weight": found["lm_head.weight"]}, head)
 
 
-def test_equilibrium_gives_each_layer_the_mean_of_the_exits_behind_it(recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_equilibrium_gives_each_layer_the_mean_of_the_exits_behind_it(
+    recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     model = make_model(recipe, tie_embeddings=False)
     alone = parts(model, batch)
     found = gradients(model, exit_loss(model, *batch, Objective(weights=WEIGHTS, gradient="equilibrium"))[0])
@@ -157,7 +189,13 @@ def test_a_dropped_layer_is_skipped_by_the_whole_sequence(recipe: Recipe) -> Non
 def test_layers_are_dropped_as_often_as_asked(recipe: Recipe) -> None:
     model, hidden = make_model(recipe), torch.randn(4000, 1, 16)
     with torch.no_grad():
-        share = (model.run_layers(hidden, 3, 3, drop=(0.0, 0.0, 0.3, 0.0)) == hidden).all(-1).float().mean().item()
+        share = (
+            (model.run_layers(hidden, 3, 3, drop=(0.0, 0.0, 0.3, 0.0)) == hidden)
+            .all(-1)
+            .float()
+            .mean()
+            .item()
+        )
     assert share == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 4000) ** 0.5)
 
 
@@ -165,7 +203,11 @@ def test_discriminative_groups(recipe: Recipe) -> None:
     model = make_model(recipe)
     scales = {1: 0.25, 4: 0.5}
     optimizer = create_optimizer(model, recipe.train, scales)
-    rate_of = {id(p): group["lr"] / recipe.train.learning_rate for group in optimizer.param_groups for p in group["params"]}
+    rate_of = {
+        id(p): group["lr"] / recipe.train.learning_rate
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         layer = int(name.split(".")[1]) + 1 if name.startswith("layers") else 0
@@ -174,7 +216,9 @@ def test_discriminative_groups(recipe: Recipe) -> None:
     assert len(rate_of) == len(list(model.parameters()))
 
 
-def test_recomputed_activations_change_nothing_but_memory(recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_recomputed_activations_change_nothing_but_memory(
+    recipe: Recipe, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     model = make_model(recipe)
     expected = gradients(model, exit_loss(model, *batch, Objective(weights=WEIGHTS))[0])
     model.recompute_activations = True

@@ -19,7 +19,11 @@ class Reference:
         self.weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
 
     def norm(self, x: Array, name: str) -> Array:
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.config.norm_eps) * self.weights[f"{name}.weight"]
+        return (
+            x
+            / np.sqrt((x * x).mean(-1, keepdims=True) + self.config.norm_eps)
+            * self.weights[f"{name}.weight"]
+        )
 
     def linear(self, x: Array, name: str) -> Array:
         out = x @ self.weights[f"{name}.weight"].T
@@ -47,7 +51,10 @@ class Reference:
     def attention(self, x: Array, name: str) -> Array:
         config, groups = self.config, self.config.num_heads // self.config.num_kv_heads
         q = self.heads(x, f"{name}.q", config.num_heads, True)
-        k, v = self.heads(x, f"{name}.k", config.num_kv_heads, True), self.heads(x, f"{name}.v", config.num_kv_heads, False)
+        k, v = (
+            self.heads(x, f"{name}.k", config.num_kv_heads, True),
+            self.heads(x, f"{name}.v", config.num_kv_heads, False),
+        )
         out = np.zeros_like(q)
         for position in range(len(x)):
             for head in range(config.num_heads):
@@ -58,12 +65,16 @@ class Reference:
 
     def mlp(self, x: Array, name: str) -> Array:
         gate = self.linear(x, f"{name}.gate_proj")
-        return self.linear(gate / (1 + np.exp(-gate)) * self.linear(x, f"{name}.up_proj"), f"{name}.down_proj")
+        return self.linear(
+            gate / (1 + np.exp(-gate)) * self.linear(x, f"{name}.up_proj"), f"{name}.down_proj"
+        )
 
     def hidden(self, ids: list[int], num_layers: int) -> Array:
         x = self.weights["embed.weight"][ids]
         for layer in range(num_layers):
-            x = x + self.attention(self.norm(x, f"layers.{layer}.attention_norm"), f"layers.{layer}.attention")
+            x = x + self.attention(
+                self.norm(x, f"layers.{layer}.attention_norm"), f"layers.{layer}.attention"
+            )
             x = x + self.mlp(self.norm(x, f"layers.{layer}.mlp_norm"), f"layers.{layer}.mlp")
         return x
 
@@ -73,7 +84,10 @@ def lively(config: ModelConfig) -> Decoder:
     model = Decoder(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 2 else 0.5) + (0.0 if parameter.ndim == 2 else 0.8))
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.3 if parameter.ndim == 2 else 0.5)
+                + (0.0 if parameter.ndim == 2 else 0.8)
+            )
     return model
 
 
@@ -89,7 +103,16 @@ VARIANTS = {
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 def test_logits_equal_the_reference(fields: dict[str, object]) -> None:
     config = ModelConfig.from_dict(
-        {"vocab_size": 13, "dim": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "exits": [1, 3], **fields}, "t"
+        {
+            "vocab_size": 13,
+            "dim": 32,
+            "num_layers": 3,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "exits": [1, 3],
+            **fields,
+        },
+        "t",
     )
     model, ids = lively(config), [3, 1, 4, 1, 5, 9, 2, 6]
     reference = Reference(model)
@@ -140,6 +163,9 @@ def test_a_frozen_token_passes_through_and_lends_its_state_to_the_others() -> No
 
 
 def test_tied_weights_are_one_matrix() -> None:
-    tied, untied = Decoder(ModelConfig(vocab_size=13)), Decoder(ModelConfig(vocab_size=13, tie_embeddings=False))
+    tied, untied = (
+        Decoder(ModelConfig(vocab_size=13)),
+        Decoder(ModelConfig(vocab_size=13, tie_embeddings=False)),
+    )
     assert tied.lm_head.weight is tied.embed.weight
     assert untied.lm_head.weight is not untied.embed.weight

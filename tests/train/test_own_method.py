@@ -27,7 +27,9 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def test_a_method_and_a_loss_of_ones_own_train(make_recipe: Maker, small_corpus: str, tmp_path: Path, mine: str) -> None:
+def test_a_method_and_a_loss_of_ones_own_train(
+    make_recipe: Maker, small_corpus: str, tmp_path: Path, mine: str
+) -> None:
     recipe = make_recipe(method={"objective": f"{mine}:objective", "loss": f"{mine}:loss"})
     trainer = Trainer.begin(recipe, small_corpus)
     events = list(trainer.fit(tmp_path / "c"))
@@ -36,7 +38,9 @@ def test_a_method_and_a_loss_of_ones_own_train(make_recipe: Maker, small_corpus:
     weights = recipe.train.layer_weights
     for event in steps:
         layers = event.exit_losses
-        assert event.loss == pytest.approx(sum(weights[layer] * loss for layer, loss in layers.items()), rel=1e-5)
+        assert event.loss == pytest.approx(
+            sum(weights[layer] * loss for layer, loss in layers.items()), rel=1e-5
+        )
     assert [event.perplexity[4] for event in events if isinstance(event, EvalEvent)][-1] > 1
     assert load_checkpoint(tmp_path / "c").recipe.method == recipe.method
     assert list(Trainer.resume(tmp_path / "c").fit(tmp_path / "c")) == []
@@ -48,7 +52,9 @@ def test_a_loss_of_ones_own_is_what_is_minimised(make_recipe: Maker, small_corpu
     ids = own._ask(lambda _, inputs, targets: (inputs, targets), batch)
     plain = exit_losses(model, *ids)
     smoothed = own.train_step(batch).exit_losses
-    rows = math.log(own.recipe.model.vocab_size)  # an untrained model is near uniform, where smoothing changes little
+    rows = math.log(
+        own.recipe.model.vocab_size
+    )  # an untrained model is near uniform, where smoothing changes little
     assert smoothed.keys() == plain.keys()
     assert all(0 < abs(smoothed[layer] - plain[layer]) < 0.1 * rows for layer in plain)
 
@@ -57,9 +63,15 @@ def test_a_loss_of_ones_own_is_what_is_minimised(make_recipe: Maker, small_corpu
     ("name", "message"),
     [
         ("loss", "method: loss 'loss' cannot be loaded (ModuleNotFoundError: No module named 'loss')"),
-        ("nowhere:loss", "method: loss 'nowhere:loss' cannot be loaded (ModuleNotFoundError: No module named 'nowhere')"),
+        (
+            "nowhere:loss",
+            "method: loss 'nowhere:loss' cannot be loaded (ModuleNotFoundError: No module named 'nowhere')",
+        ),
         ("math:pi", "method: loss 'math:pi' is float, expected a function"),
-        ("math:los", "method: loss 'math:los' cannot be loaded (AttributeError: module 'math' has no attribute 'los')"),
+        (
+            "math:los",
+            "method: loss 'math:los' cannot be loaded (AttributeError: module 'math' has no attribute 'los')",
+        ),
     ],
 )
 def test_a_name_that_leads_nowhere(make_recipe: Maker, small_corpus: str, name: str, message: str) -> None:

@@ -33,7 +33,10 @@ TUNING = {"ee-tuning", "kangaroo", "kangaroo-reduced-head", "layerskip-tuning"}
 @pytest.mark.parametrize("name", sorted(set(recipe_names()) - TUNING))  # those: test_tune.py, test_states.py
 def test_a_recipe_trains(name: str, small_corpus: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
-    warmups = {"exit_warmup_steps": recipe.method.exit_warmup.steps, "routing_warmup_steps": recipe.method.routing.warmup_steps}
+    warmups = {
+        "exit_warmup_steps": recipe.method.exit_warmup.steps,
+        "routing_warmup_steps": recipe.method.routing.warmup_steps,
+    }
     shorter = {name: 3 for name, steps in warmups.items() if steps}
     recipe = recipe.with_options({**TINY, **shorter})
     events = list(Trainer.begin(recipe, small_corpus).fit(tmp_path / "c"))
@@ -73,13 +76,22 @@ def test_methods_differ_from_small_in_nothing_else() -> None:
     small = load_recipe("small")
     for name in set(recipe_names()) - {"demo", "small", "standard", *TUNING}:
         recipe = load_recipe(name)
-        assert (recipe.model.dim, recipe.model.num_layers, recipe.tokenizer) == (small.model.dim, small.model.num_layers, small.tokenizer)
-        assert recipe.train.__class__(**{**vars(recipe.train), "layer_weights": small.train.layer_weights}) == small.train, name
+        assert (recipe.model.dim, recipe.model.num_layers, recipe.tokenizer) == (
+            small.model.dim,
+            small.model.num_layers,
+            small.tokenizer,
+        )
+        assert (
+            recipe.train.__class__(**{**vars(recipe.train), "layer_weights": small.train.layer_weights})
+            == small.train
+        ), name
 
 
 def test_a_recipe_may_extend_another(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(f'extends = "{tmp_path}/b.toml"\n[train]\nsteps = 7\n', encoding="utf-8")
-    (tmp_path / "b.toml").write_text('extends = "small"\npaper = "p"\n[train]\nsteps = 8\nseed = 3\n', encoding="utf-8")
+    (tmp_path / "b.toml").write_text(
+        'extends = "small"\npaper = "p"\n[train]\nsteps = 8\nseed = 3\n', encoding="utf-8"
+    )
     recipe = load_recipe(str(tmp_path / "a.toml"))
     assert (recipe.name, recipe.paper, recipe.train.steps, recipe.train.seed) == ("a", "p", 7, 3)
     assert recipe.model == load_recipe("small").model

@@ -49,7 +49,9 @@ def test_the_checkpoint_knows_its_text(out: Path, text: Path) -> None:
     sums = {split: sum_of(load_documents(str(text), split)) for split in ("train", "validation")}
     assert json.loads((out / "config.json").read_text())["data_sha256"] == sums
     assert load_checkpoint(out).data_sha256 == sums
-    assert load_checkpoint(out).num_documents == {split: len(load_documents(str(text), split)) for split in sums}
+    assert load_checkpoint(out).num_documents == {
+        split: len(load_documents(str(text), split)) for split in sums
+    }
 
 
 def test_more_steps_follow_the_longer_schedule(out: Path, begun: Recipe) -> None:
@@ -59,7 +61,9 @@ def test_more_steps_follow_the_longer_schedule(out: Path, begun: Recipe) -> None
     with pytest.warns(SettingWarning, match=said):
         trainer = Trainer.resume(out, asked=Asked({"steps": 8}))
     found = steps_of(trainer, out)
-    assert [(event.step, event.learning_rate) for event in found] == [(step + 1, learning_rate(step, longer)) for step in range(4, 8)]
+    assert [(event.step, event.learning_rate) for event in found] == [
+        (step + 1, learning_rate(step, longer)) for step in range(4, 8)
+    ]
     assert load_checkpoint(out).recipe == replace(load_checkpoint(out).recipe, train=longer)
     assert Trainer.resume(out, asked=Asked({"steps": 8})).ended
     with pytest.raises(ConfigError, match=r"--steps 6: the run at .* has 8 steps already; expected more"):
@@ -98,8 +102,14 @@ def test_other_text_is_refused(out: Path, text: Path, tmp_path: Path) -> None:
         begin_tuning(checkpoint, checkpoint.recipe, {})
     with pytest.raises(DataError, match=refusal):
         GateTrainer(checkpoint, GateConfig(steps=1))
-    assert begin_tuning(checkpoint, checkpoint.recipe, {}, str(text)).checkpoint.data_sha256 != checkpoint.data_sha256
-    assert GateTrainer(checkpoint, GateConfig(steps=1), str(text)).checkpoint.data_sha256 == checkpoint.data_sha256
+    assert (
+        begin_tuning(checkpoint, checkpoint.recipe, {}, str(text)).checkpoint.data_sha256
+        != checkpoint.data_sha256
+    )
+    assert (
+        GateTrainer(checkpoint, GateConfig(steps=1), str(text)).checkpoint.data_sha256
+        == checkpoint.data_sha256
+    )
 
 
 def test_an_older_checkpoint_takes_the_text_that_it_is_given(out: Path, text: Path, tmp_path: Path) -> None:
@@ -108,21 +118,33 @@ def test_an_older_checkpoint_takes_the_text_that_it_is_given(out: Path, text: Pa
     (out / "config.json").write_text(json.dumps(config))
     assert Trainer.resume(out).checkpoint.data_sha256
     moved = text.rename(tmp_path / "moved.txt")
-    with pytest.warns(SettingWarning, match=r"does not know the sum of its text; .*moved\.txt is taken for what it calls .*text\.txt"):
+    with pytest.warns(
+        SettingWarning,
+        match=r"does not know the sum of its text; .*moved\.txt is taken for what it calls .*text\.txt",
+    ):
         assert Trainer.resume(out, asked=Asked(data=str(moved))).checkpoint.data == str(moved)
 
 
 def test_another_recipe_is_refused(out: Path, begun: Recipe) -> None:
     assert Trainer.resume(out, asked=Asked(recipe=begun)).ended
-    with pytest.raises(ConfigError, match=r"follows the recipe tiny, not small; .*: ease-train fit --out .* --resume"):
+    with pytest.raises(
+        ConfigError, match=r"follows the recipe tiny, not small; .*: ease-train fit --out .* --resume"
+    ):
         Trainer.resume(out, asked=Asked(recipe=replace(begun, name="small")))
-    with pytest.raises(ConfigError, match=r"tiny has changed since .* began \(train: batch_size = 3, was 2\); leave the recipe out"):
+    with pytest.raises(
+        ConfigError,
+        match=r"tiny has changed since .* began \(train: batch_size = 3, was 2\); leave the recipe out",
+    ):
         Trainer.resume(out, asked=Asked(recipe=begun.with_options({"batch_size": 3})))
 
 
 def test_other_settings_are_refused_and_the_same_are_not(out: Path) -> None:
-    assert Trainer.resume(out, asked=Asked({"batch_size": 2, "dim": 16, "ffn_dim": 32, "exits": (2, 3), "kind": "char"})).ended
-    with pytest.raises(ConfigError, match=r"only --steps may differ \(train: seed = 7, was 42\); leave the option out"):
+    assert Trainer.resume(
+        out, asked=Asked({"batch_size": 2, "dim": 16, "ffn_dim": 32, "exits": (2, 3), "kind": "char"})
+    ).ended
+    with pytest.raises(
+        ConfigError, match=r"only --steps may differ \(train: seed = 7, was 42\); leave the option out"
+    ):
         Trainer.resume(out, asked=Asked({"seed": 7, "batch_size": 2}))
     with pytest.raises(ConfigError, match=r"model: dim = 32, was 16"):
         Trainer.resume(out, asked=Asked({"dim": 32}))

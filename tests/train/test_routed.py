@@ -15,7 +15,16 @@ from ease_train.training.config import ModelConfig
 
 @pytest.fixture
 def config() -> ModelConfig:
-    return ModelConfig(vocab_size=13, dim=16, num_layers=4, num_heads=2, num_kv_heads=1, exits=(2, 4), routed_layers=(2, 4), capacity=0.5)
+    return ModelConfig(
+        vocab_size=13,
+        dim=16,
+        num_layers=4,
+        num_heads=2,
+        num_kv_heads=1,
+        exits=(2, 4),
+        routed_layers=(2, 4),
+        capacity=0.5,
+    )
 
 
 @pytest.fixture
@@ -38,7 +47,9 @@ def alone(block: Block, x: torch.Tensor, positions: list[int], config: ModelConf
     return block(x[positions][None], cos[positions], sin[positions])[0]
 
 
-def test_training_takes_the_top_share_and_scales_by_the_router(block: RoutedBlock, config: ModelConfig) -> None:
+def test_training_takes_the_top_share_and_scales_by_the_router(
+    block: RoutedBlock, config: ModelConfig
+) -> None:
     x = torch.randn(3, 10, 16)
     found = block.train()(x, *tables(config, 10))
     scores = block.router(x)
@@ -88,7 +99,9 @@ def test_inference_is_causal_and_training_is_not(config: ModelConfig, rule: str)
         for other in changed:
             torch.testing.assert_close(model(ids)[:, :8], model(other)[:, :8], rtol=1e-5, atol=1e-5)
         for length in range(1, 13):  # token by token, as far as it goes
-            torch.testing.assert_close(model(ids[:, :length])[:, -1], model(ids)[:, length - 1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                model(ids[:, :length])[:, -1], model(ids)[:, length - 1], rtol=1e-4, atol=1e-4
+            )
         hidden = model.run_layers(model.embed(ids), 1, 3)
         routed = model.layers[3].goes_in(hidden)
         assert 0 < routed.sum() < routed.numel()
@@ -99,13 +112,17 @@ def test_inference_is_causal_and_training_is_not(config: ModelConfig, rule: str)
         assert any(not torch.allclose(model(ids)[:, :8], model(other)[:, :8], atol=1e-3) for other in changed)
 
 
-def test_the_predictor_learns_the_choice_and_touches_nothing_else(block: RoutedBlock, config: ModelConfig) -> None:
+def test_the_predictor_learns_the_choice_and_touches_nothing_else(
+    block: RoutedBlock, config: ModelConfig
+) -> None:
     x = torch.randn(3, 10, 16, requires_grad=True)
     block.train()(x, *tables(config, 10))
     target = torch.zeros(3, 10)
     for row in range(3):
         target[row, block.router(x)[row].topk(5).indices] = 1.0
-    torch.testing.assert_close(block.predictor_loss, F.binary_cross_entropy(torch.sigmoid(block.predictor(x)), target))
+    torch.testing.assert_close(
+        block.predictor_loss, F.binary_cross_entropy(torch.sigmoid(block.predictor(x)), target)
+    )
     block.predictor_loss.backward()
     assert x.grad is None
     assert {name.split(".")[0] for name, p in block.named_parameters() if p.grad is not None} == {"predictor"}
@@ -142,7 +159,9 @@ def test_the_threshold_is_a_running_mean_of_what_the_top_share_reaches(config: M
     reached = []
     for x in batches:
         block(x, *tables(config, 8))
-        ordered = sorted(block.router(x).flatten().tolist())  # 32 scores: the quantile 0.75 lies between the 24th and the 25th
+        ordered = sorted(
+            block.router(x).flatten().tolist()
+        )  # 32 scores: the quantile 0.75 lies between the 24th and the 25th
         reached.append(ordered[23] + 0.25 * (ordered[24] - ordered[23]))
     expected = sum(reached[:100]) / 100
     for value in reached[100:]:

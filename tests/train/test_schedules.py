@@ -62,7 +62,9 @@ def test_given_weights_are_left_alone(recipe: Recipe) -> None:
 
 
 def test_alpha_replaces_the_first_and_the_last_weight(make_recipe: Maker) -> None:
-    recipe = make_recipe(method={"alpha_schedule": "linear", "alpha_start": 0.8, "alpha_end": 0.2}, train={"steps": 4})
+    recipe = make_recipe(
+        method={"alpha_schedule": "linear", "alpha_start": 0.8, "alpha_end": 0.2}, train={"steps": 4}
+    )
     found = weights_over(recipe, range(4))
     assert [w[2] for w in found] == pytest.approx([0.8, 0.6, 0.4, 0.2])
     assert [w[4] for w in found] == pytest.approx([0.2, 0.4, 0.6, 0.8])
@@ -75,21 +77,29 @@ def test_depth_weights_are_calms(make_recipe: Maker) -> None:
 
 
 def test_uniform_weights(make_recipe: Maker) -> None:
-    assert exit_weights(0, make_recipe(method={"weight_rule": "uniform"})) == pytest.approx({2: 1 / 3, 3: 1 / 3, 4: 1 / 3})
+    assert exit_weights(0, make_recipe(method={"weight_rule": "uniform"})) == pytest.approx(
+        {2: 1 / 3, 3: 1 / 3, 4: 1 / 3}
+    )
 
 
 def test_layerskip_weights_are_sums_of_layer_numbers(make_recipe: Maker) -> None:
     with pytest.warns(SettingWarning, match="the exit after layer 1 the weight 0; it is not trained"):
-        recipe = make_recipe(**ALL, method={"weight_rule": "layerskip", "exit_scale": 0.2, "normalize_weights": True})
+        recipe = make_recipe(
+            **ALL, method={"weight_rule": "layerskip", "exit_scale": 0.2, "normalize_weights": True}
+        )
     layers = 8
     raw = {l + 1: 0.2 * sum(range(l + 1)) for l in range(layers - 1)}  # noqa: E741 - the paper's letter
     raw[layers] = (layers - 1) + 0.2 * sum(range(layers - 1))
     total = sum(raw.values())
-    assert exit_weights(0, recipe) == pytest.approx({layer: weight / total for layer, weight in raw.items() if weight})
+    assert exit_weights(0, recipe) == pytest.approx(
+        {layer: weight / total for layer, weight in raw.items() if weight}
+    )
 
 
 def test_a_rotational_curriculum_turns_through_all_exits(make_recipe: Maker) -> None:
-    recipe = make_recipe(**ALL, method={"weight_rule": "uniform", "curriculum": "rotational", "rotate_every": 4})
+    recipe = make_recipe(
+        **ALL, method={"weight_rule": "uniform", "curriculum": "rotational", "rotate_every": 4}
+    )
     enabled = [set(weights) for weights in weights_over(recipe, range(8))]
     assert enabled[0] == {1, 5, 8}
     assert enabled[1] == {2, 6, 8}
@@ -99,9 +109,13 @@ def test_a_rotational_curriculum_turns_through_all_exits(make_recipe: Maker) -> 
 
 
 def test_a_gradual_curriculum_goes_from_the_last_exit_to_the_first(make_recipe: Maker) -> None:
-    recipe = make_recipe(**ALL, method={"weight_rule": "uniform", "curriculum": "gradual"}, train={"steps": 160})
+    recipe = make_recipe(
+        **ALL, method={"weight_rule": "uniform", "curriculum": "gradual"}, train={"steps": 160}
+    )
     counts = [len(weights) for weights in weights_over(recipe, range(160))]
-    assert counts == [min(8, 1 + step // 10) for step in range(160)]  # one more every T/(2L) = 10 steps, all of them by half
+    assert counts == [
+        min(8, 1 + step // 10) for step in range(160)
+    ]  # one more every T/(2L) = 10 steps, all of them by half
     assert set(exit_weights(25, recipe)) == {8, 7, 6}
 
 
@@ -122,7 +136,9 @@ def test_warm_up_from_nothing_leaves_the_exits_out_at_first(make_recipe: Maker) 
 
 
 def test_normalised_weights_sum_to_one(make_recipe: Maker) -> None:
-    assert exit_weights(0, make_recipe(method={"normalize_weights": True})) == pytest.approx({2: 0.2, 3: 0.2 / 1.5, 4: 1 / 1.5})
+    assert exit_weights(0, make_recipe(method={"normalize_weights": True})) == pytest.approx(
+        {2: 0.2, 3: 0.2 / 1.5, 4: 1 / 1.5}
+    )
 
 
 def test_layer_dropout_grows_with_depth_and_time(make_recipe: Maker) -> None:
@@ -161,7 +177,10 @@ def test_tokens_are_routed_after_the_warm_up(make_recipe: Maker) -> None:
         ),
         ({"alpha_schedule": "step"}, "method.alpha: schedule = 'step' without steps"),
         ({"exit_warmup": "linear"}, "method.exit_warmup: steps = 0, expected at least 1"),
-        ({"routing_threshold": 0.5, "curriculum": "gradual"}, "both choose the exits to train; leave one out"),
+        (
+            {"routing_threshold": 0.5, "curriculum": "gradual"},
+            "both choose the exits to train; leave one out",
+        ),
         ({"routing_threshold": 0.5, "distill_weight": 1.0}, "nothing to distil from; leave one out"),
     ],
 )
@@ -186,7 +205,13 @@ def test_a_setting_without_effect_warns(make_recipe: Maker, method: dict[str, ob
 
 
 @pytest.mark.parametrize(
-    "method", [{"curriculum": "gradual"}, {"distill_weight": 1.0}, {"exit_gradient": "detached"}, {"routing_threshold": 0.5}]
+    "method",
+    [
+        {"curriculum": "gradual"},
+        {"distill_weight": 1.0},
+        {"exit_gradient": "detached"},
+        {"routing_threshold": 0.5},
+    ],
 )
 def test_what_needs_an_early_exit_says_so(make_recipe: Maker, method: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"needs an early exit; exits = \[4\]"):

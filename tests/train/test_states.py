@@ -23,13 +23,29 @@ from ease_train.training.trainer import EvalEvent, StatesEvent, StepEvent, Train
 from ease_train.training.tune import begin_tuning
 
 Maker = Callable[..., Recipe]
-EXITS = {"exits": [2, 3], "layer_weights": {2: 1.0, 3: 0.5}, "exit_vocab_size": 9, "distill_temperature": 2.0, "distill_hidden_weight": 0.1}
-QUICK = {"steps": 8, "batch_size": 2, "sequence_length": 16, "warmup_steps": 2, "eval_every": 4, "eval_tokens": 64, "save_every": 4}
+EXITS = {
+    "exits": [2, 3],
+    "layer_weights": {2: 1.0, 3: 0.5},
+    "exit_vocab_size": 9,
+    "distill_temperature": 2.0,
+    "distill_hidden_weight": 0.1,
+}
+QUICK = {
+    "steps": 8,
+    "batch_size": 2,
+    "sequence_length": 16,
+    "warmup_steps": 2,
+    "eval_every": 4,
+    "eval_tokens": 64,
+    "save_every": 4,
+}
 
 
 @pytest.fixture
 def trained(make_recipe: Maker, small_corpus: str) -> Checkpoint:
-    return Trainer.begin(make_recipe(model={"exits": [4]}, train={"layer_weights": {4: 1.0}}), small_corpus).checkpoint
+    return Trainer.begin(
+        make_recipe(model={"exits": [4]}, train={"layer_weights": {4: 1.0}}), small_corpus
+    ).checkpoint
 
 
 def begin(trained: Checkpoint, cache: Path | None = None, **options: Any) -> Trainer:
@@ -46,9 +62,17 @@ def ask(model: Decoder) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"exit_head": "tied", "exit_vocab_size": 0}, {"labels": "text", "exit_adapter": "mlp"}, {"accumulate": 2}]
+    "options",
+    [
+        {},
+        {"exit_head": "tied", "exit_vocab_size": 0},
+        {"labels": "text", "exit_adapter": "mlp"},
+        {"accumulate": 2},
+    ],
 )
-def test_training_from_kept_states_is_training(trained: Checkpoint, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_training_from_kept_states_is_training(
+    trained: Checkpoint, tmp_path: Path, options: dict[str, Any]
+) -> None:
     plain, kept = begin(trained, **options), begin(trained, tmp_path / "cache", **options)
     runs = [list(trainer.fit(tmp_path / name)) for name, trainer in (("plain", plain), ("kept", kept))]
     assert kept.train_states is not None
@@ -63,8 +87,14 @@ def test_training_from_kept_states_is_training(trained: Checkpoint, tmp_path: Pa
         assert first.perplexity == pytest.approx(second.perplexity, rel=1e-5)
         assert first.agreement == pytest.approx(second.agreement, abs=1e-6)
     weights = kept.model.state_dict()
-    assert all(torch.allclose(value, weights[name], rtol=1e-4, atol=1e-5) for name, value in plain.model.state_dict().items())
-    assert any(not torch.equal(value, begin(trained, **options).model.state_dict()[name]) for name, value in weights.items())
+    assert all(
+        torch.allclose(value, weights[name], rtol=1e-4, atol=1e-5)
+        for name, value in plain.model.state_dict().items()
+    )
+    assert any(
+        not torch.equal(value, begin(trained, **options).model.state_dict()[name])
+        for name, value in weights.items()
+    )
 
 
 def test_the_states_are_the_models(trained: Checkpoint, tmp_path: Path) -> None:
@@ -84,7 +114,9 @@ def test_the_states_are_the_models(trained: Checkpoint, tmp_path: Path) -> None:
     torch.testing.assert_close(states.last, model.norm(hidden[4]))
     assert torch.equal(states.top, logits.argmax(-1))
     torch.testing.assert_close(states.log_sums, (logits / 2.0).logsumexp(-1))
-    torch.testing.assert_close(states.losses, torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"))
+    torch.testing.assert_close(
+        states.losses, torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    )
 
 
 def test_a_killed_fill_goes_on(trained: Checkpoint, tmp_path: Path) -> None:
@@ -126,11 +158,14 @@ def test_the_key_is_all_that_the_states_depend_on(trained: Checkpoint, tmp_path:
     assert len(others - {before}) == 4
 
 
-def test_a_full_disk_is_one_line(trained: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line(
+    trained: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = begin(trained, tmp_path)
     monkeypatch.setattr(states_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(
-        DataError, match=r"hidden states take 0\.0 GB more in .*, which has 0\.0 GB; use another --cache, less text, or none"
+        DataError,
+        match=r"hidden states take 0\.0 GB more in .*, which has 0\.0 GB; use another --cache, less text, or none",
     ):
         list(trainer.fit(tmp_path / "c"))
 
@@ -148,7 +183,9 @@ def test_gates_use_the_states_of_tuning(trained: Checkpoint, tmp_path: Path) -> 
     settings = GateConfig(steps=10, batch_size=2, eval_tokens=64)
     tuned = [load_checkpoint(tmp_path / "tuned") for _ in range(2)]
     plain, cached = GateTrainer(tuned[0], settings), GateTrainer(tuned[1], settings, cache=tmp_path / "cache")
-    reports = [next(event for event in trainer.fit() if isinstance(event, GateReport)) for trainer in (plain, cached)]
+    reports = [
+        next(event for event in trainer.fit() if isinstance(event, GateReport)) for trainer in (plain, cached)
+    ]
     assert kept == {path.name for path in (tmp_path / "cache").iterdir()}
     for layer, quality in reports[0].gates.items():
         assert reports[1].gates[layer].agreement == quality.agreement
@@ -157,22 +194,43 @@ def test_gates_use_the_states_of_tuning(trained: Checkpoint, tmp_path: Path) -> 
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_an_imported_model_needs_its_data_named(trained: Checkpoint, small_corpus: str, tmp_path: Path) -> None:
+def test_an_imported_model_needs_its_data_named(
+    trained: Checkpoint, small_corpus: str, tmp_path: Path
+) -> None:
     trained.data = "unknown"
     save_checkpoint(trained, tmp_path / "imported")
-    with pytest.raises(ConfigError, match="what it was trained on is unknown; name the text to train on with --data"):
+    with pytest.raises(
+        ConfigError, match="what it was trained on is unknown; name the text to train on with --data"
+    ):
         begin(trained)
     result = CliRunner().invoke(main, ["gates", str(tmp_path / "imported"), "--out", str(tmp_path / "gated")])
     assert result.exit_code == 1
     assert "no early exit" in result.stderr
     numbers = "--exits 2 --layer-weights 2 1 --exit-vocab-size 9 --steps 2 --warmup-steps 1 --batch-size 2"
     numbers += " --sequence-length 16 --eval-tokens 32 --threads 1"
-    command = ["tune", str(tmp_path / "imported"), "--recipe", "kangaroo-reduced-head", "--out", str(tmp_path / "tuned"), *numbers.split()]
+    command = [
+        "tune",
+        str(tmp_path / "imported"),
+        "--recipe",
+        "kangaroo-reduced-head",
+        "--out",
+        str(tmp_path / "tuned"),
+        *numbers.split(),
+    ]
     assert "name the text to train on with --data" in CliRunner().invoke(main, command).stderr
     result = CliRunner().invoke(main, [*command, "--data", small_corpus, "--cache", str(tmp_path / "cache")])
     assert result.exit_code == 0, result.output
     assert "hidden states of" in result.output
-    gates = ["gates", str(tmp_path / "tuned"), "--out", str(tmp_path / "gated"), "--cache", str(tmp_path / "cache"), "--threads", "1"]
+    gates = [
+        "gates",
+        str(tmp_path / "tuned"),
+        "--out",
+        str(tmp_path / "gated"),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--threads",
+        "1",
+    ]
     result = CliRunner().invoke(main, [*gates, "--steps", "2", "--batch-size", "2", "--eval-tokens", "32"])
     assert result.exit_code == 0, result.output
     assert load_checkpoint(tmp_path / "gated").recipe.model.gates == (2,)

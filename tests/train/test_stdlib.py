@@ -48,11 +48,15 @@ def test_which_files_there_are(library: Path) -> None:
     assert list(files) == ["a.py", "latin.py", "package/b.py"]
     assert "caf\u00e9 = " in files["latin.py"]
     with_tests = [path for path, _ in library_files(True, library)]
-    assert with_tests == sorted([*files, "test/test_a.py", "package/tests/test_b.py", "idlelib/idle_test/test_c.py"])
+    assert with_tests == sorted(
+        [*files, "test/test_a.py", "package/tests/test_b.py", "idlelib/idle_test/test_c.py"]
+    )
 
 
 def test_a_library_without_tests_or_files_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no standard library as \.py files in .*; run EASE with another Python"):
+    with pytest.raises(
+        DataError, match=r"no standard library as \.py files in .*; run EASE with another Python"
+    ):
         library_files(False, tmp_path)
     write(tmp_path, {"a.py": code("a"), "test/support/__init__.py": code("s")})
     with pytest.raises(DataError, match=r"this Python has no tests in .*test; use python-stdlib"):

@@ -60,7 +60,9 @@ def test_an_end_that_a_document_mentions_is_text(kind: str, tmp_path: Path) -> N
     end = tokenizer.token_to_id(END)
     stream = encode_stream(tokenizer, documents)
     assert (stream == end).sum() == 3
-    assert [tokenizer.decode(part.tolist()) for part in np.split(stream, np.flatnonzero(stream == end))[1:]] == documents
+    assert [
+        tokenizer.decode(part.tolist()) for part in np.split(stream, np.flatnonzero(stream == end))[1:]
+    ] == documents
     assert tokenizer.encode(END).ids == [end], "the tokenizer is left as it was"
     meant = encode_stream(tokenizer, documents, parse_special=True)
     assert (meant == end).sum() == 6
@@ -82,13 +84,19 @@ def test_blocks_overlap_by_one_token(tokens: int, length: int) -> None:
 
 def test_too_little_text_says_how_much_there_is(make_recipe: Callable[..., object]) -> None:
     with pytest.raises(
-        DataError, match="corpus has 10 tokens: 2 blocks of 4, expected at least 3; use a shorter sequence_length or more text"
+        DataError,
+        match="corpus has 10 tokens: 2 blocks of 4, expected at least 3; use a shorter sequence_length or more text",
     ):
         pack(np.arange(10, dtype=np.int32), 4, 3, "corpus")
 
 
-def test_tokens_are_kept_until_text_or_tokenizer_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = (train_tokenizer(["abc abd" * 9], TokenizerConfig(kind=kind, bpe_vocab_size=260)) for kind in ("char", "bpe"))
+def test_tokens_are_kept_until_text_or_tokenizer_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (
+        train_tokenizer(["abc abd" * 9], TokenizerConfig(kind=kind, bpe_vocab_size=260))
+        for kind in ("char", "bpe")
+    )
     expected = encode_stream(one, ["abc", "abd"])
     assert cached_stream(one, ["abc", "abd"], None).tolist() == expected.tolist()
     assert list(tmp_path.iterdir()) == []
@@ -96,7 +104,10 @@ def test_tokens_are_kept_until_text_or_tokenizer_changes(tmp_path: Path, monkeyp
     assert first.tolist() == expected.tolist()
     assert len(list(tmp_path.iterdir())) == 1
     for documents, tokenizer in ([["abcabd"], one], [["abc", "abc"], one], [["abc", "abd"], other]):
-        assert cached_stream(tokenizer, documents, tmp_path).tolist() == encode_stream(tokenizer, documents).tolist()
+        assert (
+            cached_stream(tokenizer, documents, tmp_path).tolist()
+            == encode_stream(tokenizer, documents).tolist()
+        )
     assert len(list(tmp_path.iterdir())) == 4
     monkeypatch.setattr(tokens, "encoded_parts", lambda *_: pytest.fail("encoded again"))
     again = cached_stream(one, ["abc", "abd"], tmp_path)

@@ -54,9 +54,15 @@ def test_what_a_run_yields(recipe: Recipe, small_corpus: str, tmp_path: Path) ->
     assert [e.step for e in events if isinstance(e, EvalEvent)] == [6, 12]
     assert [e.step for e in events if isinstance(e, SaveEvent)] == [4, 8, 12]
     steps = [e for e in events if isinstance(e, StepEvent)]
-    assert all(e.loss == pytest.approx(0.3 * e.exit_losses[2] + 0.2 * e.exit_losses[3] + e.exit_losses[4], rel=1e-5) for e in steps)
+    assert all(
+        e.loss == pytest.approx(0.3 * e.exit_losses[2] + 0.2 * e.exit_losses[3] + e.exit_losses[4], rel=1e-5)
+        for e in steps
+    )
     assert steps[-1].loss < steps[0].loss
-    lines = [json.loads(line) for line in (tmp_path / "c" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "c" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     assert lines[-1]["perplexity"]["4"] == pytest.approx(events[-2].perplexity[4])
 
@@ -70,7 +76,9 @@ def test_the_validation_perplexity_is_a_mean_over_tokens(recipe: Recipe, small_c
     assert found == pytest.approx({layer: math.exp(loss) for layer, loss in expected.items()}, rel=1e-6)
 
 
-def test_an_epoch_reads_every_block_once_in_an_order_of_its_own(make_recipe: Maker, small_corpus: str) -> None:
+def test_an_epoch_reads_every_block_once_in_an_order_of_its_own(
+    make_recipe: Maker, small_corpus: str
+) -> None:
     trainer = Trainer.begin(make_recipe(train={"batch_size": 3}), small_corpus)
     trainer.blocks = np.arange(11 * 17, dtype=np.int32).reshape(11, 17)
     epochs = []
@@ -85,16 +93,25 @@ def test_an_epoch_reads_every_block_once_in_an_order_of_its_own(make_recipe: Mak
 
 
 @pytest.mark.parametrize("killed_after", [4, 7])
-def test_a_resumed_run_equals_an_uninterrupted_one(recipe: Recipe, small_corpus: str, tmp_path: Path, killed_after: int) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    recipe: Recipe, small_corpus: str, tmp_path: Path, killed_after: int
+) -> None:
     whole = list(Trainer.begin(recipe, small_corpus).fit(tmp_path / "whole"))
-    losses = {e.step: (e.loss, e.exit_losses, e.learning_rate, e.grad_norm) for e in whole if isinstance(e, StepEvent)}
+    losses = {
+        e.step: (e.loss, e.exit_losses, e.learning_rate, e.grad_norm)
+        for e in whole
+        if isinstance(e, StepEvent)
+    }
     for event in Trainer.begin(recipe, small_corpus).fit(tmp_path / "cut"):
         if event.step == killed_after + 1:
             break  # step 8 or 5 was computed, but the last checkpoint is that of step 4
     resumed = [e for e in Trainer.resume(tmp_path / "cut").fit(tmp_path / "cut") if isinstance(e, StepEvent)]
     assert [e.step for e in resumed] == list(range(5, 13))
     assert all((e.loss, e.exit_losses, e.learning_rate, e.grad_norm) == losses[e.step] for e in resumed)
-    one, other = load_checkpoint(tmp_path / "whole", resume=True), load_checkpoint(tmp_path / "cut", resume=True)
+    one, other = (
+        load_checkpoint(tmp_path / "whole", resume=True),
+        load_checkpoint(tmp_path / "cut", resume=True),
+    )
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
     assert [line["step"] for line in other.metrics] == [line["step"] for line in one.metrics]
@@ -116,8 +133,12 @@ def run_with_a_bad_weight(trainer: Trainer, out: Path) -> None:
                 trainer.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
 
 
-def test_divergence_stops_and_keeps_the_last_checkpoint(recipe: Recipe, small_corpus: str, tmp_path: Path) -> None:
-    message = r"the loss is nan.* at step 6; the last checkpoint is kept; try a lower learning_rate than 0\.002"
+def test_divergence_stops_and_keeps_the_last_checkpoint(
+    recipe: Recipe, small_corpus: str, tmp_path: Path
+) -> None:
+    message = (
+        r"the loss is nan.* at step 6; the last checkpoint is kept; try a lower learning_rate than 0\.002"
+    )
     with pytest.raises(DivergenceError, match=message):
         run_with_a_bad_weight(Trainer.begin(recipe, small_corpus), tmp_path / "c")
     kept = load_checkpoint(tmp_path / "c", resume=True)
@@ -137,7 +158,9 @@ def test_a_gradient_that_is_no_number_leaves_the_weights_alone(recipe: Recipe, s
 def test_a_corpus_too_small_for_one_batch(make_recipe: Maker, tmp_path: Path) -> None:
     path = tmp_path / "few.jsonl"
     path.write_text("".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(20)), encoding="utf-8")
-    with pytest.raises(DataError, match=r"few\.jsonl \(train\) has 63 tokens: 3 blocks of 16, expected at least 50"):
+    with pytest.raises(
+        DataError, match=r"few\.jsonl \(train\) has 63 tokens: 3 blocks of 16, expected at least 50"
+    ):
         Trainer.begin(make_recipe(train={"batch_size": 50}), str(path))
 
 
@@ -153,18 +176,26 @@ def test_accumulation_is_one_larger_batch(make_recipe: Maker, small_corpus: str)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.003)])
-def test_half_precision_follows_fp32_from_afar(make_recipe: Maker, small_corpus: str, precision: str, tolerance: float) -> None:
-    exact, rounded = (Trainer.begin(make_recipe(train={"precision": p}), small_corpus) for p in ("fp32", precision))
+def test_half_precision_follows_fp32_from_afar(
+    make_recipe: Maker, small_corpus: str, precision: str, tolerance: float
+) -> None:
+    exact, rounded = (
+        Trainer.begin(make_recipe(train={"precision": p}), small_corpus) for p in ("fp32", precision)
+    )
     steps = [[trainer.train_step(trainer.next_batch()) for _ in range(6)] for trainer in (exact, rounded)]
     losses = [[step.loss for step in of_one] for of_one in steps]
     assert losses[1] == pytest.approx(losses[0], rel=tolerance)
-    assert [step.grad_norm for step in steps[1]] == pytest.approx([step.grad_norm for step in steps[0]], rel=2 * tolerance)
+    assert [step.grad_norm for step in steps[1]] == pytest.approx(
+        [step.grad_norm for step in steps[0]], rel=2 * tolerance
+    )
     assert losses[1] != losses[0]
     assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
     assert rounded.evaluate().perplexity == pytest.approx(exact.evaluate().perplexity, rel=0.05)
 
 
-def test_fp16_leaves_out_a_step_that_overflows_and_goes_on(make_recipe: Maker, small_corpus: str, tmp_path: Path) -> None:
+def test_fp16_leaves_out_a_step_that_overflows_and_goes_on(
+    make_recipe: Maker, small_corpus: str, tmp_path: Path
+) -> None:
     """The loss is scaled up before the backward pass, less each time that the gradient overflows; resuming keeps the scale."""
     trainer = Trainer.begin(make_recipe(train={"precision": "fp16", "save_every": 1}), small_corpus)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
@@ -182,11 +213,15 @@ def test_fp16_leaves_out_a_step_that_overflows_and_goes_on(make_recipe: Maker, s
         trainer.train_step(trainer.next_batch())
 
 
-def test_patience_ends_a_run_that_gets_no_better(make_recipe: Maker, small_corpus: str, tmp_path: Path) -> None:
+def test_patience_ends_a_run_that_gets_no_better(
+    make_recipe: Maker, small_corpus: str, tmp_path: Path
+) -> None:
     def run(patience: int, perplexities: list[float], out: Path) -> tuple[list[int], Trainer]:
         settings = {"patience": patience, "eval_every": 1, "save_every": 100, "steps": len(perplexities)}
         trainer = Trainer.begin(make_recipe(train=settings), small_corpus)
-        trainer.evaluate = lambda: EvalEvent(trainer.checkpoint.step, {4: perplexities[trainer.checkpoint.step - 1]})
+        trainer.evaluate = lambda: EvalEvent(
+            trainer.checkpoint.step, {4: perplexities[trainer.checkpoint.step - 1]}
+        )
         return [event.step for event in trainer.fit(out) if isinstance(event, StepEvent)], trainer
 
     noisy = [9.0, 8.0, 8.5, 7.0, 7.5, 7.2, 7.1, 6.0]
@@ -199,11 +234,20 @@ def test_patience_ends_a_run_that_gets_no_better(make_recipe: Maker, small_corpu
     assert list(Trainer.resume(tmp_path / "c").fit(tmp_path / "c")) == []
 
 
-PATIENT = {"patience": 3, "eval_every": 2, "save_every": 4, "learning_rate": 0.1, "warmup_steps": 0, "steps": 16}
+PATIENT = {
+    "patience": 3,
+    "eval_every": 2,
+    "save_every": 4,
+    "learning_rate": 0.1,
+    "warmup_steps": 0,
+    "steps": 16,
+}
 
 
 @pytest.mark.parametrize("killed_after", [5, 9])
-def test_patience_keeps_the_best_model_and_the_curve(make_recipe: Maker, small_corpus: str, tmp_path: Path, killed_after: int) -> None:
+def test_patience_keeps_the_best_model_and_the_curve(
+    make_recipe: Maker, small_corpus: str, tmp_path: Path, killed_after: int
+) -> None:
     """Whether or not the run is killed, the model is that of the best evaluation, which is not the last one."""
     run = Trainer.begin(make_recipe(train=PATIENT), small_corpus)
     evaluations, models = {}, {}
@@ -224,7 +268,9 @@ def test_patience_keeps_the_best_model_and_the_curve(make_recipe: Maker, small_c
     for name in ("whole", "cut"):
         checkpoint = load_checkpoint(tmp_path / name)
         assert checkpoint.step == best
-        assert all(torch.equal(value, models[best][key]) for key, value in checkpoint.model.state_dict().items())
+        assert all(
+            torch.equal(value, models[best][key]) for key, value in checkpoint.model.state_dict().items()
+        )
 
 
 def test_a_sample_is_greedy_at_full_depth(make_recipe: Maker, small_corpus: str) -> None:
@@ -264,7 +310,9 @@ for event in trainer.fit(out):
 
 def test_a_kill_at_any_moment_loses_nothing(make_recipe: Maker, small_corpus: str, tmp_path: Path) -> None:
     """Saving after every step, so that a kill falls into a save more often than not."""
-    recipe = make_recipe(train={"steps": 300, "save_every": 1, "eval_every": 300}, method={"layer_dropout": 0.2})
+    recipe = make_recipe(
+        train={"steps": 300, "save_every": 1, "eval_every": 300}, method={"layer_dropout": 0.2}
+    )
     out = tmp_path / "killed"
     for lines in (5, 23):  # the first to see a checkpoint, then somewhere behind it
         command = [sys.executable, "-c", KILLED, json.dumps(recipe.to_dict()), small_corpus, str(out)]

@@ -15,14 +15,25 @@ from ease_train.training.trainer import StepEvent, Trainer
 from ease_train.training.tune import begin_tuning, tuned_recipe
 
 Maker = Callable[..., Recipe]
-QUICK = {"steps": 30, "batch_size": 4, "sequence_length": 16, "warmup_steps": 2, "eval_tokens": 64, "save_every": 30, "learning_rate": 0.02}
+QUICK = {
+    "steps": 30,
+    "batch_size": 4,
+    "sequence_length": 16,
+    "warmup_steps": 2,
+    "eval_tokens": 64,
+    "save_every": 30,
+    "learning_rate": 0.02,
+}
 TO_2 = {**QUICK, "exits": [2], "layer_weights": {2: 1.0}}
 
 
 @pytest.fixture
 def plain(make_recipe: Maker, small_corpus: str, tmp_path: Path) -> Path:
     """A model without early exits, trained a little."""
-    recipe = make_recipe(model={"exits": [4]}, train={"layer_weights": {4: 1.0}, "learning_rate": 0.02, "steps": 40, "save_every": 40})
+    recipe = make_recipe(
+        model={"exits": [4]},
+        train={"layer_weights": {4: 1.0}, "learning_rate": 0.02, "steps": 40, "save_every": 40},
+    )
     for _ in Trainer.begin(recipe, small_corpus).fit(tmp_path / "plain"):
         pass
     return tmp_path / "plain"
@@ -35,7 +46,10 @@ def test_a_frozen_model_gets_exits_that_learn(plain: Path, tmp_path: Path) -> No
     before, after = load_checkpoint(plain), load_checkpoint(tmp_path / "tuned")
     weights = after.model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in before.model.state_dict().items())
-    assert {name.split(".")[2] for name in weights.keys() - before.model.state_dict().keys()} == {"norm", "adapter"}
+    assert {name.split(".")[2] for name in weights.keys() - before.model.state_dict().keys()} == {
+        "norm",
+        "adapter",
+    }
     assert (after.recipe.model.exits, after.recipe.model.dim, after.step) == ((2, 4), 16, 30)
     assert after.tokenizer.to_str() == before.tokenizer.to_str()
 
@@ -51,15 +65,24 @@ def test_new_exits_start_as_the_models_own_parts(plain: Path) -> None:
     assert model.exit(2).head.weight is not model.lm_head.weight
 
 
-def test_a_new_exits_block_is_the_layer_that_follows_and_its_head_the_rows_of_frequent_tokens(plain: Path, tmp_path: Path) -> None:
+def test_a_new_exits_block_is_the_layer_that_follows_and_its_head_the_rows_of_frequent_tokens(
+    plain: Path, tmp_path: Path
+) -> None:
     trained = load_checkpoint(plain)
     options = {**TO_2, "exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 7}
     trainer = begin_tuning(trained, load_recipe("ee-tuning"), options)
     model = trainer.model
     block = model.exit(2).block
     assert block is not None
-    assert all(torch.equal(value, trained.model.layers[2].state_dict()[name]) for name, value in block.state_dict().items())
-    counts = torch.from_numpy(trainer.blocks[:, :-1].copy()).flatten().bincount(minlength=trained.recipe.model.vocab_size)
+    assert all(
+        torch.equal(value, trained.model.layers[2].state_dict()[name])
+        for name, value in block.state_dict().items()
+    )
+    counts = (
+        torch.from_numpy(trainer.blocks[:, :-1].copy())
+        .flatten()
+        .bincount(minlength=trained.recipe.model.vocab_size)
+    )
     outside = torch.ones(len(counts), dtype=torch.bool).index_fill(0, model.reduced_head.ids, False)
     assert len(model.reduced_head.ids) == 7
     assert model.reduced_head.ids.tolist() == sorted(model.reduced_head.ids.tolist())
@@ -67,8 +90,12 @@ def test_a_new_exits_block_is_the_layer_that_follows_and_its_head_the_rows_of_fr
     assert torch.equal(model.exit(2).head.known.weight, trained.model.lm_head.weight[model.reduced_head.ids])
     counted = tmp_path / "counted.jsonl"
     counted.write_text('{"text": "etetetet et"}\n' * 20)
-    elsewhere = begin_tuning(trained, load_recipe("ee-tuning"), {**options, "exit_vocab_size": 2}, counted=str(counted)).model
-    assert elsewhere.reduced_head.ids.tolist() == sorted(trained.tokenizer.token_to_id(letter) for letter in "et")
+    elsewhere = begin_tuning(
+        trained, load_recipe("ee-tuning"), {**options, "exit_vocab_size": 2}, counted=str(counted)
+    ).model
+    assert elsewhere.reduced_head.ids.tolist() == sorted(
+        trained.tokenizer.token_to_id(letter) for letter in "et"
+    )
     learns = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {part.split(".adapter.")[0] for part in learns} == {
         "exits.2.norm.weight",
@@ -81,7 +108,9 @@ def test_a_new_exits_block_is_the_layer_that_follows_and_its_head_the_rows_of_fr
     assert still == learns - {"reduced_head.known.weight"}
 
 
-def test_a_reduced_head_that_is_there_keeps_its_tokens(recipe: Recipe, make_recipe: Maker, small_corpus: str) -> None:
+def test_a_reduced_head_that_is_there_keeps_its_tokens(
+    recipe: Recipe, make_recipe: Maker, small_corpus: str
+) -> None:
     fields = {"exit_head": "reduced", "exit_vocab_size": 7}
     checkpoint = Trainer.begin(make_recipe(model=fields), small_corpus).checkpoint
     before = checkpoint.model.reduced_head.ids.clone()
@@ -93,7 +122,9 @@ def test_a_reduced_head_that_is_there_keeps_its_tokens(recipe: Recipe, make_reci
     assert before.tolist() != model.reduced_head.ids.tolist() == [*range(7)]
     assert (model.reduced_head.known.weight == 0.5).all()
     larger = begin_tuning(checkpoint, load_recipe("ee-tuning"), {**options, "exit_vocab_size": 8}).model
-    assert torch.equal(larger.reduced_head.known.weight, checkpoint.model.lm_head.weight[larger.reduced_head.ids])
+    assert torch.equal(
+        larger.reduced_head.known.weight, checkpoint.model.lm_head.weight[larger.reduced_head.ids]
+    )
 
 
 def test_exits_that_are_there_keep_what_they_learned(recipe: Recipe, small_corpus: str) -> None:
@@ -124,8 +155,14 @@ def test_wrong_options(recipe: Recipe, options: dict[str, object], message: str)
 
 
 def test_exits_without_parts_of_their_own_cannot_learn_alone(plain: Path) -> None:
-    with pytest.raises(ConfigError, match="the exits have no norm, adapter or head of their own; set exit_adapter = 'mlp'"):
-        begin_tuning(load_checkpoint(plain), load_recipe("ee-tuning"), {**TO_2, "exit_adapter": "none", "exit_norm": "shared"})
+    with pytest.raises(
+        ConfigError, match="the exits have no norm, adapter or head of their own; set exit_adapter = 'mlp'"
+    ):
+        begin_tuning(
+            load_checkpoint(plain),
+            load_recipe("ee-tuning"),
+            {**TO_2, "exit_adapter": "none", "exit_norm": "shared"},
+        )
 
 
 def test_the_command(plain: Path, tmp_path: Path) -> None:
@@ -142,11 +179,19 @@ def test_the_command(plain: Path, tmp_path: Path) -> None:
 SKIP = {**QUICK, "exits": [2, 3], "steps": 6, "save_every": 3, "learning_rate": 0.01}
 
 
-def test_low_rank_updates_start_at_nothing_and_are_saved_as_plain_weights(plain: Path, tmp_path: Path) -> None:
-    trainer = begin_tuning(load_checkpoint(plain), load_recipe("layerskip-tuning"), {**SKIP, "lora_rank": 2, "exit_norm": "own"})
+def test_low_rank_updates_start_at_nothing_and_are_saved_as_plain_weights(
+    plain: Path, tmp_path: Path
+) -> None:
+    trainer = begin_tuning(
+        load_checkpoint(plain), load_recipe("layerskip-tuning"), {**SKIP, "lora_rank": 2, "exit_norm": "own"}
+    )
     before, model, ids = load_checkpoint(plain).model, trainer.model, torch.randint(20, (2, 9))
     torch.testing.assert_close(model(ids), before(ids))
-    learns = {name.split(".")[-1] if "parametrizations" in name else name for name, p in model.named_parameters() if p.requires_grad}
+    learns = {
+        name.split(".")[-1] if "parametrizations" in name else name
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     assert learns == {"down", "up", "exits.2.norm.weight", "exits.3.norm.weight"}
     for _ in trainer.fit(tmp_path / "tuned"):
         pass
@@ -169,7 +214,11 @@ def test_layerskip_tuning_resumes_to_the_bit(plain: Path, tmp_path: Path, option
     while (tmp_path / "parts").exists() is False:
         next(parts)
     parts.close()
-    again = [event for event in Trainer.resume(tmp_path / "parts").fit(tmp_path / "parts") if isinstance(event, StepEvent)]
+    again = [
+        event
+        for event in Trainer.resume(tmp_path / "parts").fit(tmp_path / "parts")
+        if isinstance(event, StepEvent)
+    ]
     assert [(event.step, event.loss) for event in again] == [(event.step, event.loss) for event in whole[3:]]
     one, other = (load_checkpoint(tmp_path / name).model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())

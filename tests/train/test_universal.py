@@ -74,7 +74,9 @@ def test_every_model_takes_the_originals_arguments(make: Callable[..., LayeredDe
     assert torch.equal(shallow, every[0])
     assert torch.equal(deep, every[-1])
     torch.testing.assert_close(confidence, F.softmax(every[0], dim=-1).amax(-1))
-    assert not any("norm" in name for name in model.state_dict() if not name.startswith("layers"))  # no final norm
+    assert not any(
+        "norm" in name for name in model.state_dict() if not name.startswith("layers")
+    )  # no final norm
     assert model.lm_head.weight is not model.embed.weight
 
 
@@ -95,7 +97,10 @@ def test_the_loss_is_the_weighted_sum(weights: dict[int, float] | None, batches:
     x, y = batches[0]
     used = weights or {1: 0.5, 3: 0.5}
     logits = model.forward_all_layers(x)
-    expected = sum(weight * F.cross_entropy(logits[layer - 1].flatten(0, 1), y.flatten()) for layer, weight in used.items())
+    expected = sum(
+        weight * F.cross_entropy(logits[layer - 1].flatten(0, 1), y.flatten())
+        for layer, weight in used.items()
+    )
     torch.testing.assert_close(trainer.compute_loss(model, x, y, weights), expected)
 
 
@@ -111,12 +116,18 @@ def test_all_zero_means_the_last_layer(batches: Batches) -> None:
         shorter = UniversalConfig({1: 0, 2: 0}, routing_threshold=0)
     trainer = UniversalTrainer(shorter, vocab_size=20)
     torch.testing.assert_close(trainer.compute_loss(model, x, y), expected)
-    assert trainer.train_epoch(model, batches, trainer.create_optimizer(model, 1e-3))[1] == {1: 0.0, 2: 0.0, 3: 1.0}
+    assert trainer.train_epoch(model, batches, trainer.create_optimizer(model, 1e-3))[1] == {
+        1: 0.0,
+        2: 0.0,
+        3: 1.0,
+    }
 
 
 def test_a_layer_without_weight_gets_nothing(batches: Batches) -> None:
     model = lively(DEEDTransformer(20, 16, 3))
-    UniversalTrainer(UniversalConfig({1: 1.0, 2: 0, 3: 0}), vocab_size=20).compute_loss(model, *batches[0]).backward()
+    UniversalTrainer(UniversalConfig({1: 1.0, 2: 0, 3: 0}), vocab_size=20).compute_loss(
+        model, *batches[0]
+    ).backward()
     assert all(p.grad is None for layer in model.layers[1:] for p in layer.parameters())
     assert all(p.grad.abs().sum() > 0 for p in model.layers[0].parameters())
 
@@ -130,10 +141,14 @@ def test_alpha_replaces_the_first_and_last_weights(batches: Batches) -> None:
     schedule = AlphaSchedule("linear", start=0.9, end=0.1)
     config = UniversalConfig({1: 0.5, 2: 0.25, 3: 0.5}, alpha_schedule=schedule)
     assert config.weights_at(1, 5) == pytest.approx({1: 0.7, 2: 0.25, 3: 0.3})
-    assert UniversalConfig({2: 0.5}, alpha_schedule=schedule).weights_at(1, 5, 4) == pytest.approx({1: 0.7, 2: 0.5, 4: 0.3})
+    assert UniversalConfig({2: 0.5}, alpha_schedule=schedule).weights_at(1, 5, 4) == pytest.approx(
+        {1: 0.7, 2: 0.5, 4: 0.3}
+    )
     model = DEEDTransformer(20, 16, 3)
     trainer = UniversalTrainer(config, vocab_size=20)
-    _, weights = trainer.train_epoch(model, batches, trainer.create_optimizer(model, 1e-3), epoch=4, max_epochs=5)
+    _, weights = trainer.train_epoch(
+        model, batches, trainer.create_optimizer(model, 1e-3), epoch=4, max_epochs=5
+    )
     assert weights == pytest.approx({1: 0.1, 2: 0.25, 3: 0.9})
 
 
@@ -145,7 +160,9 @@ def test_an_epoch_is_clipped_steps_of_adamw(batches: Batches) -> None:
     optimizer, losses = torch.optim.AdamW(twin.parameters(), lr=0.01), []
     for x, y in batches:
         logits = twin.forward_all_layers(x)
-        loss = 0.7 * F.cross_entropy(logits[0].flatten(0, 1), y.flatten()) + 0.3 * F.cross_entropy(logits[2].flatten(0, 1), y.flatten())
+        loss = 0.7 * F.cross_entropy(logits[0].flatten(0, 1), y.flatten()) + 0.3 * F.cross_entropy(
+            logits[2].flatten(0, 1), y.flatten()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
@@ -158,7 +175,9 @@ def test_an_epoch_is_clipped_steps_of_adamw(batches: Batches) -> None:
 
 def test_optimizer_groups() -> None:
     model = DEEDTransformer(20, 16, 3)
-    trainer = UniversalTrainer(UniversalConfig({1: 0.7, 2: 0, 3: 0.3}, layer_lr_scales={1: 1.0, 2: 0.5, 3: 0.1}), vocab_size=20)
+    trainer = UniversalTrainer(
+        UniversalConfig({1: 0.7, 2: 0, 3: 0.3}, layer_lr_scales={1: 1.0, 2: 0.5, 3: 0.1}), vocab_size=20
+    )
     optimizer = trainer.create_optimizer(model, base_lr=0.01)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
@@ -170,7 +189,10 @@ def test_optimizer_groups() -> None:
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5])
 def test_the_four_figures(threshold: float, batches: Batches) -> None:
     model = lively(DEEDTransformer(20, 16, 4)).eval()
-    batches = [*batches[:3], (batches[3][0][:1], batches[3][1][:1])]  # a smaller last batch: the mean is over batches
+    batches = [
+        *batches[:3],
+        (batches[3][0][:1], batches[3][1][:1]),
+    ]  # a smaller last batch: the mean is over batches
     config = UniversalConfig({1: 0, 2: 1, 3: 0, 4: 1}, exit_layer=2, routing_threshold=threshold)
     stats = UniversalTrainer(config, vocab_size=20).evaluate(model, batches)
     losses, right, shallow, tokens = [], 0, 0, 0
@@ -224,10 +246,16 @@ def test_every_preset_trains(name: str, batches: Batches) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer_weights": {1: -1.0, 3: 1.0}}, "layer_weights = {1: -1.0}, expected layers from 1 and numbers of at least 0"),
+        (
+            {"layer_weights": {1: -1.0, 3: 1.0}},
+            "layer_weights = {1: -1.0}, expected layers from 1 and numbers of at least 0",
+        ),
         ({"layer_weights": {0: 1.0}}, "layer_weights = {0: 1.0}"),
         ({"layer_weights": {}}, "layer_weights is empty"),
-        ({"layer_weights": {1: 1.0}, "routing_threshold": 1.5}, "routing_threshold = 1.5, expected a number from 0 to 1"),
+        (
+            {"layer_weights": {1: 1.0}, "routing_threshold": 1.5},
+            "routing_threshold = 1.5, expected a number from 0 to 1",
+        ),
         ({"layer_weights": {1: 1.0}, "exit_layer": 0}, "exit_layer = 0, expected a layer from 1"),
         ({"layer_weights": {1: 1.0}, "layer_lr_scales": {1: -0.5}}, "layer_lr_scales = {1: -0.5}"),
     ],
@@ -241,9 +269,15 @@ def test_what_cannot_be(arguments: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer_weights": {1: 0.5, 3: 0.5}, "exit_layer": 3}, "exit_layer = 3 is the last layer: routing_threshold = 0.95 has no effect"),
+        (
+            {"layer_weights": {1: 0.5, 3: 0.5}, "exit_layer": 3},
+            "exit_layer = 3 is the last layer: routing_threshold = 0.95 has no effect",
+        ),
         ({"layer_weights": {1: 0, 3: 1.0}}, "sends tokens out at layer 1, whose weight is 0"),
-        ({"layer_weights": {1: 0.5, 3: 0.5}, "routing_threshold": 1}, "routing_threshold = 1 lets a token leave only when"),
+        (
+            {"layer_weights": {1: 0.5, 3: 0.5}, "routing_threshold": 1},
+            "routing_threshold = 1 lets a token leave only when",
+        ),
         ({"layer_weights": {1: 0.5, 3: 0.5}, "normalize_weights": True}, "normalize_weights has no effect"),
     ],
 )
@@ -263,15 +297,25 @@ def test_layers_and_vocabularies_that_do_not_fit_the_model(batches: Batches) -> 
     with pytest.raises(ConfigError, match="vocab_size = 21, expected the model's: 20"):
         UniversalTrainer(UniversalConfig({1: 0.5, 2: 0.5}), vocab_size=21).compute_loss(model, *batches[0])
     with pytest.raises(ConfigError, match=r"exit_layer names layers \[3\], expected layers from 1 to 2"):
-        UniversalTrainer(UniversalConfig({1: 0.5, 3: 0.1, 4: 0.5}, exit_layer=3), vocab_size=20).evaluate(model, batches)
+        UniversalTrainer(UniversalConfig({1: 0.5, 3: 0.1, 4: 0.5}, exit_layer=3), vocab_size=20).evaluate(
+            model, batches
+        )
     with pytest.raises(DataError, match="no batches"):
         UniversalTrainer(UniversalConfig({1: 0.5, 2: 0.5}), vocab_size=20).evaluate(model, [])
 
 
 def test_token_routed_training_is_joint_then_routed(batches: Batches) -> None:
-    model, (x, y) = lively(TokenRoutedTransformer(vocab_size=20, dim=16, num_layers=3, exit_layer=1, routing_threshold=0.3)), batches[0]
+    model, (x, y) = (
+        lively(
+            TokenRoutedTransformer(vocab_size=20, dim=16, num_layers=3, exit_layer=1, routing_threshold=0.3)
+        ),
+        batches[0],
+    )
     shallow, deep, confidence = model.forward_train(x)
-    losses = [F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y) for logits in (shallow, deep)]
+    losses = [
+        F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+        for logits in (shallow, deep)
+    ]
     joint = (0.7 * losses[0] + 0.3 * losses[1]).mean()
     torch.testing.assert_close(model.routed_loss(x, y, epoch=0), joint)
     torch.testing.assert_close(model.routed_loss(x, y, epoch=4), joint)
@@ -281,7 +325,9 @@ def test_token_routed_training_is_joint_then_routed(batches: Batches) -> None:
     logits, left = model.routed_logits(x)
     assert torch.equal(left, leaves)
     assert torch.equal(logits, torch.where(leaves[..., None], shallow, deep))
-    with pytest.raises(ConfigError, match="exit_layer = 3, expected a layer from 1 to 2: one before the last"):
+    with pytest.raises(
+        ConfigError, match="exit_layer = 3, expected a layer from 1 to 2: one before the last"
+    ):
         TokenRoutedTransformer(20, 16, 3, exit_layer=3)
 
 
@@ -308,10 +354,16 @@ def test_every_exported_name_loads() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["import ease_train.data.corpora, ease_train.training.config, ease_train.methods.schedules", "from ease_train.cli import main"]
+    "code",
+    [
+        "import ease_train.data.corpora, ease_train.training.config, ease_train.methods.schedules",
+        "from ease_train.cli import main",
+    ],
 )
 def test_what_needs_no_torch_imports_none(code: str) -> None:
     program = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    modules = json.loads(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+    modules = json.loads(
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    )
     assert "ease_train" in modules
     assert not {"torch", "datasets", "safetensors", "tokenizers"} & set(modules)

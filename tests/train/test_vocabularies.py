@@ -43,12 +43,17 @@ def best_merges(text: str, vocabulary: Vocabulary) -> list[str]:
     """SentencePiece's BPE: of all neighbours whose union is a piece, the best, the first of those; until there are none."""
     scores, symbols = pieces_of(vocabulary), list(text)
     while True:
-        unions = [(-scores[one + two], at) for at, (one, two) in enumerate(pairwise(symbols)) if one + two in scores]
+        unions = [
+            (-scores[one + two], at) for at, (one, two) in enumerate(pairwise(symbols)) if one + two in scores
+        ]
         if not unions:
             break
         at = min(unions)[1]
         symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
-    spelt = ([symbol] if symbol in scores else [f"<0x{byte:02X}>" for byte in symbol.encode()] for symbol in symbols)
+    spelt = (
+        [symbol] if symbol in scores else [f"<0x{byte:02X}>" for byte in symbol.encode()]
+        for symbol in symbols
+    )
     return [token for tokens in spelt for token in tokens]
 
 
@@ -63,7 +68,9 @@ def most_likely(text: str, vocabulary: Vocabulary) -> list[str]:
             if score is not None and best[start][0] + score > best[end][0]:
                 best[end] = (best[start][0] + score, [*best[start][1], piece if piece in scores else "<unk>"])
     found = best[-1][1][1:]
-    return [token for at, token in enumerate(found) if token != "<unk>" or at == 0 or found[at - 1] != "<unk>"]
+    return [
+        token for at, token in enumerate(found) if token != "<unk>" or at == 0 or found[at - 1] != "<unk>"
+    ]
 
 
 def around_special(text: str, inner: Callable[[str], list[str]]) -> list[str]:
@@ -78,7 +85,9 @@ def around_special(text: str, inner: Callable[[str], list[str]]) -> list[str]:
 def texts(seed: int) -> list[str]:
     rng = random.Random(seed)
     parts = ["a", "b", "c", "aa", "ab", " ", "  ", SPACE, "é", "👍", "\n", *SPECIAL]
-    return ["", " ", "   ", " a", "a "] + ["".join(rng.choice(parts) for _ in range(rng.randint(1, 12))) for _ in range(200)]
+    return ["", " ", "   ", " a", "a "] + [
+        "".join(rng.choice(parts) for _ in range(rng.randint(1, 12))) for _ in range(200)
+    ]
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -88,7 +97,9 @@ def test_sentencepiece_bpe_merges_what_scores_best(seed: int, prefix: bool) -> N
     tokenizer = sentencepiece_bpe(vocabulary, unknown=0, space_prefix=prefix)
     start = SPACE if prefix else ""
     for text in texts(seed):
-        expected = around_special(text, lambda part: best_merges(start + part.replace(" ", SPACE), vocabulary))
+        expected = around_special(
+            text, lambda part: best_merges(start + part.replace(" ", SPACE), vocabulary)
+        )
         assert tokenizer.encode(text).tokens == expected, repr(text)
 
 
@@ -103,7 +114,9 @@ def test_unigram_takes_the_most_likely_cut(prefix: bool, merge: bool) -> None:
         return (" " + part if part.strip(" ") and (prefix or merge) else part).replace(" ", SPACE)
 
     for text in texts(4):
-        expected = around_special(text, lambda part: most_likely(spaced(part), vocabulary) if spaced(part) else [])
+        expected = around_special(
+            text, lambda part: most_likely(spaced(part), vocabulary) if spaced(part) else []
+        )
         assert [tokenizer.id_to_token(token) for token in tokenizer.encode(text).ids] == expected, repr(text)
 
 

@@ -19,7 +19,9 @@ from ease_train.cli import main
 from ease_train.convert.foreign import UNSAID, UNSAID_BY_KIND
 from ease_train.convert.huggingface import import_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 TOLERANCE = 1e-4  # of the largest logit
 IDS = torch.arange(2, 26)[None] * 5 % 320
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -37,7 +39,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         family = name.removesuffix("-mha")
         if not (root / name).is_dir():
             heads = 4 if name.endswith("-mha") else 2
-            foreign_models.write_model(foreign_models.make_model(family, **SMALL, num_key_value_heads=heads), root / name)
+            foreign_models.write_model(
+                foreign_models.make_model(family, **SMALL, num_key_value_heads=heads), root / name
+            )
         return root / name
 
     return source
@@ -56,13 +60,19 @@ def edited(
     kept = {name: value for name, value in config.items() if name not in without}
     (target / "config.json").write_text(json.dumps(kept))
     if weights is not None:
-        save_file(weights(load_file(target / "model.safetensors")), target / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            weights(load_file(target / "model.safetensors")),
+            target / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     return target
 
 
 def transformers_logits(folder: Path) -> torch.Tensor:
     """Those of transformers, which must find all that it looks for, and use all that it finds."""
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     with torch.no_grad():
         logits: torch.Tensor = model.eval()(IDS).logits
@@ -86,7 +96,11 @@ def head_alone(weights: Weights) -> Weights:
 
 
 def rotary_tables(weights: Weights) -> Weights:
-    return {**weights, "model.rotary_emb.inv_freq": torch.ones(4), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    return {
+        **weights,
+        "model.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
 
 
 def half_in_double(weights: Weights) -> Weights:
@@ -107,14 +121,19 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
     "heads unsaid": ("llama2-mha", {"without": ("num_key_value_heads", "head_dim")}),
     "epsilon and positions unsaid": ("llama2-mha", {"without": ("rms_norm_eps", "max_position_embeddings")}),
     "rotary settings twice": ("llama2-mha", {"values": {"rope_theta": 500.0, "rope_scaling": LINEAR}}),
-    "rotary settings of before": ("llama2-mha", {"values": {"rope_theta": 500.0, "rope_scaling": LINEAR}, "without": ("rope_parameters",)}),
+    "rotary settings of before": (
+        "llama2-mha",
+        {"values": {"rope_theta": 500.0, "rope_scaling": LINEAR}, "without": ("rope_parameters",)},
+    ),
     "another name of the activation": ("llama2-mha", {"values": {"hidden_act": "swish"}}),
     "a bias that the family has not": ("qwen2-mha", {"values": {"attention_bias": True}}),
 }
 
 
 @pytest.mark.parametrize("case", READ)
-def test_it_is_read_as_transformers_reads_it(case: str, sources: Callable[[str], Path], tmp_path: Path) -> None:
+def test_it_is_read_as_transformers_reads_it(
+    case: str, sources: Callable[[str], Path], tmp_path: Path
+) -> None:
     family, changes = READ[case]
     folder = edited(sources(family), tmp_path / "hf", **changes)
     expected = transformers_logits(folder)
@@ -138,16 +157,34 @@ def with_value(name: str, value: float) -> Callable[[Weights], Weights]:
 
 UP = "model.layers.1.mlp.up_proj.weight"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no head, untied": ({"weights": without_head}, rf"lack 1 weights, the first is {HEAD}; config\.json ties no"),
-    "no head, tying unsaid": ({"weights": without_head, "without": ("tie_word_embeddings",)}, f"the first is {HEAD}"),
+    "no head, untied": (
+        {"weights": without_head},
+        rf"lack 1 weights, the first is {HEAD}; config\.json ties no",
+    ),
+    "no head, tying unsaid": (
+        {"weights": without_head, "without": ("tie_word_embeddings",)},
+        f"the first is {HEAD}",
+    ),
     "a bias beside": (
         {"weights": lambda w: {**w, "model.layers.0.self_attn.q_proj.bias": torch.ones(32)}},
         r"no place for, the first is .*q_proj\.bias",
     ),
-    "a mask beside": ({"weights": lambda w: {**w, "model.layers.0.self_attn.masked_bias": torch.ones(1)}}, "masked_bias"),
-    "a layer more": ({"values": {"num_hidden_layers": 1}}, r"hold 9 weights .* the first is model\.layers\.1\."),
-    "a layer less": ({"values": {"num_hidden_layers": 3}}, r"lack 9 weights, the first is model\.layers\.2\."),
-    "many layers": ({"values": {"num_hidden_layers": 10**9}}, "num_hidden_layers = 1000000000, but the model's files hold 21 tensors"),
+    "a mask beside": (
+        {"weights": lambda w: {**w, "model.layers.0.self_attn.masked_bias": torch.ones(1)}},
+        "masked_bias",
+    ),
+    "a layer more": (
+        {"values": {"num_hidden_layers": 1}},
+        r"hold 9 weights .* the first is model\.layers\.1\.",
+    ),
+    "a layer less": (
+        {"values": {"num_hidden_layers": 3}},
+        r"lack 9 weights, the first is model\.layers\.2\.",
+    ),
+    "many layers": (
+        {"values": {"num_hidden_layers": 10**9}},
+        "num_hidden_layers = 1000000000, but the model's files hold 21 tensors",
+    ),
     "more rows": (
         {"values": {"vocab_size": 330}},
         r"model\.embed_tokens\.weight has the shape \[320, 32\], but config\.json makes it \[330, 32\]",
@@ -156,20 +193,41 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"values": {"num_key_value_heads": 2}},
         r"k_proj\.weight has the shape \[32, 32\], but config\.json makes it \[16, 32\]",
     ),
-    "NaN": ({"weights": with_value(UP, float("nan"))}, rf"{UP} holds nan at \[1, 3\] \(1 of 1536 numbers are not finite\)"),
+    "NaN": (
+        {"weights": with_value(UP, float("nan"))},
+        rf"{UP} holds nan at \[1, 3\] \(1 of 1536 numbers are not finite\)",
+    ),
     "infinity": ({"weights": with_value(HEAD, float("inf"))}, rf"{HEAD} holds inf at \[1, 3\]"),
-    "tying null": ({"values": {"tie_word_embeddings": None}}, "tie_word_embeddings = None, expected true or false"),
+    "tying null": (
+        {"values": {"tie_word_embeddings": None}},
+        "tie_word_embeddings = None, expected true or false",
+    ),
     "epsilon null": ({"values": {"rms_norm_eps": None}}, "rms_norm_eps = None, expected a number"),
-    "positions null": ({"values": {"max_position_embeddings": None}}, "max_position_embeddings = None, expected a whole number"),
+    "positions null": (
+        {"values": {"max_position_embeddings": None}},
+        "max_position_embeddings = None, expected a whole number",
+    ),
     "no rows": ({"values": {"vocab_size": 0}}, "vocab_size = 0, expected a whole number of at least 1"),
-    "a text for a number": ({"values": {"num_attention_heads": "4"}}, "num_attention_heads = '4', expected a whole number"),
+    "a text for a number": (
+        {"values": {"num_attention_heads": "4"}},
+        "num_attention_heads = '4', expected a whole number",
+    ),
     "many positions": (
         {"values": {"max_position_embeddings": 10**12}},
         "a context of 1000000000000 tokens, expected at most .* --max-positions",
     ),
-    "theta null": ({"values": {"rope_theta": None}, "without": ("rope_parameters",)}, "'default' with rope_theta = None"),
-    "scaling without a factor": ({"values": {"rope_scaling": {"rope_type": "llama3"}}}, "'llama3' with factor = None"),
-    "scaling that is no object": ({"values": {"rope_scaling": [2.0]}}, r"rope_scaling = \[2\.0\], expected an object"),
+    "theta null": (
+        {"values": {"rope_theta": None}, "without": ("rope_parameters",)},
+        "'default' with rope_theta = None",
+    ),
+    "scaling without a factor": (
+        {"values": {"rope_scaling": {"rope_type": "llama3"}}},
+        "'llama3' with factor = None",
+    ),
+    "scaling that is no object": (
+        {"values": {"rope_scaling": [2.0]}},
+        r"rope_scaling = \[2\.0\], expected an object",
+    ),
 }
 
 
@@ -182,9 +240,14 @@ def test_what_disagrees_is_refused_by_name(case: str, sources: Callable[[str], P
 
 @pytest.mark.parametrize("kind", UNSAID_BY_KIND)
 def test_what_is_unsaid_is_as_transformers_takes_it(kind: str) -> None:
-    config = transformers.AutoConfig.for_model(kind, **({"use_sliding_window": True} if kind.startswith("qwen") else {}))
+    config = transformers.AutoConfig.for_model(
+        kind, **({"use_sliding_window": True} if kind.startswith("qwen") else {})
+    )
     taken = {**UNSAID, **UNSAID_BY_KIND[kind]}
-    follows = {"num_key_value_heads": config.num_attention_heads, "head_dim": config.hidden_size // config.num_attention_heads}
+    follows = {
+        "num_key_value_heads": config.num_attention_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+    }
     for name, value in taken.items():
         if hasattr(config, name):
             assert getattr(config, name) == (follows[name] if value is None else value), name
@@ -192,8 +255,12 @@ def test_what_is_unsaid_is_as_transformers_takes_it(kind: str) -> None:
 
 def test_one_file_goes_before_an_index(sources: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "hf"
-    foreign_models.write_model(foreign_models.make_model("llama2", **SMALL, num_key_value_heads=4), folder, shard_size="30KB")
-    doubled = {name: 2 * value for name, value in load_file(sources("llama2-mha") / "model.safetensors").items()}
+    foreign_models.write_model(
+        foreign_models.make_model("llama2", **SMALL, num_key_value_heads=4), folder, shard_size="30KB"
+    )
+    doubled = {
+        name: 2 * value for name, value in load_file(sources("llama2-mha") / "model.safetensors").items()
+    }
     save_file(doubled, folder / "model.safetensors", metadata={"format": "pt"})
     expected = transformers_logits(folder)
     with torch.no_grad():
@@ -206,7 +273,10 @@ def test_an_index_names_files_of_its_own_directory(sources: Callable[[str], Path
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     index = folder / "model.safetensors.index.json"
     for places, message in (
-        ({"weight_map": {EMBEDDING: "../model.safetensors"}}, r"names '\.\./model\.safetensors', which is no file of its own directory"),
+        (
+            {"weight_map": {EMBEDDING: "../model.safetensors"}},
+            r"names '\.\./model\.safetensors', which is no file of its own directory",
+        ),
         ({"weight_map": [EMBEDDING]}, "is damaged: weight_map"),
     ):
         index.write_text(json.dumps(places))
@@ -224,7 +294,9 @@ def test_what_is_there_in_place_of_weights_is_said(sources: Callable[[str], Path
         import_model(str(folder))
 
 
-def test_tokens_without_a_row_are_said_and_a_start_without_one_is_refused(sources: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tokens_without_a_row_are_said_and_a_start_without_one_is_refused(
+    sources: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = edited(sources("llama2-mha"), tmp_path / "hf")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken("<tool>", special=False), AddedToken("</tool>", special=False)])
@@ -235,11 +307,16 @@ def test_tokens_without_a_row_are_said_and_a_start_without_one_is_refused(source
     result = CliRunner().invoke(main, ["import", str(folder), "--out", str(tmp_path / "checkpoint")])
     assert (result.exit_code, said in result.output) == (0, True), result.output
     fewer = edited(
-        folder, tmp_path / "fewer", {"vocab_size": 1}, lambda w: {n: v[:1].clone() if n in (EMBEDDING, HEAD) else v for n, v in w.items()}
+        folder,
+        tmp_path / "fewer",
+        {"vocab_size": 1},
+        lambda w: {n: v[:1].clone() if n in (EMBEDDING, HEAD) else v for n, v in w.items()},
     )
     tokenizer = Tokenizer.from_file(str(fewer / "tokenizer.json"))
     foreign = json.loads(tokenizer.to_str())
     foreign["post_processor"]["special_tokens"]["<s>"] = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
     (fewer / "tokenizer.json").write_text(json.dumps(foreign))
-    with pytest.raises(ForeignError, match=r"'</s>' \(id 1\) stands before every text, but the embedding has 1 rows"):
+    with pytest.raises(
+        ForeignError, match=r"'</s>' \(id 1\) stands before every text, but the embedding has 1 rows"
+    ):
         import_model(str(fewer))

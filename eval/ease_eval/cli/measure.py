@@ -45,20 +45,36 @@ from ease_runtime.policies.thresholds import Thresholds
 from ease_train.data.corpora import SOURCES, load_documents, sum_of
 
 # COLUMNS of the table for a terminal of 80 columns
-NARROW_COLUMNS = ("at", "catch-up", "ppl", "vs off", "depth", "tok/s", "p50\nms", "p95\nms", "speed\n-up", "ideal", "of\nideal")
+NARROW_COLUMNS = (
+    "at",
+    "catch-up",
+    "ppl",
+    "vs off",
+    "depth",
+    "tok/s",
+    "p50\nms",
+    "p95\nms",
+    "speed\n-up",
+    "ideal",
+    "of\nideal",
+)
 
 REPORT_DOCUMENTS = 24  # that depth by position and reliability are drawn from
 PASSAGE_LEAST = 32  # tokens of a document that the passage may begin with
 
 PARSE_SPECIAL = click.option(
-    "--parse-special", is_flag=True, help="Special tokens written in the documents are real ones (chats); otherwise they are text."
+    "--parse-special",
+    is_flag=True,
+    help="Special tokens written in the documents are real ones (chats); otherwise they are text.",
 )
 
 
 def refuse_fixed(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """The policy of a command that sets thresholds. Raises RequestError for the one that has none."""
     if value == "fixed":
-        raise RequestError("policy 'fixed' has no thresholds to measure; try it: ease-run generate --policy fixed --exit LAYER")
+        raise RequestError(
+            "policy 'fixed' has no thresholds to measure; try it: ease-run generate --policy fixed --exit LAYER"
+        )
     return value
 
 
@@ -84,7 +100,10 @@ MEASURE_FLAGS = (
         help="A row each; each for every early exit.",
     ),
     click.option(
-        "--exit-thresholds", type=ThresholdFlag(), multiple=True, help="One more row: a threshold an exit, like off,0.5; may be repeated."
+        "--exit-thresholds",
+        type=ThresholdFlag(),
+        multiple=True,
+        help="One more row: a threshold an exit, like off,0.5; may be repeated.",
     ),
     click.option(
         "--catch-up",
@@ -94,17 +113,41 @@ MEASURE_FLAGS = (
         show_default=True,
         help=f"{' or '.join(CATCH_UPS)}; may be repeated.",
     ),
-    click.option("--scored-tokens", default=Amounts.scored_tokens, show_default=True, help="Tokens whose perplexity is measured."),
-    click.option("--texts", default=Amounts.num_texts, show_default=True, help="Documents that are decoded for the clock."),
-    click.option("--prompt-tokens", default=Amounts.prompt_tokens, show_default=True, help="Tokens of each text's prompt."),
-    click.option("--new-tokens", default=Amounts.new_tokens, show_default=True, help="Tokens decoded after each prompt."),
-    click.option("--rounds", default=Amounts.num_rounds, show_default=True, help="Timed rounds, after one to warm up."),
+    click.option(
+        "--scored-tokens",
+        default=Amounts.scored_tokens,
+        show_default=True,
+        help="Tokens whose perplexity is measured.",
+    ),
+    click.option(
+        "--texts",
+        default=Amounts.num_texts,
+        show_default=True,
+        help="Documents that are decoded for the clock.",
+    ),
+    click.option(
+        "--prompt-tokens",
+        default=Amounts.prompt_tokens,
+        show_default=True,
+        help="Tokens of each text's prompt.",
+    ),
+    click.option(
+        "--new-tokens",
+        default=Amounts.new_tokens,
+        show_default=True,
+        help="Tokens decoded after each prompt.",
+    ),
+    click.option(
+        "--rounds", default=Amounts.num_rounds, show_default=True, help="Timed rounds, after one to warm up."
+    ),
     click.option("--threads", default=0, help="CPU threads; 0 takes all."),
     DEVICE_FLAG,
 )
 
 
-JSON_FLAG = click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+JSON_FLAG = click.option(
+    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here."
+)
 
 
 def measure_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,12 +198,16 @@ class Asked:
         llm = LLM(bundle, device=device, num_threads=threads)
         corpus = load_documents(data, split)
         documents = [Document.of(llm, text, parse_special=parse_special) for text in corpus]
-        rows = [row for row in (*chain.from_iterable(thresholds), *exit_thresholds) if row]  # off is always the first row
+        rows = [
+            row for row in (*chain.from_iterable(thresholds), *exit_thresholds) if row
+        ]  # off is always the first row
         if not all(exit_thresholds):
             raise RequestError("--exit-thresholds with off alone asks no exit; off is always the first row")
         if len(llm.stack.exit_layers) == 1:
             click.echo("note: this bundle has no early exit: full depth alone is measured", err=True)
-        return cls(bundle, llm, documents, data, split, policy, rows, catch_ups, amounts, threads, sum_of(corpus))
+        return cls(
+            bundle, llm, documents, data, split, policy, rows, catch_ups, amounts, threads, sum_of(corpus)
+        )
 
     @property
     def num_documents(self) -> int:
@@ -177,7 +224,12 @@ class Asked:
         """Where figures come from, and what was asked for, as JSON has it."""
         names = ("data", "data_sha256", "num_documents", "split", "policy", "thresholds", "catch_ups")
         asked = {name: as_json(getattr(self, name)) for name in names}
-        return {**provenance(self.bundle, self.llm, self.threads), **asked, "amounts": asdict(self.amounts), "seed": SEED}
+        return {
+            **provenance(self.bundle, self.llm, self.threads),
+            **asked,
+            "amounts": asdict(self.amounts),
+            "seed": SEED,
+        }
 
     def table(self, journal: Journal | None = None, batches: Sequence[int] = ()) -> Table:
         """Everything."""
@@ -213,10 +265,28 @@ class Asked:
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @measure_flags
-@click.option("--batch", "batches", **list_of(click.INT, "N[,N...]"), help="Also decode this many texts at once.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here; a killed run goes on.")
-@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.")
-def table(bundles: tuple[Path, ...], batches: tuple[int, ...], json_file: Path | None, markdown_file: Path | None, **given: Any) -> None:
+@click.option(
+    "--batch", "batches", **list_of(click.INT, "N[,N...]"), help="Also decode this many texts at once."
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write every figure here; a killed run goes on.",
+)
+@click.option(
+    "--markdown",
+    "markdown_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the table here.",
+)
+def table(
+    bundles: tuple[Path, ...],
+    batches: tuple[int, ...],
+    json_file: Path | None,
+    markdown_file: Path | None,
+    **given: Any,
+) -> None:
     """Perplexity, depth and real speed for each threshold, off first.
 
     Several bundles, say of one model in several precisions, give a table each; the JSON is then {"tables": [...]}.
@@ -225,14 +295,22 @@ def table(bundles: tuple[Path, ...], batches: tuple[int, ...], json_file: Path |
     with ExitStack() as open_journals:
         for bundle in bundles:
             asked = Asked.of(bundle, **given)
-            part = json_file and json_file.with_name(f"{json_file.name}.{len(tables)}") if len(bundles) > 1 else json_file
+            part = (
+                json_file and json_file.with_name(f"{json_file.name}.{len(tables)}")
+                if len(bundles) > 1
+                else json_file
+            )
             journal = open_journals.enter_context(Journal(part, asked.source | {"batches": batches}))
             if journal.num_read:
                 click.echo(f"{journal.num_read} parts of {bundle} are there from a run before", err=True)
             tables.append(asked.table(journal, batches))
             warn_of_unknown(tables[-1].rows[0])
             render(tables[-1], Console())
-        whole = tables[0].to_json() if len(tables) == 1 else json.dumps({"tables": [as_json(one) for one in tables]}, indent=2) + "\n"
+        whole = (
+            tables[0].to_json()
+            if len(tables) == 1
+            else json.dumps({"tables": [as_json(one) for one in tables]}, indent=2) + "\n"
+        )
         for file, text in ((json_file, whole), (markdown_file, "\n".join(one.markdown() for one in tables))):
             if file:
                 write_whole(file, text)
@@ -246,7 +324,10 @@ def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """Perplexity under each threshold, off first, without the clock."""
     note_unused("texts", "prompt_tokens", "new_tokens", "rounds")
     if "verify" in given["catch_ups"]:
-        click.echo("note: verify says what full depth says: its perplexity is off's, and nothing is measured for it", err=True)
+        click.echo(
+            "note: verify says what full depth says: its perplexity is off's, and nothing is measured for it",
+            err=True,
+        )
     asked = Asked.of(bundle, **given)
     rows = asked.qualities()
     warn_of_unknown(rows[0])
@@ -272,17 +353,26 @@ def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """How deep tokens go under each threshold: mean, shares, and along a text."""
     note_unused("texts", "prompt_tokens", "new_tokens", "rounds")
     if "verify" in given["catch_ups"]:
-        raise RequestError("the depths of verify are those of its drafts, which are decoded, not scored: ease-eval latency or table")
+        raise RequestError(
+            "the depths of verify are those of its drafts, which are decoded, not scored: ease-eval latency or table"
+        )
     asked = Asked.of(bundle, **given)
     rows = asked.qualities()
     write_rows(asked, rows, json_file)
     layers = asked.llm.stack.exit_layers
-    shown = narrow_table("at", "catch-up", "depth", *(f"layer {layer}" for layer in layers), "first\nhalf", "second\nhalf")
+    shown = narrow_table(
+        "at", "catch-up", "depth", *(f"layer {layer}" for layer in layers), "first\nhalf", "second\nhalf"
+    )
     for row in rows:
         total, half = sum(row.depth_counts.values()), max(1, len(row.depth_by_position) // 2)
         shares = (f"{100 * row.depth_counts.get(layer, 0) / total:.1f} %" for layer in layers)
         halves = (row.depth_by_position[:half], row.depth_by_position[half:] or row.depth_by_position)
-        shown.add_row(*label(row), f"{row.mean_depth:.2f}", *shares, *(f"{sum(part) / len(part):.2f}" for part in halves))
+        shown.add_row(
+            *label(row),
+            f"{row.mean_depth:.2f}",
+            *shares,
+            *(f"{sum(part) / len(part):.2f}" for part in halves),
+        )
     Console().print(shown)
 
 
@@ -296,10 +386,17 @@ def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
     asked = Asked.of(bundle, **given)
     settings, amounts = asked.settings(), asked.amounts
     texts = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
-    found = [speed for speed, _ in measure_speed(asked.llm, settings, texts, amounts.num_rounds, Journal(None, {}))]
-    rows = [TimedSetting(s.policy.name, s.policy.thresholds, s.catch_up, **vars(speed)) for s, speed in zip(settings, found, strict=True)]
+    found = [
+        speed for speed, _ in measure_speed(asked.llm, settings, texts, amounts.num_rounds, Journal(None, {}))
+    ]
+    rows = [
+        TimedSetting(s.policy.name, s.policy.thresholds, s.catch_up, **vars(speed))
+        for s, speed in zip(settings, found, strict=True)
+    ]
     write_rows(asked, rows, json_file)
-    shown = narrow_table("at", "catch-up", "tok/s", "p50\nms", "p95\nms", "p99\nms", "prefill\nms", "speed\n-up", "depth")
+    shown = narrow_table(
+        "at", "catch-up", "tok/s", "p50\nms", "p95\nms", "p99\nms", "prefill\nms", "speed\n-up", "depth"
+    )
     for row in rows:
         times = (row.latency_ms_p50, row.latency_ms_p95, row.latency_ms_p99, row.prefill_ms_p50)
         figures = (
@@ -326,14 +423,19 @@ def note_unused(*names: str) -> None:
 def write_rows(asked: Asked, rows: Sequence[Quality | TimedSetting], json_file: Path | None) -> None:
     """A command's rows as JSON, with where they come from."""
     if json_file:
-        write_whole(json_file, json.dumps({**asked.source, "rows": [as_json(row) for row in rows]}, indent=2) + "\n")
+        write_whole(
+            json_file, json.dumps({**asked.source, "rows": [as_json(row) for row in rows]}, indent=2) + "\n"
+        )
 
 
 def warn_of_unknown(off: Quality) -> None:
     """Say that the text has characters which the tokenizer does not know, where it has."""
     if off.unknown_share:
         text = f"{off.unknown_share:.1%} of the scored tokens stand for characters that this tokenizer does not know"
-        click.echo(f"warning: {text}: perplexity counts them as any other token; bits a byte are over the bytes of the text", err=True)
+        click.echo(
+            f"warning: {text}: perplexity counts them as any other token; bits a byte are over the bytes of the text",
+            err=True,
+        )
 
 
 def label(row: Quality | TimedSetting) -> tuple[str, str]:
@@ -355,18 +457,25 @@ def narrow_table(*columns: str, title: str | None = None) -> RichTable:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @measure_flags
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The HTML file; figures go to a folder of its name."
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The HTML file; figures go to a folder of its name.",
 )
 def report(bundle: Path, out: Path, **given: Any) -> None:
     """Measure as table does, and write one HTML file: figures, tables, a passage coloured by depth."""
     from ease_eval.measure.report import make_report  # matplotlib takes a second to import
 
     if not out.suffix or out.with_suffix("").is_file():
-        raise RequestError(f"the figures of {out} would go to a folder {out.with_suffix('')}; give a free name that ends in .html")
+        raise RequestError(
+            f"the figures of {out} would go to a folder {out.with_suffix('')}; give a free name that ends in .html"
+        )
     asked = Asked.of(bundle, **given)
     shown = [ids for ids in asked.encoded if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
     if not shown:
-        raise RequestError(f"no document has more than {PASSAGE_LEAST} tokens to show a passage of; give longer ones: --data")
+        raise RequestError(
+            f"no document has more than {PASSAGE_LEAST} tokens to show a passage of; give longer ones: --data"
+        )
     result = asked.table()
     warn_of_unknown(result.rows[0])
     write_whole(out, make_report(asked.llm, result, shown, out))
@@ -376,12 +485,20 @@ def report(bundle: Path, out: Path, **given: Any) -> None:
 def render(result: Table, console: Console) -> None:
     """The table on the terminal, narrow enough for 80 columns."""
     policy = result.rows[0].policy
-    shown = narrow_table(*NARROW_COLUMNS, title=f"{result.bundle} on {result.data} ({result.split}), {policy}")
+    shown = narrow_table(
+        *NARROW_COLUMNS, title=f"{result.bundle} on {result.data} ({result.split}), {policy}"
+    )
     for row in result.rows:
         shown.add_row(*(cell.removeprefix(f"{policy} ") for cell in cells(row)))
     console.print(shown)
     if result.batches:
         together = narrow_table("batch", "at", "catch-up", "tok/s", "speed-up")
         for one in result.batches:
-            together.add_row(str(one.batch), str(one.threshold), one.catch_up, f"{one.tokens_per_second:.0f}", f"{one.speedup:.2f}x")
+            together.add_row(
+                str(one.batch),
+                str(one.threshold),
+                one.catch_up,
+                f"{one.tokens_per_second:.0f}",
+                f"{one.speedup:.2f}x",
+            )
         console.print(together)

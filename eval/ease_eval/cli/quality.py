@@ -32,18 +32,44 @@ from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_train.data.corpora import load_documents, sum_of
 
-SAMPLING = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", default="kjv", show_default=True, help="A corpus, as for table.")
-@click.option("--split", default="validation", show_default=True, help="Documents to calibrate on; not those of the table.")
-@PARSE_SPECIAL
-@click.option("--delta", type=FiniteFloat(), default=0.05, show_default=True, help="The risk to hold, in (0, 1).")
-@click.option("--epsilon", type=FiniteFloat(), default=0.05, show_default=True, help="The chance to be wrong about that.")
 @click.option(
-    "--risk", default="disagreement", show_default=True, help=f"{' or '.join(RISKS)}: tokens said differently, or nats lost a token."
+    "--split",
+    default="validation",
+    show_default=True,
+    help="Documents to calibrate on; not those of the table.",
+)
+@PARSE_SPECIAL
+@click.option(
+    "--delta", type=FiniteFloat(), default=0.05, show_default=True, help="The risk to hold, in (0, 1)."
+)
+@click.option(
+    "--epsilon",
+    type=FiniteFloat(),
+    default=0.05,
+    show_default=True,
+    help="The chance to be wrong about that.",
+)
+@click.option(
+    "--risk",
+    default="disagreement",
+    show_default=True,
+    help=f"{' or '.join(RISKS)}: tokens said differently, or nats lost a token.",
 )
 @POLICY_FLAG
 @click.option("--catch-up", default="recompute", show_default=True, help="propagate or recompute.")
@@ -54,10 +80,23 @@ SAMPLING = ("temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalt
     show_default=True,
     help="Documents at most; a third fits candidates, the others test them.",
 )
-@click.option("--tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of each document at most.")
-@click.option("--seed", default=0, show_default=True, help="Of the division into documents to fit and to test.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Tokens of each document at most.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, help="Of the division into documents to fit and to test."
+)
 @click.option("--dry-run", is_flag=True, help="Only show it; leave the bundle as it is.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the certificate here, too.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the certificate here, too.",
+)
 @click.option("--threads", default=0, help="CPU threads; 0 takes all.")
 @DEVICE_FLAG
 def calibrate(
@@ -83,9 +122,22 @@ def calibrate(
     length = min(tokens, llm.stack.max_positions)
     corpus = load_documents(data, split)
     texts = corpus[:documents]
-    encoded = [ids[: length + 1] for text in texts if len(ids := llm.encode_text(text, parse_special=parse_special)) > 1]
+    encoded = [
+        ids[: length + 1]
+        for text in texts
+        if len(ids := llm.encode_text(text, parse_special=parse_special)) > 1
+    ]
     certificate = run_calibration(
-        llm.engine, encoded, policy=policy, catch_up=catch_up, risk=risk, delta=delta, epsilon=epsilon, data=data, split=split, seed=seed
+        llm.engine,
+        encoded,
+        policy=policy,
+        catch_up=catch_up,
+        risk=risk,
+        delta=delta,
+        epsilon=epsilon,
+        data=data,
+        split=split,
+        seed=seed,
     )
     certificate = replace(certificate, data_sha256=sum_of(corpus))
     if json_file:
@@ -99,7 +151,10 @@ def calibrate(
 def show_certificate(certificate: Certificate, console: Console) -> None:
     """The candidates tested, in order, and what they allow to promise."""
     shown = RichTable(
-        title=f"{certificate.risk} on {certificate.data} ({certificate.split})", box=box.SIMPLE_HEAD, padding=0, pad_edge=False
+        title=f"{certificate.risk} on {certificate.data} ({certificate.split})",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
     )
     for column in ("thresholds", "risk", "p-value", "mean depth", ""):
         shown.add_column(column, justify="right")
@@ -123,24 +178,37 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompts", type=click.Path(path_type=Path), required=True, help="A text file, one a line, or .jsonl (also .gz).")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A text file, one a line, or .jsonl (also .gz).",
+)
 @click.option("--limit", default=50, show_default=True, help="Prompts at most.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write every figure here."
+)
 @click.option("--threads", default=0, help="CPU threads; 0 takes all.")
 @DEVICE_FLAG
 @option_flags(without=("n", "logprobs"))
-def agreement(bundle: Path, prompts: Path, limit: int, json_file: Path | None, threads: int, device: str, **flags: Any) -> None:
+def agreement(
+    bundle: Path, prompts: Path, limit: int, json_file: Path | None, threads: int, device: str, **flags: Any
+) -> None:
     """Compare what early exits say with what full depth says, prompt by prompt. Exit code 1 when verify differs."""
     options = read_flags(flags)
     llm, texts = LLM(bundle, device=device, num_threads=threads), read_prompts(prompts, limit)
     llm.check(llm.prepare(options))
     if not llm.leaves_early(options):
-        raise RequestError("no token leaves early: both sides would be full depth; give a threshold (--threshold 0.7)")
+        raise RequestError(
+            "no token leaves early: both sides would be full depth; give a threshold (--threshold 0.7)"
+        )
     found = compare(llm, texts, options)
     if json_file:
         write_whole(json_file, json.dumps([asdict(one) for one in found], indent=2) + "\n")
     same = sum(one.first_difference is None for one in found)
-    click.echo(f"{same} of {len(found)} texts are those of full depth; mean ROUGE-L {sum(o.rouge_l for o in found) / len(found):.3f}")
+    click.echo(
+        f"{same} of {len(found)} texts are those of full depth; mean ROUGE-L {sum(o.rouge_l for o in found) / len(found):.3f}"
+    )
     for one in found:
         if one.first_difference is not None:
             click.echo(f"  parts at token {one.first_difference} of {one.num_tokens}: {one.prompt[:60]!r}")
@@ -154,9 +222,19 @@ def agreement(bundle: Path, prompts: Path, limit: int, json_file: Path | None, t
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--limit", default=1000, show_default=True, help="Items of each file at most.")
-@click.option("--shots", default=0, show_default=True, help="The first items of a file, solved, stand before each of the others.")
+@click.option(
+    "--shots",
+    default=0,
+    show_default=True,
+    help="The first items of a file, solved, stand before each of the others.",
+)
 @click.option("--chat", is_flag=True, help="Ask in the bundle's chat template, where an answer is generated.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Every figure and answer; a killed run goes on.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Every figure and answer; a killed run goes on.",
+)
 @click.option("--threads", default=0, help="CPU threads; 0 takes all.")
 @DEVICE_FLAG
 @option_flags(without=("n", "logprobs"))
@@ -180,7 +258,14 @@ def tasks(
     for fault in (fault for task in found for fault in task.faults):
         click.echo(f"warning: {fault}; left out", err=True)
     llm = LLM(bundle, device=device, num_threads=threads)
-    asked = {**provenance(bundle, llm, threads), "options": as_json(options), "shots": shots, "chat": chat, "limit": limit, "seed": SEED}
+    asked = {
+        **provenance(bundle, llm, threads),
+        "options": as_json(options),
+        "shots": shots,
+        "chat": chat,
+        "limit": limit,
+        "seed": SEED,
+    }
     asked["filters"] = FILTERS
     for note in without_effect(found, options, chat):
         click.echo(f"note: {note}", err=True)
@@ -189,8 +274,15 @@ def tasks(
             click.echo(f"{journal.num_read} answers are there from a run before", err=True)
         results = [run_task(llm, task, options, journal, shots, chat) for task in found]
         if json_file:
-            write_whole(json_file, json.dumps({**asked, "tasks": [asdict(result) for result in results]}, indent=2) + "\n")
-    for fault in (fault for task, result in zip(found, results, strict=True) for fault in result.faults[len(task.faults) :]):
+            write_whole(
+                json_file,
+                json.dumps({**asked, "tasks": [asdict(result) for result in results]}, indent=2) + "\n",
+            )
+    for fault in (
+        fault
+        for task, result in zip(found, results, strict=True)
+        for fault in result.faults[len(task.faults) :]
+    ):
         click.echo(f"warning: {fault}; left out", err=True)
     show_tasks(results, llm.stack.exit_layers[-1], Console())
     for note in llm.notes(llm.prepare(options)):
@@ -203,9 +295,14 @@ def without_effect(tasks: list[TaskFile], options: Options, chat: bool) -> list[
     notes = []
     if Exact not in kinds:
         of_answers = given_flags("max_tokens", "stop", *SAMPLING, *(["chat"] if chat else []))
-        notes = [f"{flag} has no effect: these files ask for likelihoods, and nothing is generated" for flag in of_answers]
+        notes = [
+            f"{flag} has no effect: these files ask for likelihoods, and nothing is generated"
+            for flag in of_answers
+        ]
     if options.catch_up == "verify" and kinds - {Exact}:
-        notes.append("verify says what full depth says: likelihoods under it are full depth's, and nothing is measured for it")
+        notes.append(
+            "verify says what full depth says: likelihoods under it are full depth's, and nothing is measured for it"
+        )
     return notes
 
 
@@ -216,12 +313,20 @@ def show_tasks(results: list[TaskResult], num_layers: int, console: Console) -> 
         shown.add_column(column, justify="left" if column in ("file", "kind") else "right")
     for one in results:
         low, high = one.accuracy_interval
-        figures = (f"{one.accuracy:.3f}", f"{low:.3f}-{high:.3f}", f"{one.full_depth_accuracy:.3f}", f"{one.agreement:.3f}")
+        figures = (
+            f"{one.accuracy:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            f"{one.full_depth_accuracy:.3f}",
+            f"{one.agreement:.3f}",
+        )
         shown.add_row(Path(one.file).name, one.kind, str(one.num_items), *figures, f"{one.mean_depth:.2f}")
     console.print(shown)
     for one in results:
         if one.filters:
-            console.print(f"{Path(one.file).name}: answers found by {' and '.join(one.filters)} (lm_eval's gsm8k)", highlight=False)
+            console.print(
+                f"{Path(one.file).name}: answers found by {' and '.join(one.filters)} (lm_eval's gsm8k)",
+                highlight=False,
+            )
         if one.strict_accuracy is not None:
             strict = f"by strict-match {one.strict_accuracy:.3f} are right, {one.full_depth_strict_accuracy:.3f} at full depth"
             console.print(f"{Path(one.file).name}: {strict}", highlight=False)
@@ -242,6 +347,8 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
 
         import ease_eval.tasks.harness  # noqa: F401  (it registers the model)
     except ModuleNotFoundError as error:
-        raise RequestError(f"{error.name} is not installed; install: pip install 'ease-lm[lm-eval]'") from None
+        raise RequestError(
+            f"{error.name} is not installed; install: pip install 'ease-lm[lm-eval]'"
+        ) from None
     sys.argv = ["lm_eval", *arguments]
     cli_evaluate()

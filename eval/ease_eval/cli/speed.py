@@ -36,14 +36,39 @@ NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB"
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="The same model as a Hugging Face directory.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The same model as a Hugging Face directory.",
+)
 @click.option("--gguf", type=click.Path(path_type=Path), help="The same model for llama.cpp.")
-@click.option("--python", type=click.Path(path_type=Path), default=".venv-peers/bin/python", show_default=True, help="That of the peers.")
-@click.option("--threshold", type=ThresholdFlag(), help="One more row of ours: early exits at this threshold, or one an exit.")
+@click.option(
+    "--python",
+    type=click.Path(path_type=Path),
+    default=".venv-peers/bin/python",
+    show_default=True,
+    help="That of the peers.",
+)
+@click.option(
+    "--threshold",
+    type=ThresholdFlag(),
+    help="One more row of ours: early exits at this threshold, or one an exit.",
+)
 @POLICY_FLAG
 @click.option("--catch-up", default="recompute", show_default=True, help=f"{', '.join(CATCH_UPS)}.")
-@click.option("--exit", "exit_layer", type=int, help="Layer of transformers' assistant_early_exit; the bundle's middle exit by default.")
-@click.option("--data", default="kjv", show_default=True, help="A corpus, as for table, whose texts' beginnings are the prompts.")
+@click.option(
+    "--exit",
+    "exit_layer",
+    type=int,
+    help="Layer of transformers' assistant_early_exit; the bundle's middle exit by default.",
+)
+@click.option(
+    "--data",
+    default="kjv",
+    show_default=True,
+    help="A corpus, as for table, whose texts' beginnings are the prompts.",
+)
 @click.option("--split", default="test", show_default=True, help="train, validation or test.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="Or a file of prompts, as for agreement.")
 @click.option("--texts", default=4, show_default=True, help="Prompts.")
@@ -58,11 +83,20 @@ NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB"
     help="Seconds after which a runtime that does not answer is ended.",
 )
 @click.option(
-    "--work", type=click.Path(path_type=Path), default=Plan.work, show_default=True, help="Where peers put models that they build."
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Plan.work,
+    show_default=True,
+    help="Where peers put models that they build.",
 )
 @click.option("--threads", default=0, help="CPU threads of each; 0 takes all.")
 @JSON_FLAG
-@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here.")
+@click.option(
+    "--markdown",
+    "markdown_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the table here.",
+)
 def compare(
     bundle: Path,
     data: str,
@@ -89,7 +123,9 @@ def compare(
         raise RequestError(f"{unused} has no effect beside --prompts; leave one out")
     if threshold is not None and not threshold:
         raise RequestError("--threshold off asks no exit; EASE at full depth is always a row")
-    settings: dict[str, Any] | None = {"threshold": threshold.to_json(), "policy": policy, "catch_up": catch_up} if threshold else None
+    settings: dict[str, Any] | None = (
+        {"threshold": threshold.to_json(), "policy": policy, "catch_up": catch_up} if threshold else None
+    )
     plan = Plan(bundle, settings=settings, answer_seconds=timeout, **given)
     llm = LLM(bundle, device="cpu", num_threads=plan.threads)
     if settings:
@@ -102,7 +138,10 @@ def compare(
         corpus = load_documents(data, split)
         documents = [llm.encode_text(text) for text in corpus]
         source |= {"data_sha256": sum_of(corpus)}
-        asked = [list(text.tokens[:prompt_tokens]) for text in choose_texts(documents, amounts, llm.stack.max_positions)]
+        asked = [
+            list(text.tokens[:prompt_tokens])
+            for text in choose_texts(documents, amounts, llm.stack.max_positions)
+        ]
     del llm  # its memory is for the others
     result = compare_peers(plan, asked, tell=lambda line: click.echo(line, err=True))
     source |= {"checkpoint": str(plan.checkpoint), "prompts": str(prompts or f"{data} ({split})")}
@@ -116,7 +155,11 @@ def show_comparison(result: Comparison, console: Console) -> None:
     """A line a runtime; those without figures after the table."""
     shown = RichTable(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for column in NARROW_COLUMNS:
-        shown.add_column(column, justify="left" if column in NARROW_COLUMNS[:2] else "right", no_wrap=column == NARROW_COLUMNS[0])
+        shown.add_column(
+            column,
+            justify="left" if column in NARROW_COLUMNS[:2] else "right",
+            no_wrap=column == NARROW_COLUMNS[0],
+        )
     for row in result.rows:
         if row.error is None:
             shown.add_row(*cells(row))
@@ -136,7 +179,9 @@ def show_comparison(result: Comparison, console: Console) -> None:
     show_default=True,
     help="Share of the tokens that may be said unlike at full depth.",
 )
-@click.option("--show", default=10, show_default=True, help="Sets of exits that are shown, the fastest first.")
+@click.option(
+    "--show", default=10, show_default=True, help="Sets of exits that are shown, the fastest first."
+)
 @JSON_FLAG
 def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **given: Any) -> None:
     """What each exit of a bundle is good for, and which of them are worth having on this machine.
@@ -158,15 +203,21 @@ def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **
 
 def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
     """Exits, predictions, sets of exits."""
-    exits = narrow_table("exit", "says as\nfull depth", "confidence", "when\nright", "when\nwrong", "told\napart", "ppl")
+    exits = narrow_table(
+        "exit", "says as\nfull depth", "confidence", "when\nright", "when\nwrong", "told\napart", "ppl"
+    )
     for one in advice.exits:
         figures = (one.mean_confidence, one.confidence_when_right, one.confidence_when_wrong, one.separation)
         exits.add_row(
-            str(one.layer), f"{one.agreement:.3f}", *(number(value, "{:.3f}") for value in figures), quality_cells(one.perplexity, 1.0)[0]
+            str(one.layer),
+            f"{one.agreement:.3f}",
+            *(number(value, "{:.3f}") for value in figures),
+            quality_cells(one.perplexity, 1.0)[0],
         )
     console.print(exits)
     console.print(
-        f"suitability {advice.suitability:.3f}: the share of the layers that an oracle over these exits would save", highlight=False
+        f"suitability {advice.suitability:.3f}: the share of the layers that an oracle over these exits would save",
+        highlight=False,
     )
     checked = narrow_table("threshold", "catch-up", "depth", "predicted", "measured", "error")
     for row in advice.predictions:
@@ -175,7 +226,11 @@ def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
     console.print(checked)
     best = narrow_table("exits", "threshold", "unlike", "depth", "predicted", "oracle\ndepth", "oracle")
     for place in advice.placements[:num_shown]:
-        speeds = (f"{place.predicted_speedup:.2f}x", f"{place.oracle_mean_depth:.2f}", f"{place.oracle_speedup:.2f}x")
+        speeds = (
+            f"{place.predicted_speedup:.2f}x",
+            f"{place.oracle_mean_depth:.2f}",
+            f"{place.oracle_speedup:.2f}x",
+        )
         depth = (number(place.threshold, "{:.3f}"), f"{place.disagreement:.3f}", f"{place.mean_depth:.2f}")
         best.add_row(",".join(map(str, place.exits)), *depth, *speeds)
     console.print(best)

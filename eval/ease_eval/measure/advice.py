@@ -47,11 +47,22 @@ class CostProbe:
         cache_length = (text.num_prompt + len(text.tokens)) // 2
         stack, last = engine.stack, len(engine.stack.exit_layers) - 1
         if any(shape.routed for shape in stack.layout):
-            raise RequestError("the cost model does not know routed layers: their cost depends on which tokens go in")
-        asked = {k: asks(stack, shape.exit_index, policy) for k, shape in enumerate(stack.layout) if shape.exit_index not in (None, last)}
+            raise RequestError(
+                "the cost model does not know routed layers: their cost depends on which tokens go in"
+            )
+        asked = {
+            k: asks(stack, shape.exit_index, policy)
+            for k, shape in enumerate(stack.layout)
+            if shape.exit_index not in (None, last)
+        }
         numbers, self.engine, self.text = range(len(stack.layout)), engine, text
-        self.full = [Cycle([*(Call("segment", k, size, cache_length) for k in numbers), Call("exit", last, 1)]) for size in SIZES]
-        self.behind = [Cycle([call for k in numbers for call in behind(k, size, cache_length, asked)]) for size in SIZES]
+        self.full = [
+            Cycle([*(Call("segment", k, size, cache_length) for k in numbers), Call("exit", last, 1)])
+            for size in SIZES
+        ]
+        self.behind = [
+            Cycle([call for k in numbers for call in behind(k, size, cache_length, asked)]) for size in SIZES
+        ]
         first = [("segment", 0), *asked.get(0, [])]
         self.first = Cycle([Call(graph, number, 1, cache_length) for graph, number in first])
         self.cache, self.rows = stack.open_cache(1), np.zeros(max(SIZES), np.int64)
@@ -68,11 +79,18 @@ class CostProbe:
         """What the calls and the engine took."""
         tables: dict[Key, list[float]] = {}
         for size, full, part in zip(SIZES, self.full, self.behind, strict=True):
-            for key, seconds in [*full.medians(size), *(pair for pair in part.medians(size) if pair[0][0] != "segment")]:
+            for key, seconds in [
+                *full.medians(size),
+                *(pair for pair in part.medians(size) if pair[0][0] != "segment"),
+            ]:
                 tables.setdefault(key, []).append(seconds)
-        increasing = {key: np.maximum.accumulate(values) for key, values in tables.items()}  # more tokens take no less time
+        increasing = {
+            key: np.maximum.accumulate(values) for key, values in tables.items()
+        }  # more tokens take no less time
         own = float(np.median(self.own_seconds)) / len(self.engine.stack.layout)
-        return Costs(self.engine.stack.layout, increasing, again=dict(self.first.medians(1)), pass_seconds=own)
+        return Costs(
+            self.engine.stack.layout, increasing, again=dict(self.first.medians(1)), pass_seconds=own
+        )
 
 
 class TimedStack:
@@ -101,7 +119,9 @@ def own_seconds(stack: Stack, text: Text) -> list[float]:
     timed: Any = TimedStack(stack)
     engine, own, began = Engine(timed), list[float](), None
     length = min(len(text.tokens) - text.num_prompt, OWN_TOKENS)
-    for _ in engine.generate(engine.start(text.tokens[: text.num_prompt], max_new_tokens=length, sampler=Given(text.tokens))):
+    for _ in engine.generate(
+        engine.start(text.tokens[: text.num_prompt], max_new_tokens=length, sampler=Given(text.tokens))
+    ):
         if began is not None:  # the first token is prefill
             own.append(time.perf_counter() - began - timed.seconds)
         began, timed.seconds = time.perf_counter(), 0.0
@@ -128,7 +148,11 @@ class Cycle:
     def medians(self, size: int) -> list[tuple[Key, float]]:
         """What each call over `size` tokens took."""
         best = np.median(np.array(self.seconds), axis=0).tolist()
-        return [((call.graph, call.number), found) for call, found in zip(self.calls, best, strict=True) if call.num_tokens == size]
+        return [
+            ((call.graph, call.number), found)
+            for call, found in zip(self.calls, best, strict=True)
+            if call.num_tokens == size
+        ]
 
 
 def asks(stack: Stack, exit_index: int | None, policy: ExitPolicy) -> list[Key]:
@@ -143,7 +167,10 @@ def asks(stack: Stack, exit_index: int | None, policy: ExitPolicy) -> list[Key]:
 def behind(k: int, size: int, cache_length: int, asked: dict[int, list[Key]]) -> list[Call]:
     """What a token makes of a segment under `propagate`: K/V of `size` pending ones, itself, and what the exit is asked."""
     kv = [Call("kv", k, size, cache_length)] if k else []
-    exits = [Call(graph, number, size if graph == "block" else 1, cache_length) for graph, number in asked.get(k, [])]
+    exits = [
+        Call(graph, number, size if graph == "block" else 1, cache_length)
+        for graph, number in asked.get(k, [])
+    ]
     return [*kv, Call("segment", k, 1, cache_length), *exits]
 
 
@@ -203,36 +230,53 @@ class Advice:
     exits: list[ExitSuitability]
     placements: list[Placement]
     predictions: list[Prediction]
-    call_ms: dict[str, list[float]]  # by graph and number, in turn with others, at 1, 2, 4, 8, 16 tokens (or at 1)
+    call_ms: dict[
+        str, list[float]
+    ]  # by graph and number, in turn with others, at 1, 2, 4, 8, 16 tokens (or at 1)
     again_ms: dict[str, float]  # of one token up to the first exit, straight after another
     pass_ms: float
 
 
 def advise(
-    llm: LLM, documents: Sequence[Sequence[int]], texts: Sequence[Text], settings: Sequence[Setting], tolerance: float, num_rounds: int
+    llm: LLM,
+    documents: Sequence[Sequence[int]],
+    texts: Sequence[Text],
+    settings: Sequence[Setting],
+    tolerance: float,
+    num_rounds: int,
 ) -> Advice:
     """Measure costs and exits of a bundle; the first setting is off. Raises RequestError where there is nothing to advise on."""
     layers = llm.stack.exit_layers
     if len(layers) == 1:
-        raise RequestError("this bundle has no early exit; put some in first: ease-train import --exits, or ease-train tune")
+        raise RequestError(
+            "this bundle has no early exit; put some in first: ease-train import --exits, or ease-train tune"
+        )
     if len(settings) < 2:
-        raise RequestError("advice needs a setting beside full depth to compare with; give a threshold: --thresholds 0.5")
+        raise RequestError(
+            "advice needs a setting beside full depth to compare with; give a threshold: --thresholds 0.5"
+        )
     if not 0.0 <= tolerance <= 1.0:
         raise RequestError(f"tolerance {tolerance} is outside [0, 1]")
     policy, catch_up = settings[1].policy, settings[1].catch_up
     if policy.name not in POLICIES:
-        raise RequestError(f"policy '{policy.name}' has no confidence of an exit by itself; use one of: {', '.join(POLICIES)}")
+        raise RequestError(
+            f"policy '{policy.name}' has no confidence of an exit by itself; use one of: {', '.join(POLICIES)}"
+        )
     for setting in settings:
         llm.engine.check(setting.policy, setting.catch_up)
         if setting.catch_up == "verify":
-            raise RequestError("the cost model knows propagate and recompute; verify adapts its drafts by itself")
+            raise RequestError(
+                "the cost model knows propagate and recompute; verify adapts its drafts by itself"
+            )
     probe = CostProbe(llm.engine, policy, texts[0])
     timings, _ = measure(llm.engine, settings, texts, num_rounds, between=probe.run)
     costs = probe.costs()
     everything = make_policy(policy.name, 1.0, layers)
     confidences, early, full = record_exits(llm.engine, documents, everything)
     agrees = np.array([scores.says == full.says for scores in early])
-    figures = [suitability(layers[k], confidences[k], agrees[k], early[k].perplexity) for k in range(len(early))]
+    figures = [
+        suitability(layers[k], confidences[k], agrees[k], early[k].perplexity) for k in range(len(early))
+    ]
     figures.append(ExitSuitability(layers[-1], 1.0, None, None, None, None, full.perplexity))
     oracle = depths_of(agrees, layers, range(len(early)))
     return Advice(
@@ -243,8 +287,14 @@ def advise(
         suitability=1.0 - float(oracle.mean()) / layers[-1],
         exits=figures,
         placements=placements(llm.engine, costs, policy.name, catch_up, confidences, agrees, tolerance),
-        predictions=[predict(llm.engine, costs, s, t, timings[0]) for s, t in zip(settings[1:], timings[1:], strict=True)],
-        call_ms={f"{graph} {number + 1}": (1000 * table).tolist() for (graph, number), table in costs.tables.items()},
+        predictions=[
+            predict(llm.engine, costs, s, t, timings[0])
+            for s, t in zip(settings[1:], timings[1:], strict=True)
+        ],
+        call_ms={
+            f"{graph} {number + 1}": (1000 * table).tolist()
+            for (graph, number), table in costs.tables.items()
+        },
         again_ms={f"{graph} {number + 1}": 1000 * value for (graph, number), value in costs.again.items()},
         pass_ms=1000 * costs.pass_seconds,
     )
@@ -254,12 +304,23 @@ def predict(engine: Engine, costs: Costs, setting: Setting, timing: Timings, off
     """The model's speed-up at the depths of a run's tokens, beside the run's."""
     depths = np.array(timing.depths)
     full = costs.token_seconds([1.0] * len(costs.layout), FULL_DEPTH, "recompute")
-    predicted = full / costs.token_seconds(reach_of(depths, engine.stack), setting.policy, setting.catch_up, cap=engine.cap)
+    predicted = full / costs.token_seconds(
+        reach_of(depths, engine.stack), setting.policy, setting.catch_up, cap=engine.cap
+    )
     measured = float(np.median([a / b for a, b in zip(off.rounds, timing.rounds, strict=True)]))
-    return Prediction(setting.policy.thresholds, setting.catch_up, float(depths.mean()), predicted, measured, predicted / measured - 1.0)
+    return Prediction(
+        setting.policy.thresholds,
+        setting.catch_up,
+        float(depths.mean()),
+        predicted,
+        measured,
+        predicted / measured - 1.0,
+    )
 
 
-def suitability(layer: int, confidence: Floats, agrees: NDArray[np.bool_], perplexity: float) -> ExitSuitability:
+def suitability(
+    layer: int, confidence: Floats, agrees: NDArray[np.bool_], perplexity: float
+) -> ExitSuitability:
     """An early exit's figures. Shapes: (tokens)."""
     right, wrong = confidence[agrees], confidence[~agrees]
     return ExitSuitability(
@@ -297,7 +358,13 @@ def depths_of(leaves: NDArray[np.bool_], layers: Sequence[int], chosen: Sequence
 
 
 def placements(
-    engine: Engine, costs: Costs, name: str, catch_up: str, confidences: Floats, agrees: NDArray[np.bool_], tolerance: float
+    engine: Engine,
+    costs: Costs,
+    name: str,
+    catch_up: str,
+    confidences: Floats,
+    agrees: NDArray[np.bool_],
+    tolerance: float,
 ) -> list[Placement]:
     """Every set of exits, the fastest first. Shapes: (early exits, tokens)."""
     layers = engine.stack.exit_layers
@@ -307,7 +374,9 @@ def placements(
         policy = make_policy(name, [1.0 if k in chosen else None for k in range(len(agrees))], layers)
 
         def speedup(depths: NDArray[np.int64], policy: ExitPolicy = policy) -> float:
-            return full / costs.token_seconds(reach_of(depths, engine.stack), policy, catch_up, cap=engine.cap)
+            return full / costs.token_seconds(
+                reach_of(depths, engine.stack), policy, catch_up, cap=engine.cap
+            )
 
         oracle = depths_of(agrees, layers, chosen)
         threshold, depths, wrong = best_threshold(confidences, agrees, layers, chosen, tolerance)
@@ -326,7 +395,11 @@ def placements(
 
 
 def best_threshold(
-    confidences: Floats, agrees: NDArray[np.bool_], layers: Sequence[int], chosen: Sequence[int], tolerance: float
+    confidences: Floats,
+    agrees: NDArray[np.bool_],
+    layers: Sequence[int],
+    chosen: Sequence[int],
+    tolerance: float,
 ) -> tuple[float | None, NDArray[np.int64], float]:
     """The lowest threshold of GRID whose disagreement with full depth is within the tolerance, its depths and its disagreement."""
     for threshold in GRID:

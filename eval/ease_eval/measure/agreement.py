@@ -44,7 +44,10 @@ def read_prompts(path: Path, limit: int) -> list[str]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()][:limit]
     if not lines:
         raise RequestError(f"{path} has no prompts")
-    return [_prompt_of(line, path, number) if ".jsonl" in path.suffixes else line.rstrip("\r") for number, line in lines]
+    return [
+        _prompt_of(line, path, number) if ".jsonl" in path.suffixes else line.rstrip("\r")
+        for number, line in lines
+    ]
 
 
 def _prompt_of(line: str, path: Path, number: int) -> str:

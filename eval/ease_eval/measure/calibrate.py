@@ -113,7 +113,9 @@ def lowest_threshold(confidence: Floats, harm: Floats, level: float) -> float | 
     """
     order = np.argsort(-confidence, kind="stable")
     confidence, mean = confidence[order], np.cumsum(harm[order]) / np.arange(1, len(harm) + 1)
-    last_of_its_value = np.append(confidence[1:] != confidence[:-1], True)  # a threshold takes all tokens of a confidence or none
+    last_of_its_value = np.append(
+        confidence[1:] != confidence[:-1], True
+    )  # a threshold takes all tokens of a confidence or none
     fine = np.flatnonzero(last_of_its_value & (mean <= level))
     return float(confidence[fine[-1]]) if len(fine) else None
 
@@ -126,7 +128,9 @@ def candidates(confidences: Floats, harms: Floats, delta: float) -> list[Thresho
         for k, (confidence, harm) in enumerate(zip(confidences, harms, strict=True)):
             found, before = lowest_threshold(confidence, harm, share * delta), lowest[k]
             lowest[k] = before if found is None else found if before is None else min(found, before)
-        if any(value is not None for value in lowest) and (not vectors or Thresholds(tuple(lowest)) != vectors[-1]):
+        if any(value is not None for value in lowest) and (
+            not vectors or Thresholds(tuple(lowest)) != vectors[-1]
+        ):
             vectors.append(Thresholds(tuple(lowest)))
     return vectors
 
@@ -165,7 +169,9 @@ def calibrate(
     if len(layers) == 1:
         raise RequestError("this bundle has no early exit: there is nothing to calibrate")
     if len(documents) < 6:
-        raise RequestError(f"only {len(documents)} documents; calibration needs at least 6, and a small delta many more")
+        raise RequestError(
+            f"only {len(documents)} documents; calibration needs at least 6, and a small delta many more"
+        )
     everything = make_policy(policy, 1.0, layers)
     engine.check(everything, catch_up)
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()
@@ -176,7 +182,9 @@ def calibrate(
     policies = [FULL_DEPTH, *(make_policy(policy, vector, layers) for vector in vectors)]
     by_document = [score_documents(engine, [ids], policies, catch_up) for ids in test]
     risks = [np.array([harm(s[i], s[0], risk).mean() for s in by_document]) for i in range(1, len(policies))]
-    depths = [float(np.concatenate([s[i].depths for s in by_document]).mean()) for i in range(1, len(policies))]
+    depths = [
+        float(np.concatenate([s[i].depths for s in by_document]).mean()) for i in range(1, len(policies))
+    ]
     certified, p_values = walk(risks, delta, epsilon)
     tested = [Candidate(vectors[i], float(risks[i].mean()), p, depths[i]) for i, p in enumerate(p_values)]
     return Certificate(

@@ -100,7 +100,9 @@ def bytes_of_tokens(text: str, encoding: Encoding) -> NDArray[np.float64]:
     if not encoding.ids:
         return np.zeros(0, np.float64)
     sizes = np.array([0, *accumulate(len(character.encode()) for character in text)], np.float64)
-    ends, place, counts = np.unique([end for _, end in encoding.offsets], return_inverse=True, return_counts=True)
+    ends, place, counts = np.unique(
+        [end for _, end in encoding.offsets], return_inverse=True, return_counts=True
+    )
     until = sizes[ends]
     until[-1] = sizes[-1]
     shares: NDArray[np.float64] = (np.diff(until, prepend=0.0) / counts)[place]

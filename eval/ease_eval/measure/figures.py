@@ -15,8 +15,16 @@ from ease_eval.measure.table import Row
 matplotlib.use("svg")
 
 DRESSES = {
-    "light": {"ink": "#1f2328", "grid": "#d0d7de", "colours": ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989")},
-    "dark": {"ink": "#e6edf3", "grid": "#3d444d", "colours": ("#58a6ff", "#ffa657", "#3fb950", "#d2a8ff", "#ff7b72")},
+    "light": {
+        "ink": "#1f2328",
+        "grid": "#d0d7de",
+        "colours": ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989"),
+    },
+    "dark": {
+        "ink": "#e6edf3",
+        "grid": "#3d444d",
+        "colours": ("#58a6ff", "#ffa657", "#3fb950", "#d2a8ff", "#ff7b72"),
+    },
 }
 SIZE = (6.2, 3.8)  # inches
 
@@ -69,10 +77,23 @@ def pareto(rows: Sequence[Row]) -> Draw:
     def draw(axes: Any, colours: tuple[str, ...]) -> None:
         for colour, catch_up in zip(colours, dict.fromkeys(row.catch_up for row in rows[1:]), strict=False):
             mine = sorted((row for row in rows[1:] if row.catch_up == catch_up), key=lambda row: row.speedup)
-            speed, cost = np.array([row.speedup for row in mine]), np.array([100 * (row.ppl_ratio - 1) for row in mine])
+            speed, cost = (
+                np.array([row.speedup for row in mine]),
+                np.array([100 * (row.ppl_ratio - 1) for row in mine]),
+            )
             across = np.abs(np.array([row.speedup_range for row in mine]).T - speed)
             up = np.abs(100 * (np.array([row.ppl_ratio_interval for row in mine]).T - 1) - cost)
-            axes.errorbar(speed, cost, xerr=across, yerr=up, color=colour, marker="o", capsize=3, linewidth=1.2, label=catch_up)
+            axes.errorbar(
+                speed,
+                cost,
+                xerr=across,
+                yerr=up,
+                color=colour,
+                marker="o",
+                capsize=3,
+                linewidth=1.2,
+                label=catch_up,
+            )
         axes.plot([1.0], [0.0], marker="s", color=colours[-1], linestyle="none", label="off")
         axes.set_xlabel("measured speed-up over full depth")
         axes.set_ylabel("perplexity, % more")
@@ -88,8 +109,12 @@ def depth_shares(rows: Sequence[Row]) -> Draw:
         depths = sorted({depth for row in rows for depth in row.depth_counts})
         left = np.zeros(len(rows))
         for i, depth in enumerate(depths):
-            share = np.array([row.depth_counts.get(depth, 0) / sum(row.depth_counts.values()) for row in rows])
-            axes.barh(range(len(rows)), share, left=left, color=colours[i % len(colours)], label=f"layer {depth}")
+            share = np.array(
+                [row.depth_counts.get(depth, 0) / sum(row.depth_counts.values()) for row in rows]
+            )
+            axes.barh(
+                range(len(rows)), share, left=left, color=colours[i % len(colours)], label=f"layer {depth}"
+            )
             left += share
         axes.set_yticks(range(len(rows)), [row_label(row) for row in rows])
         axes.invert_yaxis()
@@ -104,7 +129,13 @@ def by_position(depths: dict[str, list[float]], width: int) -> Draw:
 
     def draw(axes: Any, colours: tuple[str, ...]) -> None:
         for i, (name, means) in enumerate(depths.items()):
-            axes.plot(np.arange(len(means)) * width + width / 2, means, color=colours[i % len(colours)], marker=".", label=name)
+            axes.plot(
+                np.arange(len(means)) * width + width / 2,
+                means,
+                color=colours[i % len(colours)],
+                marker=".",
+                label=name,
+            )
         axes.set_xlabel("position in the text")
         axes.set_ylabel("mean depth, layers")
         axes.legend()
@@ -119,7 +150,9 @@ def reliability(found: Sequence[Reliability]) -> Draw:
         axes.plot([0, 1], [0, 1], color=colours[-1], linestyle="--", linewidth=1)
         for i, exit_ in enumerate(found):
             label = f"layer {exit_.layer}: ECE {exit_.error:.3f}, at T = {exit_.temperature:.2f} {exit_.scaled_error:.3f}"
-            axes.plot(exit_.confidence, exit_.agreement, color=colours[i % len(colours)], marker="o", label=label)
+            axes.plot(
+                exit_.confidence, exit_.agreement, color=colours[i % len(colours)], marker="o", label=label
+            )
         axes.set_xlabel("confidence")
         axes.set_ylabel("agreement with full depth")
         axes.legend()

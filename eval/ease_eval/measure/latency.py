@@ -54,7 +54,11 @@ class Timings:
 
 
 def measure(
-    engine: Engine, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int, between: Callable[[], None] = lambda: None
+    engine: Engine,
+    settings: Sequence[Setting],
+    texts: Sequence[Text],
+    num_rounds: int,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[list[Timings], dict[Call, float]]:
     """Time every setting on every text, `num_rounds` times after one warm-up; and each graph call by itself, in between.
 
@@ -63,10 +67,14 @@ def measure(
     Returns the timings a setting, and the median seconds of every distinct call.
     """
     timings = [Timings() for _ in settings]
-    for setting, timing in zip(settings, timings, strict=True):  # the warm-up round also records depths and calls
+    for setting, timing in zip(
+        settings, timings, strict=True
+    ):  # the warm-up round also records depths and calls
         for text in texts:
             _trace(engine, setting, text, timing)
-    probes = [CallProbe(engine.stack, call) for call in sorted({call for t in timings for call in t.calls}, key=str)]
+    probes = [
+        CallProbe(engine.stack, call) for call in sorted({call for t in timings for call in t.calls}, key=str)
+    ]
     for number in range(num_rounds):
         for timing in timings:
             timing.rounds.append(0.0)
@@ -114,7 +122,9 @@ def _trace(engine: Engine, setting: Setting, text: Text, timing: Timings) -> Non
     timing.accepted += sequence.drafts.accepted
 
 
-def time_batches(stack: Stack, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int) -> list[list[float]]:
+def time_batches(
+    stack: Stack, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int
+) -> list[list[float]]:
     """Decode all texts at once in an engine with a slot for each, settings taking turns after one warm-up round.
 
     Returns tokens a second of all texts together, a list a setting: from the moment that every text has its first token.

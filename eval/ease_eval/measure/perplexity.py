@@ -39,7 +39,12 @@ class Scores:
     @classmethod
     def join(cls, parts: Sequence["Scores"]) -> "Scores":
         """Several texts' scores, one after the other."""
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("logprobs", "depths", "says")))
+        return cls(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("logprobs", "depths", "says")
+            )
+        )
 
     def to_lists(self) -> list[list[Any]]:
         """As JSON has them."""
@@ -85,7 +90,9 @@ def windows(num_ids: int, length: int, stride: int) -> Iterator[Window]:
             return
 
 
-def score_documents(engine: Engine, documents: Sequence[Sequence[int]], policies: Sequence[ExitPolicy], catch_up: str) -> list[Scores]:
+def score_documents(
+    engine: Engine, documents: Sequence[Sequence[int]], policies: Sequence[ExitPolicy], catch_up: str
+) -> list[Scores]:
     """Score every document under each policy, in windows of the model's context with half a window's stride.
 
     Raises RequestError when the engine's stack cannot run a policy or the catch-up.
@@ -95,8 +102,13 @@ def score_documents(engine: Engine, documents: Sequence[Sequence[int]], policies
     parts: list[list[Scores]] = [[] for _ in policies]
     for ids in documents:
         for window in windows(len(ids), length, max(1, length // 2)):
-            inputs, targets = ids[window.start : window.stop], np.array(ids[window.start + 1 : window.stop + 1], np.int64)
-            for part, scores in zip(parts, score_window(engine, inputs, targets, policies, catch_up), strict=True):
+            inputs, targets = (
+                ids[window.start : window.stop],
+                np.array(ids[window.start + 1 : window.stop + 1], np.int64),
+            )
+            for part, scores in zip(
+                parts, score_window(engine, inputs, targets, policies, catch_up), strict=True
+            ):
                 part.append(scores.after(window.scored_from))
     return [Scores.join(part) for part in parts]
 
@@ -106,10 +118,14 @@ def check_scorable(engine: Engine, policies: Sequence[ExitPolicy], catch_up: str
     for policy in policies:
         engine.check(policy, catch_up)
         if policy.moves:
-            raise RequestError("thresholds that move with a generation (decay, depth budget) have no perplexity of a text")
+            raise RequestError(
+                "thresholds that move with a generation (decay, depth budget) have no perplexity of a text"
+            )
 
 
-def record_exits(engine: Engine, documents: Sequence[Sequence[int]], policy: ExitPolicy) -> tuple[Floats, list[Scores], Scores]:
+def record_exits(
+    engine: Engine, documents: Sequence[Sequence[int]], policy: ExitPolicy
+) -> tuple[Floats, list[Scores], Scores]:
     """What every exit would say of every token of some texts (their first window), had all come that far.
 
     Returns the policy's confidence at each early exit (early exits, tokens), the scores of each early exit, and full depth's.
@@ -121,7 +137,10 @@ def record_exits(engine: Engine, documents: Sequence[Sequence[int]], policy: Exi
         _run_segments(engine, ids[:stop], np.array(ids[1 : stop + 1], np.int64), records, freeze=False)
         found.append(records)
     joined = [Scores.join([records[number].scores() for records in found]) for number in range(len(found[0]))]
-    confidences = [np.concatenate([records[number].confidences for records in found]) for number in range(len(found[0]) - 1)]
+    confidences = [
+        np.concatenate([records[number].confidences for records in found])
+        for number in range(len(found[0]) - 1)
+    ]
     return np.array(confidences, np.float64), joined[:-1], joined[-1]
 
 
@@ -143,7 +162,9 @@ def score_window(
     scores = []
     for group in groups:
         decisions = [_Decisions(policy, len(inputs), num_prompt) for policy in group]
-        _run_segments(engine, inputs, targets, decisions, freeze=catch_up == "propagate", num_prompt=num_prompt)
+        _run_segments(
+            engine, inputs, targets, decisions, freeze=catch_up == "propagate", num_prompt=num_prompt
+        )
         scores += [decision.scores() for decision in decisions]
     return scores
 
@@ -160,7 +181,11 @@ def _run_segments(
     """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes one policy."""
     engine.check_ids([*inputs, *targets.tolist()])
     runner, active = engine.runner, np.ones(len(inputs), np.bool_)
-    asked = [k for k in range(runner.num_early) if any(decision.policy.thresholds.at(k) is not None for decision in decisions)]
+    asked = [
+        k
+        for k in range(runner.num_early)
+        if any(decision.policy.thresholds.at(k) is not None for decision in decisions)
+    ]
     sequence = runner.open(inputs, frozenset(asked))
     try:
         for segment, shape in enumerate(engine.stack.layout):
@@ -174,7 +199,13 @@ def _run_segments(
         runner.release(sequence)
 
 
-def _ask_exit(engine: Engine, sequence: TokenSequence, segment: int, targets: NDArray[np.int64], decisions: Sequence["_Decisions"]) -> None:
+def _ask_exit(
+    engine: Engine,
+    sequence: TokenSequence,
+    segment: int,
+    targets: NDArray[np.int64],
+    decisions: Sequence["_Decisions"],
+) -> None:
     """Let every decision that looks at the exit behind a segment see what it says."""
     runner, shape = engine.runner, engine.stack.layout[segment]
     exit_index, last = shape.exit_index, shape.last
@@ -243,7 +274,9 @@ class _Record(_Decisions):
         return np.ones(len(self.depths), np.bool_)
 
     def see(self, seen: "_Chunk", exit_index: int, last: bool) -> None:
-        confidence = None if last else self.confidence(seen, exit_index)  # at every exit: patience counts them
+        confidence = (
+            None if last else self.confidence(seen, exit_index)
+        )  # at every exit: patience counts them
         if exit_index != self.exit_index:
             return
         self.depths[seen.positions], self.logprobs[seen.positions] = seen.depths, seen.logprobs

@@ -11,7 +11,16 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from ease_eval.measure.figures import by_position, depth_shares, drawn, pareto, reliability, row_label, save, svg
+from ease_eval.measure.figures import (
+    by_position,
+    depth_shares,
+    drawn,
+    pareto,
+    reliability,
+    row_label,
+    save,
+    svg,
+)
 from ease_eval.measure.latency import Setting
 from ease_eval.measure.reliability import measure_reliability
 from ease_eval.measure.table import COLUMNS, Row, Table, cells, score_settings
@@ -55,9 +64,14 @@ def make_report(llm: LLM, table: Table, documents: Sequence[Sequence[int]], out:
         del draws["reliability"]
     save(draws, out.with_suffix(""))
     prompt = documents[0][:PROMPT_TOKENS]
-    depths, tints = llm.stack.exit_layers, dict(zip(reversed(llm.stack.exit_layers), reversed(TINTS), strict=False))
+    depths, tints = (
+        llm.stack.exit_layers,
+        dict(zip(reversed(llm.stack.exit_layers), reversed(TINTS), strict=False)),
+    )
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ease_eval.measure", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("ease_eval.measure", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("report.html.j2").render(
         table=table,
@@ -67,7 +81,10 @@ def make_report(llm: LLM, table: Table, documents: Sequence[Sequence[int]], out:
         said=[describe(row) for row in rows],
         prompt=llm.tokenizer.decode(list(prompt)),
         passages=[passage(llm, prompt, row) for row in rows],
-        figures={TITLES[name]: [svg(drawn(draw, dress)) for dress in ("light", "dark")] for name, draw in draws.items()},
+        figures={
+            TITLES[name]: [svg(drawn(draw, dress)) for dress in ("light", "dark")]
+            for name, draw in draws.items()
+        },
         colours={depth: tints.get(depth, TINTS[-1]) for depth in depths},
     )
 
@@ -83,7 +100,12 @@ def describe(row: Row) -> str:
 def passage(llm: LLM, prompt: Sequence[int], row: Row) -> list[TokenEvent]:
     """A greedy continuation under a row's setting."""
     room = llm.stack.max_positions - len(prompt)
-    options = Options(max_tokens=min(PASSAGE_TOKENS, room), policy=row.policy, threshold=row.threshold, catch_up=row.catch_up)
+    options = Options(
+        max_tokens=min(PASSAGE_TOKENS, room),
+        policy=row.policy,
+        threshold=row.threshold,
+        catch_up=row.catch_up,
+    )
     return list(llm.generate(list(prompt), options))
 
 
@@ -92,10 +114,14 @@ def bin_width(documents: Sequence[Sequence[int]]) -> int:
     return max(1, -(-(max(map(len, documents)) - 1) // BINS))
 
 
-def depths_by_position(llm: LLM, documents: Sequence[Sequence[int]], rows: Sequence[Row]) -> dict[str, list[float]]:
+def depths_by_position(
+    llm: LLM, documents: Sequence[Sequence[int]], rows: Sequence[Row]
+) -> dict[str, list[float]]:
     """Mean depth in each bin of positions, for every setting but off (for off where it is alone)."""
     limit, width, shown = llm.stack.max_positions, bin_width(documents), rows[1:] or rows
-    settings = [Setting(make_policy(row.policy, row.threshold, llm.stack.exit_layers), row.catch_up) for row in shown]
+    settings = [
+        Setting(make_policy(row.policy, row.threshold, llm.stack.exit_layers), row.catch_up) for row in shown
+    ]
     totals, counts = np.zeros((len(shown), BINS)), np.zeros(BINS)
     for ids in documents:
         scores = score_settings(llm, [ids[: limit + 1]], settings)
@@ -103,4 +129,7 @@ def depths_by_position(llm: LLM, documents: Sequence[Sequence[int]], rows: Seque
         totals += [np.bincount(place, one.depths, BINS) for one in scores]
         counts += np.bincount(place, minlength=BINS)
     used = counts > 0
-    return {row_label(row): (total[used] / counts[used]).tolist() for row, total in zip(shown, totals, strict=True)}
+    return {
+        row_label(row): (total[used] / counts[used]).tolist()
+        for row, total in zip(shown, totals, strict=True)
+    }

@@ -60,7 +60,9 @@ class Quality(SettingName):
     bits_per_byte: float  # of the scored text itself, not of what its tokens decode to
     unknown_share: float  # of the scored tokens: those for characters that the tokenizer does not know
     depth_counts: dict[int, int]  # tokens by depth
-    depth_by_position: list[float]  # mean depth of each POSITION_BIN positions of the documents, up to the context
+    depth_by_position: list[
+        float
+    ]  # mean depth of each POSITION_BIN positions of the documents, up to the context
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,13 @@ class Amounts:
     num_rounds: int = 5
 
     def __post_init__(self) -> None:
-        for name, least in (("scored_tokens", 2), ("num_texts", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("num_rounds", 1)):
+        for name, least in (
+            ("scored_tokens", 2),
+            ("num_texts", 1),
+            ("prompt_tokens", 1),
+            ("new_tokens", 2),
+            ("num_rounds", 1),
+        ):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} = {getattr(self, name)}, expected at least {least}")
 
@@ -241,10 +249,14 @@ def make_table(
     texts = choose_texts([document.ids for document in documents], amounts, llm.stack.max_positions)
     qualities = measure_quality(llm, scored, settings, journal)
     speeds = measure_speed(llm, settings, texts, amounts.num_rounds, journal)
-    exits, oracle = journal.once("exits", lambda: exit_figures(llm, [d.ids for d in first_tokens(scored, EXIT_TOKENS)]))
+    exits, oracle = journal.once(
+        "exits", lambda: exit_figures(llm, [d.ids for d in first_tokens(scored, EXIT_TOKENS)])
+    )
     several = []
     for size in batches:
-        several += journal.once(f"batch {size}", partial(measure_batch, llm, settings, texts, amounts.num_rounds, size))
+        several += journal.once(
+            f"batch {size}", partial(measure_batch, llm, settings, texts, amounts.num_rounds, size)
+        )
     return Table(
         **provenance(bundle, llm, num_threads),
         data=source,
@@ -266,7 +278,13 @@ def make_table(
 
 def read_batch(figures: dict[str, Any]) -> BatchFigures:
     """From what JSON has."""
-    return BatchFigures(**{**figures, "threshold": Thresholds.of(figures["threshold"]), "speedup_range": tuple(figures["speedup_range"])})
+    return BatchFigures(
+        **{
+            **figures,
+            "threshold": Thresholds.of(figures["threshold"]),
+            "speedup_range": tuple(figures["speedup_range"]),
+        }
+    )
 
 
 def make_row(quality: Quality, measured: tuple[Speed, dict[int, int]]) -> Row:
@@ -275,17 +293,26 @@ def make_row(quality: Quality, measured: tuple[Speed, dict[int, int]]) -> Row:
     if quality.catch_up == "verify" and quality.threshold:
         depth = sum(layer * count for layer, count in decoded.items()) / sum(decoded.values())
         fraction = depth * quality.depth_fraction / quality.mean_depth
-        quality = replace(quality, mean_depth=depth, depth_fraction=fraction, depth_counts=decoded, depth_by_position=[])
+        quality = replace(
+            quality, mean_depth=depth, depth_fraction=fraction, depth_counts=decoded, depth_by_position=[]
+        )
     return Row(**vars(quality), **vars(speed))
 
 
-def measure_quality(llm: LLM, documents: Sequence[Document], settings: Sequence[Setting], journal: Journal) -> list[Quality]:
+def measure_quality(
+    llm: LLM, documents: Sequence[Document], settings: Sequence[Setting], journal: Journal
+) -> list[Quality]:
     """Every setting's figures over the documents' tokens; off comes first."""
     encoded, covered = [document.ids for document in documents], coverage(llm.tokenizer, documents)
     scored = Scored(encoded, covered.num_bytes, covered.unknown_share)
-    found: list[list[Any]] = journal.once("scores", lambda: [s.to_lists() for s in score_settings(llm, encoded, settings)])
+    found: list[list[Any]] = journal.once(
+        "scores", lambda: [s.to_lists() for s in score_settings(llm, encoded, settings)]
+    )
     scores = [Scores.from_lists(lists) for lists in found]
-    return [make_quality(s, q, scores[0], scored, llm.stack.max_positions) for s, q in zip(settings, scores, strict=True)]
+    return [
+        make_quality(s, q, scores[0], scored, llm.stack.max_positions)
+        for s, q in zip(settings, scores, strict=True)
+    ]
 
 
 def make_quality(setting: Setting, scores: Scores, off: Scores, scored: "Scored", limit: int) -> Quality:
@@ -315,7 +342,9 @@ def measure_speed(
     def timed() -> list[Any]:
         timings, seconds = measure(llm.engine, settings, texts, num_rounds)
         speeds = [make_speed(t, timings[0], seconds, llm) for t in timings]
-        return [[asdict(speed), [np.array(t.depths).tolist()]] for speed, t in zip(speeds, timings, strict=True)]
+        return [
+            [asdict(speed), [np.array(t.depths).tolist()]] for speed, t in zip(speeds, timings, strict=True)
+        ]
 
     found = []
     for speed, (depths,) in journal.once("times", timed):
@@ -343,7 +372,8 @@ def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], l
         ideal_speedup=ideal_speedup,
         measured_over_ideal=speedup / ideal_speedup,
         engine_efficiency=ideal / seconds,
-        head_share=ideal_seconds([call for call in timing.calls if call.graph in HEAD_GRAPHS], call_seconds) / ideal,
+        head_share=ideal_seconds([call for call in timing.calls if call.graph in HEAD_GRAPHS], call_seconds)
+        / ideal,
         speedup_range=(min(speedups), max(speedups)),
         prefill_ms_p50=prefill50,
         prefill_ms_p95=prefill95,
@@ -354,7 +384,9 @@ def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], l
     )
 
 
-def measure_batch(llm: LLM, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int, batch: int) -> list[dict[str, Any]]:
+def measure_batch(
+    llm: LLM, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int, batch: int
+) -> list[dict[str, Any]]:
     """Every setting's BatchFigures, as JSON has them; `batch` texts are decoded at once, the same ones again where there are fewer."""
     chosen = [texts[i % len(texts)] for i in range(batch)]
     speeds, found = time_batches(llm.stack, settings, chosen, num_rounds), []
@@ -387,10 +419,14 @@ def exit_figures(llm: LLM, documents: Sequence[Sequence[int]]) -> tuple[list[dic
     layers = llm.stack.exit_layers
     everything = make_policy("max-prob", 1.0 if len(layers) > 1 else OFF, layers)
     _, early, full = record_exits(llm.engine, documents, everything)
-    agrees = np.array([scores.says == full.says for scores in [*early, full]])  # (exits, tokens); the last row is all True
+    agrees = np.array(
+        [scores.says == full.says for scores in [*early, full]]
+    )  # (exits, tokens); the last row is all True
     depths = np.array(layers)[agrees.argmax(axis=0)]
     each = zip(layers, [*early, full], agrees, strict=True)
-    figures = [asdict(ExitFigures(layer, scores.perplexity, float(same.mean()))) for layer, scores, same in each]
+    figures = [
+        asdict(ExitFigures(layer, scores.perplexity, float(same.mean()))) for layer, scores, same in each
+    ]
     return figures, float(depths.mean())
 
 
@@ -421,7 +457,10 @@ class Scored:
 
 
 def make_settings(
-    policy: str | type[ThresholdPolicy] | ThresholdPolicy, thresholds: Sequence[Any], catch_ups: Sequence[str], exit_layers: Sequence[int]
+    policy: str | type[ThresholdPolicy] | ThresholdPolicy,
+    thresholds: Sequence[Any],
+    catch_ups: Sequence[str],
+    exit_layers: Sequence[int],
 ) -> list[Setting]:
     """Off, then every threshold (whatever `Thresholds.of` takes) with every catch-up; off alone without early exits.
 
@@ -443,8 +482,12 @@ def choose_texts(documents: Sequence[Sequence[int]], amounts: Amounts, limit: in
         )
     long_enough = [ids for ids in documents if len(ids) >= length]
     if not long_enough:
-        raise RequestError(f"no document of the corpus has {length} tokens; ask for fewer: --prompt-tokens, --new-tokens")
-    places = np.linspace(0, len(long_enough) - 1, min(amounts.num_texts, len(long_enough))).round().astype(int)
+        raise RequestError(
+            f"no document of the corpus has {length} tokens; ask for fewer: --prompt-tokens, --new-tokens"
+        )
+    places = (
+        np.linspace(0, len(long_enough) - 1, min(amounts.num_texts, len(long_enough))).round().astype(int)
+    )
     return [Text(tuple(long_enough[i][:length]), amounts.prompt_tokens) for i in places]
 
 
@@ -454,7 +497,13 @@ def score_settings(llm: LLM, documents: Sequence[Sequence[int]], settings: Seque
     for catch_up in CATCH_UPS:
         mine = [i for i, s in enumerate(settings) if s.catch_up == catch_up]
         scores |= (
-            dict(zip(mine, score_documents(llm.engine, documents, [settings[i].policy for i in mine], catch_up), strict=True))
+            dict(
+                zip(
+                    mine,
+                    score_documents(llm.engine, documents, [settings[i].policy for i in mine], catch_up),
+                    strict=True,
+                )
+            )
             if mine
             else {}
         )

@@ -17,7 +17,9 @@ def _bytes_of(manifest: Manifest, call: Call) -> int:
         return _segment_bytes(manifest, call.number)
     if call.graph in ("exit", "gate", "block"):
         leave = manifest.exits[call.number]
-        parts = {"exit": (leave.graph, leave.head), "gate": (leave.gate,), "block": (leave.block,)}[call.graph]
+        parts = {"exit": (leave.graph, leave.head), "gate": (leave.gate,), "block": (leave.block,)}[
+            call.graph
+        ]
         return sum(_file_bytes(manifest, name) for name in parts)
     return 0
 

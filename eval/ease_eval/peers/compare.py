@@ -55,7 +55,10 @@ class Plan:
             if getattr(self, name) < least:
                 raise RequestError(f"{name} = {getattr(self, name)}, expected at least {least}")
         manifest, config = load_manifest(self.bundle), read_config(self.checkpoint)
-        if (config.get("vocab_size"), config.get("num_hidden_layers")) != (manifest.vocab_size, manifest.num_layers):
+        if (config.get("vocab_size"), config.get("num_hidden_layers")) != (
+            manifest.vocab_size,
+            manifest.num_layers,
+        ):
             raise RequestError(
                 f"{self.checkpoint} has {config.get('num_hidden_layers')} layers and {config.get('vocab_size')} tokens, "
                 f"{self.bundle} has {manifest.num_layers} and {manifest.vocab_size}: not the same model"
@@ -76,7 +79,12 @@ class Plan:
         peers = [Peer("ease", precision, sys.executable, {"runtime": "ease", "settings": {}, **own})]
         if self.settings:
             peers.append(
-                Peer(f"ease {describe(self.settings)}", precision, sys.executable, {"runtime": "ease", "settings": self.settings, **own})
+                Peer(
+                    f"ease {describe(self.settings)}",
+                    precision,
+                    sys.executable,
+                    {"runtime": "ease", "settings": self.settings, **own},
+                )
             )
         python = str(self.python)
         peers.append(Peer("transformers eager", "fp32", python, {"runtime": "transformers eager", **common}))
@@ -93,7 +101,12 @@ class Plan:
         }
         peers.append(Peer("onnxruntime-genai", genai, python, asked))
         if self.gguf is not None:
-            asked = {"runtime": "llama.cpp", "gguf": str(self.gguf.resolve()), "context": 4096, "threads": self.threads}
+            asked = {
+                "runtime": "llama.cpp",
+                "gguf": str(self.gguf.resolve()),
+                "context": 4096,
+                "threads": self.threads,
+            }
             peers.append(Peer("llama.cpp", self.gguf.stem, python, asked))
         return peers
 
@@ -112,7 +125,9 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         raise RequestError(f"{checkpoint} is no Hugging Face directory: no readable config.json") from None
     if "model_type" not in config:
-        raise RequestError(f"{checkpoint} is no Hugging Face directory; make one of a checkpoint: ease-train export-hf {checkpoint} DIR")
+        raise RequestError(
+            f"{checkpoint} is no Hugging Face directory; make one of a checkpoint: ease-train export-hf {checkpoint} DIR"
+        )
     return config
 
 
@@ -138,12 +153,23 @@ class Row:
     tokens_per_second_range: tuple[float, float] | None = None  # over rounds
     first_token_ms: float | None = None
     resident_mb: float | None = None
-    ease_over_this: float | None = None  # EASE's speed at full depth over this one's, median of the ratios prompt by prompt
+    ease_over_this: float | None = (
+        None  # EASE's speed at full depth over this one's, median of the ratios prompt by prompt
+    )
     same_texts: float | None = None  # share of the prompts with EASE's full-depth text, up to where that ends
     mean_agreement: float | None = None  # share of each text before the first difference
 
 
-COLUMNS = ("runtime", "precision", "tokens/s", "ease is", "first token ms", "resident MB", "same texts", "agreement")
+COLUMNS = (
+    "runtime",
+    "precision",
+    "tokens/s",
+    "ease is",
+    "first token ms",
+    "resident MB",
+    "same texts",
+    "agreement",
+)
 
 
 @dataclass(frozen=True)
@@ -163,12 +189,21 @@ class Comparison:
         """As a Markdown table; runtimes without figures stand below it."""
         lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in self.rows if row.error is None]
-        return "\n".join([*lines, *(f"\n{row.runtime}: {row.error}" for row in self.rows if row.error)]) + "\n"
+        return (
+            "\n".join([*lines, *(f"\n{row.runtime}: {row.error}" for row in self.rows if row.error)]) + "\n"
+        )
 
 
 def cells(row: Row) -> list[str]:
     """A row as the texts of COLUMNS."""
-    figures = (row.tokens_per_second, row.ease_over_this, row.first_token_ms, row.resident_mb, row.same_texts, row.mean_agreement)
+    figures = (
+        row.tokens_per_second,
+        row.ease_over_this,
+        row.first_token_ms,
+        row.resident_mb,
+        row.same_texts,
+        row.mean_agreement,
+    )
     forms = ("{:.1f}", "{:.2f}x", "{:.0f}", "{:.0f}", "{:.0%}", "{:.0%}")
     shown = ["–" if value is None else form.format(value) for form, value in zip(forms, figures, strict=True)]
     return [row.runtime, row.precision, *shown]
@@ -188,7 +223,12 @@ class Worker:
         command = [peer.python, peer_worker.__file__, json.dumps(peer.asked)]
         environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         )
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -243,7 +283,9 @@ def ending(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def compare_peers(plan: Plan, prompts: Sequence[Sequence[int]], tell: Callable[[str], None] = lambda _: None) -> Comparison:
+def compare_peers(
+    plan: Plan, prompts: Sequence[Sequence[int]], tell: Callable[[str], None] = lambda _: None
+) -> Comparison:
     """Ask every runtime for every prompt (ids), in turns; `tell` takes a line on how far it is.
 
     Raises RequestError without prompts, or when EASE itself cannot run.
@@ -309,5 +351,8 @@ def make_row(worker: Worker, ease: Worker, stops: frozenset[int], new: int) -> R
 def agreement(ids: Sequence[int], ours: Sequence[int], stops: frozenset[int]) -> float:
     """The share of our text before the first difference; what follows our first stop token does not count."""
     end = next((place + 1 for place, token in enumerate(ours) if token in stops), len(ours))
-    same = next((place for place, (a, b) in enumerate(zip(ids, ours[:end], strict=False)) if a != b), min(len(ids), end))
+    same = next(
+        (place for place, (a, b) in enumerate(zip(ids, ours[:end], strict=False)) if a != b),
+        min(len(ids), end),
+    )
     return same / end

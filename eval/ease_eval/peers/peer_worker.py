@@ -62,7 +62,14 @@ def main(asked: dict[str, Any]) -> None:
         if len(ids) < request["new"]:
             say({"error": f"only {len(ids)} of {request['new']} tokens came"})
             return
-        say({"first": clock[1] - clock[0], "rest": clock[-1] - clock[1], "ids": ids, "resident": resident_bytes()})
+        say(
+            {
+                "first": clock[1] - clock[0],
+                "rest": clock[-1] - clock[1],
+                "ids": ids,
+                "resident": resident_bytes(),
+            }
+        )
 
 
 def say(answer: dict[str, Any]) -> None:
@@ -110,7 +117,9 @@ def ease(asked: dict[str, Any]) -> tuple[str, Run]:
         engine.measure()
 
     def run(prompt: list[int], new: int, told: Told) -> None:
-        for token in engine.generate(engine.start(prompt, max_new_tokens=new, policy=policy, catch_up=options.catch_up)):
+        for token in engine.generate(
+            engine.start(prompt, max_new_tokens=new, policy=policy, catch_up=options.catch_up)
+        ):
             told.note(token.id)
 
     return "ease-lm", run
@@ -160,7 +169,9 @@ def load_transformers(asked: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(num_threads(asked))
-    model: Any = AutoModelForCausalLM.from_pretrained(asked["checkpoint"], dtype=torch.float32, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        asked["checkpoint"], dtype=torch.float32, attn_implementation="eager"
+    )
     return model.eval()
 
 
@@ -190,10 +201,25 @@ def build_genai(folder: Path, asked: dict[str, Any]) -> None:
     import subprocess
 
     partial, cache = folder.with_name(folder.name + ".partial"), folder.with_name("cache")
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", asked["checkpoint"], "-o", str(partial)]
-    done = subprocess.run([*command, "-p", asked["precision"], "-e", "cpu", "-c", str(cache)], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        asked["checkpoint"],
+        "-o",
+        str(partial),
+    ]
+    done = subprocess.run(
+        [*command, "-p", asked["precision"], "-e", "cpu", "-c", str(cache)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        raise RuntimeError(f"its model builder failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        raise RuntimeError(
+            f"its model builder failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+        )
     if asked["threads"]:
         config = partial / "genai_config.json"
         values = json.loads(config.read_text(encoding="utf-8"))
@@ -210,14 +236,23 @@ def llama_cpp(asked: dict[str, Any]) -> tuple[str, Run]:
     parameters.model.path, parameters.n_ctx, parameters.n_parallel = asked["gguf"], asked["context"], 1
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = num_threads(asked)
     server = xllamacpp.Server(parameters)
-    greedy = {"temperature": 0.0, "ignore_eos": True, "cache_prompt": False, "verbose": True, "return_tokens": True}
+    greedy = {
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "cache_prompt": False,
+        "verbose": True,
+        "return_tokens": True,
+    }
 
     def run(prompt: list[int], new: int, told: Told) -> None:
         answer = server.handle_completions({"prompt": prompt, "n_predict": new, **greedy})
         if "timings" not in answer:
             raise RuntimeError(str(answer))
         first = answer["timings"]["prompt_ms"] / 1e3  # its answer begins with the prompt's last token
-        told.clock, told.ids = [0.0, first, first + answer["timings"]["predicted_ms"] / 1e3], answer["__verbose"]["tokens"]
+        told.clock, told.ids = (
+            [0.0, first, first + answer["timings"]["predicted_ms"] / 1e3],
+            answer["__verbose"]["tokens"],
+        )
 
     return "xllamacpp", run
 

@@ -14,7 +14,10 @@ MARK = "#### "
 INVALID = "[invalid]"
 IGNORED = (",", r"\$", rf"(?s).*{MARK}", r"\.$")
 STRICT, FLEXIBLE, FIRST_LINE = "strict-match", "flexible-extract", "first-line"
-FILTERS = {STRICT: (r"#### (\-?[0-9\.\,]+)", 0), FLEXIBLE: (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)}  # a pattern, and which match
+FILTERS = {
+    STRICT: (r"#### (\-?[0-9\.\,]+)", 0),
+    FLEXIBLE: (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
+}  # a pattern, and which match
 
 
 def filter_of(answer: str) -> str:

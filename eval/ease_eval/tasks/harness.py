@@ -25,7 +25,12 @@ from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.policies.thresholds import Thresholds
 
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one thing, the first counts
+LENGTHS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # names of one thing, the first counts
 SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
 OF_TASKS = {  # options of a request that are not this model's to set
     "temperature": "tasks say how they sample; say it with --gen_kwargs do_sample=true,temperature=...",
@@ -62,12 +67,23 @@ class EaseLM(LM):  # type: ignore[misc]
         num_slots = 1 if batch_size is None or str(batch_size).startswith("auto") else int(str(batch_size))
         if num_slots < 1:
             raise RequestError(f"batch_size {batch_size} is below 1")
-        self.llm = LLM(bundle, num_threads=threads, device="auto" if device in (None, UNASKED) else str(device), num_slots=num_slots)
+        self.llm = LLM(
+            bundle,
+            num_threads=threads,
+            device="auto" if device in (None, UNASKED) else str(device),
+            num_slots=num_slots,
+        )
         for name in set(options) & OF_TASKS.keys():
             raise RequestError(f"{name} in --model_args has no effect: {OF_TASKS[name]}")
         policy = options.pop("policy", Options.policy)
-        own = Options(policy=policy if isinstance(policy, str) else Options.policy, sampler=options.pop("sampler", None))
-        given = {**options, "max_tokens": max_gen_toks, **({} if threshold is None else {"threshold": read_threshold(threshold)})}
+        own = Options(
+            policy=policy if isinstance(policy, str) else Options.policy, sampler=options.pop("sampler", None)
+        )
+        given = {
+            **options,
+            "max_tokens": max_gen_toks,
+            **({} if threshold is None else {"threshold": read_threshold(threshold)}),
+        }
         self.options = Options.from_json(given, own)
         if isinstance(policy, str):
             self.options = self.llm.prepare(self.options)
@@ -134,7 +150,11 @@ class EaseLM(LM):  # type: ignore[misc]
             options = self._read(wanted)
             prompt = self.llm.encode(context) or [prefix_id(self.llm)]
             self._note_unknown(prompt)
-            generations.append(self.llm.submit(prompt[options.max_tokens - self.llm.stack.max_positions :], options, policy=self.policy))
+            generations.append(
+                self.llm.submit(
+                    prompt[options.max_tokens - self.llm.stack.max_positions :], options, policy=self.policy
+                )
+            )
             texts[generations[-1].choices[0]] = ""
         while self.llm.busy:
             for choice, events in self.llm.step():
@@ -160,7 +180,8 @@ class EaseLM(LM):  # type: ignore[misc]
             if wanted.get(name) is not None:
                 values["max_tokens"] = wanted[name]
         options = Options.from_json(
-            {**values, "stop": [text for text in ([until] if isinstance(until, str) else until) if text]}, self.options
+            {**values, "stop": [text for text in ([until] if isinstance(until, str) else until) if text]},
+            self.options,
         )
         room = self.llm.stack.max_positions - 1
         return replace(options, max_tokens=room) if options.max_tokens > room else options
@@ -169,7 +190,9 @@ class EaseLM(LM):  # type: ignore[misc]
         """Count tokens for characters that the tokenizer does not know, and warn of the first."""
         count = self.llm.count_unknown(ids)
         if count and not self.num_unknown:
-            logger.warning("a text has characters that this tokenizer does not know; the results' config counts their tokens")
+            logger.warning(
+                "a text has characters that this tokenizer does not know; the results' config counts their tokens"
+            )
         self.num_unknown += count
 
     def _count(self, scores: Scores) -> None:
@@ -197,10 +220,14 @@ class EaseLM(LM):  # type: ignore[misc]
         """The bundle's template as text, for the harness's record."""
         return str(self.llm.manifest.chat_template or "") if chat_template else ""
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """A conversation as text, up to where the answer begins. Raises RequestError where the bundle has no template."""
         if self.llm.template is None:
-            raise RequestError("this bundle has no chat template (a base model); leave --apply_chat_template away")
+            raise RequestError(
+                "this bundle has no chat template (a base model); leave --apply_chat_template away"
+            )
         if not add_generation_prompt:
             raise RequestError("this model cannot go on with an answer that a task has begun (a gen_prefix)")
         return self.llm.template.render(chat_history)

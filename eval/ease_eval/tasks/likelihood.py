@@ -29,7 +29,9 @@ def prefix_id(llm: LLM) -> int:
     if begin is not None:
         return int(begin)
     if not llm.manifest.stop_ids:
-        raise RequestError("this bundle has no start token and no end token: a text needs a context that it can follow")
+        raise RequestError(
+            "this bundle has no start token and no end token: a text needs a context that it can follow"
+        )
     return llm.manifest.stop_ids[0]
 
 
@@ -58,7 +60,11 @@ def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], l
 
 
 def score_continuation(
-    engine: Engine, context: Sequence[int], continuation: Sequence[int], policies: Sequence[ExitPolicy], catch_up: str
+    engine: Engine,
+    context: Sequence[int],
+    continuation: Sequence[int],
+    policies: Sequence[ExitPolicy],
+    catch_up: str,
 ) -> list[Scores]:
     """Score a continuation after a context of at least one token, whose beginning is left out where both are too long.
 

@@ -154,7 +154,11 @@ def _context(row: dict[str, Any]) -> str:
 
 def _choices(row: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     choices, answer = row["choices"], row.get("answer")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(c, str) and c.strip() for c in choices)
+    ):
         raise ValueError('"choices" must be two texts or more')
     texts = tuple(choices)
     if type(answer) is int and 0 <= answer < len(texts):
@@ -163,11 +167,15 @@ def _choices(row: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         return texts, texts.index(answer)
     if isinstance(answer, str) and len(answer) == 1 and answer.upper() in LETTERS[: len(texts)]:
         return texts, LETTERS.index(answer.upper())
-    raise ValueError(f'"answer" {str(answer)[:40]!r} is none of the {len(texts)} choices, by number from 0, letter or text')
+    raise ValueError(
+        f'"answer" {str(answer)[:40]!r} is none of the {len(texts)} choices, by number from 0, letter or text'
+    )
 
 
 def examples(items: tuple[Item, ...], shots: int) -> tuple[str, tuple[Item, ...]]:
     """The first `shots` items solved, as the text before each of the others; and those. Raises RequestError where none is left."""
     if not 0 <= shots < len(items):
-        raise RequestError(f"shots {shots} is outside 0..{len(items) - 1}: of {len(items)} items one at least must be asked")
+        raise RequestError(
+            f"shots {shots} is outside 0..{len(items) - 1}: of {len(items)} items one at least must be asked"
+        )
     return "".join(f"{item.solved}\n\n" for item in items[:shots]), items[shots:]

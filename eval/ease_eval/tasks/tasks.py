@@ -88,18 +88,24 @@ class Asking:
     def score(self, item: Item, continuation: str) -> tuple[Scores, Scores]:
         """A continuation's scores under the policy and at full depth."""
         context, ids = encode_pair(self.llm, self.before + item.context, continuation)
-        early, full = score_continuation(self.llm.engine, context, ids, [self.policy, FULL_DEPTH], self.options.catch_up)
+        early, full = score_continuation(
+            self.llm.engine, context, ids, [self.policy, FULL_DEPTH], self.options.catch_up
+        )
         return early, full
 
     def generate(self, item: Item, options: Options) -> tuple[str, list[int]]:
         """The text that answers an item, and its tokens' depths."""
         limit, text = self.llm.stack.max_positions - options.max_tokens, self.before + item.context
-        prompt = self.llm.encode_chat([{"role": "user", "content": text}]) if self.chat else self.llm.encode(text)
+        prompt = (
+            self.llm.encode_chat([{"role": "user", "content": text}]) if self.chat else self.llm.encode(text)
+        )
         events = list(self.llm.generate(prompt[-limit:], options))
         return "".join(event.text for event in events), [event.depth for event in events]
 
 
-def run_task(llm: LLM, task: TaskFile, options: Options, journal: Journal, shots: int = 0, chat: bool = False) -> TaskResult:
+def run_task(
+    llm: LLM, task: TaskFile, options: Options, journal: Journal, shots: int = 0, chat: bool = False
+) -> TaskResult:
     """Ask every item of a file. Raises RequestError for options that this bundle cannot run, or that say nothing of given texts."""
     options = llm.prepare(options)
     policy = llm.policy(options)
@@ -115,7 +121,9 @@ def run_task(llm: LLM, task: TaskFile, options: Options, journal: Journal, shots
     else:
         check_scorable(llm.engine, [policy], options.catch_up)
     asking = Asking(llm, options, policy, before, chat)
-    said = hashlib.sha256(repr(task.items).encode()).hexdigest()[:16]  # answers to a file that has changed since are asked for anew
+    said = hashlib.sha256(repr(task.items).encode()).hexdigest()[
+        :16
+    ]  # answers to a file that has changed since are asked for anew
     answers, faults = [], list(task.faults)
     for item in items:
         try:
@@ -197,7 +205,10 @@ def ask_exact(asking: Asking, item: Exact) -> Answer:
 
 def summarise(task: TaskFile, answers: Sequence[Answer], shots: int) -> TaskResult:
     """A file's figures from its items'."""
-    correct, full = (np.array([getattr(a, name) for a in answers], np.float64) for name in ("correct", "full_depth_correct"))
+    correct, full = (
+        np.array([getattr(a, name) for a in answers], np.float64)
+        for name in ("correct", "full_depth_correct")
+    )
     tokens = sum(a.tokens for a in answers)
     word = task.kind == LastWord.kind
     return TaskResult(
