@@ -1,8 +1,10 @@
-"""Clients of a server: what eight together get against one, and the mean batch that the server's metrics show meanwhile.
+"""Clients of a server: what eight together get against one, and the mean batch that the server's metrics show
+meanwhile.
 
     python bench/clients.py BUNDLE [--json FILE]
 
-One and eight clients take turns, a round each; a client sends one completion after the other, greedy, at full depth.
+One and eight clients take turns, a round each; a client sends one completion after the other, greedy, at full
+depth.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python bench/engine.py BUNDLE [--only depth,verify,adapt,batch,scaling,memory] [--json FILE]
 
-Exits are scripted, so random weights will do. Settings take turns within a round; figures are medians over rounds, speed-ups
-are ratios within a round. "ideal" is the sum of the calls, each timed by itself.
+Exits are scripted, so random weights will do. Settings take turns within a round; figures are medians over
+rounds, speed-ups are ratios within a round. "ideal" is the sum of the calls, each timed by itself.
 """
 
 import json
@@ -161,7 +161,9 @@ def exit_segment(stack: OrtStack, exit_index: int) -> int:
 
 
 def break_even(pace: Pace) -> float | None:
-    """The smallest acceptance at which some draft length is as fast as full depth, to 0.01; None when none is."""
+    """The smallest acceptance at which some draft length is as fast as full depth, to 0.01; None when none
+    is.
+    """
     pace.drafted = 1.0
     for percent in range(1, 100):
         pace.accepted = percent / 100
@@ -179,9 +181,11 @@ def token_seconds(engine: Engine, sequence: TokenSequence) -> float:
 
 
 def adapt(stack: OrtStack) -> list[Row]:
-    """Early exits that do not pay, and some that do, with the engine free to give them up: 256 tokens against as many at full depth.
+    """Early exits that do not pay, and some that do, with the engine free to give them up: 256 tokens against
+    as many at full depth.
 
-    Until it gives up a request runs by itself, then the same tokens at full depth do; after that the two take turns token by token.
+    Until it gives up a request runs by itself, then the same tokens at full depth do; after that the two take
+    turns token by token.
     """
     costs, exit_index, rows = measure_costs(stack), half_exit(stack), []
     cases = [("verify", 1.0, acceptance) for acceptance in (0.2, 0.5, 0.9)] + [
@@ -232,7 +236,9 @@ def adapt(stack: OrtStack) -> list[Row]:
 
 
 def batch(stack: OrtStack) -> list[Row]:
-    """Eight rows that leave at half depth with probability 0.5: against eight at full depth, and against the best schedule."""
+    """Eight rows that leave at half depth with probability 0.5: against eight at full depth, and against the
+    best schedule.
+    """
     costs, thresholds, rows = measure_costs(stack), only(stack, half_exit(stack)), []
     for name, num_requests in (("8 rows", 8), ("32 requests over 8 slots", 32)):
         ratios: dict[str, list[float]] = {"propagate": [], "recompute": []}
@@ -259,7 +265,9 @@ def batch(stack: OrtStack) -> list[Row]:
 
 
 def involuntary(stack: OrtStack, num_requests: int, thresholds: Thresholds, catch_up: str) -> int:
-    """Tokens that left or stayed because of their neighbours: depths in the batch that are not those of the same request alone."""
+    """Tokens that left or stayed because of their neighbours: depths in the batch that are not those of the
+    same request alone.
+    """
     count = min(num_requests, 8)
     _, together = tokens_a_second(stack, count, 0, thresholds, catch_up)
     changed = 0
@@ -299,7 +307,9 @@ def tokens_a_second(
 def best_schedule(
     stack: OrtStack, costs: Costs, catch_up: str, num_rows: int = 8, num_passes: int = 20000
 ) -> float:
-    """Speed-up over full depth of the best rule "go deep when m rows wait", simulated at the measured costs, for a closed set of rows."""
+    """Speed-up over full depth of the best rule "go deep when m rows wait", simulated at the measured costs,
+    for a closed set of rows.
+    """
     return max(
         simulate(stack, costs, catch_up, num_rows, waiting, num_passes) for waiting in range(1, num_rows + 1)
     )
@@ -356,7 +366,8 @@ def scaling(stack: OrtStack) -> list[Row]:
 def memory(stack: OrtStack) -> list[Row]:
     """Bytes of the process while eight rows fill their caches, and what growing them copied.
 
-    `mapped` are pages of files that the system can take back: libraries, and the embedding's rows that prompts have touched.
+    `mapped` are pages of files that the system can take back: libraries, and the embedding's rows that
+    prompts have touched.
     """
     process, before = psutil.Process(), psutil.Process().memory_info().rss
     engine = Engine(stack, num_slots=8)

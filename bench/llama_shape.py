@@ -1,4 +1,5 @@
-"""A bundle with SmolLM2-135M's shape and random weights, for the clock: 30 layers of width 576, a vocabulary of 49,152.
+"""A bundle with SmolLM2-135M's shape and random weights, for the clock: 30 layers of width 576, a vocabulary
+of 49,152.
 
 python bench/llama_shape.py runs/bench/135m      # writes checkpoint/ and bundle/ there, unless they are there
 """

@@ -1,9 +1,10 @@
-"""What the engine costs beyond ONNX Runtime: microseconds a graph call, for each catch-up, and by number of threads.
+"""What the engine costs beyond ONNX Runtime: microseconds a graph call, for each catch-up, and by number of
+threads.
 
     python bench/overhead.py BUNDLE
 
-Each number of threads is a process of its own (the thread pool is the process's). The time inside `run_with_iobinding` is
-taken as ONNX Runtime's own; the rest of the decoding loop is the engine's.
+Each number of threads is a process of its own (the thread pool is the process's). The time inside
+`run_with_iobinding` is taken as ONNX Runtime's own; the rest of the decoding loop is the engine's.
 """
 
 import json

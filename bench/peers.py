@@ -1,9 +1,11 @@
-"""Full-depth greedy decoding beside other runtimes on the same weights, each a process, taking turns in one run.
+"""Full-depth greedy decoding beside other runtimes on the same weights, each a process, taking turns in one
+run.
 
     make peers                                   # .venv-peers: transformers, onnxruntime-genai
     python bench/peers.py CHECKPOINT BUNDLE [--json FILE]
 
-What `ease-eval compare` does, for a checkpoint that may have no tokenizer worth the name: the prompts are made-up ids.
+What `ease-eval compare` does, for a checkpoint that may have no tokenizer worth the name: the prompts are
+made-up ids.
 """
 
 import subprocess

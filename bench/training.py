@@ -1,10 +1,12 @@
-"""What training costs: tokens a second beside the `transformers` Trainer, and the peak memory of a step with four exits.
+"""What training costs: tokens a second beside the `transformers` Trainer, and the peak memory of a step with
+four exits.
 
     python bench/training.py [--json FILE] [--rounds N] [--steps N]
 
-Speed: the standard recipe (full-depth loss only) and a LlamaForCausalLM of the same size take the same blocks in the same
-batches with the same optimizer, in turns; medians over all steps but the first two of a turn. Memory: a step of the demo model
-with a vocabulary of 32768 in a process of its own, beyond what the imports and the model's start take.
+Speed: the standard recipe (full-depth loss only) and a LlamaForCausalLM of the same size take the same blocks
+in the same batches with the same optimizer, in turns; medians over all steps but the first two of a turn.
+Memory: a step of the demo model with a vocabulary of 32768 in a process of its own, beyond what the imports
+and the model's start take.
 """
 
 import argparse
@@ -45,7 +47,9 @@ def our_turn(trainer: Trainer, steps: int) -> list[float]:
 
 
 def llama_trainer(trainer: Trainer, steps: int) -> tuple[Any, list[float]]:
-    """The `transformers` Trainer of a model of the same size on the same blocks, and the list that its steps' ends go to."""
+    """The `transformers` Trainer of a model of the same size on the same blocks, and the list that its steps'
+    ends go to.
+    """
     import transformers
 
     model, settings = trainer.recipe.model, trainer.settings

@@ -1,1 +1,4 @@
-"""What every package of EASE stands on: errors, settings, lists on the command line, whole-or-nothing files. Imports nothing of EASE."""
+"""What every package of EASE stands on: errors, settings, lists on the command line, whole-or-nothing files.
+
+Imports nothing of EASE.
+"""

@@ -3,8 +3,8 @@
     template = ChatTemplate(source, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     template.render([{"role": "user", "content": "Hello"}])
 
-Templates are jinja2, rendered as transformers does: the same filters, tags and variables, `tools` and `documents` being None.
-A bundle may come from anywhere, so they run in jinja2's immutable sandbox.
+Templates are jinja2, rendered as transformers does: the same filters, tags and variables, `tools` and
+`documents` being None. A bundle may come from anywhere, so they run in jinja2's immutable sandbox.
 """
 
 import json
@@ -83,7 +83,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message]) -> str:
         """The text up to where the assistant's answer begins.
 
-        Raises RequestError for messages that are none, or not to its liking, and for a template that cannot be read.
+        Raises RequestError for messages that are none, or not to its liking, and for a template that cannot
+        be read.
         """
         check_messages(messages)
         if self.problem is not None:
@@ -106,14 +107,18 @@ def _reason(error: Exception) -> str:
 
 
 def _as_templates_know_it(message: Message) -> Message:
-    """A message without what is None, which templates take for something, and its reasoning under both names."""
+    """A message without what is None, which templates take for something, and its reasoning under
+    both names.
+    """
     given = {name: value for name, value in message.items() if value is not None}
     reasoning = next((given[name] for name in REASONING if name in given), None)
     return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
 class PlainTemplate:
-    """For a base model, which knows no turns: the texts one after the other, a line each, for the model to go on."""
+    """For a base model, which knows no turns: the texts one after the other, a line each, for the model to go
+    on.
+    """
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text to continue. Raises RequestError for messages that are none."""
@@ -130,5 +135,6 @@ def check_messages(messages: Any) -> None:
             raise RequestError(f"messages[{place}] has no text as its content")
         if message.get("role") not in ROLES:
             raise RequestError(
-                f"messages[{place}] has the role {repr(message.get('role'))[:80]}; use one of: {', '.join(ROLES)}"
+                f"messages[{place}] has the role {repr(message.get('role'))[:80]}; use one of: "
+                f"{', '.join(ROLES)}"
             )

@@ -12,7 +12,8 @@ from ease_common.extras import missing_extra
 
 
 class CommandGroup(click.Group):
-    """A group whose commands end an EASE error with one line on stderr and exit code 1 (a traceback with --debug).
+    """A group whose commands end an EASE error with one line on stderr and exit code 1 (a traceback with
+    --debug).
 
     A missing extra is such an error. What is warned of is one line too, said once.
     """
@@ -40,7 +41,9 @@ def fail(error: EaseError) -> None:
 
 
 def given_flags(*names: str) -> list[str]:
-    """Those of a running command's options, by the names of its parameters, that the user has given; as the flags say them."""
+    """Those of a running command's options, by the names of its parameters, that the user has given; as the
+    flags say them.
+    """
     context = click.get_current_context()
     sources = {parameter.name: parameter for parameter in context.command.params}
     unasked = (None, ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)

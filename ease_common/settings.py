@@ -1,4 +1,6 @@
-"""One table of a recipe as a frozen dataclass: names, types and bounds checked, plain dictionaries in and out."""
+"""One table of a recipe as a frozen dataclass: names, types and bounds checked, plain dictionaries in and
+out.
+"""
 
 import dataclasses
 import inspect
@@ -48,7 +50,9 @@ SEEDS = Bounds(0, 2**63 - 1)
 
 
 def setting(default: Any, help: str, allowed: Bounds | tuple[str, ...] | None = None) -> Any:  # noqa: A002 - the command line's word
-    """A dataclass field with its help text and what it may hold: numbers within bounds, one of some words, or anything."""
+    """A dataclass field with its help text and what it may hold: numbers within bounds, one of some words, or
+    anything.
+    """
     return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
@@ -60,7 +64,10 @@ def one_of(where: str, value: str, known: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Section:
-    """One table of a recipe: built from and turned into a plain dictionary. Raises ConfigError for what a field may not hold."""
+    """One table of a recipe: built from and turned into a plain dictionary.
+
+    Raises ConfigError for what a field may not hold.
+    """
 
     table: ClassVar[str]
 
@@ -77,7 +84,8 @@ class Section:
             )
             if isinstance(allowed, Bounds) and not all(number in allowed for number in numbers):
                 raise ConfigError(
-                    f"{self.table}: {f.name} = {list(value) if isinstance(value, tuple) else value}, expected {allowed}"
+                    f"{self.table}: {f.name} = {list(value) if isinstance(value, tuple) else value}, "
+                    f"expected {allowed}"
                 )
 
     @classmethod

@@ -50,16 +50,13 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def export_bundle(
-    checkpoint_path: Path,
-    bundle: Path,
-    precision: str = "fp32",
-    calibration: dict[str, Any] | None = None,
+    checkpoint_path: Path, bundle: Path, precision: str = "fp32", calibration: dict[str, Any] | None = None
 ) -> Manifest:
-    """Export a checkpoint in one of manifest.PRECISIONS, with a calibration that holds for it; what was written is loaded before it
-    gets its name.
+    """Export a checkpoint in one of manifest.PRECISIONS, with a calibration that holds for it; what was
+    written is loaded before it gets its name.
 
-    Raises CheckpointError; ExportError when something is at `bundle` that is no bundle, when a weight is no finite number, or when
-    onnxruntime does not run the graphs. A bundle of before is then still there.
+    Raises CheckpointError; ExportError when something is at `bundle` that is no bundle, when a weight is no
+    finite number, or when onnxruntime does not run the graphs. A bundle of before is then still there.
     """
     if bundle.exists() and not is_bundle(bundle):
         raise ExportError(f"{bundle} is there already and is no bundle; choose another name, or remove it")
@@ -103,7 +100,10 @@ def check_finite(model: Decoder, what: str) -> None:
 
 
 def check_runs(folder: Path, checkpoint_path: Path, precision: str) -> None:
-    """Load a bundle as whoever uses it will, and run each graph once. Raises ExportError when onnxruntime does not."""
+    """Load a bundle as whoever uses it will, and run each graph once.
+
+    Raises ExportError when onnxruntime does not.
+    """
     try:
         OrtStack(folder, num_threads=None).run_every_graph()
     except (EaseError, RuntimeError) as error:  # the latter is ONNX Runtime's
@@ -114,7 +114,9 @@ def check_runs(folder: Path, checkpoint_path: Path, precision: str) -> None:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a directory's manifest is that of a bundle, of this format or an older one; web applications have a `manifest.json`, too."""
+    """Whether a directory's manifest is that of a bundle, of this format or an older one; web applications
+    have a `manifest.json`, too.
+    """
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

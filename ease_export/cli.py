@@ -35,7 +35,9 @@ def main(debug: bool) -> None:
     help="Of the weights; fp16 is meant for CUDA.",
 )
 def build(checkpoint: Path, bundle: Path, precision: str) -> None:
-    """Cut CHECKPOINT at its exits and write BUNDLE (an older bundle there is replaced once the new one is complete)."""
+    """Cut CHECKPOINT at its exits and write BUNDLE (an older bundle there is replaced once the new one is
+    complete).
+    """
     from ease_export.build import export_bundle
 
     console = Console()
@@ -66,7 +68,8 @@ def build(checkpoint: Path, bundle: Path, precision: str) -> None:
 def verify(bundle: Path, checkpoint: Path, tokens: int, device: str) -> None:
     """Compare every graph with torch, and the whole by greedy generation. Exit code 1 when they differ.
 
-    An int8 or int4 bundle is judged by its graphs without the rounding of activations, whose effect is told beside.
+    An int8 or int4 bundle is judged by its graphs without the rounding of activations, whose effect is told
+    beside.
     """
     from ease_export.verify import verify_bundle
 
@@ -74,7 +77,8 @@ def verify(bundle: Path, checkpoint: Path, tokens: int, device: str) -> None:
     render_report(report, Console())
     if not report.ok:
         click.echo(
-            f"error: {bundle} differs from {checkpoint}; export it again: ease-export build {checkpoint} {bundle}",
+            f"error: {bundle} differs from {checkpoint}; export it again: ease-export build {checkpoint} "
+            f"{bundle}",
             err=True,
         )
         sys.exit(1)
@@ -93,7 +97,10 @@ def render_report(report: "Report", console: Console) -> None:
     console.print(f"greedy tokens equal to torch's: {report.agreed} of {report.num_generated}{tie}")
     for exit_ in report.rounding:
         low, high = exit_.interval
-        said = f"the exit at layer {exit_.layer} says the same token at {exit_.agreed} of {exit_.num_places} places"
+        said = (
+            f"the exit at layer {exit_.layer} says the same token at {exit_.agreed} of {exit_.num_places} "
+            "places"
+        )
         console.print(f"with activations rounded to int8, {said} ({low:.1%} to {high:.1%}, 95 % interval)")
 
 
@@ -143,7 +150,8 @@ def render_manifest(manifest: Manifest, bundle: Path, console: Console) -> None:
         return graph, f"{graph}.data"
 
     console.print(
-        f"{bundle}: {manifest.precision} for {manifest.target}, {manifest.num_layers} layers of width {manifest.dim}, "
+        f"{bundle}: {manifest.precision} for {manifest.target}, {manifest.num_layers} layers of width "
+        f"{manifest.dim}, "
         f"vocabulary {manifest.vocab_size}, "
         f"context {manifest.max_positions}, K/V {manifest.kv_dim} wide a token and layer"
     )

@@ -1,17 +1,19 @@
 """The serving form of the model: small modules over the trained weights, one an ONNX graph.
 
-Shapes: N new tokens in all, B rows (sequences), S new tokens a row at most, T length of the cache buffers, M rows of the
-hidden pool, D width, V vocabulary, G*P width of a token's keys (and of its values) in one layer.
+Shapes: N new tokens in all, B rows (sequences), S new tokens a row at most, T length of the cache buffers, M
+rows of the hidden pool, D width, V vocabulary, G*P width of a token's keys (and of its values) in one layer.
 
-Every segment follows one contract. Rows may have different numbers of new tokens, and none: everything but attention runs
-over the N real tokens, ragged; for attention `spread` (B, S) says which token stands at each place of a row, and `places`
-(N) where each token stands, as b*S+s. A row has `write_indices[b]` tokens in the cache; its S places are written there, at
-those positions, and attend to all before them. What pads wrote past a row's real length is overwritten later and never
-attended to. Lengths and positions are computed inside the graph: a caller cannot pass a wrong one.
+Every segment follows one contract. Rows may have different numbers of new tokens, and none: everything but
+attention runs over the N real tokens, ragged; for attention `spread` (B, S) says which token stands at each
+place of a row, and `places` (N) where each token stands, as b*S+s. A row has `write_indices[b]` tokens in the
+cache; its S places are written there, at those positions, and attend to all before them. What pads wrote past
+a row's real length is overwritten later and never attended to. Lengths and positions are computed inside the
+graph: a caller cannot pass a wrong one.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +27,25 @@ OPSET = 24
 
 
 def scatter_rows(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
-    """TensorScatter: `new` written into `cache` along its sequence axis. Shape: (B, T, X), (B, S, X), (B) -> (B, T, X)."""
-    attributes: dict[str, int | str] = {"axis": 1, "mode": "linear"}
-    inputs = (cache, new, write_indices)
+    """TensorScatter: `new` written into `cache` along its sequence axis.
+
+    Shape: (B, T, X), (B, S, X), (B) -> (B, T, X).
+    """
+    attributes: dict[str, Any] = {"axis": 1, "mode": "linear"}
     return ops.symbolic(
-        "TensorScatter", inputs, attributes, dtype=cache.dtype, shape=cache.shape, version=OPSET
-    )  # type: ignore[arg-type]
+        "TensorScatter",
+        (cache, new, write_indices),
+        attributes,
+        dtype=cache.dtype,
+        shape=cache.shape,
+        version=OPSET,
+    )
 
 
 def gather(x: Tensor, index: Tensor, axis: int, shape: Sequence[int]) -> Tensor:
-    """Gather along an axis, to the shape that comes of it; torch's own ways leave a table of ids in the graph as a constant."""
+    """Gather along an axis, to the shape that comes of it; torch's own ways leave a table of ids in the graph
+    as a constant.
+    """
     return ops.symbolic("Gather", (x, index), {"axis": axis}, dtype=x.dtype, shape=shape, version=OPSET)
 
 
@@ -47,7 +58,9 @@ def _per_head(norm: nn.Module, x: Tensor, heads: tuple[int, int]) -> Tensor:
 
 
 class ServingBlock(nn.Module):
-    """One layer over a cache, written with the standard operators RotaryEmbedding, TensorScatter and Attention."""
+    """One layer over a cache, written with the standard operators RotaryEmbedding, TensorScatter and
+    Attention.
+    """
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -56,7 +69,10 @@ class ServingBlock(nn.Module):
     def scatter(
         self, x: Tensor, past_key: Tensor, past_value: Tensor, where: "Placement"
     ) -> tuple[Tensor, Tensor]:
-        """The caches with the new tokens' keys (rotated) and values. Shape: (N, D), (B, T, G*P) -> two of (B, T, G*P)."""
+        """The caches with the new tokens' keys (rotated) and values.
+
+        Shape: (N, D), (B, T, G*P) -> two of (B, T, G*P).
+        """
         attention = self.block.attention
         normed = self.block.attention_norm(x)
         k = _per_head(
@@ -82,8 +98,8 @@ class ServingBlock(nn.Module):
     def _attend(self, q: Tensor, key: Tensor, value: Tensor, where: "Placement") -> Tensor:
         """Attention to the cache, causal from its bottom right. Shape: (N, H*P) -> (N, H*P).
 
-        A copy of each row's first query goes in front and is dropped after: ONNX Runtime's kernel takes another path for
-        S = 1 whose last bits differ, and with the extra one every S gives the same bits.
+        A copy of each row's first query goes in front and is dropped after: ONNX Runtime's kernel takes
+        another path for S = 1 whose last bits differ, and with the extra one every S gives the same bits.
         """
         attention = self.block.attention
         q = where.rotate(
@@ -101,7 +117,10 @@ class ServingBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Ragged:
-    """Where the new tokens stand: the inputs that every graph over a cache shares. Shapes: spread (B, S), places (N), write_indices (B)."""
+    """Where the new tokens stand: the inputs that every graph over a cache shares.
+
+    Shapes: spread (B, S), places (N), write_indices (B).
+    """
 
     spread: Tensor
     places: Tensor
@@ -109,11 +128,12 @@ class Ragged:
 
 
 class Placement:
-    """Where the new tokens of each row go: their positions, and the length of the row's cache once they are written.
+    """Where the new tokens of each row go: their positions, and the length of the row's cache once they are
+    written.
 
-    Positions follow from where the tokens are written, unless they are given, as (N): a routed layer's cache has gaps.
-    Places are counted by sums over ones: ONNX Runtime moves what computes on a Shape to the CPU, and then no graph loads
-    on CUDA.
+    Positions follow from where the tokens are written, unless they are given, as (N): a routed layer's cache
+    has gaps. Places are counted by sums over ones: ONNX Runtime moves what computes on a Shape to the CPU,
+    and then no graph loads on CUDA.
     """
 
     def __init__(self, ragged: Ragged, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> None:
@@ -148,7 +168,8 @@ class Placement:
 class RotaryTables:
     """The rotary tables that all graphs share, in the type of the weights.
 
-    Each has its last position twice: RotaryEmbedding refuses more places than positions, and queries have S + 1.
+    Each has its last position twice: RotaryEmbedding refuses more places than positions, and queries have S +
+    1.
     """
 
     def __init__(self, model: Decoder) -> None:
@@ -172,7 +193,10 @@ class _OverCache(nn.Module):
     def run(
         self, hidden: Tensor, active: Tensor, ragged: Ragged, past: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """All layers; a frozen token (`active` False) passes through. Returns the hidden state and the new caches."""
+        """All layers; a frozen token (`active` False) passes through.
+
+        Returns the hidden state and the new caches.
+        """
         where, present = Placement(ragged, self.cos, self.sin), []
         for i, block in enumerate(self.blocks):
             after, key, value = block(hidden, past[2 * i], past[2 * i + 1], where)
@@ -182,7 +206,8 @@ class _OverCache(nn.Module):
 
 
 class FirstSegment(_OverCache):
-    """segment_01: input_ids (N), active (N), spread, places, write_indices, past (B, T, G*P)... -> embedded, hidden (N, D), present...
+    """segment_01: input_ids (N), active (N), spread, places, write_indices, past (B, T, G*P)... -> embedded,
+    hidden (N, D), present...
 
     `embedded` is what entered the first layer: the state before the first exit, for policies that compare.
     """
@@ -224,7 +249,10 @@ class Segment(_OverCache):
 
 
 class PropagateKV(_OverCache):
-    """kv_k: keys and values of tokens that have left, every layer's from the one frozen hidden state. No `active`, no hidden out."""
+    """kv_k: keys and values of tokens that have left, every layer's from the one frozen hidden state.
+
+    No `active`, no hidden out.
+    """
 
     def forward(
         self,
@@ -245,9 +273,11 @@ class PropagateKV(_OverCache):
 
 
 class Routed(nn.Module):
-    """segment_k of the kind `routed`: pool (M, D), index (N), positions (N), spread, places, write_indices, past -> as a segment.
+    """segment_k of the kind `routed`: pool (M, D), index (N), positions (N), spread, places, write_indices,
+    past -> as a segment.
 
-    Runs only the tokens that go in: x + router(x) * (block(x) - x). `write_indices` counts those that went in before.
+    Runs only the tokens that go in: x + router(x) * (block(x) - x). `write_indices` counts those that went in
+    before.
     """
 
     cos: Tensor
@@ -306,7 +336,8 @@ class ExitHead(nn.Module):
 
 
 class GateHead(ExitHead):
-    """gate_k: pool (M, D), index (N) -> exit_hidden (N, D), and probability (N) that the full-depth model would say what this exit says.
+    """gate_k: pool (M, D), index (N) -> exit_hidden (N, D), and probability (N) that the full-depth model
+    would say what this exit says.
 
     The hidden state comes out too, so that the head of a token that leaves can go on from there.
     """
@@ -323,7 +354,9 @@ class GateHead(ExitHead):
 
 
 class Similarity(nn.Module):
-    """similarity: pool (M, D), index (N), before (N) -> similarity (N), max(0, cosine) of two hidden states of a token."""
+    """similarity: pool (M, D), index (N), before (N) -> similarity (N), max(0, cosine) of two hidden states
+    of a token.
+    """
 
     def forward(self, pool: Tensor, index: Tensor, before: Tensor) -> Tensor:
         now, then = F.embedding(index, pool).float(), F.embedding(before, pool).float()
@@ -362,8 +395,9 @@ class Head(nn.Module):
 class ReducedHead(Head):
     """A head that knows M tokens, and how likely another is: the same outputs, over the whole vocabulary.
 
-    `places` (V) says where a token's logit stands among the M, and M for those that it does not know, each of which has its share of
-    the rest; the two with the largest stand for them where the most likely tokens are looked for.
+    `places` (V) says where a token's logit stands among the M, and M for those that it does not know, each of
+    which has its share of the rest; the two with the largest stand for them where the most likely tokens are
+    looked for.
     """
 
     ids: Tensor

@@ -1,4 +1,7 @@
-"""Which graphs a bundle has: where a model is cut, and for each graph its module, inputs and outputs. Traces and writes nothing."""
+"""Which graphs a bundle has: where a model is cut, and for each graph its module, inputs and outputs.
+
+Traces and writes nothing.
+"""
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
@@ -34,7 +37,8 @@ TRACED_LAYERS = 2  # all the others are the second again, with weights of their 
 class Plan:
     """One graph to export: its module, and how it is traced.
 
-    `traced` is `module` with no more than two of its `num_layers` layers (0: it has none); inputs and names are those of `traced`.
+    `traced` is `module` with no more than two of its `num_layers` layers (0: it has none); inputs and names
+    are those of `traced`.
     """
 
     file: str
@@ -50,7 +54,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cut:
-    """One segment of the model: layers first..last (from 1), its number (from 0) and whether it is a routed layer."""
+    """One segment of the model: layers first..last (from 1), its number (from 0) and whether it is a routed
+    layer.
+    """
 
     number: int
     first: int
@@ -63,16 +69,21 @@ class Cut:
 
 
 def cut_layers(model: Decoder) -> list[Cut]:
-    """The segments: cut after every exit, and around every routed layer. Raises ExportError when the first layer is routed."""
+    """The segments: cut after every exit, and around every routed layer.
+
+    Raises ExportError when the first layer is routed.
+    """
     config = model.config
     routed = {number for number, layer in enumerate(model.layers, 1) if isinstance(layer, RoutedBlock)}
     if 1 in routed:
         raise ExportError(
-            "layer 1 is routed: a bundle's first segment must run for every token; train with routed_layers from 2 on"
+            "layer 1 is routed: a bundle's first segment must run for every token; train with "
+            "routed_layers from 2 on"
         )
     if routed and any(leave.block for leave in model.early_exits.values()):
         raise ExportError(
-            "exits with a layer of their own and routed layers do not go together: routed layers have K/V for some tokens only"
+            "exits with a layer of their own and routed layers do not go together: routed layers have "
+            "K/V for some tokens only"
         )
     ends = sorted({*config.exits, *routed, *(layer - 1 for layer in routed)} - {0})
     starts = [1, *(end + 1 for end in ends[:-1])]
@@ -150,7 +161,8 @@ def _pool(model: Decoder) -> Inputs:
 def _over_cache(
     cut: Cut, kind: str, modules: Many[nn.Module], model: Decoder, inputs: Inputs, outputs: list[str]
 ) -> Plan:
-    """A graph that reads and writes the caches of a segment's layers, after its own inputs and where its tokens stand.
+    """A graph that reads and writes the caches of a segment's layers, after its own inputs and where its
+    tokens stand.
 
     `modules` are the whole and the part that is traced.
     """

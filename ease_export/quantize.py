@@ -1,9 +1,10 @@
-"""int8 and int4 weights, by ONNX Runtime's own quantizer: a scale and a zero point for every 32 numbers of a row.
+"""int8 and int4 weights, by ONNX Runtime's own quantizer: a scale and a zero point for every 32 numbers of a
+row.
 
-Products become MatMulNBits, lookups in the embedding GatherBlockQuantized. The two read the same bytes, so a tied
-embedding is stored once; where blocks of 32 do not fill its rows, the lookup cuts off what is behind their end. In int4,
-too, the embedding and the LM heads have 8 bits: with 4, SmolLM2-135M lost twice as much perplexity. Norms, exits'
-adapters, gates and routers, which are small and decide, stay fp32.
+Products become MatMulNBits, lookups in the embedding GatherBlockQuantized. The two read the same bytes, so a
+tied embedding is stored once; where blocks of 32 do not fill its rows, the lookup cuts off what is behind
+their end. In int4, too, the embedding and the LM heads have 8 bits: with 4, SmolLM2-135M lost twice as much
+perplexity. Norms, exits' adapters, gates and routers, which are small and decide, stay fp32.
 
 Shapes: O outputs (or words), I inputs, K blocks of a row.
 """
@@ -48,7 +49,9 @@ def matrices(model: Decoder, precision: str) -> Iterator[tuple[nn.Linear | nn.Em
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix (O, I) as MatMulNBits reads it: values (O, K, bytes of a block), scales (O, K), zero_points (O, bytes)."""
+    """A matrix (O, I) as MatMulNBits reads it: values (O, K, bytes of a block), scales (O, K), zero_points
+    (O, bytes).
+    """
 
     bits: int
     values: NDArray[np.uint8]
@@ -73,7 +76,10 @@ class Quantized:
 
 
 def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Numbers of 4 bits stand two in a byte, the first in its lower half. Shape: (..., n) -> (..., 2n), or the same for 8 bits."""
+    """Numbers of 4 bits stand two in a byte, the first in its lower half.
+
+    Shape: (..., n) -> (..., 2n), or the same for 8 bits.
+    """
     return (
         packed if bits == 8 else np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
     )
@@ -132,7 +138,9 @@ def _product(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> o
 
 
 def _lookup(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> list[onnx.NodeProto]:
-    """The lookup, whose rows are as many whole blocks; where `width` does not fill the last, the rest is cut off."""
+    """The lookup, whose rows are as many whole blocks; where `width` does not fill the last, the rest is cut
+    off.
+    """
     inputs = [f"{name}/values", node.input[1], f"{name}/scales", f"{name}/zero_points"]
     attributes: Any = {"bits": found.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
     full = width % BLOCK_SIZE == 0

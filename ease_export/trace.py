@@ -1,4 +1,5 @@
-"""A module becomes an ONNX graph: torch.onnx traces it, weights are left out, and its second layer is repeated to the depth asked for.
+"""A module becomes an ONNX graph: torch.onnx traces it, weights are left out, and its second layer is
+repeated to the depth asked for.
 
     graph = Tracer().graph(plan)      # its nodes name the module's weights, which are written and added later
 
@@ -48,7 +49,10 @@ class Tracer:
 
 
 def trace(plan: Plan) -> onnx.ModelProto:
-    """The graph of a plan's `traced` module, whose weights are named and not there. Raises ExportError when one was folded away."""
+    """The graph of a plan's `traced` module, whose weights are named and not there.
+
+    Raises ExportError when one was folded away.
+    """
     axes, module = (
         torch.utils._pytree.tree_map_only(str, lambda _: Dim.DYNAMIC, plan.axes),
         with_distinct_weights(plan.traced),
@@ -88,7 +92,9 @@ def trace(plan: Plan) -> onnx.ModelProto:
 
 
 def with_distinct_weights(module: nn.Module) -> nn.Module:
-    """The module with numbers of their own in all small weights, of which torch.onnx would make one where two are equal."""
+    """The module with numbers of their own in all small weights, of which torch.onnx would make one where two
+    are equal.
+    """
     weights = [*module.parameters(), *module.buffers()]
     copy = deepcopy(module, {id(weight): weight for weight in weights if weight.numel() > COMPARED_SIZE})
     with torch.no_grad():
@@ -103,9 +109,11 @@ def with_distinct_weights(module: nn.Module) -> nn.Module:
 
 
 def repeat_layer(graph: onnx.GraphProto, num_layers: int) -> None:
-    """Give a graph of two layers `num_layers`, each one a copy of the second that reads and is read by its neighbours.
+    """Give a graph of two layers `num_layers`, each one a copy of the second that reads and is read by its
+    neighbours.
 
-    The second layer is what its weights and caches reach. What it takes of the first, if anything, is the hidden state.
+    The second layer is what its weights and caches reach. What it takes of the first, if anything, is the
+    hidden state.
     """
     second, first = reached_by(graph, 1), reached_by(graph, 0)
     made = {name for index in second for name in graph.node[index].output}

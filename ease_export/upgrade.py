@@ -1,4 +1,6 @@
-"""An older bundle is built again from the checkpoint that its manifest records: the runtime reads one format only."""
+"""An older bundle is built again from the checkpoint that its manifest records: the runtime reads one format
+only.
+"""
 
 import json
 from dataclasses import dataclass
@@ -23,10 +25,11 @@ class Upgrade:
 
 
 def upgrade_bundle(bundle: Path, checkpoint: Path | None = None) -> Upgrade:
-    """Build a bundle again in the same precision, whole or not at all; its calibration stays, since model and precision do.
+    """Build a bundle again in the same precision, whole or not at all; its calibration stays, since model and
+    precision do.
 
-    Without `checkpoint`, it is looked for beside the bundle, by the name that the manifest records. Raises ExportError when it
-    is not there or is another, CheckpointError when it cannot be read.
+    Without `checkpoint`, it is looked for beside the bundle, by the name that the manifest records. Raises
+    ExportError when it is not there or is another, CheckpointError when it cannot be read.
     """
     if not is_bundle(bundle):
         raise ExportError(f"no bundle at {bundle}; make one: ease-export build CHECKPOINT {bundle}")
@@ -37,7 +40,8 @@ def upgrade_bundle(bundle: Path, checkpoint: Path | None = None) -> Upgrade:
         return Upgrade(None, path)
     if not path.is_dir():
         raise ExportError(
-            f"{bundle} was built from the checkpoint {str(source.get('checkpoint'))!r}, which is not at {path}; "
+            f"{bundle} was built from the checkpoint {str(source.get('checkpoint'))!r}, which is not at "
+            f"{path}; "
             f"say where it is: ease-export upgrade {bundle} --checkpoint CHECKPOINT"
         )
     for key, name in SUMS.items():
@@ -57,7 +61,9 @@ def upgrade_bundle(bundle: Path, checkpoint: Path | None = None) -> Upgrade:
 
 
 def _calibration(values: dict[str, Any]) -> dict[str, Any]:
-    """An older bundle's calibration in the notation of this format; nothing where it is not one of its exits."""
+    """An older bundle's calibration in the notation of this format; nothing where it is not one of
+    its exits.
+    """
     found: dict[str, Any] = values.get("calibration") or {}
     try:
         thresholds = Thresholds.of(found["thresholds"]).for_exits(len(values["exits"]) - 1)

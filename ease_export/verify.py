@@ -2,10 +2,11 @@
 
     report = verify_bundle(Path("runs/demo/bundle"), Path("runs/demo/checkpoint"))
 
-Differences are relative to the largest magnitude of what is compared: hidden states may be large. What counts as rounding is
-measured: torch runs a second time from embeddings that are off by one rounding (weights of very different sizes carry that
-far). An int8 or int4 bundle is compared with the model of the same rounded weights, by graphs that do not round activations:
-these are what was exported. What rounding them changes, as the bundle does to be fast, is told beside, and is no fault.
+Differences are relative to the largest magnitude of what is compared: hidden states may be large. What counts
+as rounding is measured: torch runs a second time from embeddings that are off by one rounding (weights of
+very different sizes carry that far). An int8 or int4 bundle is compared with the model of the same rounded
+weights, by graphs that do not round activations: these are what was exported. What rounding them changes, as
+the bundle does to be fast, is told beside, and is no fault.
 """
 
 from collections.abc import Iterator
@@ -47,7 +48,9 @@ HEAD_ROWS = 32  # tokens of a head call, whose logits are rows x vocabulary
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest relative difference between a graph's output and torch's, and up to where it is rounding."""
+    """The largest relative difference between a graph's output and torch's, and up to where it is
+    rounding.
+    """
 
     graph: str
     output: str
@@ -61,7 +64,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """At how many places of a text an exit's most likely token is the one that it has without rounded activations."""
+    """At how many places of a text an exit's most likely token is the one that it has without rounded
+    activations.
+    """
 
     layer: int
     agreed: int
@@ -84,7 +89,8 @@ class Agreement:
 class Report:
     """What `ease-export verify` found. `agreed` counts greedy tokens equal before the first that differs.
 
-    `is_tie`: that one and torch's are equally likely but for rounding. `rounding`: what rounded activations change, exit by exit.
+    `is_tie`: that one and torch's are equally likely but for rounding. `rounding`: what rounded activations
+    change, exit by exit.
     """
 
     precision: str
@@ -96,7 +102,9 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether all differences are rounding, and the greedy tokens equal (fp16 excepted, whose rounding is larger)."""
+        """Whether all differences are rounding, and the greedy tokens equal (fp16 excepted, whose rounding is
+        larger).
+        """
         equal = self.agreed == self.num_generated or self.is_tie or self.precision == "fp16"
         return equal and all(difference.ok for difference in self.differences)
 
@@ -120,7 +128,8 @@ def verify_bundle(
 ) -> Report:
     """Compare a bundle, on a device by its name, with its checkpoint.
 
-    Raises BundleError, CheckpointError, ExportError when they are not of one shape, DeviceError for a device that is not there.
+    Raises BundleError, CheckpointError, ExportError when they are not of one shape, DeviceError for a device
+    that is not there.
     """
     checkpoint, stack = load_checkpoint(checkpoint_path), open_stack(bundle, device=device, kind=ExactStack)
     model = checkpoint.model.eval()
@@ -130,7 +139,8 @@ def verify_bundle(
     routed = {segment.first_layer for segment in stack.manifest.segments if segment.route_graph}
     if described != (stack.exit_layers, stack.vocab_size, stack.manifest.dim, gates, routed):
         raise ExportError(
-            f"{bundle} was not exported from {checkpoint_path}; export it: ease-export build {checkpoint_path} {bundle}"
+            f"{bundle} was not exported from {checkpoint_path}; export it: ease-export build "
+            f"{checkpoint_path} {bundle}"
         )
     precision = stack.manifest.precision
     if precision in BITS:
@@ -171,7 +181,9 @@ def greedy(stack: OrtStack, prompt: list[int], num_tokens: int) -> list[int]:
 
 
 def tie(model: Decoder, ids: list[int], other: int, differences: tuple[Difference, ...]) -> bool:
-    """Whether another token is as likely after a text as torch's most likely one, up to rounding of the logits."""
+    """Whether another token is as likely after a text as torch's most likely one, up to rounding of the
+    logits.
+    """
     logits = model(torch.tensor([ids]))[0, -1]
     limit = max(difference.limit for difference in differences if difference.output == "logits")
     return bool(logits.max() - logits[other] <= 2 * limit * logits.abs().max())
@@ -200,7 +212,10 @@ def top_tokens(stack: OrtStack, ids: list[int]) -> list[NDArray[np.int64]]:
 
 
 def with_rounding(hidden: Tensor) -> Tensor:
-    """A hidden state, and beside it one that is off by one rounding more. Shape: (1 or 2, S, D) -> (2, S, D)."""
+    """A hidden state, and beside it one that is off by one rounding more.
+
+    Shape: (1 or 2, S, D) -> (2, S, D).
+    """
     signs = torch.randint(0, 2, hidden.shape[1:], generator=torch.Generator().manual_seed(0)) * 2 - 1
     return torch.stack((hidden[0], hidden[-1] * (1 + EPSILON * signs)))
 
@@ -229,7 +244,9 @@ def torch_greedy(model: Decoder, prompt: list[int], num_tokens: int) -> list[int
 
 
 def compare_graphs(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
-    """Segments (in two passes over a cache), exits, heads and gates, each on the runtime's own inputs, against the training model."""
+    """Segments (in two passes over a cache), exits, heads and gates, each on the runtime's own inputs,
+    against the training model.
+    """
     runner, count = Runner(stack), min(NUM_TOKENS, stack.max_positions)
     ids, cut = np.random.default_rng(1).integers(0, stack.vocab_size, count), min(NUM_PREFILLED, count - 1)
     sequence = runner.open(ids.tolist(), asked=frozenset(range(runner.num_early)))
@@ -310,7 +327,10 @@ def compare_caches(
 
 
 def _written(cache: Cache, segment: SegmentInfo, count: int) -> NDArray[np.float32]:
-    """Keys and values of a segment's first `count` entries in the first slot. Shape: (layers, 2, count, kv_dim)."""
+    """Keys and values of a segment's first `count` entries in the first slot.
+
+    Shape: (layers, 2, count, kv_dim).
+    """
     assert isinstance(cache, RowCache | DeviceCache)
     return np.array(
         [cache.read(layer - 1, 0, count) for layer in range(segment.first_layer, segment.last_layer + 1)]
@@ -320,7 +340,9 @@ def _written(cache: Cache, segment: SegmentInfo, count: int) -> NDArray[np.float
 def compare_exit(
     stack: OrtStack, model: Decoder, number: int, said: dict[str, NDArray[Any]], hidden: Tensor
 ) -> Iterator[Difference]:
-    """An exit's graph with its head: logits, and the figures reduced in the graph; its gate, where it has one."""
+    """An exit's graph with its head: logits, and the figures reduced in the graph; its gate, where it has
+    one.
+    """
     leave = stack.manifest.exits[number]
     exit_hidden = model.exit_hidden(hidden, leave.layer)
     logits = model.exit(leave.layer).head(exit_hidden)
@@ -339,7 +361,9 @@ def compare_exit(
 
 
 def compare_propagation(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
-    """Each kv graph, and each segment with some tokens frozen (`active`), against the training model; not for routed layers."""
+    """Each kv graph, and each segment with some tokens frozen (`active`), against the training model; not for
+    routed layers.
+    """
     if any(shape.routed for shape in stack.layout):
         return
     count = min(NUM_TOKENS, stack.max_positions)

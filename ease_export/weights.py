@@ -1,4 +1,7 @@
-"""The external files of a bundle's weights. A tensor that several graphs hold is written once, whatever they call it."""
+"""The external files of a bundle's weights.
+
+A tensor that several graphs hold is written once, whatever they call it.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +17,9 @@ ALIGNMENT = 4096  # of a tensor in its file: a page, so that it can be mapped
 
 
 class WeightFiles:
-    """Writes tensors into the files of a folder, and remembers where each is; tensors are told apart by their memory."""
+    """Writes tensors into the files of a folder, and remembers where each is; tensors are told apart by their
+    memory.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -22,7 +27,9 @@ class WeightFiles:
         self.kept: list[NDArray[Any]] = []  # so that no other tensor gets the same memory meanwhile
 
     def fill(self, graph: onnx.GraphProto, weights: Mapping[str, NDArray[Any]], file: str) -> None:
-        """Give a graph the weights that its nodes name; large ones go to `file` unless they are in one already."""
+        """Give a graph the weights that its nodes name; large ones go to `file` unless they are in one
+        already.
+        """
         named = dict.fromkeys(name for node in graph.node for name in node.input)
         graph.initializer.extend(self.tensor(name, weights[name], file) for name in named if name in weights)
 

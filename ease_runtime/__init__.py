@@ -1,4 +1,7 @@
-"""Run a bundle with ONNX Runtime; each token leaves as soon as it is sure. Imports no torch, onnx or transformers."""
+"""Run a bundle with ONNX Runtime; each token leaves as soon as it is sure.
+
+Imports no torch, onnx or transformers.
+"""
 
 import os
 

@@ -28,7 +28,10 @@ class Conversation:
         self.last: Generation | None = None
 
     def say(self, text: str, timing: Timing | None = None) -> Generator[TokenEvent, None, None]:
-        """The answer to a message. Who stops reading keeps what was said. Raises RequestError, and then nothing has been said."""
+        """The answer to a message.
+
+        Who stops reading keeps what was said. Raises RequestError, and then nothing has been said.
+        """
         asked = [*self.messages, {"role": "user", "content": text}]
         generation = self.llm.submit(self._encode(asked), self.options, after=self.last, keep=True)
         said: list[str] = []

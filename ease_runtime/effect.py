@@ -1,8 +1,9 @@
 """Options that would have no effect, since what they need beside them is missing.
 
-Of leaving early they are refused: a token that cannot leave makes a measurement of nothing look like a result. Others change
-no figure, and clients send them with their defaults: they are told. An option at its default counts as not given, and a
-threshold that is off is an answer: nothing shall leave, whatever else is said.
+Of leaving early they are refused: a token that cannot leave makes a measurement of nothing look like a
+result. Others change no figure, and clients send them with their defaults: they are told. An option at its
+default counts as not given, and a threshold that is off is an answer: nothing shall leave, whatever else is
+said.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ def given(options: Options, names: Sequence[str]) -> list[str]:
 
 
 def check_effect(options: Options, exit_layers: Sequence[int]) -> None:
-    """Raises RequestError for options about leaving early under which no token can leave, or that nothing looks at."""
+    """Raises RequestError for options about leaving early under which no token can leave, or that nothing
+    looks at.
+    """
     if options.threshold is not None and not options.threshold:
         return
     unused = given(options, OF_EXITS)
@@ -37,7 +40,8 @@ def check_effect(options: Options, exit_layers: Sequence[int]) -> None:
         )
     if options.min_exit is not None and options.policy == "fixed":
         raise RequestError(
-            f"min_exit {options.min_exit} has no effect with policy 'fixed', whose exit is {options.exit_layer}"
+            f"min_exit {options.min_exit} has no effect with policy 'fixed', whose exit is "
+            f"{options.exit_layer}"
         )
     if (
         options.min_exit is not None

@@ -8,10 +8,13 @@ from ease_runtime.text.streaming import Piece, TextWriter
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One token. `text` is what became printable with it: '' while a character is incomplete, or past a stop string.
+    """One token.
 
-    `depth` counts layers; `drafted`: an early exit said it and full depth agreed. `finish_reason` is set on the last event of
-    a choice: 'stop' (the end token, whose text is '', or a stop string), 'length' or 'error'.
+    `text` is what became printable with it: '' while a character is incomplete, or past a stop string.
+
+    `depth` counts layers; `drafted`: an early exit said it and full depth agreed. `finish_reason` is set on
+    the last event of a choice: 'stop' (the end token, whose text is '', or a stop string), 'length' or
+    'error'.
     """
 
     id: int
@@ -27,7 +30,10 @@ class TokenEvent:
 
 @dataclass
 class Timing:
-    """Wall-clock seconds of one generation, prefill and decoding apart, and its counts. The first token belongs to the prefill."""
+    """Wall-clock seconds of one generation, prefill and decoding apart, and its counts.
+
+    The first token belongs to the prefill.
+    """
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -74,7 +80,10 @@ class Choice:
     error: str | None = None
 
     def read(self) -> list[TokenEvent]:
-        """The events of the tokens whose text is certain by now. Sets `finish_reason` when there will be no more."""
+        """The events of the tokens whose text is certain by now.
+
+        Sets `finish_reason` when there will be no more.
+        """
         sequence, pieces = self.sequence, []
         new = sequence.produced[self.num_read :]
         for place, token in enumerate(new):

@@ -41,7 +41,10 @@ from ease_runtime.text.unknown import unknown_id
 
 
 class TextEngine:
-    """An engine that reads and writes text. `stop_ids` end an answer; `start_id`, where there is one, stands before every raw text."""
+    """An engine that reads and writes text.
+
+    `stop_ids` end an answer; `start_id`, where there is one, stands before every raw text.
+    """
 
     def __init__(
         self,
@@ -67,7 +70,8 @@ class TextEngine:
         return self.engine.busy
 
     def encode(self, text: str) -> list[int]:
-        """A prompt's ids, special tokens that are written in it being real; the start token comes first, unless it is written there.
+        """A prompt's ids, special tokens that are written in it being real; the start token comes first,
+        unless it is written there.
 
         Raises RequestError.
         """
@@ -78,7 +82,9 @@ class TextEngine:
         return ids if ids[:1] == start else [*start, *ids]
 
     def encode_text(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """A document's ids, as training reads it: special tokens that it mentions are text, unless `parse_special`. Raises RequestError."""
+        """A document's ids, as training reads it: special tokens that it mentions are text, unless
+        `parse_special`. Raises RequestError.
+        """
         if parse_special:
             return self.encode(text)
         ids = self.special.encode_text(text)
@@ -93,13 +99,15 @@ class TextEngine:
             )
 
     def encode_chat(self, messages: Many[Message]) -> list[int]:
-        """The ids of a conversation, up to where the answer begins; special tokens that a message mentions are text.
+        """The ids of a conversation, up to where the answer begins; special tokens that a message mentions
+        are text.
 
         Raises RequestError, also where the bundle has no template.
         """
         if self.template is None:
             raise RequestError(
-                "this bundle has no chat template (a base model); give a prompt to continue instead of messages"
+                "this bundle has no chat template (a base model); give a prompt to continue instead of "
+                "messages"
             )
         ids = self.special.encode_chat(self.template, messages)
         self._check_rows(ids)
@@ -119,16 +127,21 @@ class TextEngine:
         return []
 
     def remarks(self, options: Options, prompt: Many[int]) -> list[str]:
-        """What a request should be told of itself: options without effect, characters that the tokenizer does not know."""
+        """What a request should be told of itself: options without effect, characters that the tokenizer does
+        not know.
+        """
         notes, count = effect_notes(options), self.count_unknown(prompt)
         if count:
             notes.append(
-                f"{count} of the prompt's {len(prompt)} tokens stand for characters that this tokenizer does not know"
+                f"{count} of the prompt's {len(prompt)} tokens stand for characters that this tokenizer "
+                "does not know"
             )
         return notes
 
     def count_unknown(self, ids: Many[int]) -> int:
-        """How many tokens stand for characters that the tokenizer does not know; 0 where that token has another meaning, too."""
+        """How many tokens stand for characters that the tokenizer does not know; 0 where that token has
+        another meaning, too.
+        """
         unknown = unknown_id(self.tokenizer)
         return (
             0 if unknown is None or unknown in (self.start_id, *self.stop_ids) else list(ids).count(unknown)
@@ -143,7 +156,9 @@ class TextEngine:
         return options
 
     def check(self, options: Options) -> None:
-        """Raises RequestError for options that this bundle cannot run, or under which none could leave early as they ask."""
+        """Raises RequestError for options that this bundle cannot run, or under which none could leave early
+        as they ask.
+        """
         policy = self.policy(options)
         self.engine.check(policy, options.catch_up)
         if options.threshold is None or options.threshold:
@@ -167,8 +182,8 @@ class TextEngine:
     ) -> Generation:
         """Queue a request for a text or for ids. Raises RequestError when it cannot run.
 
-        A `policy` or `sampler` of one's own stands in place of what the options say; all completions share it. With `keep`
-        what it has computed stays, for a request `after` it whose prompt begins alike.
+        A `policy` or `sampler` of one's own stands in place of what the options say; all completions share
+        it. With `keep` what it has computed stays, for a request `after` it whose prompt begins alike.
         """
         options = options or Options()
         if not prompt:
@@ -232,7 +247,9 @@ class TextEngine:
         policy: ExitPolicy | None = None,
         sampler: Sampler | None = None,
     ) -> Iterator[TokenEvent]:
-        """Continue a prompt, token by token; fills `timing` when given. Raises RequestError before the first token.
+        """Continue a prompt, token by token; fills `timing` when given.
+
+        Raises RequestError before the first token.
 
         `policy` and `sampler` are as for `submit`. Meant for one request at a time: what others get
         meanwhile is lost. Raises DeviceError when the model's logits are no numbers.
@@ -246,7 +263,10 @@ class TextEngine:
             self.cancel(generation)
 
     def follow(self, generation: Generation, timing: Timing) -> Iterator[TokenEvent]:
-        """The events of a request, until it has finished. Raises DeviceError when the model's logits are no numbers."""
+        """The events of a request, until it has finished.
+
+        Raises DeviceError when the model's logits are no numbers.
+        """
         before, seconds = 0, 0.0
         while not generation.finished:
             start = time.perf_counter()
@@ -267,7 +287,8 @@ class TextEngine:
 class LLM(TextEngine):
     """A bundle ready to generate. Raises BundleError or DeviceError when it cannot run.
 
-    `num_slots`: requests that run together; `adapt`: measure what passes cost, and leave early only where it pays.
+    `num_slots`: requests that run together; `adapt`: measure what passes cost, and leave early only where it
+    pays.
     """
 
     def __init__(
@@ -296,7 +317,9 @@ class LLM(TextEngine):
         )
 
     def prepare(self, options: Options, policy: ExitPolicy | None = None) -> Options:
-        """Calibrated thresholds where the bundle has some and none are given; costs measured where they are needed."""
+        """Calibrated thresholds where the bundle has some and none are given; costs measured where they are
+        needed.
+        """
         found = self.manifest.calibration
         if found and policy is None and self._may_use(found, options):
             catch_up = "verify" if options.catch_up == "verify" else found["catch_up"]
@@ -310,7 +333,10 @@ class LLM(TextEngine):
         return options
 
     def _may_use(self, found: dict[str, Any], options: Options) -> bool:
-        """Whether a request takes over the calibrated thresholds. A bundle cannot name code: only who runs it can."""
+        """Whether a request takes over the calibrated thresholds.
+
+        A bundle cannot name code: only who runs it can.
+        """
         if is_own(found["policy"]):
             return replace(options, policy=Options.policy).leaves_unsaid and options.policy == found["policy"]
         return options.leaves_unsaid
@@ -329,12 +355,18 @@ class LLM(TextEngine):
             return []
         if self.policy(options) != make_policy(found["policy"], found["thresholds"], self.stack.exit_layers):
             return []  # other thresholds, or these moved by a decay, a budget, a first exit
-        promise = f"{found['risk']} at most {found['delta']:g} with probability {1 - found['epsilon']:g}, on {found['data']}"
+        promise = (
+            f"{found['risk']} at most {found['delta']:g} with probability {1 - found['epsilon']:g}, on "
+            f"{found['data']}"
+        )
         return [f"thresholds from the bundle's calibration: {promise} (--threshold off for full depth)"]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer without the truncation and padding that its file may ask for. Raises BundleError when the file is none."""
+    """A tokenizer without the truncation and padding that its file may ask for.
+
+    Raises BundleError when the file is none.
+    """
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception

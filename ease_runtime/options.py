@@ -1,4 +1,5 @@
-"""How to continue a prompt: one frozen dataclass, from which flags, JSON keys, defaults and help texts all come.
+"""How to continue a prompt: one frozen dataclass, from which flags, JSON keys, defaults and help texts all
+come.
 
 Options(max_tokens=50, threshold=0.7, catch_up="propagate", temperature=0.8, seed=1)
 Options.from_json({"max_tokens": 50, "threshold": 0.7, "stop": "\\n"})
@@ -27,16 +28,17 @@ MAX_STOP_LENGTH = 2**16  # characters of all stop strings together
 class Options:
     """How to continue a prompt. Raises RequestError for a value outside its range.
 
-    `threshold` takes whatever `Thresholds.of` takes; None is full depth, or what a bundle was calibrated to. `policy` and
-    `sampler` may name a class of one's own, `module:Class`. temperature 0 is greedy. Completion i of `n` draws from a stream
-    of its own, made from the seed and i.
+    `threshold` takes whatever `Thresholds.of` takes; None is full depth, or what a bundle was calibrated to.
+    `policy` and `sampler` may name a class of one's own, `module:Class`. temperature 0 is greedy. Completion
+    i of `n` draws from a stream of its own, made from the seed and i.
     """
 
     max_tokens: int = setting(128, "Longest answer, in tokens.")
     policy: str = setting("max-prob", f"What confidence is: {', '.join(POLICIES)}, or your own module:Class.")
     threshold: Thresholds | None = setting(
         None,
-        "A token leaves at this confidence: 0.7, or one an early exit, off,0.7 (off: not asked). Without it none leaves.",
+        "A token leaves at this confidence: 0.7, or one an early exit, off,0.7 (off: not asked). Without "
+        "it none leaves.",
     )
     catch_up: str = setting(
         "recompute", "How tokens that left pay their K/V: propagate, recompute or verify."
@@ -61,7 +63,8 @@ class Options:
     n: int = setting(1, "Completions of the prompt.")
     logprobs: int = setting(
         0,
-        f"Also give this many most probable tokens with their log-probabilities (in JSON), up to {MAX_LOGPROBS}.",
+        "Also give this many most probable tokens with their log-probabilities (in JSON), up to "
+        f"{MAX_LOGPROBS}.",
     )
     min_exit: int | None = setting(None, "First layer after which a token may leave.")
     patience: int | None = setting(None, "Agreeing exits that policy 'patience' waits for; 1 by default.")
@@ -85,7 +88,8 @@ class Options:
             raise RequestError("a stop string is empty; give at least one character")
         if len(self.stop) > MAX_STOPS or sum(map(len, self.stop)) > MAX_STOP_LENGTH:
             raise RequestError(
-                f"more than {MAX_STOPS} stop strings, or more than {MAX_STOP_LENGTH} characters of them; give fewer"
+                f"more than {MAX_STOPS} stop strings, or more than {MAX_STOP_LENGTH} characters of them; "
+                "give fewer"
             )
 
     def at_full_depth(self) -> "Options":
@@ -105,7 +109,10 @@ class Options:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], base: "Options | None" = None) -> "Options":
-        """Options from JSON values, over those of `base`. Raises RequestError for an unknown name or a value of another kind."""
+        """Options from JSON values, over those of `base`.
+
+        Raises RequestError for an unknown name or a value of another kind.
+        """
         hints = typing.get_type_hints(cls)
         merged = {} if base is None else {f.name: getattr(base, f.name) for f in fields(cls)}
         if "exit" in values and "exit_layer" in values:
@@ -118,12 +125,15 @@ class Options:
             merged[name] = OFF if off else read_value(name, hints[name], value)
             if name in ("policy", "sampler") and is_own(str(value)):
                 raise RequestError(
-                    f"{name} {str(value)[:80]!r}: only who runs the command can name code of their own (--{name})"
+                    f"{name} {str(value)[:80]!r}: only who runs the command can name code of their own "
+                    f"(--{name})"
                 )
         return cls(**merged)
 
     def make_sampler(self, num_prompt: int, choice: int = 0) -> Sampler:
-        """What picks the tokens of a completion, from 0, of a prompt of `num_prompt` tokens. Raises RequestError.
+        """What picks the tokens of a completion, from 0, of a prompt of `num_prompt` tokens.
+
+        Raises RequestError.
 
         A class of one's own is called with these options, their seed the completion's.
         """

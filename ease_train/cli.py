@@ -91,7 +91,9 @@ def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of how a run is spread and what it keeps, which `run_place` takes out of its fields."""
+    """Give a command the options of how a run is spread and what it keeps, which `run_place` takes out of its
+    fields.
+    """
     text = "Several processes: shards of weights and optimizer in each (FSDP), not all of them."
     command = click.option("--sharded", is_flag=True, help=text)(command)
     return place_options(cache_option(command))
@@ -115,7 +117,9 @@ IDLE: dict[str, tuple[str, Callable[[Recipe], bool]]] = {  # an option -> when i
 
 
 def warn_of_idle(options: dict[str, Any], recipe: Recipe) -> None:
-    """Warn of options that were given and change nothing in a recipe; what is a recipe's own it may carry along."""
+    """Warn of options that were given and change nothing in a recipe; what is a recipe's own it may carry
+    along.
+    """
     for name in options.keys() & IDLE.keys():
         partner, works = IDLE[name]
         if not works(recipe):
@@ -180,7 +184,9 @@ def fit(
     seeds: tuple[int, ...],
     **fields: Any,
 ) -> None:
-    """Train a model by RECIPE (a name from `ease-train recipes`, or a .toml file); with --resume it may be left out."""
+    """Train a model by RECIPE (a name from `ease-train recipes`, or a .toml file); with --resume it may be
+    left out.
+    """
     import torch
 
     if threads:
@@ -323,7 +329,9 @@ def gates(
 def import_(
     source: str, out: Path, layers: tuple[int, ...], with_exits: Path | None, max_positions: int | None
 ) -> None:
-    """Turn a pretrained model into a checkpoint: a Hugging Face directory or hub id, or a .gguf file (Llama, Mistral, Qwen)."""
+    """Turn a pretrained model into a checkpoint: a Hugging Face directory or hub id, or a .gguf file (Llama,
+    Mistral, Qwen).
+    """
     from ease_train.convert.huggingface import import_model
     from ease_train.training.checkpoint import save_checkpoint
 
@@ -331,12 +339,16 @@ def import_(
         raise TrainError(f"{out} is there already; choose another --out")
     if layers and with_exits:
         raise TrainError(
-            f"--exits {layers[0]} and --with-exits {with_exits}: trained exits are where they were trained; leave one out"
+            f"--exits {layers[0]} and --with-exits {with_exits}: trained exits are where they were "
+            "trained; leave one out"
         )
     checkpoint = import_model(source, layers, max_positions, with_exits, report=click.echo)
     save_checkpoint(checkpoint, out)
     config, parameters = checkpoint.recipe.model, sum(p.numel() for p in checkpoint.model.parameters())
-    shape = f"{config.num_layers} layers of width {config.dim}, vocabulary {config.vocab_size}, context {config.max_positions}"
+    shape = (
+        f"{config.num_layers} layers of width {config.dim}, vocabulary {config.vocab_size}, context "
+        f"{config.max_positions}"
+    )
     click.echo(f"{out}: {parameters / 1e6:.1f} M parameters, {shape}, exits at {list(config.exits)}")
 
 
@@ -344,7 +356,9 @@ def import_(
 @click.argument("checkpoint", type=click.Path(path_type=Path, file_okay=False))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 def export_hf(checkpoint: Path, out: Path) -> None:
-    """Write CHECKPOINT as a Hugging Face directory that transformers loads, its exits in files beside (`import` reads them back)."""
+    """Write CHECKPOINT as a Hugging Face directory that transformers loads, its exits in files beside
+    (`import` reads them back).
+    """
     from ease_train.convert.huggingface import export_model
     from ease_train.training.checkpoint import load_checkpoint
 
@@ -356,7 +370,9 @@ def export_hf(checkpoint: Path, out: Path) -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path, file_okay=False))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 def export_exits(checkpoint: Path, out: Path) -> None:
-    """Write what belongs to CHECKPOINT's exits alone, in fp16, to share (`import --with-exits OUT` gives them to the model again)."""
+    """Write what belongs to CHECKPOINT's exits alone, in fp16, to share (`import --with-exits OUT` gives them
+    to the model again).
+    """
     from ease_train.convert.huggingface import export_exits as write
     from ease_train.training.checkpoint import load_checkpoint
 
@@ -403,7 +419,8 @@ def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
         console.print(f"{out}: nothing left to do, {why_ended(trainer)}", soft_wrap=True)
         return
     console.print(
-        f"{recipe.name}: {parameters / 1e6:.1f} M parameters, exits at {exits}, data {trainer.checkpoint.data}"
+        f"{recipe.name}: {parameters / 1e6:.1f} M parameters, exits at {exits}, data "
+        f"{trainer.checkpoint.data}"
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=trainer.settings.steps, completed=trainer.checkpoint.step)
@@ -426,7 +443,9 @@ def why_ended(trainer: "Trainer") -> str:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of raising it, so that a step is finished before the run is saved; a second one raises."""
+    """Collect Ctrl-C instead of raising it, so that a step is finished before the run is saved; a second one
+    raises.
+    """
     caught: list[int] = []
 
     def note(number: int, _: object) -> None:

@@ -1,11 +1,14 @@
 """Three ways to catch up on one model, in sequences of 128 to 2048 tokens.
 
-    python experiments/catch_up.py quality BUNDLE --data wikitext-2 --exit-thresholds off,off,0.7      # perplexity along the text; no clock
-    python experiments/catch_up.py speed BUNDLE --data wikitext-2 --exit-thresholds off,off,0.7        # nothing else should run meanwhile
+    # perplexity along the text; no clock
+    python experiments/catch_up.py quality BUNDLE --data wikitext-2 --exit-thresholds off,off,0.7
+    # nothing else should run meanwhile
+    python experiments/catch_up.py speed BUNDLE --data wikitext-2 --exit-thresholds off,off,0.7
 
-Quality: sequences of 2048 tokens, the first 32 of them prompt, every other token leaves as the policy says and hands its keys and values
-on; perplexity over full depth's, by the position in the sequence. Speed: the last 64 tokens of a sequence, all before them prompt.
-Sequences are the documents, one after another. Both add to docs/experiments/catch-up.json.
+Quality: sequences of 2048 tokens, the first 32 of them prompt, every other token leaves as the policy says
+and hands its keys and values on; perplexity over full depth's, by the position in the sequence. Speed: the
+last 64 tokens of a sequence, all before them prompt. Sequences are the documents, one after another. Both add
+to docs/experiments/catch-up.json.
 """
 
 import json

@@ -1,14 +1,19 @@
-"""Training methods, or depths, on the same text, with the same number of tokens and the same tuning, and their exits on the clock.
+"""Training methods, or depths, on the same text, with the same number of tokens and the same tuning, and
+their exits on the clock.
 
-    python experiments/methods.py train       # learning rates on one seed, then every run, gates and bundles; hours, goes on
-    python experiments/methods.py criteria    # how deep each criterion must go for the same perplexity; no clock
-    python experiments/methods.py measure     # tables with the clock, after criteria: nothing else should run meanwhile
-    python experiments/methods.py collect     # docs/experiments/methods.json
+    # learning rates on one seed, then every run, gates and bundles; hours, goes on
+    python experiments/methods.py train
+    # how deep each criterion must go for the same perplexity; no clock
+    python experiments/methods.py criteria
+    # tables with the clock, after criteria: nothing else should run meanwhile
+    python experiments/methods.py measure
+    # docs/experiments/methods.json
+    python experiments/methods.py collect
 
-Byte-level BPE of 2048 words, WikiText-2, width 96. Methods: nine layers, early exits after layers 3 and 6 (after 3 alone where the
-method has one). With --study depth: 3, 6, 12 and 24 layers, deep supervision, early exits after a third and two thirds (depth.json).
-Everything in a study chooses among the same learning rates by the validation perplexity of full depth, on one seed and a fifth of the
-steps.
+Byte-level BPE of 2048 words, WikiText-2, width 96. Methods: nine layers, early exits after layers 3 and 6
+(after 3 alone where the method has one). With --study depth: 3, 6, 12 and 24 layers, deep supervision, early
+exits after a third and two thirds (depth.json). Everything in a study chooses among the same learning rates
+by the validation perplexity of full depth, on one seed and a fifth of the steps.
 """
 
 import json
@@ -224,7 +229,10 @@ def bundles(study: Study) -> Iterator[tuple[Method, Path]]:
 @main.command()
 @click.pass_obj
 def measure(study: Study) -> None:
-    """What each bundle says and how fast, with max-prob and with gates, exact keys and values. Needs the criteria."""
+    """What each bundle says and how fast, with max-prob and with gates, exact keys and values.
+
+    Needs the criteria.
+    """
     amounts = ("--scored-tokens", str(SCORED_TOKENS), "--texts", "4", "--new-tokens", "96", "--rounds", "3")
     for method, folder in bundles(study):
         asked = {"table": ("max-prob", ",".join(map(str, THRESHOLDS)) if method.early else "off")}
@@ -269,7 +277,9 @@ def criteria(study: Study, threads: int) -> None:
 
 
 def criteria_of(llm: LLM) -> list[dict[str, Any]]:
-    """For each criterion and threshold, with exact keys and values: perplexity over full depth's, and mean depth."""
+    """For each criterion and threshold, with exact keys and values: perplexity over full depth's, and mean
+    depth.
+    """
     texts = [Document.of(llm, text) for text in load_documents(DATA, "test")]
     documents = [document.ids for document in first_tokens(texts, SCORED_TOKENS)]
     some = [document.ids for document in first_tokens(texts, 4000)]
@@ -289,7 +299,9 @@ def criteria_of(llm: LLM) -> list[dict[str, Any]]:
 
 
 def policies(llm: LLM, documents: Sequence[Sequence[int]], name: str) -> Iterator[tuple[ExitPolicy, float]]:
-    """A criterion with thresholds all over what it says of some of the text; patience with the numbers of exits that there are."""
+    """A criterion with thresholds all over what it says of some of the text; patience with the numbers of
+    exits that there are.
+    """
     layers = llm.stack.exit_layers
     if name == "patience":
         for patience in range(1, len(layers) - 1):

@@ -1,10 +1,12 @@
 """The original EASE's table under its own protocol, then with one thing changed at a time.
 
-    python experiments/original.py [--only PROTOCOL]... [--method NAME]... [--compiled]   # adds what original.json lacks
+    # adds what original.json lacks
+    python experiments/original.py [--only PROTOCOL]... [--method NAME]... [--compiled]
 
-The protocol: characters of WikiText-2 (the first 100,000 of train, the first 10,000 of validation), consecutive windows of 64, batches
-of 32 (incomplete ones dropped, always in the same order), width 64, 4 heads, 3 layers, AdamW at 1e-3, gradient norm 1.0, at most 50
-epochs, stopped at the first whose validation perplexity is above the one before. Every epoch's figures are kept, of every run.
+The protocol: characters of WikiText-2 (the first 100,000 of train, the first 10,000 of validation),
+consecutive windows of 64, batches of 32 (incomplete ones dropped, always in the same order), width 64, 4
+heads, 3 layers, AdamW at 1e-3, gradient norm 1.0, at most 50 epochs, stopped at the first whose validation
+perplexity is above the one before. Every epoch's figures are kept, of every run.
 """
 
 import copy
@@ -94,7 +96,9 @@ def batches(ids: torch.Tensor, keep_rest: bool = False) -> list[Batch]:
 
 @dataclass(frozen=True)
 class Data:
-    """Batches to train on, to stop by, and of more of the validation split; and the number of characters known."""
+    """Batches to train on, to stop by, and of more of the validation split; and the number of characters
+    known.
+    """
 
     train: list[Batch]
     validation: list[Batch]
@@ -103,7 +107,9 @@ class Data:
 
 
 def load_data(num_characters: int, train: str, validation: str) -> Data:
-    """Encode by the characters of both parts; one that only the rest of the validation split has is the first character."""
+    """Encode by the characters of both parts; one that only the rest of the validation split has is the first
+    character.
+    """
     train, first, more = train[:num_characters], validation[:10_000], validation[:200_000]
     known = {character: number for number, character in enumerate(sorted(set(train + first)))}
     ids = [torch.tensor([known.get(character, 0) for character in text]) for text in (train, first, more)]
@@ -122,7 +128,9 @@ def token_weighted_perplexity(
 
 
 def run(method: str, protocol: Protocol, seed: int, data: Data, compiled: bool) -> dict[str, Any]:
-    """Train once, compiled layers or not. The figures of the last epoch are those at the stop, as the original reports them.
+    """Train once, compiled layers or not.
+
+    The figures of the last epoch are those at the stop, as the original reports them.
 
     The other figures are the model's at the stop, with patience those of the best model.
     """

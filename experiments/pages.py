@@ -1,9 +1,11 @@
-"""The tables of docs/experiments, and those of them that other pages show, out of the JSON files in docs/experiments.
+"""The tables of docs/experiments, and those of them that other pages show, out of the JSON files in
+docs/experiments.
 
     python experiments/pages.py            # writes every table anew
     python experiments/pages.py --check    # exit code 1 where a page says something else than its JSON
 
-In a page a table stands behind a line `<!-- table: NAME -->`. A table of means fails when a row has fewer seeds than it should have.
+In a page a table stands behind a line `<!-- table: NAME -->`. A table of means fails when a row has fewer
+seeds than it should have.
 """
 
 import re
@@ -157,7 +159,8 @@ def agreement_table(found: dict[str, Any], kind: str, first_round: bool) -> str:
     for name, kinds in found.items():
         exits = kinds[kind]
         each = [
-            f"{100 * exits[layer]['agreement']:.1f} ({100 * exits[layer]['interval'][0]:.1f}–{100 * exits[layer]['interval'][1]:.1f})"
+            f"{100 * exits[layer]['agreement']:.1f} "
+            f"({100 * exits[layer]['interval'][0]:.1f}–{100 * exits[layer]['interval'][1]:.1f})"
             for layer in LAYERS
         ]
         perplexities = (
@@ -198,7 +201,9 @@ def curve_table(runs: dict[str, Any]) -> str:
 
 
 def distilled_table() -> str:
-    """Block exits before and after distillation, on the text of the speed tables: agreement in percent, perplexity."""
+    """Block exits before and after distillation, on the text of the speed tables: agreement in percent,
+    perplexity.
+    """
     rows = []
     for kind, text in TEXTS.items():
         for exits, name in (("block", "block"), ("distilled", "then distilled")):
@@ -384,7 +389,10 @@ MARKED = re.compile(r"(<!-- table: (\S+) -->\n+)((?:\|.*\n)*)\n*")
 
 
 def with_tables(page: str, text: str, tables: dict[str, str]) -> str:
-    """The page with its tables as they should be. Raises PageError for a marker without a table, or the other way round."""
+    """The page with its tables as they should be.
+
+    Raises PageError for a marker without a table, or the other way round.
+    """
     named = [name for _, name, _ in MARKED.findall(text)]
     if sorted(named) != sorted(tables):
         raise PageError(f"{page} has the tables {sorted(named)}, its JSON gives {sorted(tables)}")

@@ -1,7 +1,9 @@
 """The figures of docs/experiments, out of the JSON files beside them.
 
-    python experiments/plots.py            # draws every figure anew
-    python experiments/plots.py --check    # exit code 1 where one was drawn from other figures, or no page shows it
+    # draws every figure anew
+    python experiments/plots.py
+    # exit code 1 where one was drawn from other figures, or no page shows it
+    python experiments/plots.py --check
 
 A figure's first line holds the SHA-256 of the JSON files it was drawn from.
 """
@@ -40,7 +42,9 @@ MARKERS = {"recompute": "o", "propagate": "s", "verify": "^"}
 
 
 def trade(tables: dict[str, Sequence[Row]]) -> Draw:
-    """Perplexity against measured speed-up: a colour a table, a mark a catch-up; bars are the range over rounds."""
+    """Perplexity against measured speed-up: a colour a table, a mark a catch-up; bars are the range over
+    rounds.
+    """
 
     def draw(axes: Any, colours: tuple[str, ...]) -> None:
         for colour, (name, rows) in zip(colours, tables.items(), strict=False):
@@ -272,7 +276,9 @@ def smollm2_speed(*found: Row) -> Draw:
 
 
 def study(figure_of: Callable[[Row], float], y_label: str) -> Callable[[Row], Draw]:
-    """A figure of each row against its measured speed-up: a line a method, means over the seeds, from threshold 0 to full depth."""
+    """A figure of each row against its measured speed-up: a line a method, means over the seeds, from
+    threshold 0 to full depth.
+    """
 
     def means(runs: Sequence[Row], value: Callable[[Row], float]) -> list[float]:
         """Of each threshold; full depth, which is the first row, last."""
@@ -383,7 +389,10 @@ def wrong_with(name: str, plot: Plot) -> str | None:
     path = FOLDER / f"{name}.svg"
     first = path.read_text(encoding="utf-8").split("\n", 1)[0] if path.is_file() else ""
     if plot.digest not in first:
-        return f"{path.name} was not drawn from {', '.join(plot.sources)} as they are; draw it: python experiments/plots.py"
+        return (
+            f"{path.name} was not drawn from {', '.join(plot.sources)} as they are; draw it: python "
+            "experiments/plots.py"
+        )
     if f"]({path.name})" not in (FOLDER / plot.page).read_text(encoding="utf-8"):
         return f"{plot.page} does not show {path.name}"
     return None

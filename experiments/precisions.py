@@ -2,7 +2,8 @@
 
     python experiments/precisions.py     # adds to docs/experiments/precisions.json what it lacks
 
-Needs what scripts/demo-llm.sh leaves in runs/llm, and the `small` model of docs/experiments/small.md in runs/small.
+Needs what scripts/demo-llm.sh leaves in runs/llm, and the `small` model of docs/experiments/small.md in
+runs/small.
 """
 
 import json

@@ -2,13 +2,16 @@
 
     python experiments/scale.py        # writes docs/experiments/scale.json
 
-One sequence is decoded. A pass reads every weight that it uses once and takes bytes / bandwidth, whatever the number of its tokens up
-to the machine's ridge (where arithmetic takes as long as reading); K/V, activations, launches and the loop cost nothing. The unit is
-the time of one layer: full depth costs L + h, where h is the head's share.
+One sequence is decoded. A pass reads every weight that it uses once and takes bytes / bandwidth, whatever the
+number of its tokens up to the machine's ridge (where arithmetic takes as long as reading); K/V, activations,
+launches and the loop cost nothing. The unit is the time of one layer: full depth costs L + h, where h is the
+head's share.
 
-recompute   a token that leaves at exit e costs e + h; one that does not L + h, its pass taking the pending ones along. With a gate.
-verify      j drafts cost j (e + r h) with a reduced head of r of the whole one's size; the pass that judges them costs L + h, and gives
-            (1 - a^(j+1)) / (1 - a) tokens at acceptance a (Leviathan et al. 2023, arXiv 2211.17192, equation 1). The best j up to 16.
+recompute   a token that leaves at exit e costs e + h; one that does not L + h, its pass taking the pending
+            ones along. With a gate.
+verify      j drafts cost j (e + r h) with a reduced head of r of the whole one's size; the pass that judges
+            them costs L + h, and gives (1 - a^(j+1)) / (1 - a) tokens at acceptance a (Leviathan et al. 2023,
+            arXiv 2211.17192, equation 1). The best j up to 16.
 """
 
 import json
@@ -68,7 +71,9 @@ class Machine:
 
     @property
     def ridge(self) -> float:
-        """Tokens of a pass from which arithmetic takes longer than reading the weights: two operations a weight and token."""
+        """Tokens of a pass from which arithmetic takes longer than reading the weights: two operations a
+        weight and token.
+        """
         return self.bytes_a_weight * self.operations / (2 * self.bandwidth)
 
 

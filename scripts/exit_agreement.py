@@ -1,11 +1,14 @@
-"""How often each exit of some checkpoints says what their last layer says, on text that none of them has learned from.
+"""How often each exit of some checkpoints says what their last layer says, on text that none of them has
+learned from.
 
-    python scripts/exit_agreement.py runs/llm/untouched runs/llm/tuned --text runs/llm/text/heldout.jsonl --json runs/llm/agreement.json
+    python scripts/exit_agreement.py runs/llm/untouched runs/llm/tuned --text runs/llm/text/heldout.jsonl \\
+        --json runs/llm/agreement.json
 
-The checkpoints must share their layers (they were tuned with frozen ones), which then run once a document. A document is read alone,
-from its beginning; of one with a `prompt` only the tokens of the answer count, which are those that would be generated. `confident
-half` is the agreement on that half of the tokens where the exit's top probability is highest. Intervals (95 %) resample documents.
-The last layer is there, too, for its perplexity.
+The checkpoints must share their layers (they were tuned with frozen ones), which then run once a document. A
+document is read alone, from its beginning; of one with a `prompt` only the tokens of the answer count, which
+are those that would be generated. `confident half` is the agreement on that half of the tokens where the
+exit's top probability is highest. Intervals (95 %) resample documents. The last layer is there, too, for its
+perplexity.
 """
 
 import json
@@ -28,8 +31,8 @@ LONGEST = 700  # tokens of a document that are read
 
 @dataclass
 class Found:
-    """An exit on one kind of text, a list entry a document: of each token its agreement, confidence, loss in nats, and whether its head
-    has the last layer's token."""
+    """An exit on one kind of text, a list entry a document: of each token its agreement, confidence, loss in
+    nats, and whether its head has the last layer's token."""
 
     agrees: list[NDArray[np.bool_]] = field(default_factory=list)
     confidence: list[NDArray[np.float32]] = field(default_factory=list)
@@ -169,7 +172,8 @@ def main(paths: tuple[Path, ...], text: Path, out: Path | None, documents: int, 
                     for key in ("agreement", "confident_half", "confident_quarter", "known_to_head")
                 )
                 click.echo(
-                    f"{name} {kind} layer {layer}: agreement, confident half, quarter, bound {shares}, perplexity {values['perplexity']}"
+                    f"{name} {kind} layer {layer}: agreement, confident half, quarter, bound {shares}, "
+                    f"perplexity {values['perplexity']}"
                 )
 
 

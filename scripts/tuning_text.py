@@ -1,18 +1,21 @@
 """The text that a chat model's exits are tuned on, and text to measure them on that no tuning has seen.
 
-    python scripts/tuning_text.py prompts runs/llm/text               # prompts-train.jsonl, prompts-heldout.jsonl
-    ease-run batch runs/llm/int8 runs/llm/text/prompts-train.jsonl runs/llm/text/answers-train.jsonl --max-tokens 192
-    ease-run batch runs/llm/int8 runs/llm/text/prompts-heldout.jsonl runs/llm/text/answers-heldout.jsonl --max-tokens 128
-    python scripts/tuning_text.py texts runs/llm/text --checkpoint runs/llm/checkpoint    # and the files below
+    python scripts/tuning_text.py prompts runs/llm/text  # prompts-train.jsonl, prompts-heldout.jsonl
+    ease-run batch runs/llm/int8 runs/llm/text/prompts-train.jsonl runs/llm/text/answers-train.jsonl \\
+        --max-tokens 192
+    ease-run batch runs/llm/int8 runs/llm/text/prompts-heldout.jsonl runs/llm/text/answers-heldout.jsonl \\
+        --max-tokens 128
+    python scripts/tuning_text.py texts runs/llm/text --checkpoint runs/llm/checkpoint  # and the files below
 
-`ease-run batch` goes on where it stopped, and `texts` takes the answers that are there. Tuning text: WikiText-2's train split, GSM8K
-with its own solutions, and the model's own answers (every second one sampled) to other GSM8K questions and to tasks about WikiText's
-train articles. gates.jsonl: an eighth of the same kinds, for gates, which must see where the exits err on what they have not learned.
-counted.jsonl, for the tokens that a reduced head knows: all of WikiText's train split, all of GSM8K but its last
-questions, and the answers. Held out: WikiText-2's test split, and answers to Spec-Bench and to the last questions of GSM8K.
+`ease-run batch` goes on where it stopped, and `texts` takes the answers that are there. Tuning text:
+WikiText-2's train split, GSM8K with its own solutions, and the model's own answers (every second one sampled)
+to other GSM8K questions and to tasks about WikiText's train articles. gates.jsonl: an eighth of the same
+kinds, for gates, which must see where the exits err on what they have not learned. counted.jsonl, for the
+tokens that a reduced head knows: all of WikiText's train split, all of GSM8K but its last questions, and the
+answers. Held out: WikiText-2's test split, and answers to Spec-Bench and to the last questions of GSM8K.
 
-WikiText's own form (` @-@ `, spaces before punctuation, `<unk>` for rare words) is not what a model sees in use, so it is put back into
-plain text, and sentences with an `<unk>` are left out.
+WikiText's own form (` @-@ `, spaces before punctuation, `<unk>` for rare words) is not what a model sees in
+use, so it is put back into plain text, and sentences with an `<unk>` are left out.
 """
 
 import gzip
@@ -101,7 +104,9 @@ def plain_solution(answer: str) -> str:
 
 
 def article_tasks(articles: list[str]) -> Iterator[str]:
-    """Tasks about the articles' titles and paragraphs, without end: each round another task for each article."""
+    """Tasks about the articles' titles and paragraphs, without end: each round another task for
+    each article.
+    """
     for number in range(10**6):
         article = articles[number % len(articles)]
         title, *paragraphs = article.split("\n\n")
@@ -200,7 +205,9 @@ def prompts(folder: Path, number: int, data: Path) -> None:
 )
 @data_option
 def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: int, data: Path) -> None:
-    """Write tuning.jsonl, gates.jsonl, counted.jsonl and heldout.jsonl (also by kind) from the answers that are there."""
+    """Write tuning.jsonl, gates.jsonl, counted.jsonl and heldout.jsonl (also by kind) from the answers that
+    are there.
+    """
     template = ChatTemplate((checkpoint / "chat_template.jinja").read_text(encoding="utf-8"))
     rows = gsm8k(data)[ANSWERED_QUESTIONS:-HELDOUT_QUESTIONS][:solutions]
     solved = [
@@ -239,7 +246,9 @@ def texts(folder: Path, checkpoint: Path, wikitext_characters: int, solutions: i
 def by_kind(
     heldout: list[dict[str, Any]], questions: list[dict[str, str]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The held-out documents of each kind: an encyclopedia, sums, and everything else that Spec-Bench asks."""
+    """The held-out documents of each kind: an encyclopedia, sums, and everything else that
+    Spec-Bench asks.
+    """
     asked = [row["question"] for row in questions]
     kinds: dict[str, list[dict[str, Any]]] = {"wikitext": [], "gsm8k": [], "spec-bench": []}
     for row in heldout:
@@ -249,7 +258,9 @@ def by_kind(
 
 
 def wikitext(split: str, characters: int) -> list[dict[str, Any]]:
-    """Parts of about 2,000 characters from articles all over a split, as plain text, up to so many characters together."""
+    """Parts of about 2,000 characters from articles all over a split, as plain text, up to so many characters
+    together.
+    """
     articles = [plain_article(article) for article in load_documents("wikitext-2", split)]
     each, parts = max(2000, characters // len(articles)), []
     for article in articles:

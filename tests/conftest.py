@@ -1,4 +1,6 @@
-"""Fixtures that every package's tests share: a seeded tiny checkpoint, the bundle cut from it, and a small corpus."""
+"""Fixtures that every package's tests share: a seeded tiny checkpoint, the bundle cut from it, and a small
+corpus.
+"""
 
 import os
 import platform
@@ -15,7 +17,10 @@ import tiny_model
 
 
 def pytest_report_header() -> str:
-    versions = f"onnxruntime {onnxruntime.__version__} ({', '.join(onnxruntime.get_available_providers())}), numpy {np.__version__}"
+    versions = (
+        f"onnxruntime {onnxruntime.__version__} ({', '.join(onnxruntime.get_available_providers())}), numpy "
+        f"{np.__version__}"
+    )
     return f"{versions}, python {platform.python_version()}, {os.cpu_count()} CPUs"
 
 
@@ -96,7 +101,8 @@ def routed_with_exits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
 def precisions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """A checkpoint and its bundle in each precision.
 
-    Tied, with biases and normed queries, so that every kind of product is there; grouped heads wider than dim / heads.
+    Tied, with biases and normed queries, so that every kind of product is there; grouped heads wider than dim
+    / heads.
     """
     from ease_export.build import export_bundle
     from ease_runtime.bundle.manifest import PRECISIONS

@@ -40,7 +40,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5": ("Qwen2", {"tie_word_embeddings": True, "sliding_window": 16, "use_sliding_window": False}),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
-TEMPLATE = "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{{ eos_token }}{% endfor %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{{ eos_token "
+    "}}{% endfor %}"
+)
 
 
 def make_tokenizer(start: bool) -> Tokenizer:
@@ -62,7 +65,9 @@ def make_tokenizer(start: bool) -> Tokenizer:
 
 
 def make_model(family: str, **changes: Any) -> Any:
-    """A random model of a family, or of a class by its name, whose every weight matters: norms and biases are not what they start as."""
+    """A random model of a family, or of a class by its name, whose every weight matters: norms and biases are
+    not what they start as.
+    """
     kind, fields = FAMILIES.get(family, (family, {}))
     torch.manual_seed(3)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **fields, **changes})

@@ -151,7 +151,10 @@ def rows_of(*points: tuple[float, float, float]) -> list[dict[str, float | None]
 
 
 def test_the_area_under_a_curve_is_that_of_its_best_points(training_tables: ModuleType) -> None:
-    """Half the time costs 22: 21 on average from there. A point that is slower and worse than another changes nothing."""
+    """Half the time costs 22: 21 on average from there.
+
+    A point that is slower and worse than another changes nothing.
+    """
     rows = rows_of((2.0, 1.1, 0.0))
     assert training_tables.area(rows, 0.5) == pytest.approx(21.0)
     assert training_tables.area([*rows, *rows_of((1.0, 1.4, 0.9))], 0.5) == pytest.approx(21.0)
@@ -159,7 +162,9 @@ def test_the_area_under_a_curve_is_that_of_its_best_points(training_tables: Modu
 
 
 def test_the_least_depth_within_a_tolerance(training_tables: ModuleType) -> None:
-    """By one criterion or the best of them; full depth where nothing else is good enough; nothing for a model without early exits."""
+    """By one criterion or the best of them; full depth where nothing else is good enough; nothing for a model
+    without early exits.
+    """
     points = [
         {"criterion": "max-prob", "ppl_ratio": 1.04, "mean_depth": 5.0},
         {"criterion": "max-prob", "ppl_ratio": 1.2, "mean_depth": 3.0},

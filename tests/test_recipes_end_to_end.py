@@ -1,4 +1,6 @@
-"""Every recipe the whole way, at a third of its depth: a few steps, export, verify against torch, generate, score under a policy."""
+"""Every recipe the whole way, at a third of its depth: a few steps, export, verify against torch, generate,
+score under a policy.
+"""
 
 from pathlib import Path
 

@@ -20,7 +20,10 @@ def corpus() -> str:
     places = ["the mountain", "the city", "the people", "the sea", "the house of the lord", "the field"]
 
     def sentence() -> str:
-        return f"And {rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(places)}; and it was {rng.choice(['good', 'so', 'night', 'day'])}."
+        return (
+            f"And {rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(places)}; and it was "
+            f"{rng.choice(['good', 'so', 'night', 'day'])}."
+        )
 
     return "\n\n".join(" ".join(sentence() for _ in range(5)) for _ in range(150)) + "\n"
 
@@ -28,7 +31,8 @@ def corpus() -> str:
 def write_checkpoint(path: Path, exits: tuple[int, ...] = EXITS, **model_fields: Any) -> None:
     """A seeded model of 6 layers, untrained; its head is scaled so that confidences spread over (0, 1).
 
-    Whatever the exits, layers, embedding and head hold the same weights. `model_fields` are more fields of ModelConfig.
+    Whatever the exits, layers, embedding and head hold the same weights. `model_fields` are more fields of
+    ModelConfig.
     """
     import torch
 

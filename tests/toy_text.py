@@ -36,7 +36,9 @@ MERGES = [
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Byte-level BPE: 0 ends a text, 1..256 are the bytes in the order of ByteLevel's alphabet, then the merges."""
+    """Byte-level BPE: 0 ends a text, 1..256 are the bytes in the order of ByteLevel's alphabet, then the
+    merges.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [END, *alphabet, *(left + right for left, right in MERGES)]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, MERGES))
@@ -58,7 +60,9 @@ def letter_tokenizer(letters: str) -> Tokenizer:
 
 
 def piece_tokenizer() -> Tokenizer:
-    """As SentencePiece has it: '▁' begins a word, whose space is dropped at the start of a text, and bytes stand in for what is missing."""
+    """As SentencePiece has it: '▁' begins a word, whose space is dropped at the start of a text, and bytes
+    stand in for what is missing.
+    """
     words = ["<s>", "</s>", "<unk>", "▁the", "▁a", "ing", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(
         models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>")
@@ -70,7 +74,9 @@ def piece_tokenizer() -> Tokenizer:
 
 
 def decoder_tokenizer(kind: str) -> Tokenizer:
-    """One of DECODERS over a vocabulary for all of them: 0..2 are special, 3..258 the bytes, then WORDS and ByteLevel's alphabet."""
+    """One of DECODERS over a vocabulary for all of them: 0..2 are special, 3..258 the bytes, then WORDS and
+    ByteLevel's alphabet.
+    """
     words = [
         "<unk>",
         "<s>",

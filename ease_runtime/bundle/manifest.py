@@ -1,8 +1,9 @@
 """The bundle's manifest: what the runtime must know of a bundle before it opens a graph.
 
-This is the schema of `manifest.json`; ease_export writes through it. A manifest names files of its own directory only,
-literally, with the sha256 sum of each. `load_manifest` refuses, in one line that names the file and the remedy, a bundle
-of another format than this version's, incomplete, altered, or one that points outside its directory.
+This is the schema of `manifest.json`; ease_export writes through it. A manifest names files of its own
+directory only, literally, with the sha256 sum of each. `load_manifest` refuses, in one line that names the
+file and the remedy, a bundle of another format than this version's, incomplete, altered, or one that points
+outside its directory.
 """
 
 import hashlib
@@ -34,8 +35,8 @@ LONGEST_NAME = 255  # bytes: what file systems take
 class SegmentInfo:
     """Layers that run together, and the graphs that run them. Layers are numbered from 1.
 
-    A `layers` segment runs for every token. A `routed` one is a Mixture-of-Depths layer: `route_graph` says which tokens go
-    in; the others go around it, and have no K/V there.
+    A `layers` segment runs for every token. A `routed` one is a Mixture-of-Depths layer: `route_graph` says
+    which tokens go in; the others go around it, and have no K/V there.
     """
 
     kind: str
@@ -55,10 +56,11 @@ class SegmentInfo:
 
 @dataclass(frozen=True)
 class ExitInfo:
-    """A place where a token may leave: after `layer` (the last of a segment), through the exit's own graph, then a head.
+    """A place where a token may leave: after `layer` (the last of a segment), through the exit's own graph,
+    then a head.
 
-    A `gate`, where there is one, says from the exit's hidden state whether to leave, without a head. A `block` is a layer of
-    the exit's own before its graph, with a cache as a segment has.
+    A `gate`, where there is one, says from the exit's hidden state whether to leave, without a head. A
+    `block` is a layer of the exit's own before its graph, with a cache as a segment has.
     """
 
     layer: int
@@ -78,10 +80,11 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class WeightForm:
-    """How the layers' products hold their weights: `bits` each; in blocks of `block`, where they are rounded to whole numbers.
+    """How the layers' products hold their weights: `bits` each; in blocks of `block`, where they are rounded
+    to whole numbers.
 
-    `symmetric`: blocks have a scale and no zero point. `exact_grid`: they are the grid of a file that was rounded before, so that
-    nothing is rounded again.
+    `symmetric`: blocks have a scale and no zero point. `exact_grid`: they are the grid of a file that was
+    rounded before, so that nothing is rounded again.
     """
 
     bits: int
@@ -92,14 +95,17 @@ class WeightForm:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A bundle's contents. `start_id` is the token that stands before a text, if there is one; each of `stop_ids` ends one, the
-    first in training.
+    """A bundle's contents.
 
-    `target` is the device that its graphs were made for; `drafting_head` the head that early exits draft with, where that is not
-    full depth's; `exactness` what its makers expect of passes over several tokens: the same bits as one at a time, or the same
-    up to rounding. `similarity` is the graph that compares two hidden states; `chat_template` a jinja2 file, for models that have one;
-    `special_tokens` the texts of its special tokens by their names (`bos_token`, ...), which templates write; `generation` what
-    the model's makers sample with, never used unasked.
+    `start_id` is the token that stands before a text, if there is one; each of `stop_ids` ends one, the first
+    in training.
+
+    `target` is the device that its graphs were made for; `drafting_head` the head that early exits draft
+    with, where that is not full depth's; `exactness` what its makers expect of passes over several tokens:
+    the same bits as one at a time, or the same up to rounding. `similarity` is the graph that compares two
+    hidden states; `chat_template` a jinja2 file, for models that have one; `special_tokens` the texts of its
+    special tokens by their names (`bos_token`, ...), which templates write; `generation` what the model's
+    makers sample with, never used unasked.
     """
 
     format_version: int
@@ -142,7 +148,8 @@ class Manifest:
 def load_manifest(bundle: Path) -> Manifest:
     """Read and check a bundle's manifest and every file it names.
 
-    Raises BundleError when the bundle is missing, incomplete, altered, newer, or points outside its directory.
+    Raises BundleError when the bundle is missing, incomplete, altered, newer, or points outside its
+    directory.
     """
     path = bundle / MANIFEST_FILE
     if not path.is_file():
@@ -157,7 +164,8 @@ def load_manifest(bundle: Path) -> Manifest:
         _check_file(bundle, name, info)
     for extra in sorted({path.name for path in bundle.iterdir()} - {MANIFEST_FILE, *manifest.files}):
         raise BundleError(
-            f"{bundle / extra} has no sha256 sum in the manifest, and a graph could read it; remove it, or {_remedy(bundle)}"
+            f"{bundle / extra} has no sha256 sum in the manifest, and a graph could read it; remove it, "
+            f"or {_remedy(bundle)}"
         )
     return manifest
 
@@ -168,7 +176,8 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
     version = table.integer("format_version")
     if version > FORMAT_VERSION:
         raise BundleError(
-            f"{path} has format_version {version}, this runtime reads {FORMAT_VERSION}; update: pip install --upgrade ease-lm"
+            f"{path} has format_version {version}, this runtime reads {FORMAT_VERSION}; update: pip "
+            "install --upgrade ease-lm"
         )
     if version < FORMAT_VERSION:
         remedy = f"build it again from its checkpoint: ease-export upgrade {path.parent}"
@@ -236,7 +245,8 @@ def _segment(table: "_Table") -> SegmentInfo:
         table.fail(f"segment {segment.graph} has no kv_graph")
     if (segment.kind == "routed") != (segment.route_graph is not None):
         table.fail(
-            f"segment {segment.graph} is of the kind '{segment.kind}' and has route_graph {segment.route_graph!r}"
+            f"segment {segment.graph} is of the kind '{segment.kind}' and has route_graph "
+            f"{segment.route_graph!r}"
         )
     return segment
 
@@ -252,7 +262,9 @@ def _exit(table: "_Table") -> ExitInfo:
 
 
 def _check_shape(manifest: Manifest, table: "_Table") -> None:
-    """Segments must cover the layers without a gap, exits must stand at their ends, and every file named must have a sum."""
+    """Segments must cover the layers without a gap, exits must stand at their ends, and every file named must
+    have a sum.
+    """
     _check_calibration(manifest, table)
     if manifest.start_id is not None and manifest.start_id >= manifest.vocab_size:
         table.fail(f"start_id = {manifest.start_id} is outside the vocabulary of {manifest.vocab_size}")
@@ -267,13 +279,15 @@ def _check_shape(manifest: Manifest, table: "_Table") -> None:
     for segment in manifest.segments:
         if segment.first_layer != expected or segment.last_layer < expected:
             table.fail(
-                f"a segment of layers {segment.first_layer}..{segment.last_layer} does not follow layer {expected - 1}"
+                f"a segment of layers {segment.first_layer}..{segment.last_layer} does not follow layer "
+                f"{expected - 1}"
             )
         expected = segment.last_layer + 1
     layers = manifest.exit_layers
     if expected != manifest.num_layers + 1 or layers[-1] != manifest.num_layers:
         table.fail(
-            f"{len(manifest.segments)} segments and exits at {list(layers)} do not make {manifest.num_layers} layers"
+            f"{len(manifest.segments)} segments and exits at {list(layers)} do not make "
+            f"{manifest.num_layers} layers"
         )
     if list(layers) != sorted(set(layers)) or not set(layers) <= {s.last_layer for s in manifest.segments}:
         table.fail(f"exits at {list(layers)} do not stand at the ends of segments")
@@ -327,7 +341,9 @@ def sha256_of(path: Path) -> str:
 
 
 class _Table:
-    """A JSON object read key by key; whatever is not as expected ends in a BundleError that names the file and the key."""
+    """A JSON object read key by key; whatever is not as expected ends in a BundleError that names the file
+    and the key.
+    """
 
     def __init__(self, values: Any, path: Path) -> None:
         self.path = path

@@ -1,6 +1,7 @@
 """What each graph of a bundle takes and gives, as names and shapes. None stands for any length.
 
-Buffers are bound to graphs by address, so a graph that is not what the manifest says must be refused before it runs.
+Buffers are bound to graphs by address, so a graph that is not what the manifest says must be refused before
+it runs.
 """
 
 from ease_runtime.bundle.manifest import Manifest, SegmentInfo
@@ -33,7 +34,9 @@ def _over_cache(
 
 
 def of_segment(manifest: Manifest, segment: SegmentInfo) -> Signature:
-    """Of a segment's graph: the first takes ids and also gives their embeddings, a routed one takes positions."""
+    """Of a segment's graph: the first takes ids and also gives their embeddings, a routed one takes
+    positions.
+    """
     states: dict[str, Shape] = {"hidden": (None, manifest.dim)}
     if segment.first_layer == 1:
         return _over_cache(

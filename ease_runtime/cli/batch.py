@@ -1,12 +1,14 @@
 """Many prompts from a file: a JSON object a line in, one a line out, in the same order.
 
-    {"prompt": "In the beginning", "max_tokens": 20}          {"line": 1, "choices": [{"text": ..., "finish_reason": ...}], "usage": ...}
+    {"prompt": "In the beginning", "max_tokens": 20}
+    {"line": 1, "choices": [{"text": ..., "finish_reason": ...}], "usage": ...}
     {"messages": [{"role": "user", "content": "Hello"}]}      {"line": 2, "choices": ...}
     {"prompt": 7}                                             {"line": 3, "error": {"message": ...}}
 
-With `logprobs`, a choice has `tokens`, each with its depth and log-probabilities. Options without effect are told in `notes`.
-A line may have an `id`, which comes back, and any field of Options, over those of the run. A run that was killed goes on
-where it stopped: the lines that are out stay, and a last one that was cut off is written anew.
+With `logprobs`, a choice has `tokens`, each with its depth and log-probabilities. Options without effect are
+told in `notes`. A line may have an `id`, which comes back, and any field of Options, over those of the run. A
+run that was killed goes on where it stopped: the lines that are out stay, and a last one that was cut off is
+written anew.
 """
 
 import json
@@ -72,7 +74,9 @@ def mean(values: list[int]) -> float | None:
 def answer_lines(
     llm: TextEngine, lines: Iterable[tuple[int, bytes]], options: Options, batch_size: int
 ) -> Iterator[str]:
-    """Answer numbered lines, `batch_size` requests at a time; the answers come in the lines' order, each a line of JSON."""
+    """Answer numbered lines, `batch_size` requests at a time; the answers come in the lines' order, each a
+    line of JSON.
+    """
     source, waiting, places = iter(lines), deque[Item](), dict[Choice, tuple[Item, int]]()
     more = True
     while more or waiting:
@@ -153,7 +157,10 @@ def read_prompt(llm: TextEngine, values: dict[str, Any]) -> list[int]:
 
 
 def count_answers(out: Path) -> int:
-    """How many lines an earlier run has answered; cuts off a last line that is not whole. Raises RequestError for another file."""
+    """How many lines an earlier run has answered; cuts off a last line that is not whole.
+
+    Raises RequestError for another file.
+    """
     if not out.exists():
         return 0
     if not out.is_file():
@@ -166,7 +173,8 @@ def count_answers(out: Path) -> int:
                 break
             if not _is_answer(line, number + 1):
                 raise RequestError(
-                    f"{out} has something else at line {number + 1} than answer {number + 1} of a batch; give another file"
+                    f"{out} has something else at line {number + 1} than answer {number + 1} of a batch; "
+                    "give another file"
                 )
             number, end = number + 1, end + len(line)
         file.truncate(end)
@@ -190,7 +198,10 @@ def numbered_lines(path: Path, first: int) -> Iterator[tuple[int, bytes]]:
 
 
 def count_lines(path: Path) -> int:
-    """How many there are, the last one with or without its end. Raises RequestError for what can be read once only."""
+    """How many there are, the last one with or without its end.
+
+    Raises RequestError for what can be read once only.
+    """
     if not path.is_file():
         raise RequestError(f"{path} is no regular file, and a batch reads it twice; write it to one first")
     with path.open("rb") as file:

@@ -35,7 +35,10 @@ class Worker:
 
 
 class Cluster:
-    """A running Ray cluster by its address, or 'local' for one on this machine. Raises RequestError when there is none."""
+    """A running Ray cluster by its address, or 'local' for one on this machine.
+
+    Raises RequestError when there is none.
+    """
 
     def __init__(self, address: str, num_workers: int) -> None:
         try:
@@ -56,7 +59,8 @@ class Cluster:
         num_cpus = int(self.ray.cluster_resources().get("CPU", 0))
         if num_cpus < num_workers:
             raise RequestError(
-                f"--ray-workers {num_workers} need a CPU each, and the cluster at '{address}' has {num_cpus}; ask for fewer"
+                f"--ray-workers {num_workers} need a CPU each, and the cluster at '{address}' has "
+                f"{num_cpus}; ask for fewer"
             )
 
     def answer_lines(
@@ -67,7 +71,10 @@ class Cluster:
         batch_size: int,
         place: dict[str, Any],
     ) -> Iterator[str]:
-        """The answers of numbered lines, in their order. `place` says where each copy runs: LLM's device and threads."""
+        """The answers of numbered lines, in their order.
+
+        `place` says where each copy runs: LLM's device and threads.
+        """
         data = self.ray.data
         context = data.DataContext.get_current()
         context.execution_options.preserve_order = True

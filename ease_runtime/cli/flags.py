@@ -48,7 +48,9 @@ KINDS: dict[Any, dict[str, Any]] = {
 
 
 def option_flags(*, without: Container[str] = ()) -> Callable[[Command], Command]:
-    """Give a command one flag a field of Options, but for those `without`; `read_flags` makes the options of what click passes on."""
+    """Give a command one flag a field of Options, but for those `without`; `read_flags` makes the options of
+    what click passes on.
+    """
     hints = typing.get_type_hints(Options)
 
     def decorate(command: Command) -> Command:

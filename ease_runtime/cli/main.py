@@ -52,7 +52,10 @@ PLACE = ("device", "num_threads", "adapt")
 
 def model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Where and how a bundle runs: LLM's arguments by the names of PLACE."""
-    text = "Measure what passes cost, and leave early only where it pays (but for verify, tokens then depend on the machine)."
+    text = (
+        "Measure what passes cost, and leave early only where it pays (but for verify, tokens then depend on "
+        "the machine)."
+    )
     command = click.option("--adapt", is_flag=True, help=text)(command)
     command = click.option("--threads", "num_threads", default=0, help="CPU threads; 0 takes all.")(command)
     return DEVICE_FLAG(command)
@@ -255,7 +258,10 @@ def serve(
     shadow: float,
     **given: Any,
 ) -> None:
-    """Serve a bundle as OpenAI's API, with metrics and a page to try it. Flags of generation hold where a request says nothing."""
+    """Serve a bundle as OpenAI's API, with metrics and a page to try it.
+
+    Flags of generation hold where a request says nothing.
+    """
     limits = {
         "max_body_bytes": given.pop("max_body"),
         "max_prompt_tokens": given.pop("max_prompt"),
@@ -297,8 +303,9 @@ def batch(
 ) -> None:
     """Answer every line of IN.jsonl, in order.
 
-    A line is an object with a "prompt" or "messages", and options of its own where they differ from the flags. A line that
-    cannot be answered gets an "error" in its place. Run again after an interruption, it goes on where it stopped.
+    A line is an object with a "prompt" or "messages", and options of its own where they differ from the
+    flags. A line that cannot be answered gets an "error" in its place. Run again after an interruption, it
+    goes on where it stopped.
     """
     place, options = take_place(given), read_flags(given)
     if ray is None and given_flags("ray_workers"):

@@ -43,7 +43,9 @@ def print_plain(events: Iterable[TokenEvent]) -> list[TokenEvent]:
 
 
 def depth_style(depth: int, exit_layers: tuple[int, ...]) -> str:
-    """The colour of an exit; tokens that used every layer are plain, and those that went around some have the next exit's."""
+    """The colour of an exit; tokens that used every layer are plain, and those that went around some have the
+    next exit's.
+    """
     place = next((i for i, layer in enumerate(exit_layers) if depth <= layer), len(exit_layers) - 1)
     return "" if place == len(exit_layers) - 1 else DEPTH_COLOURS[place % len(DEPTH_COLOURS)]
 

@@ -1,6 +1,9 @@
-"""What a pass means: the policy decides, the sampler chooses, drafts are judged, a sequence ends. Runs no graph.
+"""What a pass means: the policy decides, the sampler chooses, drafts are judged, a sequence ends.
 
-`commit` takes what an exit said of a sequence after a pass (`Runner.run`), and says whether tokens came out of it.
+Runs no graph.
+
+`commit` takes what an exit said of a sequence after a pass (`Runner.run`), and says whether tokens came out
+of it.
 """
 
 import math
@@ -55,7 +58,10 @@ def fail(sequence: TokenSequence, message: str) -> bool:
 def depths(
     sequence: TokenSequence, segment: int, positions: NDArray[np.int64], layout: Layout
 ) -> NDArray[np.int64]:
-    """Layers that positions have used up to the end of a segment: those they went around do not count. Shape: (N) -> (N)."""
+    """Layers that positions have used up to the end of a segment: those they went around do not count.
+
+    Shape: (N) -> (N).
+    """
     found = np.full(len(positions), sum(shape.num_layers for shape in layout[: segment + 1]))
     for number, shape in enumerate(layout[: segment + 1]):
         if shape.routed:
@@ -64,7 +70,9 @@ def depths(
 
 
 def _decide(sequence: TokenSequence, segment: int, said: ExitOutput, layout: Layout) -> None:
-    """Let the newest token leave at the exit behind a segment, or not: sets its token, or `leaving` when a gate opens."""
+    """Let the newest token leave at the exit behind a segment, or not: sets its token, or `leaving` when a
+    gate opens.
+    """
     decision = sequence.decision
     policy, state = decision.policy, decision.state
     if said.head is None:
@@ -119,7 +127,9 @@ def _emit(sequence: TokenSequence, token: Token, num_running: int) -> bool:
 
 
 def _judge(sequence: TokenSequence, said: ExitOutput, layout: Layout, num_running: int) -> bool:
-    """Let full depth say what follows each position: accept the drafts that say the same, and crop at the first that does not."""
+    """Let full depth say what follows each position: accept the drafts that say the same, and crop at the
+    first that does not.
+    """
     output = said.head
     assert output is not None, "full depth has a head"
     drafts, last = sequence.drafts, len(layout) - 1
@@ -174,7 +184,8 @@ def _adapt_leaving(sequence: TokenSequence, pace: Pace, num_running: int) -> Non
     decision.policy, decision.state, decision.pace = FULL_DEPTH, None, None
     sequence.counters.asked = frozenset()
     sequence.notes.append(
-        f"leaving early does not pay here: full depth after {len(sequence.produced)} tokens (catch-up {catch_up})"
+        f"leaving early does not pay here: full depth after {len(sequence.produced)} tokens (catch-up "
+        f"{catch_up})"
     )
 
 

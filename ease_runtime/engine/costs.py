@@ -1,8 +1,8 @@
 """What passes cost, and whether leaving early pays at these prices (probe.py times them).
 
-Costs depend on the machine and the bundle. A pass over few tokens costs little more than one over one (the weights are
-read once), until it is bound by arithmetic: then `recompute` and `verify` save nothing, and with several rows in a pass
-that point comes sooner.
+Costs depend on the machine and the bundle. A pass over few tokens costs little more than one over one (the
+weights are read once), until it is bound by arithmetic: then `recompute` and `verify` save nothing, and with
+several rows in a pass that point comes sooner.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,9 @@ Key = tuple[str, int]  # graph and number of a call
 class Costs:
     """Seconds of passes: a table at SIZES for each graph and number (of one size, where only that was timed).
 
-    A call costs more where others have run since its last time, and have taken its weights' place in the processor's cache:
-    `again` holds what calls up to the first exit take one token after another, where that was timed apart.
+    A call costs more where others have run since its last time, and have taken its weights' place in the
+    processor's cache: `again` holds what calls up to the first exit take one token after another, where that
+    was timed apart.
     """
 
     layout: Sequence[SegmentShape]
@@ -47,7 +48,9 @@ class Costs:
         return max(shape.exit_index or 0 for shape in self.layout)
 
     def seconds(self, graph: str, number: int, num_tokens: float, num_slots: float = 1.0) -> float:
-        """The time of a pass over some tokens (any number: a mean) of some rows; straight lines between and past SIZES."""
+        """The time of a pass over some tokens (any number: a mean) of some rows; straight lines between and
+        past SIZES.
+        """
         table = self.tables[graph, number]
         slope = (table[-1] - table[-2]) / (SIZES[-1] - SIZES[-2]) if len(table) > 1 else 0.0
         past = max(0.0, num_tokens - SIZES[-1]) * max(0.0, float(slope))
@@ -66,8 +69,8 @@ class Costs:
     ) -> float:
         """Seconds of a token in the mean, with its share of the catch-up, in passes over `num_rows` rows.
 
-        `reach[k]` is the share of the tokens that go into segment k before they leave, each independently of the others. To the
-        end and full depth's head, or through segments [0, stop).
+        `reach[k]` is the share of the tokens that go into segment k before they leave, each independently of
+        the others. To the end and full depth's head, or through segments [0, stop).
         """
         seconds = 0.0
         for k in range(len(reach) if stop is None else stop):
@@ -85,8 +88,9 @@ class Costs:
     ) -> float:
         """What a segment, and the layer of the exit behind it, take of a token's time.
 
-        A token that goes in takes along those of its row that have left before it since the last one did: a geometric number,
-        where each leaves independently. When `cap` have left in a row, they are settled by themselves.
+        A token that goes in takes along those of its row that have left before it since the last one did: a
+        geometric number, where each leaves independently. When `cap` have left in a row, they are settled by
+        themselves.
         """
         share, shape = reach[k], self.layout[k]
         settled = (1.0 - share) ** cap  # share of the passes in which no token goes in
@@ -112,7 +116,9 @@ class Costs:
         return seconds / (rows * tokens)
 
     def _ask(self, k: int, reach: Sequence[float], policy: ExitPolicy, rows: float) -> float:
-        """What the exit behind a segment is asked, of a token's time; a head after a gate only for those that leave."""
+        """What the exit behind a segment is asked, of a token's time; a head after a gate only for those that
+        leave.
+        """
         exit_index = self.layout[k].exit_index
         if exit_index is None or not self.asks(k, policy):
             return 0.0
@@ -133,13 +139,17 @@ class Costs:
     def _in_turn(
         self, key: Key, num_tokens: float, rows: float, reach: Sequence[float], policy: ExitPolicy
     ) -> float:
-        """A call's time; what is run for every token comes straight after another one where that has left at the first exit."""
+        """A call's time; what is run for every token comes straight after another one where that has left at
+        the first exit.
+        """
         seconds = self.seconds(*key, num_tokens, rows)
         again = 1.0 - reach[1] if policy.thresholds and len(reach) > 1 else 0.0
         return (1.0 - again) * seconds + again * self.again.get(key, seconds)
 
     def over_slots(self, number: int, num_slots: int, length: int) -> float:
-        """The time a pass takes longer for slots that it only steps over, with `length` tokens in the cache: all of it attention."""
+        """The time a pass takes longer for slots that it only steps over, with `length` tokens in the cache:
+        all of it attention.
+        """
         return num_slots * self.per_slot[number] * length / CACHE_LENGTH
 
 
@@ -186,8 +196,9 @@ class Pace:
     def draft_length(self, num_rows: int) -> int:
         """The drafts after which full depth is best asked; 0 when it is best not to draft.
 
-        A cycle drafts while tokens leave, at most `limit`; j drafts cost j early tokens and one pass over j + 1, and give
-        (1 - a^(j+1)) / (1 - a) tokens at acceptance a (Leviathan et al. 2023, arXiv 2211.17192, equation 1).
+        A cycle drafts while tokens leave, at most `limit`; j drafts cost j early tokens and one pass over j +
+        1, and give (1 - a^(j+1)) / (1 - a) tokens at acceptance a (Leviathan et al. 2023, arXiv 2211.17192,
+        equation 1).
         """
         accepted, leaves = min(self.accepted / self.drafted, 0.999), 1.0 - self.reach()[-1]
         best, length = 1.0 / self.full_depth(num_rows), 0

@@ -1,14 +1,16 @@
 """The engine: schedule → choose → run → commit, one graph pass a step, over the rows of a batch.
 
     engine = Engine(stack, num_slots=8)
-    sequence = engine.start([5, 17, 3], max_new_tokens=50, policy=make_policy("max-prob", 0.7, stack.exit_layers))
+    policy = make_policy("max-prob", 0.7, stack.exit_layers)
+    sequence = engine.start([5, 17, 3], max_new_tokens=50, policy=policy)
     while engine.busy:
         for sequence in engine.step():       # those that got tokens in this pass, or ended
             ...
 
-Here is the queue and the step. Every row has its own depth: `schedule` says what a sequence needs next and looks at no other,
-`choose` only picks which of these passes run now, together. So a row's tokens are those it would have alone. slots.py knows
-who sits where, runner.py runs (and it alone), commit.py decides. Knows nothing about text.
+Here is the queue and the step. Every row has its own depth: `schedule` says what a sequence needs next and
+looks at no other, `choose` only picks which of these passes run now, together. So a row's tokens are those it
+would have alone. slots.py knows who sits where, runner.py runs (and it alone), commit.py decides. Knows
+nothing about text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,12 +31,14 @@ DRAFT_LENGTH = 8  # tokens drafted before full depth is asked
 
 
 class Engine:
-    """Drives sequences over a stack, `num_slots` at a time; the others wait for a slot, first come, first served.
+    """Drives sequences over a stack, `num_slots` at a time; the others wait for a slot, first come, first
+    served.
 
-    `cap` bounds the pending tokens at a boundary, `chunk` the tokens of prompts in one pass, `draft_length` the drafts of
-    `verify`. Once costs are known (`measure`), `verify` drafts as many tokens as pays, and none where that is slower; with
-    `adapt` any request that leaving early makes slower stays at full depth from then on: its tokens then depend on the
-    machine. Both say so in the request's notes. Raises RequestError for a number below 1.
+    `cap` bounds the pending tokens at a boundary, `chunk` the tokens of prompts in one pass, `draft_length`
+    the drafts of `verify`. Once costs are known (`measure`), `verify` drafts as many tokens as pays, and none
+    where that is slower; with `adapt` any request that leaving early makes slower stays at full depth from
+    then on: its tokens then depend on the machine. Both say so in the request's notes. Raises RequestError
+    for a number below 1.
     """
 
     def __init__(
@@ -103,18 +107,19 @@ class Engine:
     ) -> TokenSequence:
         """A new sequence, in the queue for a slot, with what its request should be told (`notes`).
 
-        With `keep` its slot stays its own when it has finished, until it is released or another sequence comes `after` it,
-        which takes the slot over and runs only what its prompt does not share with it.
+        With `keep` its slot stays its own when it has finished, until it is released or another sequence
+        comes `after` it, which takes the slot over and runs only what its prompt does not share with it.
 
-        Raises RequestError when the prompt is empty, too long, or has ids outside the vocabulary, or when this bundle cannot
-        run the policy or the catch-up.
+        Raises RequestError when the prompt is empty, too long, or has ids outside the vocabulary, or when
+        this bundle cannot run the policy or the catch-up.
         """
         limit, policy = self.stack.max_positions, policy or FULL_DEPTH
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         if len(prompt) >= limit:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens; this model's context of {limit} leaves no room for an answer"
+                f"the prompt has {len(prompt)} tokens; this model's context of {limit} leaves no room "
+                "for an answer"
             )
         self.check_ids(prompt)
         if max_new_tokens < 1:
@@ -127,7 +132,8 @@ class Engine:
         sequence.drafts.length = self.draft_length if asked else 0
         if catch_up == "verify" and not self.stack.exact:
             sequence.notes.append(
-                "verify holds up to rounding here: passes of several tokens differ from single ones in their last bits"
+                "verify holds up to rounding here: passes of several tokens differ from single ones in "
+                "their last bits"
             )
         sequence.notes += notes
         if self.costs and asked and (self.adapt or catch_up == "verify"):
@@ -140,7 +146,9 @@ class Engine:
         return sequence
 
     def measure(self) -> None:
-        """Measure what passes cost, once, when nothing is running: the passes that are timed run over the pool."""
+        """Measure what passes cost, once, when nothing is running: the passes that are timed run over the
+        pool.
+        """
         if self.costs is None and not self.sequences:
             self.costs = measure_costs(self.stack)
 
@@ -162,7 +170,8 @@ class Engine:
             raise RequestError("catch-up 'propagate' has no K/V for routed layers; use recompute")
         if routed and policy.asks == "similarity":
             raise RequestError(
-                f"policy '{policy.name}' compares the states around a segment, which routed layers cut; use another policy"
+                f"policy '{policy.name}' compares the states around a segment, which routed layers cut; "
+                "use another policy"
             )
         self.check_asks(policy)
 

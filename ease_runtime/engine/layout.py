@@ -1,4 +1,6 @@
-"""What everybody may know of the layers without running them: the shapes of segments, entries of a cache, a call on record."""
+"""What everybody may know of the layers without running them: the shapes of segments, entries of a cache, a
+call on record.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,9 +16,13 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One graph call, for whoever traces them: what it ran, over how many tokens of how many slots, with which cache length."""
+    """One graph call, for whoever traces them: what it ran, over how many tokens of how many slots, with
+    which cache length.
+    """
 
-    graph: str  # "segment", "kv", "route", "block", "similarity", or "exit" and "gate" (an exit's graph and the head or gate after it)
+    # "segment", "kv", "route", "block", "similarity", or "exit" and "gate" (an exit's graph and the head or
+    # gate after it)
+    graph: str
     number: int  # of the segment or exit, from 0
     num_tokens: int
     cache_length: int = 0

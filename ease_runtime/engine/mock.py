@@ -1,13 +1,17 @@
 """The layers without weights: the protocol `Stack` in plain numpy, for tests of whatever drives one.
 
-    stack = MockStack(exit_layers=(2, 4, 6), confidence=lambda exit_index, position: 0.9 if position % 3 else 0.2)
+    stack = MockStack(
+        exit_layers=(2, 4, 6),
+        confidence=lambda exit_index, position: 0.9 if position % 3 else 0.2,
+    )
     engine = Engine(stack)
 
-A hidden state is one 64-bit number. Each layer hashes it with the keys and values of every position up to its own, and the
-logits are a hash of what comes out: a pass over the wrong token, at the wrong position, in the wrong order or on missing or
-stale K/V changes every figure after it, and a right one is equal to the bit however the work was cut into passes.
-What the contract forbids fails at once, with an AssertionError: gaps in a cache, rows that nobody wrote or kept, states of
-another position or another depth. Rows move at every reservation, and a head's output is spoilt by the next call.
+A hidden state is one 64-bit number. Each layer hashes it with the keys and values of every position up to its
+own, and the logits are a hash of what comes out: a pass over the wrong token, at the wrong position, in the
+wrong order or on missing or stale K/V changes every figure after it, and a right one is equal to the bit
+however the work was cut into passes. What the contract forbids fails at once, with an AssertionError: gaps in
+a cache, rows that nobody wrote or kept, states of another position or another depth. Rows move at every
+reservation, and a head's output is spoilt by the next call.
 
 Shapes: S new tokens, N tokens at an exit, V vocabulary.
 """
@@ -53,9 +57,12 @@ def _number(value: int) -> Hashes:
 
 
 class MockCache:
-    """K/V of several sequences: a number a slot, layer and position. `filled[slot][k]` positions of segment k count.
+    """K/V of several sequences: a number a slot, layer and position.
 
-    As in a real cache a pass over neighbouring slots also writes pads, past what each holds: here into whatever is there.
+    `filled[slot][k]` positions of segment k count.
+
+    As in a real cache a pass over neighbouring slots also writes pads, past what each holds: here into
+    whatever is there.
     """
 
     def __init__(self, num_layers: int, num_segments: int, num_slots: int, capacity: int) -> None:
@@ -73,7 +80,9 @@ class MockCache:
 
 
 class MockPool:
-    """Hidden states by row, each with its position and the segment it came out of (-1: nothing was written yet)."""
+    """Hidden states by row, each with its position and the segment it came out of (-1: nothing was written
+    yet).
+    """
 
     UNKNOWN = -2  # a row that is neither reserved nor live
 
@@ -131,11 +140,13 @@ class MockPool:
 
 
 class MockStack:
-    """A stack of hashes. Layers and exits as in a bundle; `confidence(exit_index, position)` scripts what exits report.
+    """A stack of hashes.
 
-    Without a script the confidence is that of the logits, and there are no gates. No segment is routed. `blocks` are the exits
-    (from 0) with a layer of their own, numbered after the model's. `trace` collects the calls, with the tokens that a
-    cache holds as its length.
+    Layers and exits as in a bundle; `confidence(exit_index, position)` scripts what exits report.
+
+    Without a script the confidence is that of the logits, and there are no gates. No segment is routed.
+    `blocks` are the exits (from 0) with a layer of their own, numbered after the model's. `trace` collects
+    the calls, with the tokens that a cache holds as its length.
     """
 
     def __init__(
@@ -230,7 +241,9 @@ class MockStack:
         positions: Int64s,
         states: Hashes,
     ) -> Hashes:
-        """One layer of a part of the cache: writes the new tokens' K/V, and hashes all that each token attends to."""
+        """One layer of a part of the cache: writes the new tokens' K/V, and hashes all that each token
+        attends to.
+        """
         self._write(cache, layer, part, spans, positions, states)
         attended = [
             np.cumsum(cache.entries[slot, layer - 1, :stop], dtype=np.uint64)[start:]
@@ -354,7 +367,10 @@ class MockStack:
         return cache, positions
 
     def _head(self, number: int, rows: Int64s) -> HeadOutput:
-        """Logits hashed from the states and the exit, and what follows from them. Shape: (N) -> (N, V), (N)..."""
+        """Logits hashed from the states and the exit, and what follows from them.
+
+        Shape: (N) -> (N, V), (N)...
+        """
         hashed = mix(
             _number(number),
             _number(3),

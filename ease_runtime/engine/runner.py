@@ -1,12 +1,13 @@
-"""Runs sequences' tokens through the layers: the only caller of the stack, and the only writer of counters, slots' K/V and the pool.
+"""Runs sequences' tokens through the layers: the only caller of the stack, and the only writer of counters,
+slots' K/V and the pool.
 
     runner = Runner(stack)
     sequence = runner.open(ids)                             # in a slot, nothing run
     runner.advance(0, [(sequence, 0, len(ids))])            # through the first segment
     runner.ask(0, "head", [(sequence, np.arange(3))])       # what the first exit says of three of them
 
-The engine gives it passes (`run`); evaluation and export call `open`, `advance`, `propagate`, `ask` and `states` themselves.
-Decides nothing.
+The engine gives it passes (`run`); evaluation and export call `open`, `advance`, `propagate`, `ask` and
+`states` themselves. Decides nothing.
 """
 
 from collections.abc import Sequence as Many
@@ -36,7 +37,9 @@ class Runner:
     def new(
         self, tokens: Many[int], policy: ExitPolicy, request: Request, asked: frozenset[int]
     ) -> TokenSequence:
-        """A sequence without a slot, whose tokens have not run; `asked` are the early exits (from 0) that it may be asked at."""
+        """A sequence without a slot, whose tokens have not run; `asked` are the early exits (from 0) that it
+        may be asked at.
+        """
         num_segments, limit = len(self.stack.layout), self.stack.max_positions
         counters = Counters(
             done=[0] * num_segments,
@@ -50,7 +53,9 @@ class Runner:
         )
 
     def open(self, tokens: Many[int], asked: frozenset[int] = frozenset()) -> TokenSequence:
-        """A sequence in a slot whose tokens have not run yet, unchecked: for whoever runs the segments with `advance`."""
+        """A sequence in a slot whose tokens have not run yet, unchecked: for whoever runs the segments with
+        `advance`.
+        """
         sequence = self.new(
             tokens, FULL_DEPTH, Request(self.stack.max_positions, "recompute", Greedy()), asked
         )
@@ -77,7 +82,9 @@ class Runner:
         return self._ask_batch(batch, segment, exit_index)
 
     def propagate(self, segment: int, parts: Parts) -> None:
-        """Write K/V of tokens [start, stop) of some sequences into a segment, from the states that they left with."""
+        """Write K/V of tokens [start, stop) of some sequences into a segment, from the states that they left
+        with.
+        """
         with_block = self._with_block(segment, parts)
         out_row = self._reserve(_num_tokens(with_block)) if with_block else 0
         self.stack.run_kv(segment, self.cache, _spans(parts), _rows(parts))
@@ -85,7 +92,10 @@ class Runner:
         _mark(segment, parts)
 
     def advance(self, segment: int, parts: Parts, active: NDArray[np.bool_] | None = None) -> None:
-        """Run tokens [start, stop) of some sequences through a segment, or around it where it is routed. Shape: active (N)."""
+        """Run tokens [start, stop) of some sequences through a segment, or around it where it is routed.
+
+        Shape: active (N).
+        """
         if self.stack.layout[segment].routed:
             self._advance_routed(segment, parts)
             _mark(segment, parts)
@@ -136,7 +146,8 @@ class Runner:
             out_row += len(positions)
 
     def ask(self, exit_index: int, what: str, parts: Many[tuple[TokenSequence, Any]]) -> Any:
-        """What an exit says of some positions (a slice or an array) of each sequence's last pass: "head", "gate" or "similarity".
+        """What an exit says of some positions (a slice or an array) of each sequence's last pass: "head",
+        "gate" or "similarity".
 
         Returns a HeadOutput, or an array (N); the next call overwrites it.
         """
@@ -157,11 +168,16 @@ class Runner:
             sequence.counters.held = self._exit_rows(sequence, slice(newest, newest + 1), exit_index).copy()
 
     def states(self, sequence: TokenSequence, start: int, stop: int) -> NDArray[Any]:
-        """A copy of the hidden states of tokens [start, stop) that have just run. Shape: (stop - start, D)."""
+        """A copy of the hidden states of tokens [start, stop) that have just run.
+
+        Shape: (stop - start, D).
+        """
         return self.stack.read_states(sequence.counters.rows[start:stop])
 
     def _ask_batch(self, batch: Batch, segment: int, exit_index: int) -> list[ExitOutput | None]:
-        """Ask an exit about every row that it must say something of, in one call for each thing that it can say."""
+        """Ask an exit about every row that it must say something of, in one call for each thing that it can
+        say.
+        """
         early = exit_index < self.num_early
         questions = [question(sequence, work, exit_index, early) for sequence, work in batch]
         outputs: list[ExitOutput | None] = [None] * len(batch)
@@ -204,7 +220,9 @@ class Runner:
         )
 
     def _with_block(self, segment: int, parts: Parts) -> Parts:
-        """Those of some sequences that the exit behind a segment may be asked about, where that has a layer of its own."""
+        """Those of some sequences that the exit behind a segment may be asked about, where that has a layer
+        of its own.
+        """
         shape = self.stack.layout[segment]
         return [part for part in parts if shape.exit_index in part[0].counters.asked] if shape.block else []
 

@@ -1,13 +1,14 @@
 """Choosing the next token from logits: greedy, filtered sampling, or a given text.
 
-Logits are first adjusted (penalties, then bias). Sampling is Gumbel-max: the token is argmax(logit / temperature + noise)
-among those the filters keep, which draws from the filtered softmax. The noise of a token at a position is a pure function
-of (seed, position, token id), so a draw depends on no other draw, and two heads that agree on the distribution agree on the
-token.
+Logits are first adjusted (penalties, then bias). Sampling is Gumbel-max: the token is argmax(logit /
+temperature + noise) among those the filters keep, which draws from the filtered softmax. The noise of a token
+at a position is a pure function of (seed, position, token id), so a draw depends on no other draw, and two
+heads that agree on the distribution agree on the token.
 
 top-p          nucleus: Holtzman et al. 2020, arXiv 1904.09751
 min-p          at least this share of the largest probability: Nguyen et al. 2024, arXiv 2407.01082
-repetition     CTRL, Keskar et al. 2019, arXiv 1909.05858, section 4.1; for negative logits times, as everybody does since
+repetition     CTRL, Keskar et al. 2019, arXiv 1909.05858, section 4.1; for negative logits times, as
+               everybody does since
 """
 
 import math
@@ -29,7 +30,9 @@ class Sampler(Protocol):
     """What the engine asks for a token."""
 
     def pick(self, logits: NDArray[np.float32], top_id: int, tokens: Sequence[int], position: int) -> int:
-        """The token for `position`, from logits (V) whose largest is at `top_id`; the tokens before it are tokens[:position]."""
+        """The token for `position`, from logits (V) whose largest is at `top_id`; the tokens before it are
+        tokens[:position].
+        """
 
 
 class Greedy:
@@ -53,9 +56,10 @@ class Given:
 class Adjustments:
     """What is done to the logits before anything is chosen from them, in this order.
 
-    `repetition_penalty` divides the positive and multiplies the negative logits of every token of the history, the prompt
-    included (1 changes nothing). `presence_penalty` is taken off once, `frequency_penalty` once an occurrence, of the tokens
-    after the prompt, as OpenAI has it. `logit_bias` is added: pairs of id and bias.
+    `repetition_penalty` divides the positive and multiplies the negative logits of every token of the
+    history, the prompt included (1 changes nothing). `presence_penalty` is taken off once,
+    `frequency_penalty` once an occurrence, of the tokens after the prompt, as OpenAI has it. `logit_bias` is
+    added: pairs of id and bias.
     """
 
     repetition_penalty: float = 1.0
@@ -67,7 +71,8 @@ class Adjustments:
     def __post_init__(self) -> None:
         if not 1 / LARGEST <= self.repetition_penalty <= LARGEST:
             raise RequestError(
-                f"repetition_penalty {self.repetition_penalty} is outside [{1 / LARGEST:g}, {LARGEST:g}] (1 changes nothing)"
+                f"repetition_penalty {self.repetition_penalty} is outside [{1 / LARGEST:g}, {LARGEST:g}] "
+                "(1 changes nothing)"
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(getattr(self, name)) <= LARGEST:
@@ -77,7 +82,8 @@ class Adjustments:
         for token, bias in self.logit_bias:
             if token < 0 or not abs(bias) <= LARGEST:
                 raise RequestError(
-                    f"logit_bias {token}={bias} is not a token id with a number in [{-LARGEST:g}, {LARGEST:g}] to add"
+                    f"logit_bias {token}={bias} is not a token id with a number in [{-LARGEST:g}, "
+                    f"{LARGEST:g}] to add"
                 )
 
     @property
@@ -119,7 +125,9 @@ class AdjustedGreedy:
 
 @dataclass(frozen=True)
 class GumbelSampler:
-    """Temperature, then top-k (0 keeps all), top-p among those (1 keeps all) and min-p (0 keeps all), with a seed."""
+    """Temperature, then top-k (0 keeps all), top-p among those (1 keeps all) and min-p (0 keeps all), with a
+    seed.
+    """
 
     temperature: float
     top_k: int
@@ -158,9 +166,12 @@ class GumbelSampler:
 
 
 def _nucleus(scaled: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Where the fewest of the largest are whose mass reaches top_p of the whole; of equals the first. Shape: (n) -> (kept).
+    """Where the fewest of the largest are whose mass reaches top_p of the whole; of equals the first.
 
-    Sorts only as many of the largest as it takes: sorting a vocabulary of 49152 costs 5 ms, a quarter of a 135M model's step.
+    Shape: (n) -> (kept).
+
+    Sorts only as many of the largest as it takes: sorting a vocabulary of 49152 costs 5 ms, a quarter of a
+    135M model's step.
     """
     weights = np.exp(scaled - scaled.max())
     enough, size = top_p * weights.sum(), SORTED_AT_FIRST
@@ -177,7 +188,9 @@ def _nucleus(scaled: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
 
 
 def seed_of(seed: int, number: int) -> int:
-    """The seed of the completion `number` (from 0) of a request: the first has the request's own, each other one its own stream."""
+    """The seed of the completion `number` (from 0) of a request: the first has the request's own, each other
+    one its own stream.
+    """
     if number == 0:
         return seed
     mixed: NDArray[np.uint64] = _splitmix(_splitmix(np.array([seed], np.uint64)) ^ np.uint64(number))
@@ -185,7 +198,10 @@ def seed_of(seed: int, number: int) -> int:
 
 
 def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Standard Gumbel noise for token ids at a position: SplitMix64 (Steele et al. 2014) of the three numbers. Shape: (n) -> (n)."""
+    """Standard Gumbel noise for token ids at a position: SplitMix64 (Steele et al.
+
+    2014) of the three numbers. Shape: (n) -> (n).
+    """
     mixed = _splitmix(
         _splitmix(_splitmix(np.array([seed], np.uint64)) ^ np.uint64(position)) ^ ids.astype(np.uint64)
     )

@@ -1,4 +1,5 @@
-"""What runs next: `schedule` says what a sequence needs and looks at no other, `choose` which of these passes run now, together.
+"""What runs next: `schedule` says what a sequence needs and looks at no other, `choose` which of these passes
+run now, together.
 
 Pure functions of counters: nothing here runs a graph or decides where a token leaves.
 """
@@ -16,7 +17,9 @@ MAX_WAIT = 8  # passes of others that a row waits at most, when it could run its
 
 @dataclass(frozen=True)
 class Work:
-    """One pass: tokens [start, stop) of a sequence through a segment (from 0), or their propagated K/V into it."""
+    """One pass: tokens [start, stop) of a sequence through a segment (from 0), or their propagated K/V into
+    it.
+    """
 
     kind: str  # "segment", "kv", or "head": the newest token's gate has opened, and the exit's head is asked
     segment: int  # from 0
@@ -30,10 +33,10 @@ Batch = list[tuple[TokenSequence, Work]]  # of one kind and segment
 def schedule(sequence: TokenSequence, cap: int = DEFAULT_CAP, chunk: int = CHUNK) -> Work:
     """What a sequence needs next.
 
-    A token that enters a segment takes along all that are pending before it: in the same pass (`recompute`, `verify`), or as
-    K/V of their frozen states just before (`propagate`, CALM). Between two tokens a queue that has reached `cap` is settled,
-    which moves work and changes no token and no depth; drafts are settled when they are judged. A prompt runs every segment
-    whatever the catch-up, `chunk` tokens after the other.
+    A token that enters a segment takes along all that are pending before it: in the same pass (`recompute`,
+    `verify`), or as K/V of their frozen states just before (`propagate`, CALM). Between two tokens a queue
+    that has reached `cap` is settled, which moves work and changes no token and no depth; drafts are settled
+    when they are judged. A prompt runs every segment whatever the catch-up, `chunk` tokens after the other.
     """
     done, newest, decision = sequence.counters.done, len(sequence.tokens) - 1, sequence.decision
     catch_up, level = sequence.request.catch_up, decision.level
@@ -57,7 +60,9 @@ def schedule(sequence: TokenSequence, cap: int = DEFAULT_CAP, chunk: int = CHUNK
 
 
 def question(sequence: TokenSequence, work: Work, exit_index: int, early: bool) -> tuple[str, int] | None:
-    """What the exit behind a pass has to say of a sequence, for positions from where to the pass's end; None: nothing."""
+    """What the exit behind a pass has to say of a sequence, for positions from where to the pass's end; None:
+    nothing.
+    """
     newest, decision = len(sequence.tokens) - 1, sequence.decision
     if work.stop <= newest or decision.token:
         return None
@@ -71,9 +76,9 @@ def question(sequence: TokenSequence, work: Work, exit_index: int, early: bool) 
 def choose(works: Batch, prefill_turn: bool, chunk: int = CHUNK) -> Batch:
     """Which of the rows' next passes run now: all of one kind through one segment.
 
-    Heads go first, they let rows go on. A row that has waited for MAX_WAIT passes of others goes next. Prompts and decoding
-    take turns. Else the segment that most rows need, the deeper of two: rows that need depth wait for each other while more
-    of the others go on.
+    Heads go first, they let rows go on. A row that has waited for MAX_WAIT passes of others goes next.
+    Prompts and decoding take turns. Else the segment that most rows need, the deeper of two: rows that need
+    depth wait for each other while more of the others go on.
     """
     groups: dict[tuple[bool, str, int], Batch] = {}
     for sequence, work in works:
@@ -101,7 +106,9 @@ def choose(works: Batch, prefill_turn: bool, chunk: int = CHUNK) -> Batch:
 
 
 def _prompts(group: Batch, chunk: int) -> Batch:
-    """The prompts that share a pass: the one that has waited longest, and others of about its length, `chunk` tokens in all."""
+    """The prompts that share a pass: the one that has waited longest, and others of about its length, `chunk`
+    tokens in all.
+    """
     first = max(group, key=lambda pair: pair[0].waited)
     size = first[1].stop - first[1].start
     chosen, total = [first], size

@@ -1,8 +1,9 @@
 """One sequence's state, by who owns it: what was asked for, what has run, the decision in flight, the drafts.
 
-Counters: `done[k]` tokens have keys and values in segment k; they never increase with k. The tokens pending at boundary k,
-between segments k and k+1, are [done[k+1], done[k]): they left there (or wait there) and owe K/V to the deeper layers.
-Under `verify` the last tokens may be drafts, which full depth has yet to accept. Knows nothing about graphs or text.
+Counters: `done[k]` tokens have keys and values in segment k; they never increase with k. The tokens pending
+at boundary k, between segments k and k+1, are [done[k+1], done[k]): they left there (or wait there) and owe
+K/V to the deeper layers. Under `verify` the last tokens may be drafts, which full depth has yet to accept.
+Knows nothing about graphs or text.
 """
 
 from dataclasses import dataclass, field
@@ -23,8 +24,8 @@ NO_ROWS: Int64s = np.zeros(0, np.int64)
 class Token:
     """What became of one position.
 
-    `logprob` is the chosen token's, in nats, under the head that it left by (under verify: full depth), from raw logits;
-    `top_logprobs` those of the most probable ids, where they were asked for.
+    `logprob` is the chosen token's, in nats, under the head that it left by (under verify: full depth), from
+    raw logits; `top_logprobs` those of the most probable ids, where they were asked for.
     """
 
     id: int
@@ -74,7 +75,9 @@ class Counters:
         self.held = NO_ROWS
 
     def live_rows(self) -> list[Int64s]:
-        """The pool rows of the tokens that wait for deeper layers or a head (views: who moves the states rewrites them)."""
+        """The pool rows of the tokens that wait for deeper layers or a head (views: who moves the states
+        rewrites them).
+        """
         return [self.rows[self.done[-1] : self.done[0]], self.held]
 
 
@@ -146,7 +149,9 @@ class TokenSequence:
 
     @property
     def may_draft(self) -> bool:
-        """Whether the newest token may leave early: under verify, not in the prompt, and not once the drafts must be judged."""
+        """Whether the newest token may leave early: under verify, not in the prompt, and not once the drafts
+        must be judged.
+        """
         if self.request.catch_up != "verify":
             return True
         drafts = self.drafts.tokens
@@ -161,7 +166,8 @@ class TokenSequence:
     def crop(self, length: int) -> None:
         """Forget every token from position `length` on; what the caches hold past it is overwritten later.
 
-        The token that takes the place of the first of them is appended to `tokens` before the next step. The prompt must have run.
+        The token that takes the place of the first of them is appended to `tokens` before the next step. The
+        prompt must have run.
         """
         del self.tokens[length:]
         del self.produced[max(0, length - self.num_prompt) :]

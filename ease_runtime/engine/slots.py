@@ -41,7 +41,10 @@ class Slots:
         self.taken[sequence.slot], sequence.slot = None, None
 
     def take_over(self, sequence: TokenSequence, previous: TokenSequence, blocks: frozenset[int]) -> None:
-        """Give a finished sequence's slot to another, with the K/V that both share. `blocks`: exits with a layer of their own."""
+        """Give a finished sequence's slot to another, with the K/V that both share.
+
+        `blocks`: exits with a layer of their own.
+        """
         assert previous.finish_reason is not None, "only a finished sequence gives its slot away"
         pairs = zip(previous.tokens, sequence.tokens, strict=False)
         common = next(

@@ -23,11 +23,13 @@ Int64s = NDArray[np.int64]
 
 
 class RowCache:
-    """K/V of several sequences, one a slot: a buffer (slots, T, kv_dim) for the keys and one for the values of each layer.
+    """K/V of several sequences, one a slot: a buffer (slots, T, kv_dim) for the keys and one for the values
+    of each layer.
 
-    `written[k, slot]` positions of segment k have been written; nothing before them is touched by another slot's pass. One
-    slot takes its whole length at once, since the system commits memory as pages are written, and a shorter T is a shorter
-    view. Several slots share T as a stride: growing copies what is written, layer by layer, and is counted in `copied_bytes`.
+    `written[k, slot]` positions of segment k have been written; nothing before them is touched by another
+    slot's pass. One slot takes its whole length at once, since the system commits memory as pages are
+    written, and a shorter T is a shorter view. Several slots share T as a stride: growing copies what is
+    written, layer by layer, and is counted in `copied_bytes`.
     """
 
     serials = itertools.count()
@@ -57,7 +59,9 @@ class RowCache:
         return np.frombuffer(pages, self.dtype).reshape(shape)
 
     def length_for(self, num_slots: int, needed: int) -> int:
-        """The T to bind for a pass over `num_slots` neighbours that writes up to `needed` positions of a row; grows when it must."""
+        """The T to bind for a pass over `num_slots` neighbours that writes up to `needed` positions of a row;
+        grows when it must.
+        """
         if needed > self.length:
             self._resize(-(-max(needed, self.length + self.length // GROWTH) // CACHE_STEP) * CACHE_STEP)
         return min(self.length, -(-needed // CACHE_STEP) * CACHE_STEP) if num_slots == 1 else self.length
@@ -70,7 +74,9 @@ class RowCache:
             self._resize(longest)
 
     def scrub(self) -> None:
-        """Zero whatever lies past the written positions: a pad of a broken row may have left what is no number there."""
+        """Zero whatever lies past the written positions: a pad of a broken row may have left what is no
+        number there.
+        """
         for number, pair in zip(self.segment_of, self.buffers, strict=True):
             for buffer in pair:
                 for slot in range(self.num_slots):
@@ -86,7 +92,10 @@ class RowCache:
                     self.copied_bytes += written * self.kv_dim * old.itemsize
 
     def read(self, layer: int, slot: int, count: int) -> NDArray[Any]:
-        """A copy of a layer's (from 0) first `count` keys and values of a slot, for the host. Shape: (2, count, kv_dim)."""
+        """A copy of a layer's (from 0) first `count` keys and values of a slot, for the host.
+
+        Shape: (2, count, kv_dim).
+        """
         return np.array([buffer[slot, :count] for buffer in self.buffers[layer]])
 
     def pointers(self, layer: int, slot: int) -> tuple[int, int]:
@@ -135,7 +144,10 @@ class DeviceCache:
                     values[~np.isfinite(values)] = 0.0
 
     def read(self, layer: int, slot: int, count: int) -> NDArray[Any]:
-        """A copy of a layer's (from 0) first `count` keys and values of a slot, for the host. Shape: (2, count, kv_dim)."""
+        """A copy of a layer's (from 0) first `count` keys and values of a slot, for the host.
+
+        Shape: (2, count, kv_dim).
+        """
         return np.array([buffer.read()[slot, :count] for buffer in self.buffers[layer]])
 
     def pointers(self, layer: int, slot: int) -> tuple[int, int]:
@@ -146,7 +158,10 @@ class DeviceCache:
 
 
 class HiddenPool:
-    """Hidden states by row, of every sequence. More rows are another buffer, so `serial` counts the buffers."""
+    """Hidden states by row, of every sequence.
+
+    More rows are another buffer, so `serial` counts the buffers.
+    """
 
     def __init__(self, dim: int, dtype: type[np.generic] = np.float32) -> None:
         self.serial, self.top = 0, 0
@@ -159,7 +174,10 @@ class HiddenPool:
         return num_rows, dim
 
     def reserve(self, num_rows: int, live: Sequence[Int64s]) -> int:
-        """See `Stack.reserve_rows`. Starts over when nothing lives; packs the living rows when the end is reached."""
+        """See `Stack.reserve_rows`.
+
+        Starts over when nothing lives; packs the living rows when the end is reached.
+        """
         if self.top and not any(len(rows) for rows in live):
             self.top = 0
         if self.top + num_rows > self.shape[0]:
@@ -168,7 +186,9 @@ class HiddenPool:
         return first
 
     def _pack(self, num_rows: int, live: Sequence[Int64s]) -> None:
-        """Move the living rows to the front, of a larger buffer when they and the new ones would fill half of this."""
+        """Move the living rows to the front, of a larger buffer when they and the new ones would fill half of
+        this.
+        """
         kept = (
             np.concatenate([self.read(rows) for rows in live]) if live else self.read(np.zeros(0, np.int64))
         )

@@ -1,4 +1,6 @@
-"""Where graphs run and where their buffers live: numpy arrays on the CPU, ONNX Runtime's own memory on a GPU."""
+"""Where graphs run and where their buffers live: numpy arrays on the CPU, ONNX Runtime's own memory
+on a GPU.
+"""
 
 import ctypes
 import io
@@ -20,7 +22,10 @@ SILENT = 4  # ONNX Runtime's log level for fatal errors only
 
 @dataclass(frozen=True)
 class Device:
-    """A place to run. `own_memory`: buffers stay there, and the host reads or writes one only whole, and rarely."""
+    """A place to run.
+
+    `own_memory`: buffers stay there, and the host reads or writes one only whole, and rarely.
+    """
 
     name: str  # as ONNX Runtime calls it
     provider: str
@@ -32,7 +37,10 @@ CUDA = Device("cuda", "CUDAExecutionProvider", own_memory=True)
 
 
 def choose_device(name: str) -> Device:
-    """The device of a name; "auto" is CUDA where it works. Raises DeviceError for an unknown name, or CUDA where it is missing."""
+    """The device of a name; "auto" is CUDA where it works.
+
+    Raises DeviceError for an unknown name, or CUDA where it is missing.
+    """
     if name not in DEVICES:
         raise DeviceError(f"unknown device '{name}'; {did_you_mean(name, DEVICES)}")
     if name == "cpu":
@@ -42,7 +50,8 @@ def choose_device(name: str) -> Device:
         return CUDA
     if name == "cuda":
         raise DeviceError(
-            f"device 'cuda' does not work here: {reason}; use --device cpu, or install: pip install 'ease-lm[cuda]'"
+            f"device 'cuda' does not work here: {reason}; use --device cpu, or install: pip install "
+            "'ease-lm[cuda]'"
         )
     return CPU
 

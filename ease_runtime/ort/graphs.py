@@ -26,9 +26,12 @@ BINDINGS_KEPT = 128  # a graph, of different shapes; building one costs about 10
 
 @functools.cache
 def start_thread_pool(num_threads: int) -> None:
-    """Give the process one ONNX Runtime thread pool, which all sessions share. Raises DeviceError when it has another.
+    """Give the process one ONNX Runtime thread pool, which all sessions share.
 
-    With the default, a spinning pool a session, two segments ran 2x slower and thirty 13x slower than one graph.
+    Raises DeviceError when it has another.
+
+    With the default, a spinning pool a session, two segments ran 2x slower and thirty 13x slower than one
+    graph.
     """
     try:
         ort.set_global_thread_pool_sizes(num_threads, 1)
@@ -40,9 +43,11 @@ def start_thread_pool(num_threads: int) -> None:
 
 @functools.cache
 def share_arena() -> None:
-    """Give the process one arena for what graphs compute in between, which all sessions share: they never run at once.
+    """Give the process one arena for what graphs compute in between, which all sessions share: they never run
+    at once.
 
-    With an arena each, every segment keeps what the longest prompt took of it (40 MB more at 135M parameters in three segments).
+    With an arena each, every segment keeps what the longest prompt took of it (40 MB more at 135M parameters
+    in three segments).
     """
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, None)
@@ -56,7 +61,9 @@ def load_session(
     changed: bytes | None = None,
     own_threads: bool = False,
 ) -> ort.InferenceSession:
-    """Open a graph, or a `changed` form of it over the same files of weights. Raises BundleError when ONNX Runtime cannot.
+    """Open a graph, or a `changed` form of it over the same files of weights.
+
+    Raises BundleError when ONNX Runtime cannot.
 
     Sessions share the process's threads, unless this one has its `own_threads`.
     """
@@ -86,7 +93,10 @@ def load_session(
 def check_signature(
     session: ort.InferenceSession, path: Path, signature: Signature, floats: str = "tensor(float)"
 ) -> None:
-    """Whether a graph takes and gives what the manifest says, or buffers bound to it would not fit. Raises BundleError."""
+    """Whether a graph takes and gives what the manifest says, or buffers bound to it would not fit.
+
+    Raises BundleError.
+    """
     try:
         _compare_signature(session, path, signature, floats)
     except UnicodeDecodeError:
@@ -101,13 +111,15 @@ def _compare_signature(session: ort.InferenceSession, path: Path, signature: Sig
         if names != set(expected):
             odd = ", ".join(sorted(names ^ set(expected)))
             raise BundleError(
-                f"{path} is not the graph that the manifest describes: its {what} differ in {odd}; export the bundle again"
+                f"{path} is not the graph that the manifest describes: its {what} differ in {odd}; "
+                "export the bundle again"
             )
         for value in found:
             shape = tuple(size if isinstance(size, int) else None for size in value.shape)
             if value.type != TYPES.get(value.name, floats) or shape != expected[value.name]:
                 raise BundleError(
-                    f"{path} is not the graph that the manifest describes: {value.name} is {value.type} {list(value.shape)}, "
+                    f"{path} is not the graph that the manifest describes: {value.name} is {value.type} "
+                    f"{list(value.shape)}, "
                     f"expected {list(expected[value.name])}; export the bundle again"
                 )
 
@@ -121,7 +133,10 @@ class Clock:
 
 
 class Binding:
-    """An IOBinding. Small inputs and outputs are numpy arrays of its own; the rest is bound by address in the device's memory."""
+    """An IOBinding.
+
+    Small inputs and outputs are numpy arrays of its own; the rest is bound by address in the device's memory.
+    """
 
     def __init__(
         self, session: ort.InferenceSession, input_names: frozenset[str], device: Device, clock: Clock
@@ -177,7 +192,10 @@ class Binding:
 
 
 class Graph:
-    """A session with one binding for each shape of its inputs, the least used forgotten. `bind` fills a new one."""
+    """A session with one binding for each shape of its inputs, the least used forgotten.
+
+    `bind` fills a new one.
+    """
 
     def __init__(
         self, session: ort.InferenceSession, bind: Callable[..., None], device: Device, clock: Clock

@@ -3,8 +3,8 @@
 Nothing else runs a graph, and nothing here decides. What the engine needs of it is the protocol `Stack`;
 `ease_runtime.engine.mock.MockStack` is the same interface in numpy, for tests.
 
-Shapes: N new tokens in all, B neighbouring slots of the cache, S new tokens of the longest of them, T length of a cache
-buffer, M rows of the pool, D width, V vocabulary.
+Shapes: N new tokens in all, B neighbouring slots of the cache, S new tokens of the longest of them, T length
+of a cache buffer, M rows of the pool, D width, V vocabulary.
 """
 
 import logging
@@ -51,7 +51,10 @@ ROUNDING = {
 
 
 class Cache(Protocol):
-    """The keys and values of several sequences, one a slot, every layer. The engine only passes it on, and frees its slots."""
+    """The keys and values of several sequences, one a slot, every layer.
+
+    The engine only passes it on, and frees its slots.
+    """
 
     num_slots: int
 
@@ -66,7 +69,8 @@ class Cache(Protocol):
 class StackExit:
     """A place where tokens may leave, after `layer`, and what can be done there with rows of the pool.
 
-    `head` and `gate` read what the exit's own layer, `block`, wrote, where there is one. Results are overwritten by the next call.
+    `head` and `gate` read what the exit's own layer, `block`, wrote, where there is one. Results are
+    overwritten by the next call.
     """
 
     layer: int
@@ -86,7 +90,10 @@ class StackExit:
         return getattr(self, what, None) is not None
 
     def ask(self, what: str, rows: Int64s, before: Int64s) -> HeadOutput | NDArray[np.float32]:
-        """Its "head", "gate" or "similarity" (with the rows before the segment) for some rows. Shape: (N), (N) -> (N)."""
+        """Its "head", "gate" or "similarity" (with the rows before the segment) for some rows.
+
+        Shape: (N), (N) -> (N).
+        """
         if what == "head":
             return self.head(rows)
         if what == "similarity":
@@ -96,9 +103,12 @@ class StackExit:
 
 
 class Stack(Protocol):
-    """What the engine needs of the layers. Segments and exits are numbered from 0; rows are rows of the hidden pool.
+    """What the engine needs of the layers.
 
-    Spans are of different slots, in their order; tokens (inputs, rows) are those of the spans, one after the other.
+    Segments and exits are numbered from 0; rows are rows of the hidden pool.
+
+    Spans are of different slots, in their order; tokens (inputs, rows) are those of the spans, one after the
+    other.
     """
 
     layout: tuple[SegmentShape, ...]
@@ -116,7 +126,10 @@ class Stack(Protocol):
         """An empty cache."""
 
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
-        """The first of `num_rows` free rows in a line. Rows named in `live` keep their states; they may move, in place."""
+        """The first of `num_rows` free rows in a line.
+
+        Rows named in `live` keep their states; they may move, in place.
+        """
 
     def read_states(self, rows: Int64s) -> NDArray[Any]:
         """A copy of hidden states for the host. Shape: (N) -> (N, D)."""
@@ -132,8 +145,8 @@ class Stack(Protocol):
     ) -> None:
         """Run N tokens through a segment; their hidden states go to rows out_row...
 
-        `inputs` are pool rows, or token ids for segment 0, whose embeddings go to the N rows after. Where `active` is False
-        a token is frozen.
+        `inputs` are pool rows, or token ids for segment 0, whose embeddings go to the N rows after. Where
+        `active` is False a token is frozen.
         """
 
     def run_kv(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s) -> None:
@@ -145,12 +158,17 @@ class Stack(Protocol):
     def run_routed(
         self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int
     ) -> None:
-        """Run the tokens that go into a routed segment: spans count what its cache holds. Shapes: positions and rows (N)."""
+        """Run the tokens that go into a routed segment: spans count what its cache holds.
+
+        Shapes: positions and rows (N).
+        """
 
 
 @dataclass(frozen=True)
 class ExitGraphs:
-    """An exit's graphs: what it does before its head, the head, and a gate and a layer of its own where it has them."""
+    """An exit's graphs: what it does before its head, the head, and a gate and a layer of its own where it
+    has them.
+    """
 
     before_head: Graph
     head: Graph
@@ -163,9 +181,9 @@ class OrtStack:
 
         stack = OrtStack(Path("runs/demo/bundle"))
 
-    `num_threads` are those of the process, 0 for all; with None each graph has its own, where
-    the process has none yet, and the process is free to choose later.
-    Raises BundleError when the bundle cannot be trusted or loaded, DeviceError when its graphs compute something wrong here.
+    `num_threads` are those of the process, 0 for all; with None each graph has its own, where the process has
+    none yet, and the process is free to choose later. Raises BundleError when the bundle cannot be trusted or
+    loaded, DeviceError when its graphs compute something wrong here.
     """
 
     def __init__(
@@ -225,7 +243,8 @@ class OrtStack:
                 self.run_every_graph()
         except RuntimeError as error:  # ONNX Runtime's
             raise BundleError(
-                f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; export the bundle again"
+                f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; export the "
+                "bundle again"
             ) from None
 
     def _load(self, name: str, signature: Signature, bind: Callable[..., None]) -> Graph:
@@ -367,8 +386,8 @@ class OrtStack:
     ) -> Binding:
         """The binding for these tokens, with the cache, the pool and the small inputs in place.
 
-        The pass covers the slots from the first to the last span. Those without new tokens, and rows with fewer than the
-        longest, write pads past what they hold: room is made for them.
+        The pass covers the slots from the first to the last span. Those without new tokens, and rows with
+        fewer than the longest, write pads past what they hold: room is made for them.
         """
         assert isinstance(cache, RowCache | DeviceCache)
         first, num_slots = spans[0].slot, spans[-1].slot - spans[0].slot + 1
@@ -402,7 +421,9 @@ class OrtStack:
         num_slots: int,
         length: int,
     ) -> None:
-        """Past and present are one buffer, so the cache is written in place; a row alone takes a view of any length."""
+        """Past and present are one buffer, so the cache is written in place; a row alone takes a view of any
+        length.
+        """
         first_layer, shape = sum(self.layers_cached[:part]), (num_slots, length, cache.kv_dim)
         for i in range(self.layers_cached[part]):
             for name, pointer in zip(("key", "value"), cache.pointers(first_layer + i, first), strict=True):
@@ -499,8 +520,10 @@ class OrtStack:
         difference, self.exact = float(np.abs(together - apart).max()), bool((together == apart).all())
         if not difference <= SELF_TEST_TOLERANCE * scale * ROUNDING[self.manifest.precision]:
             raise DeviceError(
-                f"self-test failed: several tokens in one pass differ by {difference:.2g} (of {scale:.2g}) from one at a time; "
-                f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install 'onnxruntime>=1.31'"
+                f"self-test failed: several tokens in one pass differ by {difference:.2g} (of "
+                f"{scale:.2g}) from one at a time; "
+                f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install "
+                "'onnxruntime>=1.31'"
             )
 
     def run_every_graph(self) -> None:
@@ -533,8 +556,8 @@ def open_stack(
 ) -> OrtStack:
     """A bundle's graphs on a device by its name, as a `kind` of stack.
 
-    "auto" is CUDA where it works and can run this bundle, else the CPU, with one line in the log that says why. Raises
-    BundleError, DeviceError.
+    "auto" is CUDA where it works and can run this bundle, else the CPU, with one line in the log that says
+    why. Raises BundleError, DeviceError.
     """
     chosen = choose_device(device)
     if chosen is CPU:
@@ -565,9 +588,12 @@ def _layout(manifest: Manifest) -> tuple[SegmentShape, ...]:
 
 
 def _spread(spread: Int64s, places: Int64s, spans: Sequence[Span]) -> None:
-    """Which token stands at each place of a row, and where each token stands. Shapes: spread (B, S), places (N).
+    """Which token stands at each place of a row, and where each token stands.
 
-    A row's pads repeat its own last token, so that a broken row breaks no other; slots without new tokens repeat the first.
+    Shapes: spread (B, S), places (N).
+
+    A row's pads repeat its own last token, so that a broken row breaks no other; slots without new tokens
+    repeat the first.
     """
     first, num_places, token = spans[0].slot, spread.shape[1], 0
     spread.fill(0)

@@ -2,10 +2,10 @@
 
     policy = make_policy("entropy", 0.7, exit_layers=(4, 8, 12))
 
-Every policy turns what an exit says of a token into a confidence in [0, 1]; most let a token leave at a confidence of at
-least the exit's threshold, so threshold 0 leaves at the first exit. Confidences come from raw logits, before temperature,
-filters or penalties. A policy of one's own is a class like these: `module:Class` where a name is expected, or an object
-in Python (docs/policies.md).
+Every policy turns what an exit says of a token into a confidence in [0, 1]; most let a token leave at a
+confidence of at least the exit's threshold, so threshold 0 leaves at the first exit. Confidences come from
+raw logits, before temperature, filters or penalties. A policy of one's own is a class like these:
+`module:Class` where a name is expected, or an object in Python (docs/policies.md).
 """
 
 import math
@@ -60,12 +60,12 @@ def make_policy(
 ) -> ExitPolicy:
     """A policy for a bundle with exits after `exit_layers`, the last layer included.
 
-    `policy` is a name, `module:Class`, such a class, or an object of one, whose own options stay. `thresholds`
-    are whatever `Thresholds.of` takes. `min_exit` is the first layer after which a token may leave;
-    `exit_layer` the one exit of 'fixed'; a depth budget is in layers a token.
+    `policy` is a name, `module:Class`, such a class, or an object of one, whose own options stay.
+    `thresholds` are whatever `Thresholds.of` takes. `min_exit` is the first layer after which a token may
+    leave; `exit_layer` the one exit of 'fixed'; a depth budget is in layers a token.
 
-    Raises RequestError for an unknown name or layer, a value outside its range, a wrong number of thresholds, or options
-    that contradict each other.
+    Raises RequestError for an unknown name or layer, a value outside its range, a wrong number of thresholds,
+    or options that contradict each other.
     """
     early, given = tuple(exit_layers[:-1]), Thresholds.of(thresholds)
     if isinstance(policy, str):
@@ -132,5 +132,6 @@ def _check_budget(depth_budget: float, exit_layers: Sequence[int]) -> None:
         raise RequestError("a depth budget needs early exits; this bundle has none")
     if not exit_layers[0] <= depth_budget <= exit_layers[-1]:
         raise RequestError(
-            f"depth budget {depth_budget} is outside {exit_layers[0]}..{exit_layers[-1]}, the layers of the exits"
+            f"depth budget {depth_budget} is outside {exit_layers[0]}..{exit_layers[-1]}, the layers of "
+            "the exits"
         )

@@ -1,4 +1,6 @@
-"""A depth budget over any policy: thresholds move together so that the mean depth of a request approaches it."""
+"""A depth budget over any policy: thresholds move together so that the mean depth of a request
+approaches it.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,9 @@ GAIN = 0.25  # how far thresholds move for a token that used all layers too many
 
 @dataclass
 class BudgetState:
-    """What a request has spent, as the amount that its thresholds have moved; and the other policy's state."""
+    """What a request has spent, as the amount that its thresholds have moved; and the other
+    policy's state.
+    """
 
     inner: Any
     offset: float = 0.0

@@ -1,4 +1,7 @@
-"""gate: a learned predictor of whether full depth would say the same (CALM's meta-classifier). No head is run for it."""
+"""gate: a learned predictor of whether full depth would say the same (CALM's meta-classifier).
+
+No head is run for it.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,6 +1,6 @@
 """Policies that read the exit's head.
 
-max-prob, margin   CALM's softmax measures (Schuster et al. 2022, arXiv 2207.07061, section 3.5): p1, and p1 - p2
+max-prob, margin   CALM's softmax measures (Schuster et al. 2022, arXiv 2207.07061, section 3.5): p1, p1 - p2
 entropy            BranchyNet's (Teerapittayanon et al. 2016, arXiv 1709.01686), as 1 - H / ln V
 fixed              every token leaves at the one exit that has a threshold
 """

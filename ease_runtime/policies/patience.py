@@ -1,4 +1,7 @@
-"""patience: PABEE (Zhou et al. 2020, arXiv 2006.04152). A token leaves once enough exits in a row have said the same."""
+"""patience: PABEE (Zhou et al.
+
+2020, arXiv 2006.04152). A token leaves once enough exits in a row have said the same.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar

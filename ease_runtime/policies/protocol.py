@@ -1,4 +1,6 @@
-"""What an exit policy is, and what most of them share: a confidence, and the threshold at which a token leaves."""
+"""What an exit policy is, and what most of them share: a confidence, and the threshold at which a token
+leaves.
+"""
 
 import math
 from dataclasses import dataclass
@@ -35,7 +37,10 @@ class HeadOutput:
 
 @dataclass(frozen=True)
 class ExitOutput:
-    """What an exit (from 0) said of N tokens: its head's output, or the value of a gate or a similarity. Shapes: (N)."""
+    """What an exit (from 0) said of N tokens: its head's output, or the value of a gate or a similarity.
+
+    Shapes: (N).
+    """
 
     exit_index: int
     positions: NDArray[np.int64]
@@ -45,7 +50,9 @@ class ExitOutput:
 
 
 class ExitPolicy(Protocol):
-    """Does a token leave at an early exit? A policy is shared by requests: what it must remember of one is in the request's state."""
+    """Does a token leave at an early exit? A policy is shared by requests: what it must remember of one is in
+    the request's state.
+    """
 
     @property
     def name(self) -> str:
@@ -53,7 +60,9 @@ class ExitPolicy(Protocol):
 
     @property
     def asks(self) -> str:
-        """What it asks an exit: "head", or "gate" or "similarity", and then the head only of a token that leaves."""
+        """What it asks an exit: "head", or "gate" or "similarity", and then the head only of a token that
+        leaves.
+        """
 
     @property
     def thresholds(self) -> Thresholds:
@@ -78,7 +87,9 @@ class ExitPolicy(Protocol):
 
 @dataclass(frozen=True)
 class ThresholdPolicy:
-    """A policy whose tokens leave at a confidence of at least the exit's threshold. Derive from it and say what confidence is.
+    """A policy whose tokens leave at a confidence of at least the exit's threshold.
+
+    Derive from it and say what confidence is.
 
     `decay` is CALM's tau (Schuster et al. 2022, arXiv 2207.07061, section 3.4): the threshold lambda becomes
     0.9 lambda + 0.1 exp(-tau t / N) at token t of N.

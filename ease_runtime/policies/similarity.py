@@ -1,4 +1,7 @@
-"""similarity: CALM's state saturation, max(0, cosine) of the states before and after the exit's segment. No head is run for it."""
+"""similarity: CALM's state saturation, max(0, cosine) of the states before and after the exit's segment.
+
+No head is run for it.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar

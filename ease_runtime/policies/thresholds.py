@@ -1,10 +1,10 @@
 """When tokens leave early: off, one threshold for every early exit, or one for each.
 
-    str(Thresholds.of("off,0.7"))      # 'off,0.7': the first exit is not asked, at the second a token leaves at 0.7
+    str(Thresholds.of("off,0.7"))  # 'off,0.7': the first is not asked, the second lets go at 0.7
     Thresholds.of(0.5).to_json()       # 0.5
 
-One notation, in flags, tables and JSON: `off`, `0.5`, `off,0.7`. JSON has a number where one number holds for every exit.
-Python and JSON may also give a list: `[None, 0.7]`.
+One notation, in flags, tables and JSON: `off`, `0.5`, `off,0.7`. JSON has a number where one number holds for
+every exit. Python and JSON may also give a list: `[None, 0.7]`.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ EXPECTED = "a number in [0, 1], off, or one of these for each early exit, like o
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The confidence at which a token leaves: one value for every early exit or one each; None: that exit is not asked.
+    """The confidence at which a token leaves: one value for every early exit or one each; None: that exit is
+    not asked.
 
     No values, or None alone, are off. Raises RequestError for a value outside [0, 1].
     """
@@ -69,12 +70,14 @@ class Thresholds:
             return OFF
         if not num_early:
             raise RequestError(
-                "this bundle has no early exit: its only exit is after the last layer; leave the threshold away"
+                "this bundle has no early exit: its only exit is after the last layer; leave the "
+                "threshold away"
             )
         values = self.values * num_early if len(self.values) == 1 else self.values
         if len(values) != num_early:
             raise RequestError(
-                f"{len(values)} thresholds given; this bundle has {num_early} early exits: give one, or one for each"
+                f"{len(values)} thresholds given; this bundle has {num_early} early exits: give one, or "
+                "one for each"
             )
         return Thresholds(values)
 

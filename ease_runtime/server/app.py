@@ -2,8 +2,8 @@
 
     app = create_app(llm, Settings(model="demo"))
 
-Needs the extra: pip install 'ease-lm[serve]'. A request is read, queued with the Worker, and followed until it ends or its
-client goes away.
+Needs the extra: pip install 'ease-lm[serve]'. A request is read, queued with the Worker, and followed until
+it ends or its client goes away.
 """
 
 import asyncio
@@ -123,7 +123,10 @@ class Service:
         return stream(answer, ticket, events) if asked.stream else await collect(answer, ticket, events)
 
     async def follow(self, ticket: Ticket, endpoint: str) -> AsyncGenerator[Update, None]:
-        """The updates of a request, until it has ended. Raises ApiError when it fails, ClientGone when nobody listens."""
+        """The updates of a request, until it has ended.
+
+        Raises ApiError when it fails, ClientGone when nobody listens.
+        """
         outcome, first = "cancelled", True
         num_open = ticket.size
         try:
@@ -238,7 +241,10 @@ def event(value: Any) -> str:
 
 
 def create_app(llm: TextEngine, settings: Settings) -> "FastAPI":
-    """The application. Raises RequestError where FastAPI is not installed. `app.state.service` is its Service."""
+    """The application.
+
+    Raises RequestError where FastAPI is not installed. `app.state.service` is its Service.
+    """
     try:
         from fastapi import FastAPI, Request, Response
         from fastapi.responses import HTMLResponse, JSONResponse

@@ -1,6 +1,7 @@
 """Bodies of requests, as OpenAI has them, become prompts and options. Whatever is wrong is said in one line.
 
-The object `ease` of a request holds what OpenAI has no word for; where it is there, answers tell each token's depth.
+The object `ease` of a request holds what OpenAI has no word for; where it is there, answers tell each token's
+depth.
 """
 
 import secrets
@@ -130,7 +131,10 @@ def read_switch(values: Body, name: str) -> bool:
 
 
 def read_options(body: Body, base: Options, more: Body) -> Options:
-    """The options that a body gives, over the server's own. Without a seed, one is drawn. Raises RequestError."""
+    """The options that a body gives, over the server's own.
+
+    Without a seed, one is drawn. Raises RequestError.
+    """
     given = {name: body[name] for name in (*SAMPLING, *MORE_SAMPLING) if body.get(name) is not None}
     ease = body.get("ease") or {}
     if not isinstance(ease, Mapping):
@@ -164,7 +168,9 @@ def _ids(part: Any, llm: TextEngine) -> list[int]:
 
 
 def read_messages(messages: Any) -> Any:
-    """Messages with their texts joined, where they came in parts; what else is wrong with them the template says."""
+    """Messages with their texts joined, where they came in parts; what else is wrong with them the template
+    says.
+    """
     if not isinstance(messages, list):
         return messages
     return [{**m, "content": _joined(m.get("content"))} if isinstance(m, Mapping) else m for m in messages]

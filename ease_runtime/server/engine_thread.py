@@ -1,6 +1,7 @@
 """The engine in a thread of its own, and all that only this thread touches. Knows nothing of asyncio.
 
-Others give it commands, which it carries out between passes; what it has to say it tells its listener, a call at a time.
+Others give it commands, which it carries out between passes; what it has to say it tells its listener, a call
+at a time.
 """
 
 import logging
@@ -108,7 +109,10 @@ class EngineThread:
         self._cut(CUT)
 
     def _obey(self) -> bool:
-        """Carry out the commands that are there; wait for one when there is nothing else to do. False at the end."""
+        """Carry out the commands that are there; wait for one when there is nothing else to do.
+
+        False at the end.
+        """
         while not (self.llm.busy and self.commands.empty()):
             command = self.commands.get()
             if command is None:

@@ -1,4 +1,6 @@
-"""Serve until told to stop: SIGTERM or Ctrl-C lets what runs finish, for a while, and cuts the rest with a notice."""
+"""Serve until told to stop: SIGTERM or Ctrl-C lets what runs finish, for a while, and cuts the rest with a
+notice.
+"""
 
 import contextlib
 import signal

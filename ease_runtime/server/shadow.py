@@ -1,9 +1,11 @@
-"""Does leaving early still cost what was promised? A share of the answers runs again at full depth, and both are compared.
+"""Does leaving early still cost what was promised? A share of the answers runs again at full depth, and both
+are compared.
 
-An answer's own tokens go through the engine once more, without early exits: what full depth would have said at each place,
-and how likely it makes each token. The risk is that of the bundle's certificate (ease-eval calibrate), the mean over answers:
-`disagreement`, the share of the tokens that full depth says differently, of greedy answers only; or `loss`, the nats that a
-token lost, within [0, 1]. One answer runs at a time, and none while requests wait.
+An answer's own tokens go through the engine once more, without early exits: what full depth would have said
+at each place, and how likely it makes each token. The risk is that of the bundle's certificate (ease-eval
+calibrate), the mean over answers: `disagreement`, the share of the tokens that full depth says differently,
+of greedy answers only; or `loss`, the nats that a token lost, within [0, 1]. One answer runs at a time, and
+none while requests wait.
 """
 
 import math
@@ -20,7 +22,9 @@ EPSILON = 0.05  # chance to call it drift where there is none
 
 @dataclass
 class Shadow:
-    """Compares `share` of the answers that the certificate is about; of all early ones where there is no certificate."""
+    """Compares `share` of the answers that the certificate is about; of all early ones where there is no
+    certificate.
+    """
 
     engine: Engine
     share: float
@@ -102,7 +106,9 @@ class Shadow:
 
     @property
     def drift(self) -> bool | None:
-        """Whether the risk is above the promise beyond chance (Hoeffding, one-sided); None where nothing is promised."""
+        """Whether the risk is above the promise beyond chance (Hoeffding, one-sided); None where nothing is
+        promised.
+        """
         if self.certificate is None:
             return None
         if self.risk is None:

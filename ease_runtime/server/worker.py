@@ -1,7 +1,7 @@
 """What the event loop knows of requests: tickets, how many there may be, and what has become of them.
 
-The engine runs in a thread of its own (engine_thread.py), which sees a request as a Job. Between the two go commands one way
-and calls of `Messages` the other, each carried out on the side that it is about.
+The engine runs in a thread of its own (engine_thread.py), which sees a request as a Job. Between the two go
+commands one way and calls of `Messages` the other, each carried out on the side that it is about.
 """
 
 import asyncio
@@ -49,7 +49,10 @@ class Ticket:
 
 
 class Worker:
-    """Takes requests for the engine's thread. At most `num_slots` completions run and `max_queued` wait; more are refused."""
+    """Takes requests for the engine's thread.
+
+    At most `num_slots` completions run and `max_queued` wait; more are refused.
+    """
 
     def __init__(
         self, llm: TextEngine, metrics: Metrics, *, max_queued: int = 64, shadow: Shadow | None = None
@@ -78,7 +81,10 @@ class Worker:
         self.engine.stop()
 
     def drain(self, grace_seconds: float) -> None:
-        """Take no more requests, and cut in `grace_seconds` those that still run. May be called from a signal's handler."""
+        """Take no more requests, and cut in `grace_seconds` those that still run.
+
+        May be called from a signal's handler.
+        """
         self.draining = True
         self.engine.cut_at(time.monotonic() + grace_seconds)
 

@@ -40,7 +40,8 @@ class SpecialTokens:
         self.ids = {added.content: token for token, added in self.tokens.items()}
         longest_first = sorted(self.ids, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        # Digits, which no template changes: the first stand in messages for what must stay text, the others never leave this object.
+        # Digits, which no template changes: the first stand in messages for what must stay text, the others
+        # never leave this object.
         self.mention, self.marker = (f"{secrets.randbelow(10**DIGITS):0{DIGITS}}" for _ in range(2))
 
     def encode_text(self, text: str) -> list[int]:
@@ -80,7 +81,8 @@ class SpecialTokens:
 
     @cached_property
     def blind(self) -> tuple[Tokenizer, dict[int, int]]:
-        """A copy of the tokenizer that knows special tokens by their markers only, and which ids these markers stand for.
+        """A copy of the tokenizer that knows special tokens by their markers only, and which ids these
+        markers stand for.
 
         Made when it is first needed: a large vocabulary takes a second, and its memory again.
         """

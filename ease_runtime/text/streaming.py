@@ -1,4 +1,5 @@
-"""Tokens become text as they come: whole characters only, and nothing that may turn out to begin a stop string.
+"""Tokens become text as they come: whole characters only, and nothing that may turn out to begin a stop
+string.
 
     writer = TextWriter(tokenizer, prompt_ids, [StopPattern("\\n\\n")])
     for piece in writer.add(token, last=False):      # the tokens whose text is certain by now
@@ -26,10 +27,13 @@ BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class Detokenizer:
-    """The text of tokens, a piece a token: '' while later tokens may still change it. Special tokens have no text.
+    """The text of tokens, a piece a token: '' while later tokens may still change it.
 
-    The pieces together are what one decode of prompt and answer adds to the prompt's text; a character that the prompt
-    began belongs to the answer that completes it. Only the last few tokens are decoded anew for each.
+    Special tokens have no text.
+
+    The pieces together are what one decode of prompt and answer adds to the prompt's text; a character that
+    the prompt began belongs to the answer that completes it. Only the last few tokens are decoded anew for
+    each.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int]) -> None:
@@ -122,7 +126,8 @@ def _keeps_beginnings(step: dict[str, Any]) -> bool:
 
 
 class StopPattern:
-    """A stop string with its failure table (Knuth, Morris and Pratt 1977): however long it is, a character costs a step or two.
+    """A stop string with its failure table (Knuth, Morris and Pratt 1977): however long it is, a character
+    costs a step or two.
 
     Special tokens, which have no text, stand in it and in what it is looked for in as their ids.
     """
@@ -140,7 +145,9 @@ class StopPattern:
             self.fallback[i] = length
 
     def advance(self, length: int, character: str | int) -> int:
-        """How much of the stop string the text ends with after one more character, from how much before it."""
+        """How much of the stop string the text ends with after one more character, from how much
+        before it.
+        """
         while length and self.text[length] != character:
             length = self.fallback[length - 1]
         return length + (self.text[length] == character)
@@ -160,7 +167,9 @@ class StopMatcher:
         return max(self.matched, default=0)
 
     def feed(self, text: Sequence[str | int]) -> int | None:
-        """Where the first stop string to be completed begins in the whole text, if one is; of two that end together, the longer."""
+        """Where the first stop string to be completed begins in the whole text, if one is; of two that end
+        together, the longer.
+        """
         if not self.patterns:
             self.length += len(text)
             return None
@@ -187,7 +196,10 @@ class Piece:
 
 
 class TextWriter:
-    """Tokens in, pieces out, as soon as it is certain that their text belongs to the answer. Once `stopped` it takes no more."""
+    """Tokens in, pieces out, as soon as it is certain that their text belongs to the answer.
+
+    Once `stopped` it takes no more.
+    """
 
     def __init__(
         self,

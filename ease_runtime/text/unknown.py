@@ -1,4 +1,6 @@
-"""Characters that a bundle's tokenizer does not know: they all become one token, and the model cannot tell them apart."""
+"""Characters that a bundle's tokenizer does not know: they all become one token, and the model cannot tell
+them apart.
+"""
 
 import functools
 import json

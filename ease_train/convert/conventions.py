@@ -1,4 +1,6 @@
-"""How a model's texts begin and end, and how it is spoken to: what comes along with weights besides a tokenizer."""
+"""How a model's texts begin and end, and how it is spoken to: what comes along with weights besides a
+tokenizer.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -10,10 +12,11 @@ from ease_train.data.tokens import END
 
 @dataclass(frozen=True)
 class Conventions:
-    """`start_id` stands before a text (None: nothing does), each of `stop_ids` ends one; the first is the one that stands there.
+    """`start_id` stands before a text (None: nothing does), each of `stop_ids` ends one; the first is the one
+    that stands there.
 
-    `chat_template` is jinja2's source, `special_tokens` the texts that it may write by their names (`bos_token`, ...), `generation`
-    what the model's makers sample with, by transformers' names.
+    `chat_template` is jinja2's source, `special_tokens` the texts that it may write by their names
+    (`bos_token`, ...), `generation` what the model's makers sample with, by transformers' names.
     """
 
     start_id: int | None

@@ -69,7 +69,8 @@ ROTARY_BUFFER = ".rotary_emb.inv_freq"  # which old files hold beside the weight
 
 @dataclass(frozen=True)
 class Foreign:
-    """A Hugging Face model: the values of its config.json, its weights by their names there, and what comes along.
+    """A Hugging Face model: the values of its config.json, its weights by their names there, and what comes
+    along.
 
     `report` says line by line what of the source was used, where its reader counts that.
     """
@@ -114,7 +115,8 @@ def model_config(
     positions = min(max_positions or positions, positions)
     if positions > MOST_POSITIONS:
         raise ForeignError(
-            f"config.json has a context of {positions} tokens, expected at most {MOST_POSITIONS}; cut it: --max-positions N"
+            f"config.json has a context of {positions} tokens, expected at most {MOST_POSITIONS}; cut "
+            "it: --max-positions N"
         )
     return ModelConfig.from_dict(
         {
@@ -165,7 +167,9 @@ def _refuse_features(values: Mapping[str, Any], kind: Any) -> None:
 
 
 def _positions(values: Mapping[str, Any], kind: Any) -> int:
-    """The longest text that this model attends to as a whole: past its sliding window, where it has one, it would not."""
+    """The longest text that this model attends to as a whole: past its sliding window, where it has one, it
+    would not.
+    """
     longest: int = values["max_position_embeddings"]
     slides = kind == "mistral" or (kind != "llama" and values.get("use_sliding_window"))
     window = values["sliding_window"] if slides else None
@@ -175,7 +179,8 @@ def _positions(values: Mapping[str, Any], kind: Any) -> int:
 
 
 def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, in the form of transformers before version 5, or of 5 (rope_parameters).
+    """`rope_theta` and `rope_scaling`, in the form of transformers before version 5, or of 5
+    (rope_parameters).
 
     Where a file has both, transformers reads the first. Raises ForeignError.
     """
@@ -187,7 +192,8 @@ def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     share = values.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
     if kind not in ("default", "linear", "llama3") or share != 1.0:
         raise ForeignError(
-            f"rotary embeddings of the kind '{kind}' (share {share}) cannot be imported; expected: default, linear, llama3"
+            f"rotary embeddings of the kind '{kind}' (share {share}) cannot be imported; expected: "
+            "default, linear, llama3"
         )
     names = {"default": (), "linear": LLAMA3_SCALING[:1], "llama3": LLAMA3_SCALING}[kind]
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
@@ -196,7 +202,8 @@ def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         value: Any = rope.get(name)
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ForeignError(
-                f"config.json has rotary embeddings of the kind '{kind}' with {name} = {value!r}, expected a number above 0"
+                f"config.json has rotary embeddings of the kind '{kind}' with {name} = {value!r}, "
+                "expected a number above 0"
             )
     return {
         "rope_theta": float(rope["rope_theta"]),
@@ -208,7 +215,8 @@ def foreign_config(config: ModelConfig) -> dict[str, Any]:
     """Our configuration as a config.json. Raises ForeignError for what transformers' models have not."""
     if not config.final_norm or config.routed_layers or (config.qk_norm and config.attention_bias):
         raise ForeignError(
-            "only models with a final norm, without routed layers, and not with both bias and q/k norm have a transformers form"
+            "only models with a final norm, without routed layers, and not with both bias and q/k norm "
+            "have a transformers form"
         )
     kind = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
     values = {theirs: getattr(config, ours) for ours, theirs in CONFIG.items()}

@@ -1,12 +1,13 @@
-"""GGUF files, llama.cpp's format: metadata and tensors as llama.cpp reads them, with no other loader in between.
+"""GGUF files, llama.cpp's format: metadata and tensors as llama.cpp reads them, with no other loader in
+between.
 
     file = GGUFFile(Path("model.gguf"))
     file.config                                        # the values of a config.json
     file.tensors["layers.0.attention.q_proj.weight"]   # packed rows under our name, with their ggml type
     file.foreign()                                     # the whole model, dequantised tensor by tensor
 
-Every key of `<architecture>.*` and `tokenizer.*` is used, known to change nothing, or refused by name; so is every
-tensor.
+Every key of `<architecture>.*` and `tokenizer.*` is used, known to change nothing, or refused by name; so is
+every tensor.
 """
 
 import math
@@ -95,7 +96,8 @@ SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-END_OF_TURN = (  # what llama.cpp takes for the end of an answer by its text: files name one such token of several
+# what llama.cpp takes for the end of an answer by its text: files name one such token of several
+END_OF_TURN = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "[EOT]", "[EOS]"),
     *("<|endoftext|>", "<|end_of_text|>", "</s>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001 - DeepSeek's
 )
@@ -114,7 +116,10 @@ class Reader(GGUFReader):
 
 @dataclass
 class Metadata:
-    """A file's keys and values; which of them were asked for, by their names. Every reader raises ForeignError."""
+    """A file's keys and values; which of them were asked for, by their names.
+
+    Every reader raises ForeignError.
+    """
 
     reader: GGUFReader
     used: set[str] = field(default_factory=set)
@@ -141,7 +146,9 @@ class Metadata:
         return found
 
     def per_layer(self, key: str, default: int | None = None) -> int:
-        """A whole number that a file may give once for all layers, or once for each; they have to be the same in all."""
+        """A whole number that a file may give once for all layers, or once for each; they have to be the same
+        in all.
+        """
         found = [default] if key not in self else self.reader.fields[key].contents()
         if (
             isinstance(found, list)
@@ -178,8 +185,8 @@ _NAMES = {
 class PackedTensor:
     """A tensor as its file keeps it: `data` holds one packed row each for the outer dimensions of `shape`.
 
-    `heads` is the number of heads whose rotated pairs lie side by side there (llama.cpp's order), 0 where rows are in
-    our order.
+    `heads` is the number of heads whose rotated pairs lie side by side there (llama.cpp's order), 0 where
+    rows are in our order.
     """
 
     name: str
@@ -233,7 +240,10 @@ def read_gguf(path: Path) -> Foreign:
 
 
 class GGUFFile:
-    """A file's model: `config` (the values of a config.json) and `tensors`, packed, by our names. Raises ForeignError."""
+    """A file's model: `config` (the values of a config.json) and `tensors`, packed, by our names.
+
+    Raises ForeignError.
+    """
 
     def __init__(self, path: Path) -> None:
         self.reader = _opened(path)
@@ -250,7 +260,10 @@ class GGUFFile:
         self.tensors = self._tensors()
 
     def foreign(self) -> Foreign:
-        """The whole model. Raises ForeignError for a tokenizer that is not known, and for keys that are not."""
+        """The whole model.
+
+        Raises ForeignError for a tokenizer that is not known, and for keys that are not.
+        """
         tokenizer, conventions = self.tokenizer_and_conventions()
         self._check_keys()
         return Foreign(self.config, Dequantised(self.tensors), tokenizer, conventions, self.report())
@@ -280,7 +293,8 @@ class GGUFFile:
             )
         if self.reader.byte_order != "I":
             raise ForeignError(
-                "the file's bytes are in the other order than this machine's; convert the model again on this one"
+                "the file's bytes are in the other order than this machine's; convert the model again on "
+                "this one"
             )
 
     def _config(self) -> dict[str, Any]:
@@ -342,12 +356,14 @@ class GGUFFile:
             return {**scaling, "rope_theta": theta}
         if linear:
             raise ForeignError(
-                f"both {ROPE_FACTORS} and {arch}.rope.scaling.factor = {factor} stretch the rotary embedding; expected one"
+                f"both {ROPE_FACTORS} and {arch}.rope.scaling.factor = {factor} stretch the rotary "
+                "embedding; expected one"
             )
         factors = self._packed(ROPE_FACTORS).floats().double()
         if len(factors) != head_dim // 2:
             raise ForeignError(
-                f"{ROPE_FACTORS} has {len(factors)} values, expected {head_dim // 2}, one for each rotated pair"
+                f"{ROPE_FACTORS} has {len(factors)} values, expected {head_dim // 2}, one for each "
+                "rotated pair"
             )
         return {**rope_scaling(factors, theta), "rope_theta": theta}
 
@@ -361,7 +377,8 @@ class GGUFFile:
         layers = self.config["num_hidden_layers"]
         if layers > len(self.stored):
             raise ForeignError(
-                f"{self.architecture}.block_count = {layers}, but the file holds {len(self.stored)} tensors in all"
+                f"{self.architecture}.block_count = {layers}, but the file holds {len(self.stored)} "
+                "tensors in all"
             )
         ours = {f"{theirs}.weight": f"{name}.weight" for theirs, name in OUTER.items()}
         for layer in range(layers):
@@ -375,7 +392,8 @@ class GGUFFile:
             )
         if strange := [name for name in self.stored if name not in ours and name not in optional]:
             raise ForeignError(
-                f"the file holds {len(strange)} tensors that this decoder has no place for, the first is {strange[0]}"
+                f"the file holds {len(strange)} tensors that this decoder has no place for, the first is "
+                f"{strange[0]}"
             )
         return {
             name: self._packed(theirs, self._paired_heads(theirs))
@@ -421,7 +439,8 @@ class GGUFFile:
             split = split_of(read.value("tokenizer.ggml.pre", str))
         if read.value("tokenizer.ggml.add_eos_token", bool, model == "t5"):
             raise ForeignError(
-                "tokenizer.ggml.add_eos_token is true (or left to t5's default): a token after every prompt is not known here"
+                "tokenizer.ggml.add_eos_token is true (or left to t5's default): a token after every "
+                "prompt is not known here"
             )
         starts = read.value("tokenizer.ggml.add_bos_token", bool, split.starts)
         if starts and ids["bos"] is None:
@@ -481,7 +500,9 @@ class GGUFFile:
         return found
 
     def _check_keys(self) -> None:
-        """Refuse keys of the model and of its tokenizer that were not used and may change what is computed."""
+        """Refuse keys of the model and of its tokenizer that were not used and may change what is
+        computed.
+        """
         arch, read = self.architecture, self.metadata
         neutral = {f"{arch}.{name}": value for name, value in NEUTRAL.items()} | NEUTRAL_TOKENIZER
         harmless = {*(f"{arch}.{name}" for name in HARMLESS), *HARMLESS_TOKENIZER}
@@ -514,8 +535,8 @@ def _opened(path: Path) -> Reader:
 def rope_scaling(factors: Tensor, theta: float) -> dict[str, Any]:
     """The settings that the factors of `rope_freqs.weight` were computed from: none, linear, or Llama 3's.
 
-    Llama 3's are known up to a common measure of LOW, HIGH and POSITIONS, which LOW = 1 fixes. Shape: (P/2) float64.
-    Raises ForeignError for other factors.
+    Llama 3's are known up to a common measure of LOW, HIGH and POSITIONS, which LOW = 1 fixes. Shape: (P/2)
+    float64. Raises ForeignError for other factors.
     """
     factor = float(factors.max())
     if torch.equal(factors, torch.full_like(factors, factor)):
@@ -528,12 +549,16 @@ def rope_scaling(factors: Tensor, theta: float) -> dict[str, Any]:
         ):
             return {"rope_type": "llama3", **dict(zip(LLAMA3_SCALING, (factor, *settings), strict=True))}
     raise ForeignError(
-        f"{ROPE_FACTORS} holds factors from {float(factors.min())} to {factor} that are not Llama 3's, nor linear"
+        f"{ROPE_FACTORS} holds factors from {float(factors.min())} to {factor} that are not Llama 3's, "
+        "nor linear"
     )
 
 
 def _llama3_candidates(factors: Tensor, turns: Tensor) -> Iterator[tuple[float, float, float]]:
-    """(LOW, HIGH, POSITIONS) to try; `turns` are those that a pair makes in one position. Shape: two of (P/2)."""
+    """(LOW, HIGH, POSITIONS) to try; `turns` are those that a pair makes in one position.
+
+    Shape: two of (P/2).
+    """
     factor = factors.max()
     kept = (1 / factors - 1 / factor) / (1 - 1 / factor)
     between = (kept > 1e-6) & (kept < 1 - 1e-6)

@@ -1,11 +1,13 @@
 """Hugging Face model directories: read into a checkpoint, and written back from one.
 
-    checkpoint = import_model("HuggingFaceTB/SmolLM2-135M-Instruct", exits=(10, 20))      # a directory, a hub id or a .gguf file
-    export_model(checkpoint, Path("smollm2-hf"))     # transformers loads it; what belongs to the exits lies in files beside
+    # a directory, a hub id or a .gguf file
+    checkpoint = import_model("HuggingFaceTB/SmolLM2-135M-Instruct", exits=(10, 20))
+    # transformers loads it; what belongs to the exits lies in files beside
+    export_model(checkpoint, Path("smollm2-hf"))
     export_exits(checkpoint, Path("smollm2-exits"))     # these files alone, small enough to share
 
-Reading safetensors and .gguf files needs no transformers (the latter need the package gguf); a tokenizer that is not in the form
-of tokenizer.json does.
+Reading safetensors and .gguf files needs no transformers (the latter need the package gguf); a tokenizer that
+is not in the form of tokenizer.json does.
 """
 
 import json
@@ -65,10 +67,12 @@ def import_model(
     with_exits: Path | None = None,
     report: Callable[[str], object] | None = None,
 ) -> Checkpoint:
-    """A foreign model as a checkpoint with untrained exits, whose norms start as the final norm. Raises ForeignError, ConfigError.
+    """A foreign model as a checkpoint with untrained exits, whose norms start as the final norm.
 
-    Without `exits` it has those in the folder `with_exits`, or those that `export_model` wrote beside it, if any. `report` is
-    called with each line of what of a .gguf file was used.
+    Raises ForeignError, ConfigError.
+
+    Without `exits` it has those in the folder `with_exits`, or those that `export_model` wrote beside it, if
+    any. `report` is called with each line of what of a .gguf file was used.
     """
     if source.endswith(".gguf"):
         foreign, folder = read_gguf_file(Path(source)), None
@@ -102,18 +106,25 @@ def download(name: str) -> Path:
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ForeignError(
-            f"no model at {name}: expected a Hugging Face directory, a hub id like OWNER/NAME, or a .gguf file"
+            f"no model at {name}: expected a Hugging Face directory, a hub id like OWNER/NAME, or a "
+            ".gguf file"
         )
     try:
         return Path(snapshot_download(name, allow_patterns=list(NEEDED_OF_HUB)))
     except Exception as error:  # the hub's client lets through whatever its transport raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = "is it spelt right, is it gated (hf auth login), is the hub in reach? A directory on this machine needs no hub"
+        remedy = (
+            "is it spelt right, is it gated (hf auth login), is the hub in reach? A directory on this "
+            "machine needs no hub"
+        )
         raise ForeignError(f"{name} did not come from the Hugging Face hub: {reason} ({remedy})") from None
 
 
 def read_directory(folder: Path) -> Foreign:
-    """A Hugging Face model directory; its weights are read one by one as they are asked for. Raises ForeignError."""
+    """A Hugging Face model directory; its weights are read one by one as they are asked for.
+
+    Raises ForeignError.
+    """
     config = read_json(folder / "config.json")
     if config is None:
         raise ForeignError(f"{folder} is no Hugging Face model: config.json is missing")
@@ -140,9 +151,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors of a directory's safetensors files as fp32, read when they are asked for. Raises ForeignError.
+    """The tensors of a directory's safetensors files as fp32, read when they are asked for.
 
-    As transformers has it, `model.safetensors` goes before an index, and names may lack the prefix of the decoder.
+    Raises ForeignError.
+
+    As transformers has it, `model.safetensors` goes before an index, and names may lack the prefix of the
+    decoder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -197,7 +211,10 @@ def _weight_files(folder: Path) -> list[str]:
 def _instead(folder: Path) -> str:
     """What a directory without weights that can be read holds in their place, and what to do about it."""
     if (folder / "adapter_config.json").is_file():
-        return ": it is an adapter of peft; merge it into its model and save that (merge_and_unload, save_pretrained)"
+        return (
+            ": it is an adapter of peft; merge it into its model and save that (merge_and_unload, "
+            "save_pretrained)"
+        )
     if others := sorted(path.name for path in folder.glob("*.safetensors")):
         return f" and {INDEX}; is {others[0]} meant? Give it the first name"
     remedy = (
@@ -219,14 +236,18 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]]:
-    """The tokenizer of a model directory, and the texts of its special tokens by their names. Raises ForeignError.
+    """The tokenizer of a model directory, and the texts of its special tokens by their names.
 
-    It is as transformers reads it, where that is installed: what else the directory says may add tokens, or change how texts are cut.
+    Raises ForeignError.
+
+    It is as transformers reads it, where that is installed: what else the directory says may add tokens, or
+    change how texts are cut.
     """
     described = tokenizer_settings(folder)
     if described.get("split_special_tokens"):
         raise ForeignError(
-            f"{folder} has split_special_tokens = true: its chat template would be read as plain text; set it to false"
+            f"{folder} has split_special_tokens = true: its chat template would be read as plain text; "
+            "set it to false"
         )
     try:
         import transformers
@@ -253,7 +274,10 @@ def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]
 
 
 def _known_to_transformers(folder: Path) -> Any:
-    """transformers' tokenizer of a directory. It sees no chat template, for want of which it would refuse the rest."""
+    """transformers' tokenizer of a directory.
+
+    It sees no chat template, for want of which it would refuse the rest.
+    """
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as aside:
@@ -296,7 +320,9 @@ def _text_of(token: Any) -> str | None:
 
 
 def _check_sentencepiece(path: Path) -> None:
-    """Refuse a vocabulary of SentencePiece's that transformers reads as another: it takes each for BPE. Raises ForeignError."""
+    """Refuse a vocabulary of SentencePiece's that transformers reads as another: it takes each for BPE.
+    Raises ForeignError.
+    """
     try:
         from google.protobuf.message import DecodeError
 
@@ -321,7 +347,9 @@ def read_conventions(
     tokenizer: Tokenizer,
     names: Mapping[str, str | None] | None = None,
 ) -> Conventions:
-    """How the model's texts begin and end, and its template: from the files beside its weights. Raises ForeignError.
+    """How the model's texts begin and end, and its template: from the files beside its weights.
+
+    Raises ForeignError.
 
     `names`: the texts of its special tokens by their names, where they are known already.
     """
@@ -343,7 +371,10 @@ def _ids(value: Any) -> list[int]:
 
 
 def start_id(tokenizer: Tokenizer) -> int | None:
-    """The token that the tokenizer puts before every text, whatever its configuration says of it. Raises ForeignError."""
+    """The token that the tokenizer puts before every text, whatever its configuration says of it.
+
+    Raises ForeignError.
+    """
     plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
     if whole.ids == plain.ids:
         return None
@@ -357,14 +388,17 @@ def start_id(tokenizer: Tokenizer) -> int | None:
 
 
 def _template(folder: Path, named: Mapping[str, Any]) -> str | None:
-    """The chat template: a file of its own, or in the tokenizer's configuration, alone or as the one named 'default'."""
+    """The chat template: a file of its own, or in the tokenizer's configuration, alone or as the one named
+    'default'.
+    """
     path = folder / "chat_template.jinja"
     template = path.read_bytes() if path.is_file() else named.get("chat_template")
     if isinstance(template, list):
         named_so = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         if "default" not in named_so:
             warn(
-                f"no chat template is named 'default' (there are: {', '.join(map(str, named_so))}); imported without one"
+                f"no chat template is named 'default' (there are: {', '.join(map(str, named_so))}); "
+                "imported without one"
             )
         template = named_so.get("default")
     return read_template(template) if isinstance(template, str | bytes) else None
@@ -402,7 +436,9 @@ def read_config(foreign: Foreign, exits: tuple[int, ...], max_positions: int | N
 
 
 def is_tied(foreign: Foreign) -> bool:
-    """Whether embedding and LM head are one matrix: config.json says so, and the files hold no two that differ."""
+    """Whether embedding and LM head are one matrix: config.json says so, and the files hold no two that
+    differ.
+    """
     if foreign.config.get("tie_word_embeddings", False) is not True:
         return False
     if not {EMBEDDING, LM_HEAD} <= foreign.weights.keys():
@@ -491,11 +527,15 @@ def _checked(name: str, weight: Tensor, shape: torch.Size) -> Tensor:
 
 
 def adopt_with_exits(foreign: Foreign, folder: Path, max_positions: int | None, source: str) -> Checkpoint:
-    """A foreign model with the exits that `export_model` or `export_exits` wrote. Raises ForeignError, ConfigError."""
+    """A foreign model with the exits that `export_model` or `export_exits` wrote.
+
+    Raises ForeignError, ConfigError.
+    """
     values = (read_json(folder / EXITS) or {}).get("model")
     if values is None:
         raise ForeignError(
-            f"{folder} holds no exits: expected {EXITS} and {EXIT_WEIGHTS}, as `ease-train export-exits` writes them"
+            f"{folder} holds no exits: expected {EXITS} and {EXIT_WEIGHTS}, as `ease-train export-exits` "
+            "writes them"
         )
     theirs = ModelConfig.from_dict(values, EXITS)
     config = read_config(foreign, theirs.exits, max_positions)
@@ -505,7 +545,8 @@ def adopt_with_exits(foreign: Foreign, folder: Path, max_positions: int | None, 
     for name, value in asdict(replace(theirs, max_positions=config.max_positions)).items():
         if value != getattr(config, name):
             raise ForeignError(
-                f"the exits in {folder} belong to another model: {name} = {value}, but {getattr(config, name)} in {source}"
+                f"the exits in {folder} belong to another model: {name} = {value}, but "
+                f"{getattr(config, name)} in {source}"
             )
     with _opened(folder / EXIT_WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -517,7 +558,10 @@ def adopt_with_exits(foreign: Foreign, folder: Path, max_positions: int | None, 
 
 
 def exit_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """What transformers has no place for. A reduced head whose rows are the LM head's is not among it: they are read there."""
+    """What transformers has no place for.
+
+    A reduced head whose rows are the LM head's is not among it: they are read there.
+    """
     model = checkpoint.model
     own, reduced = model.exit_state(), model.reduced_head
     if reduced is not None and torch.equal(reduced.known.weight, model.lm_head.weight[reduced.ids]):
@@ -526,7 +570,10 @@ def exit_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def export_exits(checkpoint: Checkpoint, out: Path) -> None:
-    """Write what belongs to the exits alone, in fp16, with the recipe and the last figures of their training. Raises ForeignError."""
+    """Write what belongs to the exits alone, in fp16, with the recipe and the last figures of their training.
+
+    Raises ForeignError.
+    """
     if out.exists() and not (out / EXITS).is_file():
         raise ForeignError(
             f"{out} is there already and was not written by export-exits; choose another name, or remove it"
@@ -552,7 +599,10 @@ def export_exits(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def export_model(checkpoint: Checkpoint, out: Path) -> None:
-    """Write a checkpoint as a directory that transformers loads, its exits in files beside. Raises ForeignError."""
+    """Write a checkpoint as a directory that transformers loads, its exits in files beside.
+
+    Raises ForeignError.
+    """
     if out.exists() and not (out / EXITS).is_file():
         raise ForeignError(
             f"{out} is there already and was not written by export-hf; choose another name, or remove it"
@@ -602,7 +652,9 @@ def write_tokenizer(checkpoint: Checkpoint, begin: int | None, folder: Path) -> 
 
 
 def with_start(tokenizer: Tokenizer, start: int | None) -> Tokenizer:
-    """A tokenizer whose post-processor puts the token `start` before every text; the same one where it does already."""
+    """A tokenizer whose post-processor puts the token `start` before every text; the same one where it does
+    already.
+    """
     if start_id(tokenizer) == start:
         return tokenizer
     before = [] if start is None else [tokenizer.id_to_token(start)]

@@ -1,7 +1,8 @@
 """Tokenizers from the bare vocabulary that a GGUF file holds, each as llama.cpp reads it.
 
-Byte-level BPE (`gpt2`, with the splits that `tokenizer.ggml.pre` names), SentencePiece's BPE (`llama`) and its unigram
-model (`t5`). Splits are those of the models' own tokenizer.json; llama.cpp writes tekken's without combining marks.
+Byte-level BPE (`gpt2`, with the splits that `tokenizer.ggml.pre` names), SentencePiece's BPE (`llama`) and
+its unigram model (`t5`). Splits are those of the models' own tokenizer.json; llama.cpp writes tekken's
+without combining marks.
 """
 
 from collections import Counter
@@ -41,10 +42,11 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True)
 class Split:
-    """How text is cut before byte-level BPE merges: at each pattern in turn, the matches being pieces of their own.
+    """How text is cut before byte-level BPE merges: at each pattern in turn, the matches being pieces of
+    their own.
 
-    `whole_words`: a piece that is a token is that token, whatever the merges say. `starts`: a start token stands before
-    a text unless the file says otherwise.
+    `whole_words`: a piece that is a token is that token, whatever the merges say. `starts`: a start token
+    stands before a text unless the file says otherwise.
     """
 
     patterns: tuple[str, ...]
@@ -104,10 +106,7 @@ def byte_level(vocabulary: Vocabulary, merges: Sequence[str], split: Split) -> T
     """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it. Raises ForeignError."""
     pairs = [_pair(merge) for merge in merges]
     tokenizer = _tokenizer(
-        models.BPE,
-        vocab=_numbered(vocabulary),
-        merges=pairs,
-        ignore_merges=split.whole_words,
+        models.BPE, vocab=_numbered(vocabulary), merges=pairs, ignore_merges=split.whole_words
     )
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -120,7 +119,8 @@ def byte_level(vocabulary: Vocabulary, merges: Sequence[str], split: Split) -> T
 def sentencepiece_bpe(vocabulary: Vocabulary, unknown: int, space_prefix: bool) -> Tokenizer:
     """SentencePiece's BPE, as Llama 2 and Mistral have it: the pair whose union scores best is merged first.
 
-    Characters that are no tokens are spelt in bytes. Raises ForeignError for what cannot be said as a list of merges.
+    Characters that are no tokens are spelt in bytes. Raises ForeignError for what cannot be said as a list of
+    merges.
     """
     if missing := {f"<0x{byte:02X}>" for byte in range(256)} - {
         token for _, token in vocabulary.of(TokenType.BYTE)
@@ -178,7 +178,10 @@ def _spacing(space_prefix: bool, merge_spaces: bool) -> list[Any]:
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    """The two tokens of a line of `tokenizer.ggml.merges`: a space stands between them. Raises ForeignError."""
+    """The two tokens of a line of `tokenizer.ggml.merges`: a space stands between them.
+
+    Raises ForeignError.
+    """
     at = merge.find(" ", 1)
     if at < 0:
         raise ForeignError(f"tokenizer.ggml.merges holds {merge!r}, expected two tokens with a space between")
@@ -186,9 +189,12 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Every pair whose union is a token, the best union first. Raises ForeignError where two unions score alike.
+    """Every pair whose union is a token, the best union first.
 
-    A user-defined token is found before anything is merged, but for one whose spaces are written as SentencePiece's.
+    Raises ForeignError where two unions score alike.
+
+    A user-defined token is found before anything is merged, but for one whose spaces are written as
+    SentencePiece's.
     """
     symbols = {token: number for number, token in vocabulary.of(TokenType.NORMAL, TokenType.UNUSED)}
     symbols |= {token: number for number, token in vocabulary.of(TokenType.USER_DEFINED) if SPACE in token}
@@ -201,14 +207,17 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     for one, other in pairwise(best_first):
         if (score := vocabulary.scores[symbols[one]]) == vocabulary.scores[symbols[other]]:
             raise ForeignError(
-                f"the tokens {one!r} and {other!r} have the same score {score}: which is merged first is not said; "
+                f"the tokens {one!r} and {other!r} have the same score {score}: which is merged first is "
+                "not said; "
                 "convert the model again from its tokenizer.model"
             )
     return [pair for token in best_first for pair in ways[token]]
 
 
 def _check_characters(vocabulary: Vocabulary) -> None:
-    """Refuse a token with a character that is none, which SentencePiece's trainer never leaves: merges would lack an id."""
+    """Refuse a token with a character that is none, which SentencePiece's trainer never leaves: merges would
+    lack an id.
+    """
     symbols = {
         token for _, token in vocabulary.of(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
     }

@@ -1,12 +1,14 @@
 """The weighted sum of exit losses, without ever holding the logits of more than one chunk of one exit.
 
-Joint training of all exits on a weighted sum of their cross-entropies is BranchyNet's (Teerapittayanon et al. 2016,
-arXiv 1709.01686) and, for decoders, CALM's (Schuster et al. 2022, arXiv 2207.07061).
+Joint training of all exits on a weighted sum of their cross-entropies is BranchyNet's (Teerapittayanon et al.
+2016, arXiv 1709.01686) and, for decoders, CALM's (Schuster et al. 2022, arXiv 2207.07061).
 
-A reduced head (FR-Spec, Zhao et al. 2025, arXiv 2502.14856) knows M tokens; to its cross-entropy and its divergence from the last
-layer all others are one token more, so that it learns how likely it is that the text goes on with something it cannot say.
+A reduced head (FR-Spec, Zhao et al. 2025, arXiv 2502.14856) knows M tokens; to its cross-entropy and its
+divergence from the last layer all others are one token more, so that it learns how likely it is that the text
+goes on with something it cannot say.
 
-Shapes: N tokens (batch times sequence), D width, V vocabulary (M + 1 for a reduced head), E exits that are trained.
+Shapes: N tokens (batch times sequence), D width, V vocabulary (M + 1 for a reduced head), E exits that are
+trained.
 """
 
 from collections.abc import Mapping
@@ -28,14 +30,16 @@ CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What one step minimises: the weights of the exits, and what is asked of them beside their cross-entropy.
+    """What one step minimises: the weights of the exits, and what is asked of them beside their
+    cross-entropy.
 
     weights             layer (from 1) -> weight; exits with weight 0 are left out
-    distill             an early exit's loss is CE + lambda T^2 KL(last || exit) + mu |h_last - h_exit|^2, with lambda its `weight`,
-                        T its `temperature` and mu its `hidden_weight` (a mean over the width, after the exits' norms; the last
-                        exit's side gets no gradient); CE is with the token that its `labels` name
-    routing_threshold   above 0, a token trains only the first exit whose top probability reaches it, else the last, each
-                        with weight 1
+    distill             an early exit's loss is CE + lambda T^2 KL(last || exit) + mu |h_last - h_exit|^2,
+                        with lambda its `weight`, T its `temperature` and mu its `hidden_weight` (a mean over
+                        the width, after the exits' norms; the last exit's side gets no gradient); CE is with
+                        the token that its `labels` name
+    routing_threshold   above 0, a token trains only the first exit whose top probability reaches it, else
+                        the last, each with weight 1
     gradient            what the layers see of it: `joint`, `equilibrium`, `detached` (gradients.py)
     drop                layer dropout, one probability a layer (LayerSkip)
     predictor_weight    weight of the Mixture-of-Depths predictors' loss
@@ -53,7 +57,8 @@ class Objective:
 class _Teacher:
     """The last exit, which learns nothing here: what its head reads (N, D), and the head's weight (V, D).
 
-    `log_sums` (N), of its exponentiated logits divided by the temperature, spare it most of its work before a reduced head.
+    `log_sums` (N), of its exponentiated logits divided by the temperature, spare it most of its work before a
+    reduced head.
     """
 
     hidden: Tensor
@@ -82,7 +87,9 @@ class _Teacher:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """The chunked loss's constants: for each exit, its head among the given ones and its weights; and the teacher, if any."""
+    """The chunked loss's constants: for each exit, its head among the given ones and its weights; and the
+    teacher, if any.
+    """
 
     heads: tuple[int, ...]
     ids: tuple[Tensor | None, ...]  # by exit, the tokens that its head knows; None: all
@@ -94,10 +101,12 @@ class _Plan:
 
 
 class _ExitLoss(torch.autograd.Function):
-    """sum_i w_i CE(h_i W_i^T, y) + d_i T^2 KL(softmax(h_E W_E^T / T) || softmax(h_i W_i^T / T)), a mean over tokens.
+    """sum_i w_i CE(h_i W_i^T, y) + d_i T^2 KL(softmax(h_E W_E^T / T) || softmax(h_i W_i^T / T)), a mean over
+    tokens.
 
-    Loss and gradients are computed chunk by chunk in the forward pass; the gradient of a head's weight is one (V, D) buffer
-    whatever the number of exits that share it. The mean's 1/N comes in with the backward pass, so that fp16 need not hold it.
+    Loss and gradients are computed chunk by chunk in the forward pass; the gradient of a head's weight is one
+    (V, D) buffer whatever the number of exits that share it. The mean's 1/N comes in with the backward pass,
+    so that fp16 need not hold it.
     """
 
     @staticmethod
@@ -162,7 +171,10 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _places(targets: Tensor, ids: Tensor | None) -> Tensor:
-    """Each target's row in a head: in a reduced one M, the rest's, where it is none of `ids`. Shape: (n), (M) -> (n) int64."""
+    """Each target's row in a head: in a reduced one M, the rest's, where it is none of `ids`.
+
+    Shape: (n), (M) -> (n) int64.
+    """
     if ids is None:
         return targets
     places = torch.searchsorted(ids, targets).clamp(max=len(ids) - 1)
@@ -170,7 +182,10 @@ def _places(targets: Tensor, ids: Tensor | None) -> Tensor:
 
 
 def _row_weights(logits: Tensor, plan: _Plan, exit_number: int, waiting: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's weight at an exit, and who still waits for one. Shape: (n, V), (n) bool -> (n), (n) bool."""
+    """Each token's weight at an exit, and who still waits for one.
+
+    Shape: (n, V), (n) bool -> (n), (n) bool.
+    """
     if plan.threshold == 0.0:
         return torch.full_like(logits[:, 0], plan.weights[exit_number]), waiting
     leaves = waiting
@@ -184,7 +199,9 @@ def _row_weights(logits: Tensor, plan: _Plan, exit_number: int, waiting: Tensor)
 def _chunk(
     logits: Tensor, places: Tensor, scales: Tensor, distill: float, plan: _Plan, teacher: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies (n), and the summed, scaled divergence from the teacher; `logits` becomes the gradient of both."""
+    """Cross-entropies (n), and the summed, scaled divergence from the teacher; `logits` becomes the gradient
+    of both.
+    """
     everyone = torch.arange(len(places), device=places.device)
     losses = logits.logsumexp(dim=-1) - logits[everyone, places]
     distance, extra = torch.zeros((), device=logits.device), None
@@ -205,7 +222,8 @@ def exit_loss(
 ) -> tuple[Tensor, dict[int, float]]:
     """The training loss, and the plain cross-entropy of each exit that is trained, in nats a token.
 
-    No layer runs past the last exit that is needed. Shape: input_ids and targets (B, S) int64 -> scalar with gradient, {layer: loss}.
+    No layer runs past the last exit that is needed. Shape: input_ids and targets (B, S) int64 -> scalar with
+    gradient, {layer: loss}.
     """
     rows, last = _exit_rows(model, input_ids, objective), model.config.num_layers
     teacher, labels = None, targets.flatten()
@@ -228,7 +246,9 @@ def exit_loss(
 def state_loss(
     model: Decoder, input_ids: Tensor, targets: Tensor, objective: Objective, states: States
 ) -> tuple[Tensor, dict[int, float]]:
-    """`exit_loss` of the early exits, from what the frozen layers made of `input_ids` before, which need not run again."""
+    """`exit_loss` of the early exits, from what the frozen layers made of `input_ids` before, which need not
+    run again.
+    """
     wanted = [layer for layer in states.hidden if objective.weights.get(layer, 0.0) > 0]
     rows = {layer: model.exit_hidden(states.hidden[layer], layer).flatten(0, 1) for layer in wanted}
     teacher = _Teacher(
@@ -260,7 +280,9 @@ def _rows_loss(
     objective: Objective,
     teacher: _Teacher | None,
 ) -> tuple[Tensor, dict[int, float]]:
-    """The loss of exits whose heads read `rows` {layer: (N, D)}; labels of the early ones and of the last (N)."""
+    """The loss of exits whose heads read `rows` {layer: (N, D)}; labels of the early ones and of the last
+    (N).
+    """
     layers, last = list(rows), model.config.num_layers
     weights = tuple(objective.weights.get(layer, 0.0) for layer in layers)
     heads = [model.exit(layer).head for layer in layers]
@@ -315,7 +337,9 @@ def exit_cross_entropy(
 
 @dataclass(frozen=True)
 class ExitFigures:
-    """An exit on some text: mean cross-entropy in nats a token, and the share of tokens on which it says what the last layer says."""
+    """An exit on some text: mean cross-entropy in nats a token, and the share of tokens on which it says what
+    the last layer says.
+    """
 
     loss: float
     agreement: float

@@ -1,4 +1,5 @@
-"""How the exits are trained together (the `[method]` table of a recipe, a table of its own for each idea), and how gates are.
+"""How the exits are trained together (the `[method]` table of a recipe, a table of its own for each idea),
+and how gates are.
 
 The formulas are in schedules.py, losses.py and gates.py.
 """
@@ -16,7 +17,9 @@ from ease_train.training.renames import regrouped
 
 @dataclass(frozen=True)
 class Part(Section, table=""):
-    """One idea of a method, which is on when one of its `switches` is set. Its other settings need the first of them.
+    """One idea of a method, which is on when one of its `switches` is set.
+
+    Its other settings need the first of them.
 
     `for_early_exits`: it means nothing without one.
     """
@@ -94,7 +97,8 @@ class ExitWarmup(Part, table="method.exit_warmup", switches=("schedule",)):
         super().__post_init__()
         if self.on and self.steps < 1:
             raise ConfigError(
-                f"method.exit_warmup: steps = {self.steps}, expected at least 1 with schedule = '{self.schedule}'"
+                f"method.exit_warmup: steps = {self.steps}, expected at least 1 with schedule = "
+                f"'{self.schedule}'"
             )
 
 
@@ -174,7 +178,9 @@ class Routing(Part, table="method.routing", switches=("threshold",)):
 
 @dataclass(frozen=True)
 class MethodConfig(Section, table="method"):
-    """What is asked of the exits: their weights over time, distillation, gradients, layer dropout, routing."""
+    """What is asked of the exits: their weights over time, distillation, gradients, layer dropout,
+    routing.
+    """
 
     weight: Weight = field(default_factory=Weight)
     normalize_weights: bool = setting(False, "divide the exit weights of each step by their sum")
@@ -183,12 +189,14 @@ class MethodConfig(Section, table="method"):
     curriculum: Curriculum = field(default_factory=Curriculum)
     exit_gradient: str = setting(
         "joint",
-        "into the layers from an exit: 'joint', 'equilibrium' (rescaled) or 'detached' (none from early exits)",
+        "into the layers from an exit: 'joint', 'equilibrium' (rescaled) or 'detached' (none from early "
+        "exits)",
         ("joint", "equilibrium", "detached"),
     )
     trains: str = setting(
         "all",
-        "'all' weights, those of the 'exits' alone: norms, adapters and heads of their own (EE-Tuning), or 'adapters' and norms alone",
+        "'all' weights, those of the 'exits' alone: norms, adapters and heads of their own (EE-Tuning), "
+        "or 'adapters' and norms alone",
         ("all", "exits", "adapters"),
     )
     lora: Lora = field(default_factory=Lora)

@@ -1,7 +1,8 @@
 """The original EASE's four models, with its constructor arguments: thin classes over `Decoder`.
 
-What they share with the original: an exit after every layer, one output head for all of them, no final norm, multi-head
-attention. `forward(x)` gives the last layer's logits, `forward_all_layers(x)` one (B, S, V) tensor a layer.
+What they share with the original: an exit after every layer, one output head for all of them, no final norm,
+multi-head attention. `forward(x)` gives the last layer's logits, `forward_all_layers(x)` one (B, S, V) tensor
+a layer.
 
     model = DEEDTransformer(vocab_size=1000, dim=64, num_layers=3)
 """
@@ -43,7 +44,8 @@ class LayeredDecoder(Decoder):
         ]
 
     def forward_train(self, input_ids: Tensor, exit_layer: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits at `exit_layer`, logits of the last layer, and the exit's confidence, its largest probability.
+        """Logits at `exit_layer`, logits of the last layer, and the exit's confidence, its largest
+        probability.
 
         Shape: (B, S) int64 -> (B, S, V), (B, S, V), (B, S).
         """
@@ -66,7 +68,10 @@ class StandardTransformer(LayeredDecoder):
 
 
 class DEEDTransformer(StandardTransformer):
-    """Deep supervision with a shared head (Tang et al. 2023, arXiv 2311.08623): the same layers, trained at several exits."""
+    """Deep supervision with a shared head (Tang et al.
+
+    2023, arXiv 2311.08623): the same layers, trained at several exits.
+    """
 
 
 class TokenRoutedTransformer(StandardTransformer):
@@ -101,7 +106,8 @@ class TokenRoutedTransformer(StandardTransformer):
     def routed_loss(
         self, input_ids: Tensor, targets: Tensor, epoch: int, warmup_epochs: int = 5, alpha: float = 0.7
     ) -> Tensor:
-        """alpha CE(exit) + (1 - alpha) CE(last) while `epoch` < `warmup_epochs`; then each token's loss on its own path only.
+        """alpha CE(exit) + (1 - alpha) CE(last) while `epoch` < `warmup_epochs`; then each token's loss on
+        its own path only.
 
         Shape: (B, S) int64 twice -> scalar.
         """
@@ -116,17 +122,23 @@ class TokenRoutedTransformer(StandardTransformer):
 
     @torch.no_grad()
     def routed_logits(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits each token gets, and which took the exit. Shape: (B, S) int64 -> (B, S, V), (B, S) bool."""
+        """The logits each token gets, and which took the exit.
+
+        Shape: (B, S) int64 -> (B, S, V), (B, S) bool.
+        """
         shallow, deep, confidence = self.forward_train(input_ids)
         leaves = confidence >= self.routing_threshold
         return torch.where(leaves[..., None], shallow, deep), leaves
 
 
 class MoDTransformer(LayeredDecoder):
-    """Every second block routed (Raposo et al. 2024, arXiv 2404.02258): layers 2, 4, .. take the `capacity` share of the tokens.
+    """Every second block routed (Raposo et al.
 
-    In `train()` by the router's top scores over the sequence, in `eval()` by the causal predictor. `auxiliary_loss()` is the
-    predictor's, of the last forward pass in training; add it to the loss (`exit_loss` does).
+    2024, arXiv 2404.02258): layers 2, 4, .. take the `capacity` share of the tokens.
+
+    In `train()` by the router's top scores over the sequence, in `eval()` by the causal predictor.
+    `auxiliary_loss()` is the predictor's, of the last forward pass in training; add it to the loss
+    (`exit_loss` does).
     """
 
     def __init__(

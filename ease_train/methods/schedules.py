@@ -70,8 +70,8 @@ def normalized(weights: Mapping[int, float]) -> dict[int, float]:
 def ruled_weights(method: MethodConfig, given: Mapping[int, float], exits: Sequence[int]) -> dict[int, float]:
     """The weights that `weight.rule` gives the exits, before anything that changes over time.
 
-    `depth`: w_i = i / sum of i (CALM, arXiv 2207.07061, eq. 5). `layerskip`: e(l) = e_scale * (0 + 1 + .. + l) for a layer
-    l = 0..L-2, and e(L-1) = (L-1) + e_scale * (0 + .. + L-2) (arXiv 2404.16710, eq. 4).
+    `depth`: w_i = i / sum of i (CALM, arXiv 2207.07061, eq. 5). `layerskip`: e(l) = e_scale * (0 + 1 + .. +
+    l) for a layer l = 0..L-2, and e(L-1) = (L-1) + e_scale * (0 + .. + L-2) (arXiv 2404.16710, eq. 4).
     """
     if method.weight.rule == "uniform":
         return dict.fromkeys(exits, 1.0 / len(exits))
@@ -85,7 +85,9 @@ def ruled_weights(method: MethodConfig, given: Mapping[int, float], exits: Seque
 
 
 def warmed_up(weight: float, step: int, warmup: ExitWarmup) -> float:
-    """An early exit's weight during EE-LLM's warm-up: w0 + r (w - w0), r = t/W or (1 + cos(pi (t/W + 1)))/2 (arXiv 2312.04916)."""
+    """An early exit's weight during EE-LLM's warm-up: w0 + r (w - w0), r = t/W or (1 + cos(pi (t/W + 1)))/2
+    (arXiv 2312.04916).
+    """
     if not warmup.on or step >= warmup.steps:
         return weight
     share = step / warmup.steps
@@ -95,9 +97,11 @@ def warmed_up(weight: float, step: int, warmup: ExitWarmup) -> float:
 
 
 def enabled_exits(step: int, steps: int, curriculum: Curriculum, exits: Sequence[int]) -> list[int]:
-    """The exits that a curriculum trains at a step (LayerSkip, arXiv 2404.16710, section 4.1.2); the last one always.
+    """The exits that a curriculum trains at a step (LayerSkip, arXiv 2404.16710, section 4.1.2); the last one
+    always.
 
-    `rotational`: every R-th exit, rotated by one each step. `gradual`: from the last to the first, one more every T/(2n) steps.
+    `rotational`: every R-th exit, rotated by one each step. `gradual`: from the last to the first, one more
+    every T/(2n) steps.
     """
     if not curriculum.on:
         return list(exits)
@@ -135,9 +139,12 @@ def exit_weights(step: int, recipe: Recipe) -> dict[int, float]:
 
 
 def drop_rates(step: int, recipe: Recipe) -> tuple[float, ...]:
-    """LayerSkip's layer dropout, one probability a layer; empty when there is none (arXiv 2404.16710, eq. 1-2).
+    """LayerSkip's layer dropout, one probability a layer; empty when there is none (arXiv 2404.16710, eq.
 
-    p(l, t) = S(t) D(l) p_max with D(l) = exp(l ln2 / (L-1)) - 1, l from 0, and S(t) = 1 or exp(t ln2 / (T-1)) - 1.
+    1-2).
+
+    p(l, t) = S(t) D(l) p_max with D(l) = exp(l ln2 / (L-1)) - 1, l from 0, and S(t) = 1 or exp(t ln2 / (T-1))
+    - 1.
     """
     dropout, layers, steps = recipe.method.layer_dropout, recipe.model.num_layers, recipe.train.steps
     if not dropout.on:

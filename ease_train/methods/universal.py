@@ -1,4 +1,5 @@
-"""The original EASE's training API: one configuration, one trainer, for every model that can be read at every layer.
+"""The original EASE's training API: one configuration, one trainer, for every model that can be read at every
+layer.
 
     config = UniversalConfig(layer_weights={1: 0.7, 2: 0, 3: 0.3}, routing_threshold=0.9, exit_layer=1)
     model = DEEDTransformer(vocab_size=1000, dim=64, num_layers=3)
@@ -7,8 +8,9 @@
     loss, weights = trainer.train_epoch(model, train_batches, optimizer)
     stats = trainer.evaluate(model, val_batches)
 
-Layers are numbered from 1; batches are lists of (x, y), two LongTensors of shape (B, S). A token takes the shallow exit when its
-largest probability is at least `routing_threshold`, so 1.0 lets none leave in practice, and 0, only here, turns routing off.
+Layers are numbered from 1; batches are lists of (x, y), two LongTensors of shape (B, S). A token takes the
+shallow exit when its largest probability is at least `routing_threshold`, so 1.0 lets none leave in practice,
+and 0, only here, turns routing off.
 """
 
 import math
@@ -34,7 +36,7 @@ Batch = tuple[Tensor, Tensor]
 class UniversalConfig:
     """Which layers are trained with what weight, and where a token may leave.
 
-    layer_weights      layer -> weight of its loss; 0 leaves the layer out; all 0 trains the model's last layer alone
+    layer_weights      layer -> weight of its loss; 0 leaves the layer out; all 0 trains the last layer alone
     exit_layer         the shallow exit
     routing_threshold  in [0, 1]; 0: no routing
     normalize_weights  divide by their sum
@@ -78,7 +80,8 @@ class UniversalConfig:
             found.append(f"all layer_weights are 0: only the last layer, {last}, is trained")
         if self.routing_threshold > 0 and self.exit_layer >= last:
             found.append(
-                f"exit_layer = {self.exit_layer} is the last layer: routing_threshold = {self.routing_threshold} has no effect"
+                f"exit_layer = {self.exit_layer} is the last layer: routing_threshold = "
+                f"{self.routing_threshold} has no effect"
             )
         elif (
             self.routing_threshold > 0
@@ -86,11 +89,13 @@ class UniversalConfig:
             and not self.layer_weights.get(self.exit_layer)
         ):
             found.append(
-                f"routing_threshold = {self.routing_threshold} sends tokens out at layer {self.exit_layer}, whose weight is 0"
+                f"routing_threshold = {self.routing_threshold} sends tokens out at layer "
+                f"{self.exit_layer}, whose weight is 0"
             )
         if self.routing_threshold == 1:
             found.append(
-                "routing_threshold = 1 lets a token leave only when a probability rounds to 1; 0 turns routing off"
+                "routing_threshold = 1 lets a token leave only when a probability rounds to 1; 0 turns "
+                "routing off"
             )
         if (
             self.normalize_weights
@@ -101,7 +106,8 @@ class UniversalConfig:
         return found
 
     def weights_at(self, epoch: int, max_epochs: int, num_layers: int | None = None) -> dict[int, float]:
-        """The layer weights of an epoch: the schedule, then the last layer alone if all are 0, then the normalisation.
+        """The layer weights of an epoch: the schedule, then the last layer alone if all are 0, then the
+        normalisation.
 
         The last layer is that of the model, `num_layers`; by default the last of `layer_weights`.
         """
@@ -150,7 +156,9 @@ class UniversalTrainer:
         self.config, self.vocab_size, self.device = config, vocab_size, torch.device(device)
 
     def create_optimizer(self, model: LayeredDecoder, base_lr: float) -> torch.optim.AdamW:
-        """AdamW; with `layer_lr_scales` each layer named there at base_lr times its scale, everything else at base_lr."""
+        """AdamW; with `layer_lr_scales` each layer named there at base_lr times its scale, everything else at
+        base_lr.
+        """
         scales = self.config.layer_lr_scales or {}
         self._check_layers(model, scales, "layer_lr_scales")
         layers = {layer: list(model.layers[layer - 1].parameters()) for layer in scales}
@@ -166,7 +174,10 @@ class UniversalTrainer:
     def compute_loss(
         self, model: LayeredDecoder, x: Tensor, y: Tensor, weights: Mapping[int, float] | None = None
     ) -> Tensor:
-        """sum of weight_i CE(head(h_i), y) over the layers with a weight above 0. Shape: (B, S) int64 twice -> scalar."""
+        """sum of weight_i CE(head(h_i), y) over the layers with a weight above 0.
+
+        Shape: (B, S) int64 twice -> scalar.
+        """
         self._check_layers(model, self.config.layer_weights, "layer_weights")
         weights = self.config.weights_at(0, 1, model.config.num_layers) if weights is None else dict(weights)
         self._check_layers(model, weights, "weights")
@@ -183,7 +194,10 @@ class UniversalTrainer:
         epoch: int = 0,
         max_epochs: int = 1,
     ) -> tuple[float, dict[int, float]]:
-        """One pass over the batches: the mean loss, and the layer weights that were used. Raises DataError without batches."""
+        """One pass over the batches: the mean loss, and the layer weights that were used.
+
+        Raises DataError without batches.
+        """
         self._check_layers(model, self.config.layer_weights, "layer_weights")
         weights = self.config.weights_at(epoch, max_epochs, model.config.num_layers)
         model.to(self.device).train()
@@ -201,9 +215,10 @@ class UniversalTrainer:
     def evaluate(self, model: LayeredDecoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Quality under routing, with both paths run (no time is saved here; the runtime saves it).
 
-        ppl: exp of the mean over batches of the batch's mean cross-entropy of the routed logits. acc: share of tokens whose
-        most likely next token is right. shallow_ratio: share of tokens that leave. compute_cost: layers used, as a share of
-        all: (shallow * exit_layer + deep * num_layers) / (tokens * num_layers).
+        ppl: exp of the mean over batches of the batch's mean cross-entropy of the routed logits. acc: share
+        of tokens whose most likely next token is right. shallow_ratio: share of tokens that leave.
+        compute_cost: layers used, as a share of all: (shallow * exit_layer + deep * num_layers) / (tokens *
+        num_layers).
         """
         if self.config.routing_threshold > 0:
             self._check_layers(model, [self.config.exit_layer], "exit_layer")
@@ -231,7 +246,8 @@ class UniversalTrainer:
     def _check_layers(self, model: LayeredDecoder, layers: Iterable[int], name: str) -> None:
         if model.config.vocab_size != self.vocab_size:
             raise ConfigError(
-                f"the trainer's vocab_size = {self.vocab_size}, expected the model's: {model.config.vocab_size}"
+                f"the trainer's vocab_size = {self.vocab_size}, expected the model's: "
+                f"{model.config.vocab_size}"
             )
         strange = [layer for layer in layers if not 1 <= layer <= model.config.num_layers]
         if strange:

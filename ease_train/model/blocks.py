@@ -28,8 +28,9 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 def stretched(frequencies: Tensor, scaling: tuple[float, ...]) -> Tensor:
     """Rotary frequencies (radians a position) for longer texts than the model was first trained on.
 
-    With FACTOR alone all are divided by it (Chen et al. 2023, arXiv 2306.15595). Llama 3 (arXiv 2407.21783) divides those that turn
-    less than LOW times in POSITIONS, leaves those that turn more than HIGH times, and goes linearly between. Shape: (P/2) -> (P/2).
+    With FACTOR alone all are divided by it (Chen et al. 2023, arXiv 2306.15595). Llama 3 (arXiv 2407.21783)
+    divides those that turn less than LOW times in POSITIONS, leaves those that turn more than HIGH times, and
+    goes linearly between. Shape: (P/2) -> (P/2).
     """
     if not scaling:
         return frequencies

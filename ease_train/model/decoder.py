@@ -1,7 +1,7 @@
 """A Llama-family decoder whose hidden state can be read at several exits.
 
-Knows nothing about losses, tokenizers or files. Shapes: B batch, S sequence, D width, P width of a head, V vocabulary.
-Layers and exits are numbered from 1.
+Knows nothing about losses, tokenizers or files. Shapes: B batch, S sequence, D width, P width of a head, V
+vocabulary. Layers and exits are numbered from 1.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,8 @@ __all__ = ["Block", "Decoder", "RoutedBlock"]
 
 
 class Decoder(nn.Module):
-    """The decoder: embedding, blocks, and an LM head that the exits share unless the configuration gives them their own.
+    """The decoder: embedding, blocks, and an LM head that the exits share unless the configuration gives them
+    their own.
 
     model = Decoder(ModelConfig(vocab_size=4096))
     logits = model(input_ids)                       # full depth, (B, S, V)
@@ -88,10 +89,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Run layers first..last (from 1, both included).
 
-        A token with `active` False is frozen: its hidden state passes through unchanged, and each layer's keys and
-        values for it come from that frozen state, which is state propagation (CALM, arXiv 2207.07061, section 3.1).
-        `drop` holds a probability a layer of the whole model: a sequence skips the layer with it (LayerSkip, arXiv 2404.16710).
-        Shape: hidden (B, S, D), active (B, S) bool -> (B, S, D).
+        A token with `active` False is frozen: its hidden state passes through unchanged, and each layer's
+        keys and values for it come from that frozen state, which is state propagation (CALM, arXiv
+        2207.07061, section 3.1). `drop` holds a probability a layer of the whole model: a sequence skips the
+        layer with it (LayerSkip, arXiv 2404.16710). Shape: hidden (B, S, D), active (B, S) bool -> (B, S, D).
         """
         for layer in range(first, last + 1):
             after = self._after(layer, hidden, drop[layer - 1] if drop else 0.0)
@@ -133,14 +134,19 @@ class Decoder(nn.Module):
         return {layer: self.exit(layer) for layer in self.config.exits[:-1]}
 
     def exit_hidden(self, hidden: Tensor, layer: int) -> Tensor:
-        """What the exit's head and gate read. Shape: (..., D) -> (..., D); (B, S, D) from position 0 where the exit has a block."""
+        """What the exit's head and gate read.
+
+        Shape: (..., D) -> (..., D); (B, S, D) from position 0 where the exit has a block.
+        """
         leave = self.exit(layer)
         if leave.block is not None:
             hidden = self._through(leave.block, hidden)
         return cast(Tensor, leave(hidden))
 
     def parts(self) -> Iterator[nn.Module]:
-        """Every part once, the exits' kind by kind: the order in which a seed draws weights, and an optimizer numbers them."""
+        """Every part once, the exits' kind by kind: the order in which a seed draws weights, and an optimizer
+        numbers them.
+        """
         exits = self.early_exits.values()
         norms, adapters, heads, gates = (
             [leave.own[kind] for leave in exits if kind in leave.own] for kind in Exit.PARTS
@@ -159,7 +165,9 @@ class Decoder(nn.Module):
         }
 
     def predictor_loss(self) -> Tensor | None:
-        """Mean loss of the routed blocks' predictors in the last forward pass of training; None without routed blocks."""
+        """Mean loss of the routed blocks' predictors in the last forward pass of training; None without
+        routed blocks.
+        """
         losses = [
             block.predictor_loss
             for block in self.layers

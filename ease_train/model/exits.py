@@ -14,7 +14,10 @@ from ease_train.training.config import ModelConfig
 
 
 class LowRankAdapter(nn.Module):
-    """x + up(down(x)), the identity until it is trained (Hu et al. 2021, arXiv 2106.09685, on an exit). Shape: (..., D) -> (..., D)."""
+    """x + up(down(x)), the identity until it is trained (Hu et al.
+
+    2021, arXiv 2106.09685, on an exit). Shape: (..., D) -> (..., D).
+    """
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -27,7 +30,9 @@ class LowRankAdapter(nn.Module):
 
 
 class MLPAdapter(nn.Module):
-    """x + up(silu(down(norm(x)))): EE-Tuning's MLP exit (Pan et al. 2024, arXiv 2402.00518), the identity until it is trained.
+    """x + up(silu(down(norm(x)))): EE-Tuning's MLP exit (Pan et al.
+
+    2024, arXiv 2402.00518), the identity until it is trained.
 
     Shape: (..., D) -> (..., D).
     """
@@ -46,8 +51,9 @@ class MLPAdapter(nn.Module):
 def exit_adapter(config: ModelConfig) -> LowRankAdapter | MLPAdapter | Block:
     """The adapter of one exit, of the kind that the configuration names.
 
-    A block is a layer of the exit's own, with its own keys and values (EE-LLM, Chen et al. 2024, arXiv 2312.04916; Kangaroo,
-    Liu et al. 2024, arXiv 2404.18911). Each starts as the identity, since what it adds starts at zero (`start_as_identity`).
+    A block is a layer of the exit's own, with its own keys and values (EE-LLM, Chen et al. 2024, arXiv
+    2312.04916; Kangaroo, Liu et al. 2024, arXiv 2404.18911). Each starts as the identity, since what it adds
+    starts at zero (`start_as_identity`).
     """
     if config.exit_adapter == "block":
         return Block(config)
@@ -84,8 +90,8 @@ class TokenScore(nn.Module):
 class Gate(nn.Module):
     """The probability that the full-depth model would say what this exit says.
 
-    A meta-classifier as in CALM (Schuster et al. 2022, arXiv 2207.07061, section 3.4), with a calibrated temperature
-    (Guo et al. 2017, arXiv 1706.04599). Shape: exit hidden state (N, D) -> (N) in [0, 1].
+    A meta-classifier as in CALM (Schuster et al. 2022, arXiv 2207.07061, section 3.4), with a calibrated
+    temperature (Guo et al. 2017, arXiv 1706.04599). Shape: exit hidden state (N, D) -> (N) in [0, 1].
     """
 
     temperature: Tensor
@@ -111,9 +117,9 @@ class LMHead(nn.Linear):
 class ReducedHead(nn.Module):
     """One head for all early exits, over the M most frequent tokens, and a row for all the others as one.
 
-    What it gives the others is shared out as these tokens were counted (FR-Spec, Zhao et al. 2025, arXiv 2502.14856).
-    `ids` (M), ascending, are the tokens that it knows; `log_shares` (V) those of the others, 0 for known ones.
-    Shape: (..., D) -> (..., V).
+    What it gives the others is shared out as these tokens were counted (FR-Spec, Zhao et al. 2025, arXiv
+    2502.14856). `ids` (M), ascending, are the tokens that it knows; `log_shares` (V) those of the others, 0
+    for known ones. Shape: (..., D) -> (..., V).
     """
 
     ids: Tensor
@@ -139,9 +145,12 @@ class ReducedHead(nn.Module):
 
     @torch.no_grad()
     def choose_tokens(self, counts: Tensor, lm_head: Tensor) -> None:
-        """Know the tokens that were counted most often, by the LM head's rows. Shape: counts (V) int64, lm_head (V, D).
+        """Know the tokens that were counted most often, by the LM head's rows.
 
-        The rest's row starts as the mean of theirs; each of them was counted once more than it was, so that none has no share.
+        Shape: counts (V) int64, lm_head (V, D).
+
+        The rest's row starts as the mean of theirs; each of them was counted once more than it was, so that
+        none has no share.
         """
         most_first = counts.argsort(descending=True, stable=True)
         self.ids.copy_(most_first[: len(self.ids)].sort().values)
@@ -155,8 +164,9 @@ class ReducedHead(nn.Module):
 class Exit(nn.Module):
     """What stands at an exit: an adapter (or a block), a norm, a head and a gate; adapter and gate may lack.
 
-    Its parameters and its state are those of its own parts. A norm or a head that it shares with the model is only referred to.
-    Shape: hidden (..., D), after the block where it has one -> exit_hidden (..., D), which head and gate read.
+    Its parameters and its state are those of its own parts. A norm or a head that it shares with the model is
+    only referred to. Shape: hidden (..., D), after the block where it has one -> exit_hidden (..., D), which
+    head and gate read.
     """
 
     PARTS = ("norm", "adapter", "head", "gate")
@@ -179,11 +189,15 @@ class Exit(nn.Module):
 
     @property
     def block(self) -> Block | None:
-        """The layer of its own that it begins with, where it has one: it attends, as the model's layers do."""
+        """The layer of its own that it begins with, where it has one: it attends, as the model's
+        layers do.
+        """
         return self.adapter if isinstance(self.adapter, Block) else None
 
     def tokenwise(self) -> nn.Module:
-        """What stands between a hidden state, after the block where there is one, and the head: each token on its own."""
+        """What stands between a hidden state, after the block where there is one, and the head: each token on
+        its own.
+        """
         return (
             self.norm
             if self.adapter is None or self.block is not None

@@ -1,10 +1,11 @@
 """A Mixture-of-Depths block: most tokens go around it (Raposo et al. 2024, arXiv 2404.02258).
 
-In training the block takes the `capacity` share of a sequence with the highest router scores (expert choice), which looks
-at later tokens. At inference (`eval()`) a causal rule decides, the same for a whole text and token by token: a token goes in
-when the predictor, trained beside the model on the same choice without touching it, says so; or, with the rule `threshold`,
-when its score reaches the running mean of the score that the `capacity` share of a batch reached in training (after Expert
-Threshold routing, arXiv 2603.11535). Tokens that go around have no keys and values in the block.
+In training the block takes the `capacity` share of a sequence with the highest router scores (expert choice),
+which looks at later tokens. At inference (`eval()`) a causal rule decides, the same for a whole text and
+token by token: a token goes in when the predictor, trained beside the model on the same choice without
+touching it, says so; or, with the rule `threshold`, when its score reaches the running mean of the score that
+the `capacity` share of a batch reached in training (after Expert Threshold routing, arXiv 2603.11535). Tokens
+that go around have no keys and values in the block.
 
 Shapes: B batch, S sequence, D width, K routed tokens, P width of a head.
 """
@@ -21,10 +22,12 @@ EMA_WEIGHT = 0.01  # of the newest batch in the threshold; the first hundred wei
 
 
 class RoutedBlock(nn.Module):
-    """x + router(x) * (block(x) - x) for the tokens that go in, x for the others. Shape: (B, S, D) -> (B, S, D).
+    """x + router(x) * (block(x) - x) for the tokens that go in, x for the others.
 
-    `predictor_loss` is that of the last forward pass in training: the binary cross-entropy of the predictor against the
-    router's choice, on inputs whose gradient is stopped; None where a threshold decides.
+    Shape: (B, S, D) -> (B, S, D).
+
+    `predictor_loss` is that of the last forward pass in training: the binary cross-entropy of the predictor
+    against the router's choice, on inputs whose gradient is stopped; None where a threshold decides.
     """
 
     threshold: Tensor
@@ -47,7 +50,10 @@ class RoutedBlock(nn.Module):
         return self._expert_choice(x, cos, sin) if self.training else self._causal(x, cos, sin)
 
     def goes_in(self, x: Tensor) -> Tensor:
-        """The causal rule: the predictor's logit is above 0, or the score reaches the threshold. Shape: (B, S, D) -> (B, S) bool."""
+        """The causal rule: the predictor's logit is above 0, or the score reaches the threshold.
+
+        Shape: (B, S, D) -> (B, S) bool.
+        """
         return (
             torch.ge(self.router(x), self.threshold)
             if self.predictor is None
@@ -55,7 +61,10 @@ class RoutedBlock(nn.Module):
         )
 
     def chosen(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of the top `capacity` share of each sequence, in order, and their scores. Shape: (B, S, D) -> two of (B, K)."""
+        """Positions of the top `capacity` share of each sequence, in order, and their scores.
+
+        Shape: (B, S, D) -> two of (B, K).
+        """
         scores = self.router(x)
         count = max(1, round(self.capacity * x.shape[1]))
         positions = scores.topk(count, dim=1).indices.sort(dim=1).values
@@ -77,7 +86,10 @@ class RoutedBlock(nn.Module):
 
     @torch.no_grad()
     def _follow(self, scores: Tensor) -> None:
-        """Move the threshold towards the score that the `capacity` share of these tokens reaches. Shape: (B, S)."""
+        """Move the threshold towards the score that the `capacity` share of these tokens reaches.
+
+        Shape: (B, S).
+        """
         self.num_batches += 1
         reached = torch.quantile(scores.float(), 1 - self.capacity)
         self.threshold.lerp_(reached, (1 / self.num_batches).clamp(min=EMA_WEIGHT))

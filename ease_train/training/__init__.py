@@ -1,1 +1,3 @@
-"""The training loop and what it stands on: recipes, checkpoints, optimizer, several processes, second stages."""
+"""The training loop and what it stands on: recipes, checkpoints, optimizer, several processes,
+second stages.
+"""

@@ -1,13 +1,14 @@
 """The checkpoint directory: all that is needed to rebuild the model, and to go on training it.
 
-    config.json         format_version, the recipe with every field, the recipe that the run began with, the step, the data,
-                        the sha256 and number of its texts, the conventions, versions
+    config.json         format_version, the recipe with every field, the recipe that the run began with, the
+                        step, the data, the sha256 and number of its texts, the conventions, versions
     model.safetensors   the weights
     tokenizer.json
     chat_template.jinja for models that have one
     metrics.jsonl       one line a log step or evaluation
     metrics.csv         the same numbers as a table
-    train_state/        optimizer, and the run's own weights where the model is the best so far; only for resuming
+    train_state/        optimizer, and the run's own weights where the model is the best so far; only for
+                        resuming
 
 Written aside and renamed; nothing is ever unpickled.
 """
@@ -44,10 +45,13 @@ STATE_FILE = Path("train_state") / "state.pt"
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint directory holds. `train_state` is None when the checkpoint was loaded only to be used.
+    """What a checkpoint directory holds.
 
-    `conventions` are by default those of a tokenizer trained here. `data_sha256` are the sums of the splits trained on (`sum_of`),
-    by name, and `num_documents` their counts; none where they are unknown. `base` is the recipe as it was before the run's own options.
+    `train_state` is None when the checkpoint was loaded only to be used.
+
+    `conventions` are by default those of a tokenizer trained here. `data_sha256` are the sums of the splits
+    trained on (`sum_of`), by name, and `num_documents` their counts; none where they are unknown. `base` is
+    the recipe as it was before the run's own options.
     """
 
     recipe: Recipe
@@ -160,7 +164,10 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """What the run at `path` logged: a line a log step or evaluation. Raises OSError or ValueError for a missing or damaged file."""
+    """What the run at `path` logged: a line a log step or evaluation.
+
+    Raises OSError or ValueError for a missing or damaged file.
+    """
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -197,22 +204,34 @@ def _read_conventions(config: dict[str, Any], path: Path) -> Conventions | None:
 
 
 def not_finite(weight: Tensor) -> str | None:
-    """What to say of a weight that holds NaN or infinity: the first, and how many there are. None for a sound one."""
+    """What to say of a weight that holds NaN or infinity: the first, and how many there are.
+
+    None for a sound one.
+    """
     if not weight.is_floating_point() or (finite := weight.isfinite()).all():
         return None
     places = (~finite).nonzero().tolist()
-    return f"holds {weight[tuple(places[0])].item()} at {places[0]} ({len(places)} of {weight.numel()} numbers are not finite)"
+    return (
+        f"holds {weight[tuple(places[0])].item()} at {places[0]} ({len(places)} of {weight.numel()} numbers "
+        "are not finite)"
+    )
 
 
 def load_weights(config: ModelConfig, path: Path) -> Decoder:
-    """A decoder with the weights of a file, which are in memory once. Raises CheckpointError when they do not fit."""
+    """A decoder with the weights of a file, which are in memory once.
+
+    Raises CheckpointError when they do not fit.
+    """
     with safetensors.safe_open(path, framework="pt") as file:
         weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
     return filled(config, renamed(weights), path.name)
 
 
 def filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Decoder:
-    """A decoder over these tensors, without the time and memory of weights of its own. Raises CheckpointError when they do not fit."""
+    """A decoder over these tensors, without the time and memory of weights of its own.
+
+    Raises CheckpointError when they do not fit.
+    """
     with torch.device("meta"):
         model = Decoder(config)
     tied = {"lm_head.weight", "embed.weight"} if config.tie_embeddings else set()

@@ -1,9 +1,9 @@
 """What a training run is made of: frozen dataclasses, plain dictionaries in and out.
 
-A recipe is a TOML file with the tables `[model]`, `[tokenizer]`, `[train]` and `[method]`, one key a field of the
-section of that name; `[method]` has tables of its own, like `[method.distill]`. Help texts live in the fields, so that the
-command line, the TOML key and the JSON key of a setting cannot drift apart. An unknown key is an error that names the nearest
-known one.
+A recipe is a TOML file with the tables `[model]`, `[tokenizer]`, `[train]` and `[method]`, one key a field of
+the section of that name; `[method]` has tables of its own, like `[method.distill]`. Help texts live in the
+fields, so that the command line, the TOML key and the JSON key of a setting cannot drift apart. An unknown
+key is an error that names the nearest known one.
 
     recipe = load_recipe("demo").with_options({"dim": 128, "steps": 500})
 """
@@ -81,7 +81,8 @@ class ModelConfig(Section, table="model"):
     )
     exit_head: str = setting(
         "tied",
-        "LM head of an early exit: 'tied' (the model's), 'own', or 'reduced' (one for all, frequent tokens only)",
+        "LM head of an early exit: 'tied' (the model's), 'own', or 'reduced' (one for all, frequent "
+        "tokens only)",
         ("tied", "own", "reduced"),
     )
     exit_vocab_size: int = setting(
@@ -109,11 +110,13 @@ class ModelConfig(Section, table="model"):
             object.__setattr__(self, "head_dim", self.dim // self.num_heads)
         if self.head_dim < 1 or self.head_dim % 2:
             raise ConfigError(
-                f"model: dim = {self.dim} does not give {self.num_heads} heads of an even width (head_dim = {self.head_dim})"
+                f"model: dim = {self.dim} does not give {self.num_heads} heads of an even width "
+                f"(head_dim = {self.head_dim})"
             )
         if len(self.rope_scaling) not in (0, 1, 4):
             raise ConfigError(
-                f"model: rope_scaling = {list(self.rope_scaling)}, expected FACTOR or FACTOR LOW HIGH POSITIONS"
+                f"model: rope_scaling = {list(self.rope_scaling)}, expected FACTOR or FACTOR LOW HIGH "
+                "POSITIONS"
             )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
@@ -134,12 +137,14 @@ class ModelConfig(Section, table="model"):
         size, reduced = self.exit_vocab_size, self.exit_head == "reduced"
         if size and not reduced:
             raise ConfigError(
-                f"model: exit_vocab_size = {size} needs exit_head = 'reduced', not '{self.exit_head}'; set both or neither"
+                f"model: exit_vocab_size = {size} needs exit_head = 'reduced', not '{self.exit_head}'; "
+                "set both or neither"
             )
         if reduced and not 0 < size < (self.vocab_size or size + 1):
             known = self.vocab_size or "the tokenizer's size"
             raise ConfigError(
-                f"model: exit_vocab_size = {size}, expected at least 1 and less than {known} with exit_head = 'reduced'"
+                f"model: exit_vocab_size = {size}, expected at least 1 and less than {known} with "
+                "exit_head = 'reduced'"
             )
 
     def _check_layers(self) -> None:
@@ -218,7 +223,8 @@ class TrainConfig(Section, table="train"):
     )
     patience: int = setting(
         0,
-        "stop after so many evaluations without a better perplexity at the last exit, keep the best model; 0 never stops",
+        "stop after so many evaluations without a better perplexity at the last exit, keep the best "
+        "model; 0 never stops",
         AT_LEAST_0,
     )
     sample_tokens: int = setting(0, "tokens of greedy sample text at each evaluation", AT_LEAST_0)
@@ -251,7 +257,10 @@ class Recipe:
         if idle := self.method.for_early_exits if len(exits) == 1 else ():
             raise ConfigError(f"{idle[0]} needs an early exit; exits = {exits}")
         if self.method.weight.rule == "layerskip" and exits[0] == 1:
-            message = "method.weight: rule = 'layerskip' gives the exit after layer 1 the weight 0; it is not trained"
+            message = (
+                "method.weight: rule = 'layerskip' gives the exit after layer 1 the weight 0; it is not "
+                "trained"
+            )
             warnings.warn(message, SettingWarning, stacklevel=2)
         if strange := sorted({*self.method.layer_lr_scales} - {*range(1, self.model.num_layers + 1)}):
             raise ConfigError(
@@ -293,7 +302,10 @@ class Recipe:
         }
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
-        """The recipe with some fields replaced, each named as the option of the command line. Raises ConfigError."""
+        """The recipe with some fields replaced, each named as the option of the command line.
+
+        Raises ConfigError.
+        """
         values = self.to_dict()
         for name, value in options.items():
             set_option(values, name, value)
@@ -351,8 +363,8 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str) -> Recipe:
     """Read a recipe by its name, or from a path that ends in .toml.
 
-    `extends = "NAME"` takes everything that the file does not set from another recipe, key by key in each table.
-    Raises ConfigError when there is none, or when it does not hold.
+    `extends = "NAME"` takes everything that the file does not set from another recipe, key by key in each
+    table. Raises ConfigError when there is none, or when it does not hold.
     """
     values, seen = _read_recipe(name), [name]
     while base := values.pop("extends", None):

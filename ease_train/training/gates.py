@@ -1,14 +1,15 @@
-"""Gates, a second stage: on a frozen model, learn at each early exit whether the last layer would say the same token.
+"""Gates, a second stage: on a frozen model, learn at each early exit whether the last layer would say the
+same token.
 
     trainer = GateTrainer(load_checkpoint(path), GateConfig(steps=200))
     for event in trainer.fit():
         print(event)
     save_checkpoint(trainer.checkpoint, out)
 
-CALM's meta-classifier (Schuster et al. 2022, arXiv 2207.07061, section 3.4): the label is 1 where the exit's most likely token
-is the last layer's (never where a reduced head does not know that one), the two classes weigh the same. What comes out is then
-made a probability on the validation split by Platt scaling: a temperature (Guo et al. 2017, arXiv 1706.04599) and a shift of the
-bias, since balancing moved the prior.
+CALM's meta-classifier (Schuster et al. 2022, arXiv 2207.07061, section 3.4): the label is 1 where the exit's
+most likely token is the last layer's (never where a reduced head does not know that one), the two classes
+weigh the same. What comes out is then made a probability on the validation split by Platt scaling: a
+temperature (Guo et al. 2017, arXiv 1706.04599) and a shift of the bias, since balancing moved the prior.
 
 Shapes: B batch, S sequence, N tokens, D width.
 """
@@ -51,8 +52,9 @@ class GateStep:
 class GateQuality:
     """A gate on the validation split, after calibration.
 
-    agreement is the share of tokens on which exit and last layer agree, auc the chance that a token of them has the higher
-    probability of two, ece the mean distance of probability and share over ten bins, brier the mean squared error.
+    agreement is the share of tokens on which exit and last layer agree, auc the chance that a token of them
+    has the higher probability of two, ece the mean distance of probability and share over ten bins, brier the
+    mean squared error.
     """
 
     agreement: float
@@ -73,7 +75,9 @@ class GateReport:
 def agreement(
     model: Decoder, input_ids: Tensor, states: States | None = None
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """What each early exit's gate reads, and whether the exit agrees with the last layer. With `states` the layers need not run.
+    """What each early exit's gate reads, and whether the exit agrees with the last layer.
+
+    With `states` the layers need not run.
 
     Shape: (B, S) -> {layer: (N, D), (N) bool}.
     """
@@ -88,14 +92,20 @@ def agreement(
 
 
 def balanced_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy in which both classes weigh one half; one class alone weighs 1. Shape: (N), (N) bool -> scalar."""
+    """Binary cross-entropy in which both classes weigh one half; one class alone weighs 1.
+
+    Shape: (N), (N) bool -> scalar.
+    """
     losses = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")
     halves = [losses[chosen].mean() for chosen in (labels, ~labels) if chosen.any()]
     return torch.stack(halves).mean()
 
 
 def platt_scaling(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Temperature T > 0 and shift b that make sigmoid((score + b) / T) most likely. Shape: (N), (N) bool -> T, b."""
+    """Temperature T > 0 and shift b that make sigmoid((score + b) / T) most likely.
+
+    Shape: (N), (N) bool -> T, b.
+    """
     scores, target = scores.double(), labels.double()
     log_slope, offset = (
         torch.zeros((), dtype=torch.float64, requires_grad=True),
@@ -144,7 +154,9 @@ def blocks_of(
 
 
 class GateTrainer:
-    """Holds the frozen model with fresh gates at all early exits, and the data of the checkpoint or another source."""
+    """Holds the frozen model with fresh gates at all early exits, and the data of the checkpoint or another
+    source.
+    """
 
     def __init__(
         self,
@@ -229,7 +241,9 @@ class GateTrainer:
 
     @torch.no_grad()
     def calibrate(self) -> GateReport:
-        """Fit each gate's temperature and bias on one half of the validation blocks, and report on the other half."""
+        """Fit each gate's temperature and bias on one half of the validation blocks, and report on the other
+        half.
+        """
         halves = [
             self._scores(np.arange(half, len(self.validation), 2))
             for half in range(min(2, len(self.validation)))

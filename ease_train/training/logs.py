@@ -7,7 +7,8 @@ from typing import Any
 
 
 def metrics_csv(metrics: Iterable[Mapping[str, Any]]) -> str:
-    """CSV of the lines of metrics.jsonl: `exit_losses` and `perplexity` become a column an exit, like perplexity_12.
+    """CSV of the lines of metrics.jsonl: `exit_losses` and `perplexity` become a column an exit, like
+    perplexity_12.
 
     What a line does not say stays empty; text and the reports of gates are left to metrics.jsonl.
     """

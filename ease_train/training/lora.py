@@ -1,9 +1,12 @@
-"""Low-rank updates of a model's layers, which learn in the place of their matrices (LoRA, Hu et al. 2021, arXiv 2106.09685).
+"""Low-rank updates of a model's layers, which learn in the place of their matrices (LoRA, Hu et al.
+
+2021, arXiv 2106.09685).
 
     add_low_rank(model, rank=8, alpha=16.0)      # all else but the exits' own parts is frozen
     weights = merged(model.state_dict(), alpha=16.0)     # the plain model's names and values
 
-A matrix W becomes W + alpha / rank * up @ down, and starts as W. What is saved is the sum, so nothing behind training sees a difference.
+A matrix W becomes W + alpha / rank * up @ down, and starts as W. What is saved is the sum, so nothing behind
+training sees a difference.
 """
 
 from collections.abc import Mapping

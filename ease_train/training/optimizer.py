@@ -12,7 +12,9 @@ from ease_train.training.config import TrainConfig
 
 
 def learning_rate(step: int, settings: TrainConfig) -> float:
-    """Linear warm-up, then a cosine down to `min_lr_ratio` of the peak (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    """Linear warm-up, then a cosine down to `min_lr_ratio` of the peak (Loshchilov & Hutter 2017, arXiv
+    1608.03983).
+    """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
@@ -30,8 +32,8 @@ def create_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with weight decay on matrices only.
 
-    `layer_lr_scales` (layer from 1 -> share) is discriminative fine-tuning (Howard & Ruder 2018, arXiv 1801.06146): a group a
-    share; embedding, norms outside the layers, exits and head have the full rate.
+    `layer_lr_scales` (layer from 1 -> share) is discriminative fine-tuning (Howard & Ruder 2018, arXiv
+    1801.06146): a group a share; embedding, norms outside the layers, exits and head have the full rate.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     scales = {
@@ -53,7 +55,10 @@ def create_optimizer(
 
 
 def train_exits_only(model: Decoder, heads: bool) -> None:
-    """Freeze all but the early exits' norms, adapters and, if wanted, heads. Raises ConfigError when they have none of their own."""
+    """Freeze all but the early exits' norms, adapters and, if wanted, heads.
+
+    Raises ConfigError when they have none of their own.
+    """
     model.requires_grad_(False)
     model.exits.requires_grad_(True)
     if model.reduced_head is not None:
@@ -64,5 +69,6 @@ def train_exits_only(model: Decoder, heads: bool) -> None:
             leave.head.requires_grad_(heads)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
-            "method: trains = 'exits', but the exits have no norm, adapter or head of their own; set exit_adapter = 'mlp'"
+            "method: trains = 'exits', but the exits have no norm, adapter or head of their own; set "
+            "exit_adapter = 'mlp'"
         )

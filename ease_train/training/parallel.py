@@ -5,10 +5,11 @@ A launcher starts them and says so in the environment, which `accelerate.Partial
     accelerate launch --num-processes 2 -m ease_train.cli fit small --out runs/small
     torchrun --nproc-per-node 2 -m ease_train.cli fit small --out runs/small --sharded
 
-Without one there is a single process and nothing here does anything. A step reads batch_size sequences a process, so two
-processes follow the curve of one with twice the batch. Weights and optimizer are whole in every process (DDP), or in shards
-over them (FSDP2's `fully_shard`; asked for by `--sharded` or by `accelerate launch --use-fsdp`). FSDP is torch's own here, since
-accelerate leaves it out on CPUs, where it is tested over gloo. A checkpoint is whole whichever it was.
+Without one there is a single process and nothing here does anything. A step reads batch_size sequences a
+process, so two processes follow the curve of one with twice the batch. Weights and optimizer are whole in
+every process (DDP), or in shards over them (FSDP2's `fully_shard`; asked for by `--sharded` or by `accelerate
+launch --use-fsdp`). FSDP is torch's own here, since accelerate leaves it out on CPUs, where it is tested over
+gloo. A checkpoint is whole whichever it was.
 """
 
 import atexit
@@ -34,7 +35,8 @@ CPU = torch.device("cpu")
 
 
 class Learner(nn.Module):
-    """The model behind one `forward`, which DDP and FSDP watch: all that training asks of the weights is asked in there.
+    """The model behind one `forward`, which DDP and FSDP watch: all that training asks of the weights is
+    asked in there.
 
     loss = learner(lambda model: exit_loss(model, input_ids, targets, objective))
     """
@@ -49,7 +51,9 @@ class Learner(nn.Module):
 
 @dataclass(frozen=True)
 class Workers:
-    """This process (`rank`, from 0) among `count`, the device it works on, and whether the weights are in shards."""
+    """This process (`rank`, from 0) among `count`, the device it works on, and whether the weights are in
+    shards.
+    """
 
     rank: int = 0
     count: int = 1
@@ -58,12 +62,16 @@ class Workers:
 
     @classmethod
     def join(cls, device: str, sharded: bool = False) -> Self:
-        """Join the processes that the environment names, if any. `device`: cpu, cuda, or auto. Raises ConfigError."""
+        """Join the processes that the environment names, if any.
+
+        `device`: cpu, cuda, or auto. Raises ConfigError.
+        """
         sharded = sharded or _flag("ACCELERATE_USE_FSDP")
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             if sharded:
                 raise ConfigError(
-                    "one process has nothing to shard the weights over; start more: torchrun --nproc-per-node N -m ease_train.cli …"
+                    "one process has nothing to shard the weights over; start more: torchrun "
+                    "--nproc-per-node N -m ease_train.cli …"
                 )
             return cls(device=usable_device(device))
         _check_launch()
@@ -80,7 +88,9 @@ class Workers:
         return self.rank == 0
 
     def share_work(self, model: Decoder, may_rest: bool) -> nn.Module:
-        """The learner whose gradients are means over the processes; `may_rest`: a step may leave weights out."""
+        """The learner whose gradients are means over the processes; `may_rest`: a step may leave
+        weights out.
+        """
         learner = Learner(model)
         if self.sharded:
             mesh = init_device_mesh(self.device.type, (self.count,))
@@ -94,7 +104,9 @@ class Workers:
 
     @staticmethod
     def hold_gradients(learner: nn.Module, hold: bool) -> AbstractContextManager[None]:
-        """Inside, DDP adds gradients up and leaves their mean over the processes to a later pass, when `hold` is set."""
+        """Inside, DDP adds gradients up and leaves their mean over the processes to a later pass, when `hold`
+        is set.
+        """
         return learner.no_sync() if hold and isinstance(learner, DistributedDataParallel) else nullcontext()
 
     def mean(self, values: list[float]) -> list[float]:
@@ -118,7 +130,9 @@ class Workers:
             torch.distributed.barrier()
 
     def gathered(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A state dictionary with whole tensors, on the CPU of the first process; the others get None for each."""
+        """A state dictionary with whole tensors, on the CPU of the first process; the others get None for
+        each.
+        """
 
         def gather(tensor: Tensor) -> Tensor | None:
             gathered = whole(tensor)
@@ -157,7 +171,10 @@ def _flag(name: str) -> bool:
 
 
 def usable_device(device: str) -> torch.device:
-    """cpu, cuda (this process's GPU) or another, once a tensor fits on it; auto is cuda where there is one. Raises ConfigError."""
+    """cpu, cuda (this process's GPU) or another, once a tensor fits on it; auto is cuda where there is one.
+
+    Raises ConfigError.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and not _flag("ACCELERATE_USE_CPU") else "cpu"
     try:
@@ -173,7 +190,10 @@ def usable_device(device: str) -> torch.device:
 
 
 def _check_launch() -> None:
-    """Refuse an environment that would wait forever, and what is not supported. Raises ConfigError; warns of what is ignored."""
+    """Refuse an environment that would wait forever, and what is not supported.
+
+    Raises ConfigError; warns of what is ignored.
+    """
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         count = os.environ["WORLD_SIZE"]
@@ -183,7 +203,8 @@ def _check_launch() -> None:
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if _flag(f"ACCELERATE_USE_{engine}"):
             raise ConfigError(
-                f"accelerate's {engine} is not supported; choose plain data parallelism or FSDP (accelerate config)"
+                f"accelerate's {engine} is not supported; choose plain data parallelism or FSDP "
+                "(accelerate config)"
             )
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         warnings.warn(

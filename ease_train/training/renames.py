@@ -1,4 +1,5 @@
-"""What was called otherwise before: the settings and weights of checkpoints of format 1, and the recipes of that time.
+"""What was called otherwise before: the settings and weights of checkpoints of format 1, and the recipes of
+that time.
 
 The settings' old names are options of the command line still.
 """

@@ -1,9 +1,12 @@
-"""What may be asked of a run that goes on: to train longer, and to find its text elsewhere. All else is the run's own.
+"""What may be asked of a run that goes on: to train longer, and to find its text elsewhere.
+
+All else is the run's own.
 
     trainer = Trainer.resume(out, asked=Asked(steps=2000, data="moved/corpus.jsonl"))
 
-More steps are a longer schedule from the next step on: the learning rate (a cosine over all steps) goes up again to where it is
-in a run of that many, and so do curricula. The result is not that of a run that began with so many steps.
+More steps are a longer schedule from the next step on: the learning rate (a cosine over all steps) goes up
+again to where it is in a run of that many, and so do curricula. The result is not that of a run that began
+with so many steps.
 """
 
 import warnings
@@ -20,7 +23,9 @@ from ease_train.training.optimizer import learning_rate
 
 @dataclass(frozen=True)
 class Asked:
-    """What a resumed run is asked for: fields of the recipe by name, its data, and the recipe that it follows."""
+    """What a resumed run is asked for: fields of the recipe by name, its data, and the recipe that it
+    follows.
+    """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
@@ -38,7 +43,10 @@ class Asked:
         )  # the run's own, where the model is an earlier one
         checkpoint = replace(checkpoint, recipe=self._longer(checkpoint.recipe, step, path))
         if self.data not in (None, checkpoint.data) and not checkpoint.data_sha256:
-            said = f"{path} does not know the sum of its text; {self.data} is taken for what it calls {checkpoint.data}"
+            said = (
+                f"{path} does not know the sum of its text; {self.data} is taken for what it calls "
+                f"{checkpoint.data}"
+            )
             warnings.warn(said, SettingWarning, stacklevel=2)
         return replace(checkpoint, data=self.data or checkpoint.data)
 
@@ -58,7 +66,8 @@ class Asked:
         options = {name: value for name, value in self.options.items() if name != "steps"}
         if changed := differing(own, own.with_options(options)):
             raise ConfigError(
-                f"--resume goes on with the settings in {path}/config.json, and only --steps may differ ({changed}); "
+                f"--resume goes on with the settings in {path}/config.json, and only --steps may differ "
+                f"({changed}); "
                 "leave the option out, or begin a run of another --out"
             )
 

@@ -1,12 +1,14 @@
-"""The hidden states of a frozen model, computed once and read by every epoch that trains its exits (or gates).
+"""The hidden states of a frozen model, computed once and read by every epoch that trains its exits (or
+gates).
 
     cache = StateCache(Path("runs/cache"), model, blocks, temperature=1.0, precision="fp32")
     for done in cache.fill(ask):    # nothing to do where it was filled before; goes on where it was killed
         print(done, "of", len(blocks))
     states = cache.of(numbers)      # of these blocks
 
-The directory's name is a sum over all that the states depend on: the weights below the exits, the tokens, the exits' layers,
-temperature and precision. It is written under another name until it is whole. Files are plain fp32 and int32, row after row.
+The directory's name is a sum over all that the states depend on: the weights below the exits, the tokens, the
+exits' layers, temperature and precision. It is written under another name until it is whole. Files are plain
+fp32 and int32, row after row.
 
 Shapes: B blocks, S tokens of a block, D width.
 """
@@ -102,7 +104,10 @@ class StateCache:
         return self.path.is_dir()
 
     def fill(self, ask: Ask) -> Iterator[int]:
-        """Compute what is not there yet; yield the number of blocks done. Raises DataError when it does not fit on the disk."""
+        """Compute what is not there yet; yield the number of blocks done.
+
+        Raises DataError when it does not fit on the disk.
+        """
         if self.full:
             return
         partial = self.path.with_suffix(".partial")
@@ -114,7 +119,8 @@ class StateCache:
         )
         if missing > free:
             raise DataError(
-                f"hidden states take {missing / 1e9:.1f} GB more in {partial.parent}, which has {free / 1e9:.1f} GB; use another --cache, "
+                f"hidden states take {missing / 1e9:.1f} GB more in {partial.parent}, which has "
+                f"{free / 1e9:.1f} GB; use another --cache, "
                 "less text, or none"
             )
         try:

@@ -4,8 +4,8 @@
     for event in trainer.fit(Path("runs/demo/checkpoint")):
         print(event)
 
-A step's data, learning rate and random numbers depend on the step's number alone, so a resumed run goes on bit for bit
-on CPU (with the same number of threads).
+A step's data, learning rate and random numbers depend on the step's number alone, so a resumed run goes on
+bit for bit on CPU (with the same number of threads).
 """
 
 import json
@@ -52,10 +52,11 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class EvalEvent:
-    """Validation perplexity at each exit, by layer, and a greedy continuation of nothing where one was asked for.
+    """Validation perplexity at each exit, by layer, and a greedy continuation of nothing where one was asked
+    for.
 
-    A reduced head's perplexity is over the tokens that it knows. `agreement` is the share of tokens on which an exit's most likely
-    token is the last exit's.
+    A reduced head's perplexity is over the tokens that it knows. `agreement` is the share of tokens on which
+    an exit's most likely token is the last exit's.
     """
 
     step: int
@@ -102,7 +103,9 @@ def objective_at(step: int, recipe: Recipe) -> Objective:
 
 
 def weights_may_rest(recipe: Recipe) -> bool:
-    """Whether some step leaves weights without a gradient: an exit that is not trained, always or at times, or a gate."""
+    """Whether some step leaves weights without a gradient: an exit that is not trained, always or at times,
+    or a gate.
+    """
     method, model = recipe.method, recipe.model
     moving = (
         method.curriculum.on or method.exit_warmup.on or method.alpha.on or method.objective or method.loss
@@ -127,13 +130,16 @@ def known_data(checkpoint: Checkpoint) -> str:
     """What a checkpoint was trained on. Raises ConfigError for an imported one, which does not say."""
     if checkpoint.data == UNKNOWN_DATA:
         raise ConfigError(
-            "this checkpoint was imported, and what it was trained on is unknown; name the text to train on with --data"
+            "this checkpoint was imported, and what it was trained on is unknown; name the text to train "
+            "on with --data"
         )
     return checkpoint.data
 
 
 def layers_rest(recipe: Recipe) -> bool:
-    """Whether a run's layers see every block alike in every epoch, so that their hidden states can be kept."""
+    """Whether a run's layers see every block alike in every epoch, so that their hidden states can
+    be kept.
+    """
     method = recipe.method
     return method.trains != "all" and not (
         method.layer_dropout.on or method.routing.on or method.objective or method.loss
@@ -152,14 +158,17 @@ def own_function(name: str, what: str) -> Callable[..., Any]:
 def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDArray[np.int32]:
     """A split of a checkpoint's data as its model reads it, kept in `cache`. Shape: (tokens,).
 
-    Notes the sum and number of its texts in the checkpoint. Raises DataError where another one is noted there already, or there is no text.
+    Notes the sum and number of its texts in the checkpoint. Raises DataError where another one is noted there
+    already, or there is no text.
     """
     documents = load_documents(checkpoint.data, split)
     found, noted = sum_of(documents), checkpoint.data_sha256.get(split)
     if noted not in (None, found):
         raise DataError(
-            f"{checkpoint.data} ({split}) holds other text than this checkpoint was trained on: its sha256 is {found[:16]}…, "
-            f"expected {noted[:16]}…; say with --data where that text is now, or train on another: ease-train tune CHECKPOINT --data TEXT"
+            f"{checkpoint.data} ({split}) holds other text than this checkpoint was trained on: its "
+            f"sha256 is {found[:16]}…, "
+            f"expected {noted[:16]}…; say with --data where that text is now, or train on another: "
+            "ease-train tune CHECKPOINT --data TEXT"
         )
     checkpoint.data_sha256[split], checkpoint.num_documents[split] = found, len(documents)
     stream = cached_stream(
@@ -176,7 +185,10 @@ def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDAr
 
 
 def token_counts(checkpoint: Checkpoint, cache: Path | None) -> Tensor:
-    """How often each token stands in the training split: a reduced head's tokens are the most frequent. Shape: (V) int64."""
+    """How often each token stands in the training split: a reduced head's tokens are the most frequent.
+
+    Shape: (V) int64.
+    """
     counted = np.bincount(
         token_stream(checkpoint, "train", cache), minlength=checkpoint.recipe.model.vocab_size
     )
@@ -198,7 +210,9 @@ class Kept:
 
 
 class Trainer:
-    """Holds a run: model, optimizer, packed data, the number of the next step, and with patience the best model so far."""
+    """Holds a run: model, optimizer, packed data, the number of the next step, and with patience the best
+    model so far.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, workers: Workers | None = None, cache: Path | None = None
@@ -256,9 +270,12 @@ class Trainer:
         *,
         base: Recipe | None = None,
     ) -> Self:
-        """A new run: trains the tokenizer, builds the model; keeps tokens in `cache`. Raises DataError, ConfigError.
+        """A new run: trains the tokenizer, builds the model; keeps tokens in `cache`.
 
-        `base` is the recipe before the run's own options, by which a run that goes on knows whether it was changed.
+        Raises DataError, ConfigError.
+
+        `base` is the recipe before the run's own options, by which a run that goes on knows whether it was
+        changed.
         """
         workers = Workers.join(device, sharded)
         tokenizer = train_tokenizer(load_documents(source, "train"), recipe.tokenizer)
@@ -286,7 +303,8 @@ class Trainer:
         *,
         asked: Asked | None = None,
     ) -> Self:
-        """Go on with the run saved at `path`, with as many processes as there are now, and with what is `asked` of it.
+        """Go on with the run saved at `path`, with as many processes as there are now, and with what is
+        `asked` of it.
 
         Raises CheckpointError, ConfigError, DataError.
         """
@@ -295,9 +313,12 @@ class Trainer:
         return cls(asked.of(checkpoint, path) if asked else checkpoint, workers, cache)
 
     def fit(self, out: Path) -> Iterator[Event]:
-        """Train to the last step, or until patience ends; yield every step, evaluation and checkpoint. Raises DivergenceError.
+        """Train to the last step, or until patience ends; yield every step, evaluation and checkpoint.
 
-        Where the layers are frozen and there is a cache, their hidden states are computed before the first step.
+        Raises DivergenceError.
+
+        Where the layers are frozen and there is a cache, their hidden states are computed before the first
+        step.
         """
         yield from self.fill_states()
         while not self.ended:
@@ -326,7 +347,10 @@ class Trainer:
         return train, validation
 
     def fill_states(self) -> Iterator[StatesEvent]:
-        """Compute the hidden states that are not kept yet. Raises DataError when they do not fit on the disk."""
+        """Compute the hidden states that are not kept yet.
+
+        Raises DataError when they do not fit on the disk.
+        """
         self.model.eval()
         for cache in (self.train_states, self.validation_states):
             if cache is not None:
@@ -370,7 +394,10 @@ class Trainer:
         return StepEvent(self.checkpoint.step, loss, by_exit, rate, norm, speed)
 
     def _backward(self, batch: NDArray[np.int32]) -> tuple[float, dict[int, float]]:
-        """Add up the gradients of a step's batches; their mean losses. Shape: (accumulate * batch_size, sequence_length + 1)."""
+        """Add up the gradients of a step's batches; their mean losses.
+
+        Shape: (accumulate * batch_size, sequence_length + 1).
+        """
         objective, parts = (
             self.objective_at(self.checkpoint.step, self.recipe),
             np.split(batch, self.settings.accumulate),
@@ -405,7 +432,10 @@ class Trainer:
         return cache.of(numbers, self.device) if cache is not None and cache.full else None
 
     def _ask(self, question: Callable[..., Any], batch: NDArray[np.int32], *more: Any) -> Any:
-        """question(model, input_ids, targets, ...), in the run's precision. Shape: batch (n, sequence_length + 1)."""
+        """question(model, input_ids, targets, ...), in the run's precision.
+
+        Shape: batch (n, sequence_length + 1).
+        """
         ids = torch.from_numpy(batch.astype(np.int64)).to(self.device)
         with torch.autocast(
             self.device.type,
@@ -440,7 +470,9 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, num_tokens: int) -> str:
-        """A greedy continuation of the token that begins a document, at full depth; each token runs the whole text so far."""
+        """A greedy continuation of the token that begins a document, at full depth; each token runs the whole
+        text so far.
+        """
         ids = torch.tensor([[self.checkpoint.conventions.separator]], device=self.device)
         self.model.eval()
         for _ in range(min(num_tokens, self.recipe.model.max_positions - 1)):
@@ -450,7 +482,9 @@ class Trainer:
         return str(self.checkpoint.tokenizer.decode(ids[0, 1:].tolist()))
 
     def out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations were all no better than the best before them, at the last exit."""
+        """Whether the last `patience` evaluations were all no better than the best before them, at the last
+        exit.
+        """
         values, patience = self._last_exit_perplexities(), self.settings.patience
         return 0 < patience < len(values) and min(values[-patience:]) >= min(values[:-patience])
 
@@ -466,7 +500,9 @@ class Trainer:
         return [line["perplexity"][last] for line in self.checkpoint.metrics if "perplexity" in line]
 
     def save(self, out: Path) -> SaveEvent:
-        """Write the checkpoint with all that a resumed run needs: with patience the best model, and the run's own weights aside."""
+        """Write the checkpoint with all that a resumed run needs: with patience the best model, and the run's
+        own weights aside.
+        """
         step = self.checkpoint.step
         state: dict[str, Any] = {
             "optimizer": self.workers.gathered(self.optimizer.state_dict()),

@@ -2,9 +2,10 @@
 
     trainer = begin_tuning(load_checkpoint(path), load_recipe("ee-tuning"), {"exits": [4, 12]}, source="kjv")
 
-The architecture and tokenizer are the checkpoint's; exits, exit heads, method and training settings the recipe's. A new exit's norm
-starts as the final norm, its own head as the LM head, its adapter as the identity (EE-Tuning, Pan et al. 2024, arXiv 2402.00518), its
-block as the layer that follows, a reduced head as the LM head's rows of the text's most frequent tokens.
+The architecture and tokenizer are the checkpoint's; exits, exit heads, method and training settings the
+recipe's. A new exit's norm starts as the final norm, its own head as the LM head, its adapter as the identity
+(EE-Tuning, Pan et al. 2024, arXiv 2402.00518), its block as the layer that follows, a reduced head as the LM
+head's rows of the text's most frequent tokens.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,10 @@ from ease_train.training.trainer import Trainer, known_data, token_counts
 
 
 def tuned_recipe(trained: Recipe, recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
-    """The checkpoint's model with the recipe's exits, method and training, and the options over them. Raises ConfigError."""
+    """The checkpoint's model with the recipe's exits, method and training, and the options over them.
+
+    Raises ConfigError.
+    """
     values, shape = recipe.to_dict(), trained.model.to_dict()
     values["model"] = {**shape, **{name: values["model"][name] for name in OF_THE_EXITS}, "gates": []}
     values["tokenizer"] = trained.tokenizer.to_dict()
@@ -32,7 +36,8 @@ def tuned_recipe(trained: Recipe, recipe: Recipe, options: Mapping[str, Any]) ->
         table = OPTIONS.get(name, ("unknown",))[0]
         if table == "tokenizer" or (table == "model" and name not in OF_THE_EXITS):
             raise ConfigError(
-                f"{name} = {value!r} would change the trained model; expected settings of its exits: {', '.join(OF_THE_EXITS)}"
+                f"{name} = {value!r} would change the trained model; expected settings of its exits: "
+                f"{', '.join(OF_THE_EXITS)}"
             )
         set_option(values, name, value)
     cut_warmup(values, options)
@@ -60,7 +65,9 @@ def with_exits(model: Decoder, recipe: Recipe) -> Decoder:
 
 
 def has_new_reduced_head(trained: Decoder, grown: Decoder) -> bool:
-    """Whether a reduced head's tokens are still to be chosen: there is one, and the trained model had none of its size."""
+    """Whether a reduced head's tokens are still to be chosen: there is one, and the trained model had none of
+    its size.
+    """
     had, has = trained.reduced_head, grown.reduced_head
     return has is not None and (had is None or len(had.ids) != len(has.ids))
 
@@ -77,7 +84,8 @@ def begin_tuning(
 ) -> Trainer:
     """A new run from the checkpoint's weights, on its data or another source. Raises ConfigError, DataError.
 
-    A reduced head knows the most frequent tokens of `counted`, by default of the run's own text; more text says better which they are.
+    A reduced head knows the most frequent tokens of `counted`, by default of the run's own text; more text
+    says better which they are.
     """
     workers = Workers.join(device, sharded)
     chosen = tuned_recipe(trained.recipe, recipe, options)

@@ -1,4 +1,6 @@
-"""ease_eval: what early exits cost in perplexity and save in time, measured through the runtime's own engine."""
+"""ease_eval: what early exits cost in perplexity and save in time, measured through the runtime's
+own engine.
+"""
 
 import os
 

@@ -1,10 +1,11 @@
-"""What a long measurement has finished, a JSON line each, so that a run that was killed goes on where it stopped.
+"""What a long measurement has finished, a JSON line each, so that a run that was killed goes on where it
+stopped.
 
     with Journal(Path("table.json"), {"bundle": ..., "thresholds": ...}) as journal:
-        value = journal.once("scores 0.5", lambda: measure_it())     # measured now, or read from the run before
+        value = journal.once("scores 0.5", lambda: measure_it())  # measured now, or read from the run before
 
-The lines stand in a file beside the one that the run will write, which goes when the run has ended well. Lines of a run that
-asked for something else are not used.
+The lines stand in a file beside the one that the run will write, which goes when the run has ended well.
+Lines of a run that asked for something else are not used.
 """
 
 import json
@@ -17,7 +18,10 @@ from ease_common.errors import RequestError
 
 
 class Journal:
-    """The finished parts of one run, by name. `file` is where the run's result goes; None keeps nothing for another run."""
+    """The finished parts of one run, by name.
+
+    `file` is where the run's result goes; None keeps nothing for another run.
+    """
 
     def __init__(self, file: Path | None, asked: dict[str, Any]) -> None:
         self.file, self.path = file, None if file is None else file.with_name(f".{file.name}.journal")

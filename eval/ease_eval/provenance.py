@@ -1,4 +1,7 @@
-"""Where figures come from: the bundle, its manifest's sum, the machine's device, the versions. Every JSON begins with it."""
+"""Where figures come from: the bundle, its manifest's sum, the machine's device, the versions.
+
+Every JSON begins with it.
+"""
 
 import platform
 from importlib.metadata import version

@@ -7,7 +7,9 @@ from ease_runtime.policies.thresholds import Thresholds
 
 
 def as_json(value: Any) -> Any:
-    """What json can write, of a value of dataclasses: thresholds in their notation, everything else as it is."""
+    """What json can write, of a value of dataclasses: thresholds in their notation, everything else
+    as it is.
+    """
     if isinstance(value, Thresholds):
         return value.to_json()
     if is_dataclass(value):

@@ -1,6 +1,7 @@
 """Decode over the stand-ins with scripted heads, so that exits are taken: prints the depths as a JSON list.
 
-python tests/cuda/decode.py BUNDLE CATCH_UP [CONFIDENCE...]    # of the first exit, token after token; other exits are never sure
+python tests/cuda/decode.py BUNDLE CATCH_UP [CONFIDENCE...]    # of the first exit, token after token; other
+exits are never sure
 """
 
 import json

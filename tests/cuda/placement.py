@@ -1,6 +1,8 @@
-"""Where ONNX Runtime puts the nodes of each graph, on the CUDA provider: prints a JSON object, run over the stand-ins.
+"""Where ONNX Runtime puts the nodes of each graph, on the CUDA provider: prints a JSON object, run over the
+stand-ins.
 
-python tests/cuda/placement.py BUNDLE...      # {path: {"CUDAExecutionProvider": {"Gemm": 14, ...}}, or path: "why it does not load"}
+python tests/cuda/placement.py BUNDLE...      # {path: {"CUDAExecutionProvider": {"Gemm": 14, ...}}, or path:
+"why it does not load"}
 """
 
 import json

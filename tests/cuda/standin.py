@@ -1,6 +1,7 @@
 """Stand-ins for the CUDA libraries that ONNX Runtime's CUDA provider names, and processes that run over them.
 
-The wheel's own provider then places nodes, chooses kernels and dispatches them, without a GPU: see standin.c. Linux on x86-64.
+The wheel's own provider then places nodes, chooses kernels and dispatches them, without a GPU: see standin.c.
+Linux on x86-64.
 """
 
 import os
@@ -51,7 +52,8 @@ def compiler() -> list[str]:
 def build(folder: Path) -> Path:
     """Compile the stand-ins into a folder, for LD_LIBRARY_PATH.
 
-    What neither source defines is a function that notes its name and returns 0. Versions are those the provider asks for.
+    What neither source defines is a function that notes its name and returns 0. Versions are those the
+    provider asks for.
     """
     symbols = needed_symbols()
     assert RUNTIME in symbols.values(), f"{PROVIDER} names no {RUNTIME}: this test knows CUDA 13"
@@ -82,7 +84,9 @@ def build(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Event:
-    """A line of the log: "kernel", "copy", "sync", "malloc", "memset", "call", "replay", "begin" or "end" (of a capture)."""
+    """A line of the log: "kernel", "copy", "sync", "malloc", "memset", "call", "replay", "begin" or "end" (of
+    a capture).
+    """
 
     kind: str
     what: str

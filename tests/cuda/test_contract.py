@@ -1,6 +1,8 @@
-"""What EASE's graphs and engine do on ONNX Runtime's own CUDA provider, over stand-ins for CUDA's libraries: no GPU is needed.
+"""What EASE's graphs and engine do on ONNX Runtime's own CUDA provider, over stand-ins for CUDA's libraries:
+no GPU is needed.
 
-Placement, refusals, launches and copies are the provider's own; results are not looked at, since no kernel runs.
+Placement, refusals, launches and copies are the provider's own; results are not looked at, since no kernel
+runs.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""Advice on exits: the cost model against a simulated queue and against the clock, and what is read off the exits by hand."""
+"""Advice on exits: the cost model against a simulated queue and against the clock, and what is read off the
+exits by hand.
+"""
 
 import json
 import time

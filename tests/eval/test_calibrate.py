@@ -42,7 +42,9 @@ def test_binomial_tail_by_hand() -> None:
 
 @pytest.mark.parametrize(("delta", "truth"), [(0.1, 0.1), (0.05, 0.05), (0.2, 0.25)])
 def test_p_values_are_valid(delta: float, truth: float) -> None:
-    """Where the risk is at or above delta, a p-value below u comes with probability at most u (in 3000 draws of 60 documents)."""
+    """Where the risk is at or above delta, a p-value below u comes with probability at most u (in 3000 draws
+    of 60 documents).
+    """
     dice = np.random.default_rng(0)
     risks = dice.binomial(1, truth, (3000, 60)).mean(axis=1)
     p_values = np.array([hoeffding_bentkus(float(r), 60, delta) for r in risks])
@@ -58,7 +60,9 @@ def test_p_values_have_power() -> None:
 
 
 def test_the_promise_holds_on_fresh_documents() -> None:
-    """Candidates whose true risks rise from 0.01 to 0.2: in 600 draws the one chosen is above delta at most epsilon of the time."""
+    """Candidates whose true risks rise from 0.01 to 0.2: in 600 draws the one chosen is above delta at most
+    epsilon of the time.
+    """
     dice, delta, epsilon, size = np.random.default_rng(3), 0.08, 0.1, 150
     truths = np.linspace(0.01, 0.2, 25)
     wrong = chosen = 0

@@ -1,4 +1,6 @@
-"""Beside other runtimes: transformers for real, the others as scripted modules that answer, crash, hang or are not there."""
+"""Beside other runtimes: transformers for real, the others as scripted modules that answer, crash, hang or
+are not there.
+"""
 
 import json
 import sys
@@ -83,7 +85,8 @@ GGUF_THAT_COUNTS = """
 from types import SimpleNamespace
 
 def CommonParams():
-    return SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
+    fields = ("model", "cpuparams", "cpuparams_batch")
+    return SimpleNamespace(**{field: SimpleNamespace() for field in fields})
 
 class Server:
     def __init__(self, parameters):

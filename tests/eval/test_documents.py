@@ -1,4 +1,6 @@
-"""Bytes of scored text, and characters that a tokenizer does not know: counted in the text, not in what its tokens decode to."""
+"""Bytes of scored text, and characters that a tokenizer does not know: counted in the text, not in what its
+tokens decode to.
+"""
 
 import json
 import math

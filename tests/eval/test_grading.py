@@ -1,4 +1,6 @@
-"""Answers are graded as lm_eval's gsm8k grades them: expected values are its own, and its own code gives them where it is installed."""
+"""Answers are graded as lm_eval's gsm8k grades them: expected values are its own, and its own code gives them
+where it is installed.
+"""
 
 import random
 

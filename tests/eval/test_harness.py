@@ -1,4 +1,6 @@
-"""The lm-evaluation-harness adapter: its requests go through the exit policy, and its figures are those of the table and of torch."""
+"""The lm-evaluation-harness adapter: its requests go through the exit policy, and its figures are those of
+the table and of torch.
+"""
 
 import importlib.metadata
 import json
@@ -24,7 +26,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 pytest.importorskip("lm_eval", reason="lm_eval is not installed", exc_type=ImportError)
 
-TEXT = "And the king went up to the mountain; and it was good. And my servant spoke unto the people; and it was night."
+TEXT = (
+    "And the king went up to the mountain; and it was good. And my servant spoke unto the people; and it was "
+    "night."
+)
 PAIRS = [
     ("And the king went up to", " the mountain"),
     ("And the king ", "spoke unto the stone"),
@@ -186,8 +191,9 @@ def test_a_task_of_the_harness_runs_through_the_policy(tiny_bundle: Path, tmp_pa
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    rows = [{"context": f"And {who}", "choices": ["went up to the sea", "spoke", "was with"], "answer": i % 3}
-            for i, who in enumerate(("the king", "a shepherd", "the river", "my servant", "a voice"))]  # fmt: skip
+    people = ("the king", "a shepherd", "the river", "my servant", "a voice")
+    choices = ["went up to the sea", "spoke", "was with"]
+    rows = [{"context": f"And {who}", "choices": choices, "answer": i % 3} for i, who in enumerate(people)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "task.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
     one = model(tiny_bundle, ",threshold=0.4")
@@ -240,7 +246,9 @@ CONTEXTS = [
 def test_likelihoods_are_those_of_the_harness_own_model(
     tiny_checkpoint: Path, tmp_path: Path, instance: Any, kind: str
 ) -> None:
-    """Of the same directory, by `lm_eval --model hf` with its default arguments, whatever stands before a text there."""
+    """Of the same directory, by `lm_eval --model hf` with its default arguments, whatever stands before a
+    text there.
+    """
     from lm_eval.models.huggingface import HFLM
 
     import foreign_models

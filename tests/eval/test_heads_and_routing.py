@@ -1,4 +1,6 @@
-"""Gates, adapters, own heads and routed layers: exported, run by the engine, and equal to the model in torch."""
+"""Gates, adapters, own heads and routed layers: exported, run by the engine, and equal to the model
+in torch.
+"""
 
 import io
 import json
@@ -136,7 +138,9 @@ def test_parallel_scores_equal_the_engines(
 
 
 def test_an_exits_layer_and_reduced_head_say_what_they_say_in_torch(blocks: Made) -> None:
-    """Token by token over its own K/V, with others that came and went before; tokens that the head does not know have their share."""
+    """Token by token over its own K/V, with others that came and went before; tokens that the head does not
+    know have their share.
+    """
     checkpoint, bundle = blocks
     model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
     engine, ids = Engine(stack), text(90, seed=5)
@@ -178,7 +182,9 @@ def routes_in_torch(model: Decoder, ids: list[int]) -> dict[int, list[bool]]:
 
 
 def test_decoding_routes_as_teacher_forcing_and_skips_for_real(routed: Made) -> None:
-    """The same routing and logits as one pass in torch, and a routed block runs once for each token that goes in, no more."""
+    """The same routing and logits as one pass in torch, and a routed block runs once for each token that goes
+    in, no more.
+    """
     checkpoint, bundle = routed
     model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
     engine, ids = Engine(stack), text(150, seed=9)
@@ -223,7 +229,9 @@ def test_keys_and_values_are_written_only_for_routed_tokens(routed: Made) -> Non
 
 @pytest.mark.parametrize("name", ["routed", "routed_with_exits"])
 def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRequest) -> None:
-    """Rows with routes, lengths and catch-ups of their own, verify too: tokens, depths and figures as alone."""
+    """Rows with routes, lengths and catch-ups of their own, verify too: tokens, depths and figures
+    as alone.
+    """
     stack = OrtStack(request.getfixturevalue(name)[1])
     policy = make_policy("max-prob", [0.4], stack.exit_layers) if len(stack.exit_layers) > 1 else FULL_DEPTH
 

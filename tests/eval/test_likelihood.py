@@ -1,4 +1,6 @@
-"""A context and what follows it: the ids of the whole text, divided behind the last token that is all context."""
+"""A context and what follows it: the ids of the whole text, divided behind the last token that is all
+context.
+"""
 
 import random
 from types import SimpleNamespace
@@ -29,7 +31,9 @@ PIECES = ["he", "hel", "l", "lo", ".", "\n", "\n\n", "a", " ", "日", "é"]
 
 
 def joining() -> Tokenizer:
-    """Byte-level, with tokens that reach over words' ends, and places that a post-processor trims, as Llama 3's does."""
+    """Byte-level, with tokens that reach over words' ends, and places that a post-processor trims, as Llama
+    3's does.
+    """
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -64,7 +64,8 @@ class Simulation:
     def active(self, frozen_below: list[int], first: int, hidden: Tensor) -> Tensor | None:
         if self.catch_up == "recompute":
             return None
-        # The state of position i froze where the token after it was predicted; prompt positions never freeze, the newest is on its way.
+        # The state of position i froze where the token after it was predicted; prompt positions never freeze,
+        # the newest is on its way.
         depths = [*frozen_below[1:], 0]
         mask = [depths[i] == 0 or depths[i] >= first or i < self.num_prompt for i in range(hidden.shape[1])]
         return torch.tensor([mask])
@@ -168,7 +169,9 @@ def test_windows_score_every_target_once(num_ids: int, length: int, stride: int)
 
 
 def test_an_exit_that_is_off_is_not_asked(stack: OrtStack) -> None:
-    """Only the second exit: nobody leaves at the first, no head runs there, and who leaves is decided by the second alone."""
+    """Only the second exit: nobody leaves at the first, no head runs there, and who leaves is decided by the
+    second alone.
+    """
     chosen, ids = make_policy("max-prob", [None, 0.5], (2, 4, 6)), text(100, seed=4)
     engine = Engine(stack)
     stack.trace = []

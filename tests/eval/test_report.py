@@ -70,7 +70,9 @@ def test_figures_for_papers(report: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open it with")
 def test_in_a_browser(report: Path) -> None:
-    """Light and dark, at a phone's width: no errors, no requests, nothing wider than the page, and the slider moves the passage."""
+    """Light and dark, at a phone's width: no errors, no requests, nothing wider than the page, and the slider
+    moves the passage.
+    """
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive Chromium with")
     with playwright.sync_playwright() as running:
         chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -88,7 +90,8 @@ def test_in_a_browser(report: Path) -> None:
             )
             page.goto(report.as_uri())
             page.evaluate(
-                "document.getElementById('at').value = 2; document.getElementById('at').dispatchEvent(new Event('input'))"
+                "document.getElementById('at').value = 2; "
+                "document.getElementById('at').dispatchEvent(new Event('input'))"
             )
             assert page.locator(".passage:visible").get_attribute("data-row") == "2"
             assert page.locator("#name").inner_text() == "recompute 0.4"

@@ -98,7 +98,9 @@ def settings(*thresholds: float | None) -> list[Setting]:
 
 
 def test_a_slow_deep_segment_shows_in_measured_and_ideal_speed(tiny_bundle: Path) -> None:
-    """With the last segment made slower by 40 ms, leaving at the first exit is more than five times as fast, and so is the ideal."""
+    """With the last segment made slower by 40 ms, leaving at the first exit is more than five times as fast,
+    and so is the ideal.
+    """
     stack = OrtStack(tiny_bundle)
     texts = [Text(tuple(range(1, 31)), 10)]
 
@@ -161,7 +163,10 @@ def test_bad_input_ends_in_one_line(
 
 
 def test_the_interval_of_a_ratio_by_hand() -> None:
-    """One document: no spread. Two that differ: between their own ratios, and on both sides of the whole's."""
+    """One document: no spread.
+
+    Two that differ: between their own ratios, and on both sides of the whole's.
+    """
     assert Scored([range(5)], 1).interval(np.full(4, 0.5)) == pytest.approx((np.exp(0.5), np.exp(0.5)))
     low, high = Scored([range(3), range(5)], 1).interval(np.array([0.0, 0.0, 1.0, 1.0, 1.0, 1.0]))
     assert (low, high) == pytest.approx((1.0, np.e))
@@ -304,7 +309,9 @@ def test_a_killed_table_ends_in_the_same_json(
 
 
 def test_bytes_that_calls_read(tiny_bundle: Path) -> None:
-    """Two layers of a segment, whatever else stands in its file; an exit is its own weights and its head's."""
+    """Two layers of a segment, whatever else stands in its file; an exit is its own weights and its
+    head's.
+    """
     manifest = load_manifest(tiny_bundle)
     size = {name: info.num_bytes for name, info in manifest.files.items()}
     layers = size["segment_02.onnx.data"]
@@ -321,7 +328,9 @@ def test_bytes_that_calls_read(tiny_bundle: Path) -> None:
 
 
 def test_the_share_of_heads_is_that_of_the_time_of_their_calls(tiny_bundle: Path) -> None:
-    """What an exit costs beside layers: its graph and head, its gate, its own layer; not the K/V of those that left."""
+    """What an exit costs beside layers: its graph and head, its gate, its own layer; not the K/V of those
+    that left.
+    """
     layers, own, head, debt = (
         Call("segment", 0, 1, 256),
         Call("block", 0, 1, 256),

@@ -1,4 +1,6 @@
-"""Task files: what is read, that answers are the engine's, that a killed run ends in the same JSON, and bad input."""
+"""Task files: what is read, that answers are the engine's, that a killed run ends in the same JSON, and bad
+input.
+"""
 
 import contextlib
 import gzip
@@ -133,7 +135,10 @@ def test_answers_are_generated_through_the_policy(llm: LLM, tmp_path: Path) -> N
         llm, read_tasks(write(tmp_path / "exact.jsonl", EXACT), 10), options, Journal(None, {}), shots=1
     )
     assert [answer.line for answer in result.items] == [2, 3, 4]
-    asked = f"Question: {EXACT[0]['question']}\nAnswer: {EXACT[0]['answer']}\n\nQuestion: {EXACT[1]['question']}\nAnswer:"
+    asked = (
+        f"Question: {EXACT[0]['question']}\nAnswer: {EXACT[0]['answer']}\n\nQuestion: "
+        f"{EXACT[1]['question']}\nAnswer:"
+    )
     events = list(llm.generate(asked, options))
     assert result.items[0].said == "".join(event.text for event in events)
     assert result.items[0].layers == sum(event.depth for event in events) < 6 * len(events)
@@ -162,7 +167,8 @@ def test_malformed_lines_are_named_and_the_rest_goes_on(tiny_bundle: Path, tmp_p
     assert result.exit_code == 0, result.output
     assert [line for line in result.stderr.splitlines() if line.startswith("warning")] == [
         f"warning: {file}:2: no JSON; left out",
-        f"warning: {file}:5: \"answer\" '2' is none of the 2 choices, by number from 0, letter or text; left out",
+        f"warning: {file}:5: \"answer\" '2' is none of the 2 choices, by number from 0, letter or text; "
+        "left out",
         f"warning: {file}:6: this is exact match, the lines before are multiple choice; left out",
     ]
     found = json.loads(out.read_text())

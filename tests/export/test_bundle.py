@@ -1,4 +1,6 @@
-"""The bundle against the checkpoint: every graph, the whole, every segmentation, and what a failed export leaves."""
+"""The bundle against the checkpoint: every graph, the whole, every segmentation, and what a failed export
+leaves.
+"""
 
 import errno
 import re

@@ -92,7 +92,9 @@ def test_verify_finds_a_weight_that_differs_by_one_step(
 
 @pytest.mark.parametrize(("precision", "tied"), [("int8", False), ("int4", True)])
 def test_rows_that_blocks_do_not_fill(tmp_path: Path, precision: str, tied: bool) -> None:
-    """Width 80, which is no multiple of 32: the lookup and the head read the same bytes, and each embedding is cut to its width."""
+    """Width 80, which is no multiple of 32: the lookup and the head read the same bytes, and each embedding
+    is cut to its width.
+    """
     tiny_model.write_checkpoint(tmp_path / "checkpoint", (3, 6), dim=80, tie_embeddings=tied)
     export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", precision)
     report = verify_bundle(tmp_path / "bundle", tmp_path / "checkpoint", 20)
@@ -158,7 +160,9 @@ def test_only_matrices_of_layers_and_heads_are_quantised(bundles: dict[str, Path
 
 
 def run_all(stack: OrtStack, num_rows: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same text in each of `num_rows` rows, `size` tokens a pass: hidden states after the last segment, caches, logits."""
+    """The same text in each of `num_rows` rows, `size` tokens a pass: hidden states after the last segment,
+    caches, logits.
+    """
     ids = np.random.default_rng(1).integers(0, stack.vocab_size, NUM_TOKENS)
     cache = stack.open_cache(num_rows)
     assert isinstance(cache, RowCache)
@@ -180,7 +184,8 @@ def run_all(stack: OrtStack, num_rows: int, size: int) -> tuple[np.ndarray, np.n
 def test_passes_are_bit_identical(bundles: dict[str, Path], precision: str) -> None:
     """Whatever the number of tokens of a pass and of rows: what `verify` and row-level exits rest on.
 
-    But for int4 with one token: its kernel for a single row adds up in another order, so there it holds up to rounding only.
+    But for int4 with one token: its kernel for a single row adds up in another order, so there it holds up to
+    rounding only.
     """
     stack = OrtStack(bundles[precision])
     states, caches, logits = run_all(stack, 1, NUM_TOKENS)

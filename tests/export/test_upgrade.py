@@ -1,4 +1,6 @@
-"""Bundles of an older format: refused in a line that names the command, which builds them again from their checkpoint."""
+"""Bundles of an older format: refused in a line that names the command, which builds them again from their
+checkpoint.
+"""
 
 import json
 import shutil

@@ -1,4 +1,6 @@
-"""The runtime's tests need no torch where a bundle is given: EASE_TEST_BUNDLE=DIR, written by `python tests/tiny_model.py`."""
+"""The runtime's tests need no torch where a bundle is given: EASE_TEST_BUNDLE=DIR, written by `python
+tests/tiny_model.py`.
+"""
 
 import os
 from pathlib import Path

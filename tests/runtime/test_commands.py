@@ -36,8 +36,14 @@ def test_generate_prints_the_text_that_json_holds(tiny_bundle: Path) -> None:
 
 
 def test_generate_with_every_flag(tiny_bundle: Path) -> None:
-    flags = "--temperature 0.9 --top-k 50 --top-p 0.95 --min-p 0.01 --seed 5 --repetition-penalty 1.1 --presence-penalty 0.1"
-    flags += " --frequency-penalty 0.1 --logit-bias 4=-100 --logit-bias 5=1 --stop never --n 2 --logprobs 2 --max-tokens 7"
+    flags = (
+        "--temperature 0.9 --top-k 50 --top-p 0.95 --min-p 0.01 --seed 5 --repetition-penalty 1.1 "
+        "--presence-penalty 0.1"
+    )
+    flags += (
+        " --frequency-penalty 0.1 --logit-bias 4=-100 --logit-bias 5=1 --stop never --n 2 --logprobs 2 "
+        "--max-tokens 7"
+    )
     flags += (
         " --policy entropy --threshold 0.1,off --catch-up propagate --decay 2 --min-exit 2 --depth-budget 4"
     )

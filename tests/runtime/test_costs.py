@@ -51,8 +51,9 @@ def test_seconds_between_and_past_the_sizes_timed() -> None:
 
 
 def test_recompute_by_hand() -> None:
-    """One token in four goes deep itself: a pass of four tokens there for every four tokens. Of those passes one in four has
-    nothing pending to propagate."""
+    """One token in four goes deep itself: a pass of four tokens there for every four tokens.
+
+    Of those passes one in four has nothing pending to propagate."""
     costs = prices(MockStack(LAYERS), (1.0, 1.0), per_token=0.1, head=0.2)
     assert pace(costs, (4, 1)).early(1) == pytest.approx(1.1 + 0.2 + (1.4 + 0.2) / 4)
     assert pace(costs, (4, 1)).full_depth(1) == pytest.approx(1.1 + 1.1 + 0.2)
@@ -65,7 +66,9 @@ def test_recompute_by_hand() -> None:
 
 
 def test_recompute_does_not_pay_once_a_pass_is_bound_by_arithmetic() -> None:
-    """Costs proportional to tokens: recompute only adds the heads; propagate saves the deep tokens for good."""
+    """Costs proportional to tokens: recompute only adds the heads; propagate saves the deep tokens
+    for good.
+    """
     costs = prices(MockStack(LAYERS), (0.0, 0.0), per_token=1.0, head=0.1)
     assert not pace(costs, (4, 1)).pays(8)
     assert pace(costs, (4, 1), "propagate").pays(8)
@@ -76,7 +79,9 @@ def test_recompute_does_not_pay_once_a_pass_is_bound_by_arithmetic() -> None:
 
 @pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9, 0.97])
 def test_draft_length_is_the_best_of_a_simulation(acceptance: float) -> None:
-    """Every token drafted, accepted by a coin: the length chosen gives the most tokens a second among all lengths."""
+    """Every token drafted, accepted by a coin: the length chosen gives the most tokens a second among all
+    lengths.
+    """
     costs = prices(MockStack(LAYERS), (1.0, 1.0), per_token=0.02, head=0.1)
     made = pace(costs, (100, 0), "verify")
     made.drafted, made.accepted = 1.0, acceptance
@@ -184,5 +189,6 @@ def test_verify_says_where_it_holds_only_up_to_rounding() -> None:
     stack.exact = False
     sequence = Engine(stack).start([1], max_new_tokens=3, catch_up="verify")
     assert sequence.notes == [
-        "verify holds up to rounding here: passes of several tokens differ from single ones in their last bits"
+        "verify holds up to rounding here: passes of several tokens differ from single ones in their "
+        "last bits"
     ]

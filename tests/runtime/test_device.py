@@ -1,6 +1,7 @@
 """Devices: which one is chosen, and that with memory of its own nothing large crosses to the host.
 
-Without a GPU the same code runs with ONNX Runtime's memory on the CPU; tests marked `cuda` run where there is one.
+Without a GPU the same code runs with ONNX Runtime's memory on the CPU; tests marked `cuda` run where there is
+one.
 """
 
 import shutil

@@ -25,7 +25,10 @@ LOSSY = ("propagate", "recompute")  # catch-ups whose tokens leave for good
 
 @dataclass(frozen=True)
 class Case:
-    """A stack and a request. `leaves_at`: by position, the exit from which it is confident; None: as its logits say."""
+    """A stack and a request.
+
+    `leaves_at`: by position, the exit from which it is confident; None: as its logits say.
+    """
 
     exit_layers: tuple[int, ...]
     leaves_at: tuple[int, ...] | None
@@ -129,7 +132,10 @@ class Reference:
 
 
 def reference(case: Case, catch_up: str) -> Reference:
-    """`recompute`: nobody is ever frozen. `propagate`: a produced token is frozen past the exit that it left by."""
+    """`recompute`: nobody is ever frozen.
+
+    `propagate`: a produced token is frozen past the exit that it left by.
+    """
     stack, policy, sampler = case.stack(), case.exit_policy(), case.sampler()
     tokens, exits, confidences = list(case.prompt), [], []
     last = len(case.exit_layers) - 1
@@ -243,7 +249,9 @@ def test_equals_the_reference(catch_up: str, case: Case, cap: int, chunk: int) -
 @settings(max_examples=200, deadline=None)
 @given(case=cases(), draft_length=st.integers(1, 9), chunk=st.integers(1, 7))
 def test_verify_is_full_depth(case: Case, draft_length: int, chunk: int) -> None:
-    """Token for token and K/V for K/V, whatever is drafted; a token is drafted where its exit says, and only then."""
+    """Token for token and K/V for K/V, whatever is drafted; a token is drafted where its exit says, and only
+    then.
+    """
     engine = Engine(case.stack(), draft_length=draft_length, chunk=chunk)
     sequence = case.start(engine, "verify", keep=True)
     finish(engine, sequence)
@@ -300,7 +308,9 @@ def test_a_cap_moves_work_and_bounds_queues(catch_up: str, case: Case, cap: int)
 
 @pytest.mark.parametrize("catch_up", LOSSY)
 def test_a_cap_settles_a_queue_that_nobody_needs(catch_up: str) -> None:
-    """With every token leaving at the first exit, deeper segments run only because of the cap, `cap` tokens a pass."""
+    """With every token leaving at the first exit, deeper segments run only because of the cap, `cap` tokens a
+    pass.
+    """
     calls = {}
     for cap in (4, 1000):
         stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 1.0)
@@ -390,7 +400,9 @@ def test_each_exit_has_its_own_threshold() -> None:
 @pytest.mark.parametrize("catch_up", LOSSY)
 @pytest.mark.parametrize("thresholds", [None, [0.0], [1.0]])
 def test_the_prefill_runs_every_segment(catch_up: str, thresholds: list[float] | None) -> None:
-    """And the last prompt position is predicted at the exit that its policy says, with no head call after it."""
+    """And the last prompt position is predicted at the exit that its policy says, with no head call
+    after it.
+    """
     stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.5)
     stack.trace, engine = [], Engine(stack)
     sequence = engine.start(
@@ -409,7 +421,9 @@ def test_the_prefill_runs_every_segment(catch_up: str, thresholds: list[float] |
 
 
 def test_propagate_never_runs_a_segment_for_pending_tokens() -> None:
-    """Decoding: every segment pass is of one token; the others' K/V come from `run_kv`, each position exactly once."""
+    """Decoding: every segment pass is of one token; the others' K/V come from `run_kv`, each position exactly
+    once.
+    """
     stack = MockStack(
         (1, 3, 4), confidence=lambda exit_index, position: float(exit_index >= (position * 7) % 3)
     )
@@ -502,9 +516,11 @@ def mixes(draw: st.DrawFn) -> list[tuple[Case, str]]:
 
 
 def test_rows_of_a_batch_do_not_meet() -> None:
-    """Whatever runs together: no token, depth or confidence depends on the other rows, and nobody leaves or stays for them.
+    """Whatever runs together: no token, depth or confidence depends on the other rows, and nobody leaves or
+    stays for them.
 
-    What that says is worth something: rows with unequal work ran together, and passes stepped over others' slots.
+    What that says is worth something: rows with unequal work ran together, and passes stepped over others'
+    slots.
     """
     seen = {"any": 0, "unequal": 0, "holes": 0}
 
@@ -552,7 +568,9 @@ class Forced:
 def test_crop_then_continue_is_as_if_it_had_been_so(
     catch_up: str, case: Case, steps: int, length: int, replacement: int, cap: int
 ) -> None:
-    """Cut anywhere, at any moment after the prompt has run, and given another token: as a sequence that never went further."""
+    """Cut anywhere, at any moment after the prompt has run, and given another token: as a sequence that never
+    went further.
+    """
     policy = case.policy if case.policy != "gate" else "margin"
     case = replace(case, leaves_at=None, num_new=case.num_new + 2, policy=policy, seed=None, decay=None)
     engine = Engine(case.stack(), cap=cap)
@@ -626,7 +644,9 @@ def test_verify_takes_the_first_token_from_full_depth(thresholds: list[float] | 
 
 
 def test_verify_judges_draft_length_drafts_at_once() -> None:
-    """Every token drafted at the first exit: the pass that judges takes the drafts, and one more that full depth says itself."""
+    """Every token drafted at the first exit: the pass that judges takes the drafts, and one more that full
+    depth says itself.
+    """
     stack = MockStack((2, 4), vocab_size=2, confidence=lambda exit_index, position: 1.0)
     stack.trace, engine = [], Engine(stack, draft_length=3)
     policy = make_policy("max-prob", [0.5], (2, 4))
@@ -652,7 +672,9 @@ def test_a_drafted_stop_token_is_judged_before_it_ends() -> None:
 
 
 def test_a_depth_budget_is_held() -> None:
-    """Confidences that no fixed threshold sorts that way: the mean depth comes to the budget, from either side."""
+    """Confidences that no fixed threshold sorts that way: the mean depth comes to the budget, from either
+    side.
+    """
     dice = random.Random(1)
     spread = [dice.random() for _ in range(500)]
     for budget in (2.5, 3.5, 5.0):
@@ -690,7 +712,9 @@ def test_a_row_that_breaks_ends_alone() -> None:
 
 @pytest.mark.parametrize("catch_up", CATCH_UPS)
 def test_a_request_after_another_runs_only_what_is_new(catch_up: str) -> None:
-    """As a conversation does: its prompt begins with what the other has in its cache; its tokens are those of a fresh start."""
+    """As a conversation does: its prompt begins with what the other has in its cache; its tokens are those of
+    a fresh start.
+    """
     stack, layers = MockStack((2, 4, 6), max_positions=200), (2, 4, 6)
     policy = make_policy("max-prob", None if catch_up == "propagate" else [0.5], layers)
     engine = Engine(stack, num_slots=2)
@@ -710,7 +734,9 @@ def test_a_request_after_another_runs_only_what_is_new(catch_up: str) -> None:
 
 
 def test_a_request_after_one_that_skipped_an_exits_layer_runs_it_all() -> None:
-    """The exit's own layer has no K/V of a request that could not leave there: nothing can be taken over; after one that could, all."""
+    """The exit's own layer has no K/V of a request that could not leave there: nothing can be taken over;
+    after one that could, all.
+    """
     layers, prompt = (2, 4), [5, 6, 7, 8]
     policy = make_policy("max-prob", [0.5], layers)
     for before in (FULL_DEPTH, policy):

@@ -1,4 +1,6 @@
-"""Text in, text out, over the stand-in stack: options, streams, stops, several completions, several requests."""
+"""Text in, text out, over the stand-in stack: options, streams, stops, several completions, several
+requests.
+"""
 
 import dataclasses
 import math
@@ -20,8 +22,10 @@ from ease_runtime.policies.thresholds import OFF
 
 LETTERS = "abcdefghijklmnopqrstuv"
 CHATML = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% "
+    "endif %}"
+    "<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% "
+    "endif %}"
 )
 
 
@@ -277,7 +281,9 @@ def test_a_conversation_goes_on_from_its_cache() -> None:
 
 @pytest.mark.parametrize("stop", [(), ("u", "t", "s")])
 def test_a_chat_keeps_its_history_in_the_cache(stop: tuple[str, ...]) -> None:
-    """Each turn runs about what is new in it, says what it would say afresh, and can be cut short, refused or forgotten."""
+    """Each turn runs about what is new in it, says what it would say afresh, and can be cut short, refused or
+    forgotten.
+    """
     template = ChatTemplate("{% for m in messages %}{{ m.content }}b{% endfor %}")
     engine, options = text_engine(template=template, stop_ids=frozenset()), Options(max_tokens=6, stop=stop)
     conversation = Conversation(engine, options, system="de")

@@ -80,7 +80,8 @@ def test_a_directory_that_is_no_bundle(bundle: Path) -> None:
     (bundle / MANIFEST_FILE).unlink()
     assert (
         refusal(bundle)
-        == f"no bundle (manifest.json is missing) at {bundle}; make one: ease-export build CHECKPOINT {bundle}"
+        == f"no bundle (manifest.json is missing) at {bundle}; make one: ease-export build CHECKPOINT "
+        f"{bundle}"
     )
 
 
@@ -134,7 +135,8 @@ def test_a_newer_format(bundle: Path) -> None:
     edit(bundle, lambda values: (values.clear(), values.update(format_version=FORMAT_VERSION + 1)))
     path = bundle / MANIFEST_FILE
     assert refusal(bundle) == (
-        f"{path} has format_version {FORMAT_VERSION + 1}, this runtime reads {FORMAT_VERSION}; update: pip install --upgrade ease-lm"
+        f"{path} has format_version {FORMAT_VERSION + 1}, this runtime reads {FORMAT_VERSION}; update: "
+        "pip install --upgrade ease-lm"
     )
 
 
@@ -142,7 +144,8 @@ def test_an_older_format(bundle: Path) -> None:
     """Said first, too, with the command that builds it again."""
     edit(bundle, lambda values: (values.clear(), values.update(format_version=FORMAT_VERSION - 1)))
     assert refusal(bundle) == (
-        f"{bundle / MANIFEST_FILE} has format_version {FORMAT_VERSION - 1}, this runtime reads {FORMAT_VERSION}; "
+        f"{bundle / MANIFEST_FILE} has format_version {FORMAT_VERSION - 1}, this runtime reads "
+        f"{FORMAT_VERSION}; "
         f"build it again from its checkpoint: ease-export upgrade {bundle}"
     )
 
@@ -164,7 +167,9 @@ OUTSIDE = [
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_names_that_leave_the_bundle(bundle: Path, name: str) -> None:
-    """Wherever a name stands: a segment's graph, its kv graph, an exit's, a head, the tokenizer, the list of sums."""
+    """Wherever a name stands: a segment's graph, its kv graph, an exit's, a head, the tokenizer, the list of
+    sums.
+    """
     (bundle.parent / "segment_01.onnx").write_bytes((bundle / "segment_01.onnx").read_bytes())
     places: list[Callable[[dict[str, Any]], object]] = [
         lambda values: values["segments"][0].update(graph=name),
@@ -181,7 +186,8 @@ def test_names_that_leave_the_bundle(bundle: Path, name: str) -> None:
         edit(bundle, place)
         assert (
             refusal(bundle)
-            == f"{bundle / MANIFEST_FILE} is damaged: {name!r} is not the name of a file inside the bundle; {REMEDY} {bundle}"
+            == f"{bundle / MANIFEST_FILE} is damaged: {name!r} is not the name of a file inside the bundle; "
+            f"{REMEDY} {bundle}"
         )
         (bundle / MANIFEST_FILE).write_text(original, encoding="utf-8")
 

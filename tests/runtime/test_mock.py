@@ -270,7 +270,9 @@ def test_what_a_rewritten_cache_held_past_the_writing_is_stale() -> None:
 
 
 def test_pads_fall_on_what_a_slot_in_between_does_not_hold_yet() -> None:
-    """A pass over slots 0 and 2 writes past the end of slot 1, and of slot 2, which has less new; what they hold stays."""
+    """A pass over slots 0 and 2 writes past the end of slot 1, and of slot 2, which has less new; what they
+    hold stays.
+    """
     stack, ids = MockStack((2, 4), max_positions=10), IDS[:3]
     cache = stack.open_cache(3)
     for slot in range(3):

@@ -1,4 +1,6 @@
-"""Code of one's own: the policy of docs/policies.md, word for word, from a file outside the packages; a sampler; what is refused."""
+"""Code of one's own: the policy of docs/policies.md, word for word, from a file outside the packages; a
+sampler; what is refused.
+"""
 
 import json
 import re
@@ -194,7 +196,9 @@ def test_a_request_cannot_name_code(own_policy: str) -> None:
 
 
 def test_a_bundle_cannot_name_code(own_policy: str, tiny_bundle: Path, tmp_path: Path) -> None:
-    """Calibrated for a policy of one's own: nothing is imported before its user names it; then its thresholds hold."""
+    """Calibrated for a policy of one's own: nothing is imported before its user names it; then its thresholds
+    hold.
+    """
     llm = LLM(tiny_bundle)
     llm.manifest.calibration.update(
         {

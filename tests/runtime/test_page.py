@@ -28,7 +28,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A page of a size and a scheme, which fails the test if a script does or something is asked of elsewhere."""
+    """A page of a size and a scheme, which fails the test if a script does or something is asked of
+    elsewhere.
+    """
     width, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": 740}, color_scheme=scheme)
     page, wrong = context.new_page(), []

@@ -153,7 +153,9 @@ def test_fixed_and_min_exit_choose_exits() -> None:
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 999), budget=st.floats(2.0, 8.0), threshold=st.floats(0.0, 1.0))
 def test_a_budget_is_held(seed: int, budget: float, threshold: float) -> None:
-    """Confidences spread over [0, 1] at exits of 2, 4, 6 and 8 layers: the mean depth ends within the controller's bound."""
+    """Confidences spread over [0, 1] at exits of 2, 4, 6 and 8 layers: the mean depth ends within the
+    controller's bound.
+    """
     dice = np.random.default_rng(seed)
     policy, depths = make_policy("max-prob", [threshold], (2, 4, 6, 8), depth_budget=budget), []
     state = policy.begin()

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-RUN = "from ease_runtime.cli.main import main; main(['generate', {bundle!r}, '--prompt', 'And', '--max-tokens', '2', '--threads', '1'])"
+RUN = (
+    "from ease_runtime.cli.main import main; main(['generate', {bundle!r}, '--prompt', 'And', "
+    "'--max-tokens', '2', '--threads', '1'])"
+)
 IMPORT = "import {package}; import os; assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'; import onnxruntime"
 
 
@@ -40,5 +43,8 @@ def test_every_package_turns_it_off_first(package: str, tmp_path: Path) -> None:
 
 
 def test_who_wants_it_may_have_it(tmp_path: Path) -> None:
-    code = "import ease_runtime, os; print(os.environ['ORT_DISABLE_TELEMETRY']); assert os.environ['ORT_DISABLE_TELEMETRY'] == '0'"
+    code = (
+        "import ease_runtime, os; print(os.environ['ORT_DISABLE_TELEMETRY']); assert "
+        "os.environ['ORT_DISABLE_TELEMETRY'] == '0'"
+    )
     left_in_home(code, tmp_path, ORT_DISABLE_TELEMETRY="0")

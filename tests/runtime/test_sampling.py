@@ -41,7 +41,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def brute_force_kept(probabilities: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) -> set[int]:
-    """The k most probable, then the fewest most probable of those that have top_p of their mass, then those of min_p times the largest."""
+    """The k most probable, then the fewest most probable of those that have top_p of their mass, then those
+    of min_p times the largest.
+    """
     order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
     if top_k:
         order = order[:top_k]
@@ -86,7 +88,9 @@ def draws(sampler: GumbelSampler, logits: np.ndarray) -> np.ndarray:
 def test_draws_follow_the_filtered_softmax(
     temperature: float, top_k: int, top_p: float, seed: int, min_p: float
 ) -> None:
-    """Over positions, at fixed seeds: within 4 standard deviations of the softmax of what the filters keep, and never outside it."""
+    """Over positions, at fixed seeds: within 4 standard deviations of the softmax of what the filters keep,
+    and never outside it.
+    """
     logits = some_logits(12, 1)
     probabilities = softmax(logits / np.float32(temperature))
     kept = sorted(brute_force_kept(probabilities, top_k, top_p, min_p))
@@ -304,7 +308,9 @@ def test_the_largest_seed_draws() -> None:
 
 
 def test_penalties_by_their_formulas() -> None:
-    """History 1 1 2 | 2 3 3 3, four of them new: CTRL's penalty on all, the others on what was said, the bias on top."""
+    """History 1 1 2 | 2 3 3 3, four of them new: CTRL's penalty on all, the others on what was said, the bias
+    on top.
+    """
     logits = np.array([1.0, 2.0, -3.0, 4.0, -5.0], np.float32)
     adjustments = Adjustments(2.0, 0.25, 0.5, ((0, 10.0), (4, -1.5)), num_prompt=3)
     tokens = [1, 1, 2, 2, 3, 3, 3, 4, 4]  # what stands at the position and after does not count
@@ -386,7 +392,9 @@ def test_the_lowest_temperature_is_greedy(filters: dict[str, Any]) -> None:
 
 
 def test_completions_draw_from_streams_of_their_own() -> None:
-    """The first has the seed itself; the others differ from it, from each other, and from those of neighbouring seeds."""
+    """The first has the seed itself; the others differ from it, from each other, and from those of
+    neighbouring seeds.
+    """
     assert seed_of(7, 0) == 7
     seeds = [seed_of(seed, number) for seed in range(50) for number in range(50)]
     assert len(set(seeds)) == len(seeds)

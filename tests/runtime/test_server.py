@@ -92,10 +92,11 @@ def test_openai_completions(client: Any) -> None:
     logprobs = answer.choices[0].logprobs
     assert "".join(logprobs.tokens) == answer.choices[0].text
     assert logprobs.text_offset == list(range(9))
+    chosen = zip(logprobs.tokens, logprobs.token_logprobs, strict=True)
     assert all(
         tokens[token] == logprob
-        for tokens, token, logprob in zip(logprobs.top_logprobs, logprobs.tokens, logprobs.token_logprobs)
-    )  # noqa: B905
+        for tokens, (token, logprob) in zip(logprobs.top_logprobs, chosen, strict=True)
+    )
     assert all(len(tokens) == 2 for tokens in logprobs.top_logprobs)
 
 
@@ -487,7 +488,9 @@ def alone(body: dict[str, Any]) -> str:
 
 
 def num_objects() -> int:
-    """Objects of the runtime that are alive; whoever keeps a request keeps some. (Libraries keep pools and caches of their own.)"""
+    """Objects of the runtime that are alive; whoever keeps a request keeps some. (Libraries keep pools and
+    caches of their own.)
+    """
     gc.collect()
     return sum(str(type(thing).__module__).startswith("ease_runtime") for thing in gc.get_objects())
 
@@ -613,7 +616,9 @@ def early(threshold: float) -> dict[str, Any]:
 
 
 def disagreements(prompt: str, threshold: float, count: int) -> list[bool]:
-    """Token by token, whether full depth would have said something else after what the early exits have said."""
+    """Token by token, whether full depth would have said something else after what the early exits
+    have said.
+    """
     llm = text_engine(1)
     said = [event.id for event in llm.generate(prompt, Options(max_tokens=count, threshold=(threshold,)))]
     ids, found = llm.encode(prompt), []

@@ -82,7 +82,9 @@ def test_a_forged_turn_is_text(tokenizer: Tokenizer, special: SpecialTokens) -> 
 
 
 def test_the_words_around_a_mention_are_cut_as_without_it() -> None:
-    """Between the template's tokens stand exactly the ids of the section's text; the first alone gets a ▁ in front of it."""
+    """Between the template's tokens stand exactly the ids of the section's text; the first alone gets a ▁ in
+    front of it.
+    """
     for kind in ("bytes", "spaces"):
         tokenizer = make_tokenizer(kind)
         special = SpecialTokens(tokenizer)

@@ -1,4 +1,6 @@
-"""ONNX Runtime's side of the stack, on a real bundle: to the bit, in place, and loud when something is wrong."""
+"""ONNX Runtime's side of the stack, on a real bundle: to the bit, in place, and loud when something
+is wrong.
+"""
 
 from pathlib import Path
 
@@ -87,7 +89,9 @@ def test_passes_are_bit_identical(
     step: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever the number of tokens S and the cache length T: T as short as can be, in odd steps, in steps of 128, and all of it."""
+    """Whatever the number of tokens S and the cache length T: T as short as can be, in odd steps, in steps of
+    128, and all of it.
+    """
     monkeypatch.setattr(buffers, "CACHE_STEP", step)
     lengths = {tiny_stack.open_cache().length_for(1, n) for n in range(size, NUM_TOKENS + 1, size)}
     assert lengths == {
@@ -99,7 +103,9 @@ def test_passes_are_bit_identical(
 def test_states_and_kv_are_not_trivial(
     tiny_stack: OrtStack, whole: tuple[list[np.ndarray], RowCache]
 ) -> None:
-    """Equal to the bit means something: every position and segment has states of its own, and another past gives others."""
+    """Equal to the bit means something: every position and segment has states of its own, and another past
+    gives others.
+    """
     states, cache = whole
     for k in range(3):
         assert len(np.unique(states[k], axis=0)) == NUM_TOKENS
@@ -113,7 +119,9 @@ def test_states_and_kv_are_not_trivial(
 
 @pytest.mark.parametrize("size", SIZES)
 def test_kv_graphs_write_what_frozen_tokens_have(tiny_stack: OrtStack, size: int) -> None:
-    """`run_kv` in passes of any size, against segments with `active` False: K/V equal to the bit, states unchanged."""
+    """`run_kv` in passes of any size, against segments with `active` False: K/V equal to the bit, states
+    unchanged.
+    """
     stack, ids = tiny_stack, some_ids(tiny_stack, NUM_TOKENS)
     frozen, propagated = stack.open_cache(), stack.open_cache()
     first, whole = stack.reserve_rows(2 * NUM_TOKENS, []), [Span(0, 0, NUM_TOKENS)]
@@ -158,7 +166,10 @@ def test_head_figures_are_those_of_its_logits(tiny_stack: OrtStack) -> None:
 
 
 def test_no_cache_is_copied(tiny_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """ONNX Runtime warns when TensorScatter cannot write in place. First, that it would: with the cache bound elsewhere."""
+    """ONNX Runtime warns when TensorScatter cannot write in place.
+
+    First, that it would: with the cache bound elsewhere.
+    """
     stack = OrtStack(tiny_bundle, log_level=2)
     ids = some_ids(stack, 150)
     _run_out_of_place(stack, ids[:3])
@@ -188,7 +199,9 @@ def _run_out_of_place(stack: OrtStack, ids: np.ndarray) -> None:
 
 
 def test_the_cache_grows_in_steps(tiny_stack: OrtStack) -> None:
-    """Across lengths 128 and 256 up to the context's end (288, no multiple of a step), token for token as without a cache."""
+    """Across lengths 128 and 256 up to the context's end (288, no multiple of a step), token for token as
+    without a cache.
+    """
     ids = some_ids(tiny_stack, 100)
     engine, tiny_stack.trace = Engine(tiny_stack), []
     sequence = engine.start(ids.tolist(), max_new_tokens=1000)
@@ -265,7 +278,9 @@ def test_rows_of_a_batch_in_a_small_pool(
     always: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Together, with a pool so small that it grows and is packed (or packed at every pass): tokens and figures as alone, to the bit."""
+    """Together, with a pool so small that it grows and is packed (or packed at every pass): tokens and
+    figures as alone, to the bit.
+    """
     reserve, pack, packs = HiddenPool.reserve, HiddenPool._pack, []
 
     def hurried_reserve(pool: HiddenPool, num_rows: int, live: list[np.ndarray]) -> int:
@@ -326,7 +341,9 @@ def test_verify_says_what_full_depth_says(tiny_stack: OrtStack, seed: int | None
 
 
 def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack) -> None:
-    """Rows of very different lengths, past T = 128 and 256 and up to the context's end, with pads past it: tokens as alone."""
+    """Rows of very different lengths, past T = 128 and 256 and up to the context's end, with pads past it:
+    tokens as alone.
+    """
     lengths, limit = [3, 120, 250, 60], tiny_stack.max_positions
     prompts = [some_ids(tiny_stack, length, length).tolist() for length in lengths]
     policy = make_policy("max-prob", [0.4], tiny_stack.exit_layers)
@@ -357,7 +374,9 @@ def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack) -> None:
 
 
 def test_one_broken_row_leaves_its_neighbours_alone(tiny_stack: OrtStack) -> None:
-    """A hidden state that is no number, with a neighbour on each side in the same passes, and a later request in the same slot."""
+    """A hidden state that is no number, with a neighbour on each side in the same passes, and a later request
+    in the same slot.
+    """
     prompts = [some_ids(tiny_stack, 9 + 3 * i, i).tolist() for i in range(4)]
     expected = []
     for prompt in prompts:
@@ -379,7 +398,9 @@ def test_one_broken_row_leaves_its_neighbours_alone(tiny_stack: OrtStack) -> Non
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), rows=st.integers(1, 20))
 def test_the_pool_keeps_what_lives(data: st.DataObject, rows: int) -> None:
-    """HiddenPool against a dictionary: after any reservations, the living rows hold what was written, and free rows are free."""
+    """HiddenPool against a dictionary: after any reservations, the living rows hold what was written, and
+    free rows are free.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buffers, "POOL_ROWS", rows)
         pool = HiddenPool(2)
@@ -423,7 +444,9 @@ def test_more_pass_sizes_than_bindings_are_kept(
 
 
 def test_the_self_test_sees_a_wrong_mask(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A causal mask aligned top-left, as before onnxruntime 1.31: several tokens on a filled cache see only its beginning."""
+    """A causal mask aligned top-left, as before onnxruntime 1.31: several tokens on a filled cache see only
+    its beginning.
+    """
     right = OrtStack.run_segment
 
     def top_left(

@@ -1,4 +1,6 @@
-"""Streaming text: the pieces together are the text, however the tokens cut it, up to the stop string and not a character further."""
+"""Streaming text: the pieces together are the text, however the tokens cut it, up to the stop string and not
+a character further.
+"""
 
 import time
 from collections.abc import Sequence
@@ -40,7 +42,9 @@ def text_of(given: list[list[Piece]]) -> str:
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, BYTES.get_vocab_size() - 1), max_size=60), prompt=st.text(max_size=20))
 def test_pieces_add_up_whatever_the_bytes(ids: list[int], prompt: str) -> None:
-    """Random bytes, most of them no character: the pieces are the decoded whole, and no piece shows half a character."""
+    """Random bytes, most of them no character: the pieces are the decoded whole, and no piece shows half a
+    character.
+    """
     context = BYTES.encode(prompt).ids
     whole = BYTES.decode(context + ids, skip_special_tokens=True)
     assert "".join(pieces_of(BYTES, ids, context)) == whole[len(BYTES.decode(context)) :]
@@ -110,7 +114,9 @@ TOKENS = GROUPS.map(lambda groups: [token for group in groups for token in group
 @settings(max_examples=100, deadline=None)
 @given(prompt=TOKENS, answer=TOKENS)
 def test_the_pieces_are_one_decode_of_the_whole(prompt: list[int], answer: list[int]) -> None:
-    """Whatever the decoder and wherever the prompt ends: what prompt and answer read, after what the prompt reads."""
+    """Whatever the decoder and wherever the prompt ends: what prompt and answer read, after what the prompt
+    reads.
+    """
     for kind, tokenizer in OF_ANY_KIND.items():
         whole, before = tokenizer.decode(prompt + answer), tokenizer.decode(prompt)
         pieces = pieces_of(tokenizer, answer, prompt)
@@ -168,7 +174,9 @@ def first_stop(text: str, stops: list[str]) -> int:
     cut=st.integers(1, 5),
 )
 def test_stop_strings_against_brute_force(text: str, stops: list[str], cut: int) -> None:
-    """Fed in parts of any size: found where they are, and what is held is the longest end that begins one of them."""
+    """Fed in parts of any size: found where they are, and what is held is the longest end that begins one of
+    them.
+    """
     matcher, found = StopMatcher([StopPattern(stop) for stop in stops]), None
     for start in range(0, len(text), cut):
         found = matcher.feed(text[start : start + cut])

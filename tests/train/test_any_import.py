@@ -1,4 +1,5 @@
-"""Whatever a small Llama, Mistral or Qwen directory legally says: transformers' ids, logits, chats and answers, or one clear line.
+"""Whatever a small Llama, Mistral or Qwen directory legally says: transformers' ids, logits, chats and
+answers, or one clear line.
 
 EASE_IMPORTS=500 pytest tests/train/test_any_import.py      # more directories than a test run has time for
 """
@@ -45,10 +46,13 @@ CHATS = [
 ]
 TEMPLATES = [
     foreign_models.TEMPLATE,
-    "{% if tools is not none %}TOOLS{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content|trim }}{% endfor %}{{ pad_token }}",
+    "{% if tools is not none %}TOOLS{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content|trim "
+    "}}{% endfor %}{{ pad_token }}",
     "{% for m in messages %}{% generation %}{{ m.content }}{{ unk_token }}{% endgeneration %}{% endfor %}",
-    "{{ bos_token }}{{ messages|tojson(separators=(',', ':')) }}{% if add_generation_prompt %}<a>{% endif %}\n",
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}{{ messages[0].content }}",
+    "{{ bos_token }}{{ messages|tojson(separators=(',', ':')) }}{% if add_generation_prompt %}<a>{% "
+    "endif %}\n",
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}{{ "
+    "messages[0].content }}",
     "{% blink %}",
 ]
 ROTARY: dict[str, dict[str, Any]] = {
@@ -115,7 +119,9 @@ DIRECTORIES = st.fixed_dictionaries(
 
 @cache
 def words(kind: str) -> str:
-    """The JSON of a tokenizer: byte-level BPE, or pieces with bytes for what is missing, as Llama 2 has it."""
+    """The JSON of a tokenizer: byte-level BPE, or pieces with bytes for what is missing, as Llama 2
+    has it.
+    """
     if kind == "bytes":
         return str(foreign_models.make_tokenizer(start=False).to_str())
     letters = sorted({*tiny_model.corpus(), "▁"} - {" ", "\n"})

@@ -37,7 +37,10 @@ CHATS: list[list[dict[str, Any]]] = [
         {"role": "user", "content": "U2 "},
     ],
 ]
-TURNS = "{%- for m in messages %}{% if m.role == 'assistant' %}BODY{% else %}<u>{{ m.content }}</u>\n{% endif %}{% endfor %}"
+TURNS = (
+    "{%- for m in messages %}{% if m.role == 'assistant' %}BODY{% else %}<u>{{ m.content }}</u>\n{% endif "
+    "%}{% endfor %}"
+)
 SOURCES = [
     "{% if tools is not none %}TOOLS{{ tools|length }}{% endif %}x",
     "{% if tools is none %}plain{% else %}TOOLS{% endif %}",
@@ -45,7 +48,8 @@ SOURCES = [
     "{{ tools|length if tools else 0 }}{{ documents is defined }}{{ tools is defined }}",
     "{{ messages[-1]|tojson(ensure_ascii=True) }}{{ messages[0]|tojson(False) }}",
     "{{ messages[-1]|tojson(separators=(',', ':')) }}{{ messages|tojson(sort_keys=True, indent=2) }}",
-    "[{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ pad_token }}{{ mask_token }}{{ cls_token }}{{ sep_token }}]",
+    "[{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ pad_token }}{{ mask_token }}{{ cls_token }}{{ "
+    "sep_token }}]",
     "{{ cls_token is defined }}{{ bos_token + eos_token }}{{ additional_special_tokens }}",
     "{{ cls_token + bos_token }}",
     TURNS.replace("BODY", "{% generation %}{{ m.content }}{% endgeneration %}\n"),
@@ -56,12 +60,17 @@ SOURCES = [
         "BODY",
         "{% generation %}{% for c in m.content %}{{ c }}{{ loop.index }}{% endfor %}{% endgeneration %}",
     ),
-    "{% for m in messages %}{{ m.name is defined }}{{ m.tool_calls is defined }}{{ m.reasoning_content }}{{ m.thinking }}{% endfor %}",
-    "{% for m in messages[::-1] %}{% if m.role == 'assistant' %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+    "{% for m in messages %}{{ m.name is defined }}{{ m.tool_calls is defined }}{{ m.reasoning_content "
+    "}}{{ m.thinking }}{% endfor %}",
+    "{% for m in messages[::-1] %}{% if m.role == 'assistant' %}{% break %}{% endif %}{{ m.role }}{% "
+    "endfor %}",
     "  {% if true %}\n    a\n  {% endif %}\nb\n",
-    "{% set ns = namespace(a=1) %}{% macro f(x) %}<{{ x }}>{% endmacro %}{% set ns.a = 2 %}{{ f(ns.a) }}{{ dict(a=1) }}",
-    "{{ messages[0].content.split('l')[-1].strip().upper() }}{{ messages[0].get('name') }}{{ add_generation_prompt }}",
-    "{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|join('|') }}{{ continue_final_message is defined }}",
+    "{% set ns = namespace(a=1) %}{% macro f(x) %}<{{ x }}>{% endmacro %}{% set ns.a = 2 %}{{ f(ns.a) "
+    "}}{{ dict(a=1) }}",
+    "{{ messages[0].content.split('l')[-1].strip().upper() }}{{ messages[0].get('name') }}{{ "
+    "add_generation_prompt }}",
+    "{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|join('|') }}{{ "
+    "continue_final_message is defined }}",
     "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}{{ strftime_now('%Y') }}",
     "{{ foo.bar }}",
 ]

@@ -13,8 +13,14 @@ from ease_train.training.checkpoint import load_checkpoint
 from ease_train.training.config import recipe_names
 from ease_train.training.trainer import Trainer
 
-OPTIONS = "--dim 16 --num-layers 3 --num-heads 2 --num-kv-heads 1 --ffn-dim 32 --max-positions 32 --exits 2 --kind char --batch-size 2"
-LIMITS = "--sequence-length 16 --steps 4 --warmup-steps 1 --eval-every 2 --eval-tokens 64 --save-every 2 --threads 1"
+OPTIONS = (
+    "--dim 16 --num-layers 3 --num-heads 2 --num-kv-heads 1 --ffn-dim 32 --max-positions 32 --exits 2 --kind "
+    "char --batch-size 2"
+)
+LIMITS = (
+    "--sequence-length 16 --steps 4 --warmup-steps 1 --eval-every 2 --eval-tokens 64 --save-every 2 "
+    "--threads 1"
+)
 WEIGHTS = ["--layer-weights", "2", "0.3", "--layer-weights", "3", "1.0"]
 
 

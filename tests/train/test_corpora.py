@@ -193,8 +193,8 @@ def test_a_short_file_evaluates_whole_and_trains_nothing(tmp_path: Path) -> None
     for split in ("validation", "test"):
         assert list(load_documents(str(path), split)) == DOCUMENTS[:19]
     assert (
-        f"{path} has only 19 documents: too few to split by document and train on one part; expected at least 20"
-        in said_of(path)
+        f"{path} has only 19 documents: too few to split by document and train on one part; expected at "
+        "least 20" in said_of(path)
     )
 
 
@@ -365,7 +365,8 @@ def test_strings_of_every_arrow_type(tmp_path: Path) -> None:
 def test_no_such_file_and_no_such_split(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"no data file at .*missing\.txt; say with --data where it is \(\.txt, .*\), or give one of: kjv, wikitext-2",
+        match=r"no data file at .*missing\.txt; say with --data where it is \(\.txt, .*\), or give one of: "
+        r"kjv, wikitext-2",
     ):
         load_documents(str(tmp_path / "missing.txt"), "train")
     with pytest.raises(DataError, match="unknown split 'trian'; did you mean 'train'"):

@@ -431,7 +431,9 @@ def test_two_stretches_of_the_rotary_embedding_are_refused(model: Any, tmp_path:
 def test_the_settings_of_llama_3_are_found_in_their_factors(
     settings: tuple[float, ...], theta: float, head_dim: int
 ) -> None:
-    """All that is asked of them is that they say the same of each rotated pair, since POSITIONS shows in some pairs only."""
+    """All that is asked of them is that they say the same of each rotated pair, since POSITIONS shows in some
+    pairs only.
+    """
     rope = dict(
         zip(
             ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),

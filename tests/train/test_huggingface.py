@@ -100,12 +100,7 @@ def test_conventions_come_along(llama: Path, tmp_path: Path) -> None:
     assert (found.start_id, found.stop_ids, found.chat_template) == (0, (1, 2), foreign_models.TEMPLATE)
     assert {
         name: found.generation[name] for name in ("temperature", "top_p", "bos_token_id", "eos_token_id")
-    } == {
-        "temperature": 0.6,
-        "top_p": 0.9,
-        "bos_token_id": 0,
-        "eos_token_id": [1, 2],
-    }
+    } == {"temperature": 0.6, "top_p": 0.9, "bos_token_id": 0, "eos_token_id": [1, 2]}
     foreign_models.write_model(foreign_models.make_model("llama2"), tmp_path / "plain", start=False)
     assert import_model(str(tmp_path / "plain")).conventions.start_id is None
 
@@ -238,7 +233,8 @@ def test_a_start_token_of_its_generation_defaults_is_not_the_tokenizers(llama: P
                     **OF_END,
                 }
             },
-            r"the tokenizer makes a </s> of the text 'a'; expected nothing more than one token before the text",
+            r"the tokenizer makes a </s> of the text 'a'; expected nothing more than one token before "
+            r"the text",
         ),
         (
             {"split_special_tokens": True},
@@ -267,7 +263,8 @@ def test_without_transformers_a_tokenizer_is_its_file_or_refused(
     folder = with_tokenizer(llama, tmp_path / "added", {"added_tokens_decoder": {"320": TAG}}, {})
     with pytest.raises(
         ForeignError,
-        match=r"names tokens that tokenizer.json has not \(<tag>\); adding them needs transformers: pip install",
+        match=r"names tokens that tokenizer.json has not \(<tag>\); adding them needs transformers: pip "
+        r"install",
     ):
         import_model(str(folder))
 

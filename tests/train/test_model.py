@@ -1,4 +1,6 @@
-"""The decoder against a plain reference, written position by position with numpy from the papers' formulas."""
+"""The decoder against a plain reference, written position by position with numpy from the papers'
+formulas.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""A loss and a method of the user's own, named in a recipe: those of docs/algorithms.md, as they stand there."""
+"""A loss and a method of the user's own, named in a recipe: those of docs/algorithms.md, as they
+stand there.
+"""
 
 import math
 import re

@@ -38,7 +38,8 @@ from ease_train.training.config import Recipe
 from ease_train.training.trainer import StepEvent, Trainer
 
 torch.set_num_threads(1)
-recipe, out, sharded = Recipe.from_dict(json.loads(sys.argv[1]), "tiny"), Path(sys.argv[3]), bool(int(sys.argv[4]))
+recipe = Recipe.from_dict(json.loads(sys.argv[1]), "tiny")
+out, sharded = Path(sys.argv[3]), bool(int(sys.argv[4]))
 curve = []
 
 def note(event):
@@ -163,7 +164,9 @@ def test_torchrun_follows_the_curve_of_twice_the_batch_and_resumes(
     sharded: bool,
     tables: dict[str, dict[str, Any]],
 ) -> None:
-    """Weights and optimizer in shards, or whole with exits that rest; both runs are cut after step 6 and go on from step 4."""
+    """Weights and optimizer in shards, or whole with exits that rest; both runs are cut after step 6 and go
+    on from step 4.
+    """
     method, train = tables.get("method", {}), tables["train"]
     expected = one_process(
         make_recipe(train={**train, "batch_size": 4}, method=method), small_corpus, tmp_path / "one"

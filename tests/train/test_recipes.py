@@ -1,4 +1,6 @@
-"""Every recipe, at a size for tests: it trains, its loss falls, its checkpoint can be read and its exits evaluated."""
+"""Every recipe, at a size for tests: it trains, its loss falls, its checkpoint can be read and its exits
+evaluated.
+"""
 
 from pathlib import Path
 

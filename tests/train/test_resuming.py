@@ -91,7 +91,10 @@ def test_a_moved_text_is_the_same_text(out: Path, text: Path, tmp_path: Path) ->
 def test_other_text_is_refused(out: Path, text: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().replace("the", "hte"))
-    refusal = r"\(train\) holds other text than this checkpoint was trained on: its sha256 is .*…, expected .*…; say with --data"
+    refusal = (
+        r"\(train\) holds other text than this checkpoint was trained on: its sha256 is .*…, expected .*…; "
+        r"say with --data"
+    )
     with pytest.raises(DataError, match=r"other\.txt " + refusal):
         Trainer.resume(out, asked=Asked(data=str(other)))
     shutil.copy(other, text)

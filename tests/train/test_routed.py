@@ -42,7 +42,10 @@ def tables(config: ModelConfig, length: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def alone(block: Block, x: torch.Tensor, positions: list[int], config: ModelConfig) -> torch.Tensor:
-    """What the block makes of some tokens of one sequence that see one another only. Shape: (S, D) -> (len(positions), D)."""
+    """What the block makes of some tokens of one sequence that see one another only.
+
+    Shape: (S, D) -> (len(positions), D).
+    """
     cos, sin = rotary_tables(config)
     return block(x[positions][None], cos[positions], sin[positions])[0]
 

@@ -1,4 +1,6 @@
-"""Hidden states that are computed once: what is trained from them equals what is trained through the layers."""
+"""Hidden states that are computed once: what is trained from them equals what is trained through
+the layers.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -165,7 +167,8 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr(states_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(
         DataError,
-        match=r"hidden states take 0\.0 GB more in .*, which has 0\.0 GB; use another --cache, less text, or none",
+        match=r"hidden states take 0\.0 GB more in .*, which has 0\.0 GB; use another --cache, less text, or "
+        r"none",
     ):
         list(trainer.fit(tmp_path / "c"))
 

@@ -1,4 +1,6 @@
-"""The standard library as a corpus: which files, in which split, and that no two splits hold the same code."""
+"""The standard library as a corpus: which files, in which split, and that no two splits hold the
+same code.
+"""
 
 import sysconfig
 from pathlib import Path

@@ -85,7 +85,9 @@ def test_blocks_overlap_by_one_token(tokens: int, length: int) -> None:
 def test_too_little_text_says_how_much_there_is(make_recipe: Callable[..., object]) -> None:
     with pytest.raises(
         DataError,
-        match="corpus has 10 tokens: 2 blocks of 4, expected at least 3; use a shorter sequence_length or more text",
+        match="corpus has 10 tokens: 2 blocks of 4, expected at least 3; use a shorter sequence_length or "
+        "more "
+        "text",
     ):
         pack(np.arange(10, dtype=np.int32), 4, 3, "corpus")
 

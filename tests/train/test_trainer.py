@@ -196,7 +196,9 @@ def test_half_precision_follows_fp32_from_afar(
 def test_fp16_leaves_out_a_step_that_overflows_and_goes_on(
     make_recipe: Maker, small_corpus: str, tmp_path: Path
 ) -> None:
-    """The loss is scaled up before the backward pass, less each time that the gradient overflows; resuming keeps the scale."""
+    """The loss is scaled up before the backward pass, less each time that the gradient overflows; resuming
+    keeps the scale.
+    """
     trainer = Trainer.begin(make_recipe(train={"precision": "fp16", "save_every": 1}), small_corpus)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -248,7 +250,9 @@ PATIENT = {
 def test_patience_keeps_the_best_model_and_the_curve(
     make_recipe: Maker, small_corpus: str, tmp_path: Path, killed_after: int
 ) -> None:
-    """Whether or not the run is killed, the model is that of the best evaluation, which is not the last one."""
+    """Whether or not the run is killed, the model is that of the best evaluation, which is not the
+    last one.
+    """
     run = Trainer.begin(make_recipe(train=PATIENT), small_corpus)
     evaluations, models = {}, {}
     for event in run.fit(tmp_path / "whole"):
@@ -302,7 +306,8 @@ from ease_train.training.trainer import Trainer
 
 torch.set_num_threads(1)
 out = Path(sys.argv[3])
-trainer = Trainer.resume(out) if out.exists() else Trainer.begin(Recipe.from_dict(json.loads(sys.argv[1]), "tiny"), sys.argv[2])
+recipe = Recipe.from_dict(json.loads(sys.argv[1]), "tiny")
+trainer = Trainer.resume(out) if out.exists() else Trainer.begin(recipe, sys.argv[2])
 for event in trainer.fit(out):
     print(event.step, flush=True)
 """

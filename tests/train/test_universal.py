@@ -1,4 +1,6 @@
-"""The original EASE's API: its README, its presets, its loss and its four figures, each against the formula."""
+"""The original EASE's API: its README, its presets, its loss and its four figures, each against the
+formula.
+"""
 
 import json
 import math

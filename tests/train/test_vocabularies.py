@@ -1,4 +1,6 @@
-"""Tokenizers of bare vocabularies, against the rules that SentencePiece and llama.cpp read them by, written down once more here."""
+"""Tokenizers of bare vocabularies, against the rules that SentencePiece and llama.cpp read them by, written
+down once more here.
+"""
 
 import random
 from collections.abc import Callable
@@ -40,7 +42,9 @@ def pieces_of(vocabulary: Vocabulary) -> dict[str, float]:
 
 
 def best_merges(text: str, vocabulary: Vocabulary) -> list[str]:
-    """SentencePiece's BPE: of all neighbours whose union is a piece, the best, the first of those; until there are none."""
+    """SentencePiece's BPE: of all neighbours whose union is a piece, the best, the first of those; until
+    there are none.
+    """
     scores, symbols = pieces_of(vocabulary), list(text)
     while True:
         unions = [
@@ -58,7 +62,9 @@ def best_merges(text: str, vocabulary: Vocabulary) -> list[str]:
 
 
 def most_likely(text: str, vocabulary: Vocabulary) -> list[str]:
-    """The unigram model: of all ways to cut the text, the one with the highest sum; runs of unknown characters are one token."""
+    """The unigram model: of all ways to cut the text, the one with the highest sum; runs of unknown
+    characters are one token.
+    """
     scores = pieces_of(vocabulary)
     unknown, best = min(scores.values()) - 10, [(0.0, [""])] + [(-1e9, [""])] * len(text)
     for end in range(1, len(text) + 1):
@@ -74,7 +80,9 @@ def most_likely(text: str, vocabulary: Vocabulary) -> list[str]:
 
 
 def around_special(text: str, inner: Callable[[str], list[str]]) -> list[str]:
-    """Special and user-defined tokens are found first; each stretch of text between them is read on its own."""
+    """Special and user-defined tokens are found first; each stretch of text between them is read on
+    its own.
+    """
     at = min((at for token in SPECIAL if (at := text.find(token)) >= 0), default=-1)
     if at < 0:
         return inner(text) if text else []

@@ -32,7 +32,9 @@ Weights = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a family, written once: name -> directory, with 4 K/V heads where it ends in "-mha"."""
+    """The directory of a family, written once: name -> directory, with 4 K/V heads where it ends in
+    "-mha".
+    """
     root = tmp_path_factory.mktemp("sources")
 
     def source(name: str) -> Path:

@@ -73,7 +73,8 @@ def refuse_fixed(context: click.Context, parameter: click.Parameter, value: str)
     """The policy of a command that sets thresholds. Raises RequestError for the one that has none."""
     if value == "fixed":
         raise RequestError(
-            "policy 'fixed' has no thresholds to measure; try it: ease-run generate --policy fixed --exit LAYER"
+            "policy 'fixed' has no thresholds to measure; try it: ease-run generate --policy fixed "
+            "--exit LAYER"
         )
     return value
 
@@ -289,7 +290,8 @@ def table(
 ) -> None:
     """Perplexity, depth and real speed for each threshold, off first.
 
-    Several bundles, say of one model in several precisions, give a table each; the JSON is then {"tables": [...]}.
+    Several bundles, say of one model in several precisions, give a table each; the JSON is then {"tables":
+    [...]}.
     """
     tables: list[Table] = []
     with ExitStack() as open_journals:
@@ -354,7 +356,8 @@ def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
     note_unused("texts", "prompt_tokens", "new_tokens", "rounds")
     if "verify" in given["catch_ups"]:
         raise RequestError(
-            "the depths of verify are those of its drafts, which are decoded, not scored: ease-eval latency or table"
+            "the depths of verify are those of its drafts, which are decoded, not scored: ease-eval "
+            "latency or table"
         )
     asked = Asked.of(bundle, **given)
     rows = asked.qualities()
@@ -431,9 +434,13 @@ def write_rows(asked: Asked, rows: Sequence[Quality | TimedSetting], json_file: 
 def warn_of_unknown(off: Quality) -> None:
     """Say that the text has characters which the tokenizer does not know, where it has."""
     if off.unknown_share:
-        text = f"{off.unknown_share:.1%} of the scored tokens stand for characters that this tokenizer does not know"
+        text = (
+            f"{off.unknown_share:.1%} of the scored tokens stand for characters that this tokenizer does not "
+            "know"
+        )
         click.echo(
-            f"warning: {text}: perplexity counts them as any other token; bits a byte are over the bytes of the text",
+            f"warning: {text}: perplexity counts them as any other token; bits a byte are over the bytes "
+            "of the text",
             err=True,
         )
 
@@ -468,7 +475,8 @@ def report(bundle: Path, out: Path, **given: Any) -> None:
 
     if not out.suffix or out.with_suffix("").is_file():
         raise RequestError(
-            f"the figures of {out} would go to a folder {out.with_suffix('')}; give a free name that ends in .html"
+            f"the figures of {out} would go to a folder {out.with_suffix('')}; give a free name that "
+            "ends in .html"
         )
     asked = Asked.of(bundle, **given)
     shown = [ids for ids in asked.encoded if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]

@@ -170,7 +170,8 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
     console.print(shown)
     if certificate.thresholds is not None:
         console.print(
-            f"{certificate.risk} is at most {certificate.delta:g} with probability {1 - certificate.epsilon:g} over the choice of "
+            f"{certificate.risk} is at most {certificate.delta:g} with probability "
+            f"{1 - certificate.epsilon:g} over the choice of "
             f"{certificate.num_test_documents} documents like these",
             highlight=False,
         )
@@ -194,7 +195,10 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
 def agreement(
     bundle: Path, prompts: Path, limit: int, json_file: Path | None, threads: int, device: str, **flags: Any
 ) -> None:
-    """Compare what early exits say with what full depth says, prompt by prompt. Exit code 1 when verify differs."""
+    """Compare what early exits say with what full depth says, prompt by prompt.
+
+    Exit code 1 when verify differs.
+    """
     options = read_flags(flags)
     llm, texts = LLM(bundle, device=device, num_threads=threads), read_prompts(prompts, limit)
     llm.check(llm.prepare(options))
@@ -207,7 +211,8 @@ def agreement(
         write_whole(json_file, json.dumps([asdict(one) for one in found], indent=2) + "\n")
     same = sum(one.first_difference is None for one in found)
     click.echo(
-        f"{same} of {len(found)} texts are those of full depth; mean ROUGE-L {sum(o.rouge_l for o in found) / len(found):.3f}"
+        f"{same} of {len(found)} texts are those of full depth; mean ROUGE-L "
+        f"{sum(o.rouge_l for o in found) / len(found):.3f}"
     )
     for one in found:
         if one.first_difference is not None:
@@ -249,10 +254,12 @@ def tasks(
     device: str,
     **flags: Any,
 ) -> None:
-    """Answer local task files through the exit policy, beside full depth: multiple choice, exact match, last word.
+    """Answer local task files through the exit policy, beside full depth: multiple choice, exact match, last
+    word.
 
-    A line is a JSON object: "question" (or "context"), "choices" and "answer"; "question" and an "answer" that ends in "#### 42";
-    or a "text" whose last word is asked. A line that is none of these is named and left out.
+    A line is a JSON object: "question" (or "context"), "choices" and "answer"; "question" and an "answer"
+    that ends in "#### 42"; or a "text" whose last word is asked. A line that is none of these is named and
+    left out.
     """
     options, found = read_flags(flags), [read_tasks(file, limit) for file in dict.fromkeys(files)]
     for fault in (fault for task in found for fault in task.faults):
@@ -301,7 +308,8 @@ def without_effect(tasks: list[TaskFile], options: Options, chat: bool) -> list[
         ]
     if options.catch_up == "verify" and kinds - {Exact}:
         notes.append(
-            "verify says what full depth says: likelihoods under it are full depth's, and nothing is measured for it"
+            "verify says what full depth says: likelihoods under it are full depth's, and nothing is "
+            "measured for it"
         )
     return notes
 
@@ -328,7 +336,10 @@ def show_tasks(results: list[TaskResult], num_layers: int, console: Console) -> 
                 highlight=False,
             )
         if one.strict_accuracy is not None:
-            strict = f"by strict-match {one.strict_accuracy:.3f} are right, {one.full_depth_strict_accuracy:.3f} at full depth"
+            strict = (
+                f"by strict-match {one.strict_accuracy:.3f} are right, {one.full_depth_strict_accuracy:.3f} "
+                "at full depth"
+            )
             console.print(f"{Path(one.file).name}: {strict}", highlight=False)
 
 
@@ -338,9 +349,11 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     """EleutherAI's lm_eval with bundles as its model "ease"; takes what lm_eval takes.
 
     \b
-    ease-eval lm-eval run --model ease --model_args bundle=BUNDLE,threshold=0.7,catch_up=propagate --tasks lambada_openai
+    ease-eval lm-eval run --model ease --model_args bundle=BUNDLE,threshold=0.7 \\
+        --tasks lambada_openai
 
-    In model_args, an exit each has thresholds like off/0.7; what else stands there are options of ease-run generate.
+    In model_args, an exit each has thresholds like off/0.7; what else stands there are options of ease-run
+    generate.
     """
     try:
         from lm_eval.__main__ import cli_evaluate

@@ -114,8 +114,8 @@ def compare(
 ) -> None:
     """Generate beside transformers, onnxruntime-genai and llama.cpp: the same weights and prompts, in turns.
 
-    The other runtimes live in a virtual environment of their own: make peers. One that is not there, or fails, is named and
-    left out.
+    The other runtimes live in a virtual environment of their own: make peers. One that is not there, or
+    fails, is named and left out.
     """
     for unused in given_flags("policy", "catch_up") if threshold is None else ():
         raise RequestError(f"{unused} has no effect without --threshold, which asks for a row of early exits")
@@ -186,8 +186,9 @@ def show_comparison(result: Comparison, console: Console) -> None:
 def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **given: Any) -> None:
     """What each exit of a bundle is good for, and which of them are worth having on this machine.
 
-    Costs are timed here, call by call; the predictions that follow from them stand beside measured speed-ups. Give a model
-    exits at many layers (ease-train import --exits 5,10,15,20,25) to see where it should have them.
+    Costs are timed here, call by call; the predictions that follow from them stand beside measured speed-ups.
+    Give a model exits at many layers (ease-train import --exits 5,10,15,20,25) to see where it should have
+    them.
     """
     asked = Asked.of(bundle, **given)
     amounts, settings = asked.amounts, asked.settings()
@@ -216,7 +217,8 @@ def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
         )
     console.print(exits)
     console.print(
-        f"suitability {advice.suitability:.3f}: the share of the layers that an oracle over these exits would save",
+        f"suitability {advice.suitability:.3f}: the share of the layers that an oracle over these exits "
+        "would save",
         highlight=False,
     )
     checked = narrow_table("threshold", "catch-up", "depth", "predicted", "measured", "error")
@@ -236,9 +238,15 @@ def show_advice(advice: Advice, num_shown: int, console: Console) -> None:
     console.print(best)
     fastest = advice.placements[0]
     if fastest.threshold is None or fastest.predicted_speedup <= 1.0:
-        verdict = f"no set of these exits is predicted to be faster than full depth with {advice.tolerance:g} of the tokens unlike it"
+        verdict = (
+            f"no set of these exits is predicted to be faster than full depth with {advice.tolerance:g} of "
+            "the tokens unlike it"
+        )
     else:
-        verdict = f"best: exits after {','.join(map(str, fastest.exits))} at {fastest.threshold:g}; ease-eval calibrate gives a guarantee"
+        verdict = (
+            f"best: exits after {','.join(map(str, fastest.exits))} at {fastest.threshold:g}; ease-eval "
+            "calibrate gives a guarantee"
+        )
     console.print(verdict, highlight=False)
 
 

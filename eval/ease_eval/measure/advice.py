@@ -1,11 +1,13 @@
-"""Where should exits be? What graph calls cost here, what leaving early would save at those prices, and which exits are worth it.
+"""Where should exits be? What graph calls cost here, what leaving early would save at those prices, and which
+exits are worth it.
 
     advice = advise(llm, documents, texts, settings, tolerance=0.05, num_rounds=5)
 
-The cost model (ease_runtime/engine/costs.py) knows single calls, timed by themselves, and one figure of the engine's own work a pass,
-taken from full depth. It predicts the time of a token from how deep tokens go, as if each left independently of the others; the prediction
-stands beside the measurement of the same run. Which tokens would leave where, for every set of the bundle's early exits, is
-read off one pass over the text in which every exit speaks.
+The cost model (ease_runtime/engine/costs.py) knows single calls, timed by themselves, and one figure of the
+engine's own work a pass, taken from full depth. It predicts the time of a token from how deep tokens go, as
+if each left independently of the others; the prediction stands beside the measurement of the same run. Which
+tokens would leave where, for every set of the bundle's early exits, is read off one pass over the text in
+which every exit speaks.
 """
 
 import time
@@ -115,7 +117,9 @@ class TimedStack:
 
 
 def own_seconds(stack: Stack, text: Text) -> list[float]:
-    """What the engine itself takes of each decoded token's time at full depth: all that passes outside of the stack's calls."""
+    """What the engine itself takes of each decoded token's time at full depth: all that passes outside of the
+    stack's calls.
+    """
     timed: Any = TimedStack(stack)
     engine, own, began = Engine(timed), list[float](), None
     length = min(len(text.tokens) - text.num_prompt, OWN_TOKENS)
@@ -156,7 +160,9 @@ class Cycle:
 
 
 def asks(stack: Stack, exit_index: int | None, policy: ExitPolicy) -> list[Key]:
-    """What an early exit may be asked, in order: its own layer, then a gate or a similarity, then its head."""
+    """What an early exit may be asked, in order: its own layer, then a gate or a similarity, then
+    its head.
+    """
     assert exit_index is not None, "only an exit is asked"
     before: list[Key] = [("block", exit_index)] if stack.exits[exit_index].block is not None else []
     if policy.asks != "head":
@@ -165,7 +171,9 @@ def asks(stack: Stack, exit_index: int | None, policy: ExitPolicy) -> list[Key]:
 
 
 def behind(k: int, size: int, cache_length: int, asked: dict[int, list[Key]]) -> list[Call]:
-    """What a token makes of a segment under `propagate`: K/V of `size` pending ones, itself, and what the exit is asked."""
+    """What a token makes of a segment under `propagate`: K/V of `size` pending ones, itself, and what the
+    exit is asked.
+    """
     kv = [Call("kv", k, size, cache_length)] if k else []
     exits = [
         Call(graph, number, size if graph == "block" else 1, cache_length)
@@ -207,7 +215,9 @@ class ExitSuitability:
 
 @dataclass(frozen=True)
 class Placement:
-    """One set of early exits: the best threshold within the tolerance, what it would give, and the bound of a perfect rule."""
+    """One set of early exits: the best threshold within the tolerance, what it would give, and the bound of a
+    perfect rule.
+    """
 
     exits: list[int]  # layers
     threshold: float | None  # None: none holds the tolerance
@@ -245,7 +255,10 @@ def advise(
     tolerance: float,
     num_rounds: int,
 ) -> Advice:
-    """Measure costs and exits of a bundle; the first setting is off. Raises RequestError where there is nothing to advise on."""
+    """Measure costs and exits of a bundle; the first setting is off.
+
+    Raises RequestError where there is nothing to advise on.
+    """
     layers = llm.stack.exit_layers
     if len(layers) == 1:
         raise RequestError(
@@ -260,7 +273,8 @@ def advise(
     policy, catch_up = settings[1].policy, settings[1].catch_up
     if policy.name not in POLICIES:
         raise RequestError(
-            f"policy '{policy.name}' has no confidence of an exit by itself; use one of: {', '.join(POLICIES)}"
+            f"policy '{policy.name}' has no confidence of an exit by itself; use one of: "
+            f"{', '.join(POLICIES)}"
         )
     for setting in settings:
         llm.engine.check(setting.policy, setting.catch_up)
@@ -335,7 +349,9 @@ def suitability(
 
 
 def auroc(right: Floats, wrong: Floats) -> float | None:
-    """Chance that one of `right` is larger than one of `wrong`, equals counting half; None where one is empty."""
+    """Chance that one of `right` is larger than one of `wrong`, equals counting half; None where one is
+    empty.
+    """
     if not len(right) or not len(wrong):
         return None
     wrong = np.sort(wrong)
@@ -344,13 +360,18 @@ def auroc(right: Floats, wrong: Floats) -> float | None:
 
 
 def exit_sets(num_early: int) -> list[tuple[int, ...]]:
-    """Every set of early exits, the small ones first; of at most MOST_EXITS where all would be more than MOST_SETS."""
+    """Every set of early exits, the small ones first; of at most MOST_EXITS where all would be more than
+    MOST_SETS.
+    """
     most = num_early if 2**num_early <= MOST_SETS else MOST_EXITS
     return [chosen for size in range(1, most + 1) for chosen in combinations(range(num_early), size)]
 
 
 def depths_of(leaves: NDArray[np.bool_], layers: Sequence[int], chosen: Sequence[int]) -> NDArray[np.int64]:
-    """Each token's depth, were it to leave at the first of the chosen exits where it may. Shape: (early exits, tokens) -> (tokens)."""
+    """Each token's depth, were it to leave at the first of the chosen exits where it may.
+
+    Shape: (early exits, tokens) -> (tokens).
+    """
     depths = np.full(leaves.shape[1], layers[-1], np.int64)
     for k in reversed(chosen):
         depths[leaves[k]] = layers[k]
@@ -401,7 +422,9 @@ def best_threshold(
     chosen: Sequence[int],
     tolerance: float,
 ) -> tuple[float | None, NDArray[np.int64], float]:
-    """The lowest threshold of GRID whose disagreement with full depth is within the tolerance, its depths and its disagreement."""
+    """The lowest threshold of GRID whose disagreement with full depth is within the tolerance, its depths and
+    its disagreement.
+    """
     for threshold in GRID:
         leaves = confidences >= np.float32(threshold)
         depths = depths_of(leaves, layers, chosen)

@@ -1,6 +1,8 @@
-"""Does an early-exit mode say what full depth says? Greedy (or seeded) generations side by side, prompt by prompt.
+"""Does an early-exit mode say what full depth says? Greedy (or seeded) generations side by side, prompt by
+prompt.
 
-For `verify` every prompt must agree: that is its promise. For the other catch-ups the figures say how far texts drift.
+For `verify` every prompt must agree: that is its promise. For the other catch-ups the figures say how far
+texts drift.
 """
 
 import gzip
@@ -20,7 +22,10 @@ QUESTION_KEYS = ("prompt", "question", "text")
 
 @dataclass(frozen=True)
 class Agreement:
-    """One prompt. `first_difference` is the token (from 0) where the texts part, None when they are the same."""
+    """One prompt.
+
+    `first_difference` is the token (from 0) where the texts part, None when they are the same.
+    """
 
     prompt: str
     num_tokens: int  # of full depth
@@ -32,7 +37,8 @@ class Agreement:
 
 
 def read_prompts(path: Path, limit: int) -> list[str]:
-    """Prompts of a text file (one a line) or of jsonl (also .gz): "prompt", "question", "text", or the first of "turns".
+    """Prompts of a text file (one a line) or of jsonl (also .gz): "prompt", "question", "text", or the first
+    of "turns".
 
     Raises RequestError when the file is missing, or a line has none of these.
     """

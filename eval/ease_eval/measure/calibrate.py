@@ -1,13 +1,15 @@
 """Thresholds that hold a tolerance with a guarantee: Learn then Test over exit policies.
 
-The risk of a threshold vector is the mean over documents of how much an early-exit model differs from full depth: the share
-of tokens that it says differently, or how much less likely it makes the text (nats a token, each token's clipped to [0, 1]).
-Candidates are ordered from careful to eager before the test documents are seen: on the fit documents, candidate r gives
-each exit the lowest threshold above which the tokens that would leave have a mean risk of at most r. On the test documents
-each candidate's null hypothesis "its risk is above delta" is tested in that order at level epsilon, and the first that is
-not rejected ends the walk. The last rejected candidate's true risk is at most delta with probability 1 - epsilon over the
-draw of the test documents (Angelopoulos et al. 2021, arXiv 2110.01052, fixed-sequence testing, for CALM by Schuster et al.
-2022, arXiv 2207.07061). P-values are Hoeffding-Bentkus and count documents, which are independent; tokens are not.
+The risk of a threshold vector is the mean over documents of how much an early-exit model differs from full
+depth: the share of tokens that it says differently, or how much less likely it makes the text (nats a token,
+each token's clipped to [0, 1]). Candidates are ordered from careful to eager before the test documents are
+seen: on the fit documents, candidate r gives each exit the lowest threshold above which the tokens that would
+leave have a mean risk of at most r. On the test documents each candidate's null hypothesis "its risk is above
+delta" is tested in that order at level epsilon, and the first that is not rejected ends the walk. The last
+rejected candidate's true risk is at most delta with probability 1 - epsilon over the draw of the test
+documents (Angelopoulos et al. 2021, arXiv 2110.01052, fixed-sequence testing, for CALM by Schuster et al.
+2022, arXiv 2207.07061). P-values are Hoeffding-Bentkus and count documents, which are independent; tokens are
+not.
 """
 
 import json
@@ -48,7 +50,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a calibration promises and from what: `thresholds` null when not even the most careful candidate passed."""
+    """What a calibration promises and from what: `thresholds` null when not even the most careful candidate
+    passed.
+    """
 
     policy: str
     catch_up: str
@@ -67,10 +71,12 @@ class Certificate:
 
 
 def hoeffding_bentkus(risk: float, num_documents: int, delta: float) -> float:
-    """P-value of "the true risk is above delta", for risks in [0, 1] with this mean over independent documents.
+    """P-value of "the true risk is above delta", for risks in [0, 1] with this mean over independent
+    documents.
 
-    The smaller of Hoeffding's exp(-n h1(min(risk, delta), delta)), h1 the Bernoulli relative entropy, and Bentkus' e times
-    the binomial tail P(Bin(n, delta) <= ceil(n risk)) (Bates et al. 2021, arXiv 2101.02703, theorem 4).
+    The smaller of Hoeffding's exp(-n h1(min(risk, delta), delta)), h1 the Bernoulli relative entropy, and
+    Bentkus' e times the binomial tail P(Bin(n, delta) <= ceil(n risk)) (Bates et al. 2021, arXiv 2101.02703,
+    theorem 4).
     """
     below = min(risk, delta)
     entropy = below * math.log(below / delta) if below > 0 else 0.0
@@ -94,9 +100,12 @@ def binomial_tail(count: int, trials: int, chance: float) -> float:
 
 
 def walk(risks: Sequence[Floats], delta: float, epsilon: float) -> tuple[int, list[float]]:
-    """Fixed-sequence testing of candidates in order, each with its risk by document. Shape: risks (documents) each.
+    """Fixed-sequence testing of candidates in order, each with its risk by document.
 
-    Returns how many candidates are certified, and the p-values computed (one more than that, when one failed).
+    Shape: risks (documents) each.
+
+    Returns how many candidates are certified, and the p-values computed (one more than that, when one
+    failed).
     """
     p_values: list[float] = []
     for risk in risks:
@@ -107,7 +116,8 @@ def walk(risks: Sequence[Floats], delta: float, epsilon: float) -> tuple[int, li
 
 
 def lowest_threshold(confidence: Floats, harm: Floats, level: float) -> float | None:
-    """The lowest threshold such that the tokens at or above it have a mean harm of at most `level`; None when there is none.
+    """The lowest threshold such that the tokens at or above it have a mean harm of at most `level`; None when
+    there is none.
 
     Shape: both (tokens).
     """
@@ -121,7 +131,10 @@ def lowest_threshold(confidence: Floats, harm: Floats, level: float) -> float | 
 
 
 def candidates(confidences: Floats, harms: Floats, delta: float) -> list[Thresholds]:
-    """Threshold vectors from careful to eager, each no higher than the one before. Shapes: (early exits, tokens)."""
+    """Threshold vectors from careful to eager, each no higher than the one before.
+
+    Shapes: (early exits, tokens).
+    """
     vectors: list[Thresholds] = []
     lowest: list[float | None] = [None] * len(confidences)
     for share in LEVELS:
@@ -136,7 +149,9 @@ def candidates(confidences: Floats, harms: Floats, delta: float) -> list[Thresho
 
 
 def harm(scores: Scores, off: Scores, risk: str) -> Floats:
-    """What leaving early does to each token, in [0, 1]: it is said differently, or less likely by so many nats. Shape: (tokens)."""
+    """What leaving early does to each token, in [0, 1]: it is said differently, or less likely by so many
+    nats. Shape: (tokens).
+    """
     if risk == "disagreement":
         differs: Floats = (scores.says != off.says).astype(np.float64)
         return differs
@@ -157,7 +172,10 @@ def calibrate(
     split: str,
     seed: int = 0,
 ) -> Certificate:
-    """Fit candidates on a third of the documents (ids), test them on the others. Raises RequestError for bad values."""
+    """Fit candidates on a third of the documents (ids), test them on the others.
+
+    Raises RequestError for bad values.
+    """
     for name, value in (("delta", delta), ("epsilon", epsilon)):
         if not 0.0 < value < 1.0:
             raise RequestError(f"{name} {value} is outside (0, 1)")
@@ -205,11 +223,16 @@ def calibrate(
 
 
 def write_certificate(bundle: Path, certificate: Certificate) -> None:
-    """Put a calibration into a bundle's manifest, whole or not at all. Raises RequestError when it promises nothing."""
+    """Put a calibration into a bundle's manifest, whole or not at all.
+
+    Raises RequestError when it promises nothing.
+    """
     if certificate.thresholds is None:
         raise RequestError(
-            f"no threshold holds {certificate.risk} at {certificate.delta} with confidence {1 - certificate.epsilon:g} on "
-            f"{certificate.num_test_documents} documents; use a larger --delta or --epsilon, or more documents"
+            f"no threshold holds {certificate.risk} at {certificate.delta} with confidence "
+            f"{1 - certificate.epsilon:g} on "
+            f"{certificate.num_test_documents} documents; use a larger --delta or --epsilon, or more "
+            "documents"
         )
     path = bundle / MANIFEST_FILE
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
-"""A text and its tokens: where each of them ends in the text, how many bytes it stands for, and which say nothing of it.
+"""A text and its tokens: where each of them ends in the text, how many bytes it stands for, and which say
+nothing of it.
 
-Figures about a text are over the text itself. What its tokens decode to may be another: characters that the tokenizer does
-not know, a normalizer's changes, a character that is cut between two tokens.
+Figures about a text are over the text itself. What its tokens decode to may be another: characters that the
+tokenizer does not know, a normalizer's changes, a character that is cut between two tokens.
 """
 
 import functools
@@ -20,7 +21,10 @@ from ease_runtime.text.unknown import unknown_id
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and its ids or the first of them. `parse_special`: the special tokens that it mentions are real."""
+    """A text, and its ids or the first of them.
+
+    `parse_special`: the special tokens that it mentions are real.
+    """
 
     text: str
     ids: Sequence[int]
@@ -93,7 +97,8 @@ def num_before(ids: Sequence[int], encoding: Encoding) -> int:
 
 
 def bytes_of_tokens(text: str, encoding: Encoding) -> NDArray[np.float64]:
-    """UTF-8 bytes of the text that each token stands for; those of a character that several tokens write are shared out.
+    """UTF-8 bytes of the text that each token stands for; those of a character that several tokens write are
+    shared out.
 
     What no token stands for counts with the next one, or the last. Shape: (tokens).
     """
@@ -110,13 +115,17 @@ def bytes_of_tokens(text: str, encoding: Encoding) -> NDArray[np.float64]:
 
 
 def encode_whole(tokenizer: Tokenizer, text: str, *, parse_special: bool) -> Encoding:
-    """A text's own tokens, with the places in the text where each begins and ends, the spaces in them included."""
+    """A text's own tokens, with the places in the text where each begins and ends, the spaces in them
+    included.
+    """
     return _untrimmed(tokenizer, parse_special).encode(text, add_special_tokens=False)
 
 
 @functools.lru_cache(maxsize=4)
 def _untrimmed(tokenizer: Tokenizer, parse_special: bool) -> Tokenizer:
-    """The same without what comes after the tokens: a byte-level post-processor takes spaces out of their places."""
+    """The same without what comes after the tokens: a byte-level post-processor takes spaces out of their
+    places.
+    """
     other = Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), "post_processor": None}))
     other.encode_special_tokens = not parse_special
     return other

@@ -1,4 +1,6 @@
-"""Figures of a table, for a report and for papers: matplotlib, in a light and a dark dress, as SVG text or files."""
+"""Figures of a table, for a report and for papers: matplotlib, in a light and a dark dress, as SVG text or
+files.
+"""
 
 import io
 from collections.abc import Callable, Sequence
@@ -72,7 +74,9 @@ def save(figures: dict[str, Draw], folder: Path) -> None:
 
 
 def pareto(rows: Sequence[Row]) -> Draw:
-    """Perplexity (relative to off, 95 % intervals) against measured speed-up (range over rounds), a line a catch-up."""
+    """Perplexity (relative to off, 95 % intervals) against measured speed-up (range over rounds), a line a
+    catch-up.
+    """
 
     def draw(axes: Any, colours: tuple[str, ...]) -> None:
         for colour, catch_up in zip(colours, dict.fromkeys(row.catch_up for row in rows[1:]), strict=False):
@@ -149,7 +153,10 @@ def reliability(found: Sequence[Reliability]) -> Draw:
     def draw(axes: Any, colours: tuple[str, ...]) -> None:
         axes.plot([0, 1], [0, 1], color=colours[-1], linestyle="--", linewidth=1)
         for i, exit_ in enumerate(found):
-            label = f"layer {exit_.layer}: ECE {exit_.error:.3f}, at T = {exit_.temperature:.2f} {exit_.scaled_error:.3f}"
+            label = (
+                f"layer {exit_.layer}: ECE {exit_.error:.3f}, at T = {exit_.temperature:.2f} "
+                f"{exit_.scaled_error:.3f}"
+            )
             axes.plot(
                 exit_.confidence, exit_.agreement, color=colours[i % len(colours)], marker="o", label=label
             )

@@ -1,12 +1,13 @@
 """Wall-clock time of the engine's own loop, settings side by side.
 
-Every setting decodes the same texts: the prompt is a document's beginning and the tokens are the document's own
-(`Given`), so the depths are those of real text and each setting does the same number of tokens. Only `verify` goes on with
-the model's own greedy text: drafts that are given would all be accepted. Settings take turns
-within every text, in an order that rotates, and speed-ups are ratios within a round. Warm-up rounds are not counted.
+Every setting decodes the same texts: the prompt is a document's beginning and the tokens are the document's
+own (`Given`), so the depths are those of real text and each setting does the same number of tokens. Only
+`verify` goes on with the model's own greedy text: drafts that are given would all be accepted. Settings take
+turns within every text, in an order that rotates, and speed-ups are ratios within a round. Warm-up rounds are
+not counted.
 
-The ideal is what the same graph calls cost when each is timed by itself: Python, binding and sampling count against the
-engine.
+The ideal is what the same graph calls cost when each is timed by itself: Python, binding and sampling count
+against the engine.
 """
 
 import time
@@ -60,7 +61,8 @@ def measure(
     num_rounds: int,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[list[Timings], dict[Call, float]]:
-    """Time every setting on every text, `num_rounds` times after one warm-up; and each graph call by itself, in between.
+    """Time every setting on every text, `num_rounds` times after one warm-up; and each graph call by itself,
+    in between.
 
     Whoever times something else does it `between` rounds, too.
 
@@ -110,7 +112,9 @@ def _decode(engine: Engine, setting: Setting, text: Text, timing: Timings) -> No
 
 
 def _trace(engine: Engine, setting: Setting, text: Text, timing: Timings) -> None:
-    """Decode once for the record: the depths of the tokens after the first, the calls that made them, and what became of drafts."""
+    """Decode once for the record: the depths of the tokens after the first, the calls that made them, and
+    what became of drafts.
+    """
     sequence, depths = _begin(engine, setting, text), []
     for token in engine.generate(sequence):
         depths.append(token.depth)
@@ -125,9 +129,11 @@ def _trace(engine: Engine, setting: Setting, text: Text, timing: Timings) -> Non
 def time_batches(
     stack: Stack, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int
 ) -> list[list[float]]:
-    """Decode all texts at once in an engine with a slot for each, settings taking turns after one warm-up round.
+    """Decode all texts at once in an engine with a slot for each, settings taking turns after one warm-up
+    round.
 
-    Returns tokens a second of all texts together, a list a setting: from the moment that every text has its first token.
+    Returns tokens a second of all texts together, a list a setting: from the moment that every text has its
+    first token.
     """
     engine = Engine(stack, num_slots=len(texts))
     speeds: list[list[float]] = [[] for _ in settings]

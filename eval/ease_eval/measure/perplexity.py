@@ -1,10 +1,12 @@
 """Perplexity under an exit policy and its catch-up: exact, and in parallel over a window.
 
-`recompute` leaves every token's K/V exact, so one full-depth pass that looks at each exit gives every threshold's figure.
-`propagate` freezes a token's state where it left, so each threshold needs its own pass, segment by segment, with the
-`active` mask. Both equal what the engine computes token by token (tests/eval holds them to it).
+`recompute` leaves every token's K/V exact, so one full-depth pass that looks at each exit gives every
+threshold's figure. `propagate` freezes a token's state where it left, so each threshold needs its own pass,
+segment by segment, with the `active` mask. Both equal what the engine computes token by token (tests/eval
+holds them to it).
 
-The first token of a window is prefill: its K/V are exact in every mode, and its prediction follows the policy.
+The first token of a window is prefill: its K/V are exact in every mode, and its prediction follows the
+policy.
 """
 
 import math
@@ -30,7 +32,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """What a policy made of some target tokens. Shapes: all (tokens); logprobs in nats, depths in layers, says: most probable ids."""
+    """What a policy made of some target tokens.
+
+    Shapes: all (tokens); logprobs in nats, depths in layers, says: most probable ids.
+    """
 
     logprobs: Floats
     depths: NDArray[np.int64]
@@ -61,7 +66,9 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-probability a token, or the largest number where that is beyond all numbers."""
+        """exp of the mean negative log-probability a token, or the largest number where that is beyond all
+        numbers.
+        """
         return math.exp(min(-float(self.logprobs.mean()), LARGEST_EXPONENT))
 
     @property
@@ -72,7 +79,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs ids[start:stop] with targets ids[start+1:stop+1], of which those before `scored_from` count elsewhere."""
+    """Inputs ids[start:stop] with targets ids[start+1:stop+1], of which those before `scored_from` count
+    elsewhere.
+    """
 
     start: int
     stop: int
@@ -80,7 +89,9 @@ class Window:
 
 
 def windows(num_ids: int, length: int, stride: int) -> Iterator[Window]:
-    """Strided windows over a document of `num_ids` tokens: every target is scored once, with as much context as fits."""
+    """Strided windows over a document of `num_ids` tokens: every target is scored once, with as much context
+    as fits.
+    """
     scored = 0  # inputs whose target has been scored
     for start in range(0, num_ids - 1, stride):
         stop = min(start + length, num_ids - 1)
@@ -128,7 +139,8 @@ def record_exits(
 ) -> tuple[Floats, list[Scores], Scores]:
     """What every exit would say of every token of some texts (their first window), had all come that far.
 
-    Returns the policy's confidence at each early exit (early exits, tokens), the scores of each early exit, and full depth's.
+    Returns the policy's confidence at each early exit (early exits, tokens), the scores of each early exit,
+    and full depth's.
     """
     found: list[list[_Record]] = []
     for ids in documents:
@@ -154,7 +166,8 @@ def score_window(
 ) -> list[Scores]:
     """Score one window under each policy. Shape: inputs and targets (S) -> one Scores of S tokens each.
 
-    The first `num_prompt` inputs are prefill. Those before its last predict nothing that is asked for: their scores are 0.
+    The first `num_prompt` inputs are prefill. Those before its last predict nothing that is asked for: their
+    scores are 0.
     """
     if catch_up == "verify":
         policies = [FULL_DEPTH] * len(policies)  # what it says is what full depth says
@@ -178,7 +191,9 @@ def _run_segments(
     freeze: bool,
     num_prompt: int = 1,
 ) -> None:
-    """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes one policy."""
+    """One pass through the segments, asking each exit about the positions that are undecided; `freeze` takes
+    one policy.
+    """
     engine.check_ids([*inputs, *targets.tolist()])
     runner, active = engine.runner, np.ones(len(inputs), np.bool_)
     asked = [
@@ -243,7 +258,9 @@ class _Decisions:
         return mask
 
     def see(self, seen: "_Chunk", exit_index: int, last: bool) -> None:
-        """What an exit says of some positions: those of them that are undecided here and leave are settled."""
+        """What an exit says of some positions: those of them that are undecided here and leave are
+        settled.
+        """
         settled = self.undecided[seen.positions]
         if not last:
             settled &= self.policy.leaves(exit_index, self.confidence(seen, exit_index), 0.0, self.state)
@@ -297,7 +314,10 @@ class _Chunk:
 
 
 def _logprobs(output: HeadOutput, targets: NDArray[np.int64]) -> Floats:
-    """Log-probability of the targets, from the top one's: log p_t = logit_t - logit_top + log p_top. Shape: (N) -> (N)."""
+    """Log-probability of the targets, from the top one's: log p_t = logit_t - logit_top + log p_top.
+
+    Shape: (N) -> (N).
+    """
     each = np.arange(len(targets))
     gap = output.logits[each, targets] - output.logits[each, output.top_id[: len(targets)]]
     logprobs: Floats = gap.astype(np.float64) + np.log(output.top_prob[: len(targets)].astype(np.float64))

@@ -1,8 +1,10 @@
-"""Does an exit's confidence mean what it says? Reliability by bins, expected calibration error, temperature scaling.
+"""Does an exit's confidence mean what it says? Reliability by bins, expected calibration error, temperature
+scaling.
 
-Guo et al. 2017 (arXiv 1706.04599): equal-width bins; ECE is the mean distance of confidence and accuracy, weighted by bin.
-Accuracy here is agreement with full depth. The temperature scales the confidence's log-odds and minimises the likelihood's
-negative logarithm; it is fitted on half of the documents, and both errors are those of the other half.
+Guo et al. 2017 (arXiv 1706.04599): equal-width bins; ECE is the mean distance of confidence and accuracy,
+weighted by bin. Accuracy here is agreement with full depth. The temperature scales the confidence's log-odds
+and minimises the likelihood's negative logarithm; it is fitted on half of the documents, and both errors are
+those of the other half.
 """
 
 from collections.abc import Sequence
@@ -36,7 +38,10 @@ class Reliability:
 
 
 def measure_reliability(engine: Engine, documents: Sequence[Sequence[int]], policy: str) -> list[Reliability]:
-    """Every early exit's, over the first window of each document. Raises RequestError where the bundle cannot run the policy."""
+    """Every early exit's, over the first window of each document.
+
+    Raises RequestError where the bundle cannot run the policy.
+    """
     layers = engine.stack.exit_layers
     if len(layers) == 1 or len(documents) < 2:
         return []

@@ -1,4 +1,5 @@
-"""One self-contained HTML file of a bundle's measurements: figures, tables, a passage coloured by depth, where it all comes from.
+"""One self-contained HTML file of a bundle's measurements: figures, tables, a passage coloured by depth,
+where it all comes from.
 
     make_report(llm, table, documents, Path("report.html"))
 

@@ -1,7 +1,7 @@
 """The table: for each setting, off first, what it costs in perplexity and saves in time.
 
-table = make_table(bundle, llm, documents, source="kjv", split="test", thresholds=[0.5, 0.7, 0.9], catch_ups=["recompute"])
-print(table.markdown())
+table = make_table(bundle, llm, documents, source="kjv", split="test", thresholds=[0.5, 0.7, 0.9],
+catch_ups=["recompute"]) print(table.markdown())
 """
 
 import json
@@ -49,7 +49,8 @@ class SettingName:
 class Quality(SettingName):
     """What one setting says of the scored tokens.
 
-    What `verify` says is what off says: its perplexity is off's; in a table its depths are those of the decoded tokens.
+    What `verify` says is what off says: its perplexity is off's; in a table its depths are those of the
+    decoded tokens.
     """
 
     ppl: float
@@ -95,7 +96,9 @@ class Row(Speed, Quality):
 
 @dataclass(frozen=True)
 class ExitFigures:
-    """What one exit says of every token, had all come that far: bounds that no policy over these exits can leave."""
+    """What one exit says of every token, had all come that far: bounds that no policy over these exits can
+    leave.
+    """
 
     layer: int
     ppl: float
@@ -147,7 +150,8 @@ class Table:
     def markdown(self) -> str:
         """The table as Markdown, with a line on what was measured."""
         lines = [
-            f"{self.data} ({self.split}), {self.num_scored_tokens} tokens scored, {self.num_decoded_tokens} decoded in each of "
+            f"{self.data} ({self.split}), {self.num_scored_tokens} tokens scored, "
+            f"{self.num_decoded_tokens} decoded in each of "
             f"{self.num_rounds} rounds, {self.device}, threads: {self.num_threads or 'all'}.",
             "",
             "| " + " | ".join(COLUMNS) + " |",
@@ -387,7 +391,9 @@ def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], l
 def measure_batch(
     llm: LLM, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int, batch: int
 ) -> list[dict[str, Any]]:
-    """Every setting's BatchFigures, as JSON has them; `batch` texts are decoded at once, the same ones again where there are fewer."""
+    """Every setting's BatchFigures, as JSON has them; `batch` texts are decoded at once, the same ones again
+    where there are fewer.
+    """
     chosen = [texts[i % len(texts)] for i in range(batch)]
     speeds, found = time_batches(llm.stack, settings, chosen, num_rounds), []
     for setting, mine in zip(settings, speeds, strict=True):
@@ -415,7 +421,9 @@ def peak_memory_mb() -> float | None:
 
 
 def exit_figures(llm: LLM, documents: Sequence[Sequence[int]]) -> tuple[list[dict[str, Any]], float]:
-    """Every exit by itself, as JSON has it, and the mean depth of an oracle that leaves at the first exit that agrees with full depth."""
+    """Every exit by itself, as JSON has it, and the mean depth of an oracle that leaves at the first exit
+    that agrees with full depth.
+    """
     layers = llm.stack.exit_layers
     everything = make_policy("max-prob", 1.0 if len(layers) > 1 else OFF, layers)
     _, early, full = record_exits(llm.engine, documents, everything)
@@ -439,7 +447,10 @@ class Scored:
     unknown_share: float = 0.0
 
     def interval(self, differences: NDArray[np.float64], draws: int = 1000) -> tuple[float, float]:
-        """95 % bootstrap interval of exp(mean), documents drawn with their tokens. Shape: differences (tokens), in nats."""
+        """95 % bootstrap interval of exp(mean), documents drawn with their tokens.
+
+        Shape: differences (tokens), in nats.
+        """
         lengths = np.array([len(ids) - 1 for ids in self.documents])
         sums = np.add.reduceat(differences, np.cumsum(lengths) - lengths)
         drawn = np.random.default_rng(SEED).integers(0, len(lengths), (draws, len(lengths)))
@@ -462,7 +473,8 @@ def make_settings(
     catch_ups: Sequence[str],
     exit_layers: Sequence[int],
 ) -> list[Setting]:
-    """Off, then every threshold (whatever `Thresholds.of` takes) with every catch-up; off alone without early exits.
+    """Off, then every threshold (whatever `Thresholds.of` takes) with every catch-up; off alone without early
+    exits.
 
     Raises RequestError.
     """
@@ -478,7 +490,8 @@ def choose_texts(documents: Sequence[Sequence[int]], amounts: Amounts, limit: in
     length = amounts.prompt_tokens + amounts.new_tokens
     if length > limit:
         raise RequestError(
-            f"{length} tokens a text are more than this model's context of {limit}; ask for fewer: --prompt-tokens, --new-tokens"
+            f"{length} tokens a text are more than this model's context of {limit}; ask for fewer: "
+            "--prompt-tokens, --new-tokens"
         )
     long_enough = [ids for ids in documents if len(ids) >= length]
     if not long_enough:

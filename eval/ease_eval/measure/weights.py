@@ -7,7 +7,10 @@ from ease_runtime.engine.layout import Call
 
 
 def bytes_read(manifest: Manifest, calls: Sequence[Call]) -> int:
-    """Of all calls together. K/V of tokens that have left are not counted: what they read is little, and in no file of its own."""
+    """Of all calls together.
+
+    K/V of tokens that have left are not counted: what they read is little, and in no file of its own.
+    """
     each = {(call.graph, call.number): _bytes_of(manifest, call) for call in set(calls)}
     return sum(each[call.graph, call.number] for call in calls)
 
@@ -25,7 +28,9 @@ def _bytes_of(manifest: Manifest, call: Call) -> int:
 
 
 def _segment_bytes(manifest: Manifest, number: int) -> int:
-    """A segment's layers; the first one's file may hold the embedding, too, of which a call reads a row a token."""
+    """A segment's layers; the first one's file may hold the embedding, too, of which a call reads a row a
+    token.
+    """
     segments = manifest.segments
     whole = _file_bytes(manifest, segments[number].graph)
     others = [_file_bytes(manifest, s.graph) / s.num_layers for s in segments[1:]]

@@ -3,8 +3,9 @@
     comparison = compare_peers(Plan(bundle, checkpoint, python=Path(".venv-peers/bin/python")), prompts)
     print(comparison.markdown())
 
-Every runtime answers every prompt once a round, in an order that rotates; the first round warms up and is not counted.
-One that is not there, does not start, crashes or hangs is named with its reason, and the others go on.
+Every runtime answers every prompt once a round, in an order that rotates; the first round warms up and is not
+counted. One that is not there, does not start, crashes or hangs is named with its reason, and the others go
+on.
 """
 
 import json
@@ -35,7 +36,8 @@ GENAI_PRECISION = {"int4": "int4"}  # what its builder makes for a CPU; else fp3
 class Plan:
     """What is compared. Raises RequestError for a checkpoint that is none of the bundle's model.
 
-    `python` is that of the peers' environment; `settings` (options like threshold and catch_up) make a row of early exits.
+    `python` is that of the peers' environment; `settings` (options like threshold and catch_up) make a row of
+    early exits.
     """
 
     bundle: Path
@@ -60,7 +62,8 @@ class Plan:
             manifest.num_layers,
         ):
             raise RequestError(
-                f"{self.checkpoint} has {config.get('num_hidden_layers')} layers and {config.get('vocab_size')} tokens, "
+                f"{self.checkpoint} has {config.get('num_hidden_layers')} layers and "
+                f"{config.get('vocab_size')} tokens, "
                 f"{self.bundle} has {manifest.num_layers} and {manifest.vocab_size}: not the same model"
             )
         if self.gguf is not None and not self.gguf.is_file():
@@ -126,7 +129,8 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
         raise RequestError(f"{checkpoint} is no Hugging Face directory: no readable config.json") from None
     if "model_type" not in config:
         raise RequestError(
-            f"{checkpoint} is no Hugging Face directory; make one of a checkpoint: ease-train export-hf {checkpoint} DIR"
+            f"{checkpoint} is no Hugging Face directory; make one of a checkpoint: ease-train export-hf "
+            f"{checkpoint} DIR"
         )
     return config
 
@@ -313,7 +317,10 @@ def compare_peers(
 
 
 def take_turns(workers: Sequence[Worker], prompts: Sequence[Sequence[int]], new: int, number: int) -> None:
-    """One round: every prompt to every runtime that still answers, each time another first. Round 0 warms up."""
+    """One round: every prompt to every runtime that still answers, each time another first.
+
+    Round 0 warms up.
+    """
     for worker in workers:
         if number:
             worker.rounds.append([])

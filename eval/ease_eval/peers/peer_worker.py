@@ -1,10 +1,12 @@
-"""One runtime in a process of its own, which serves requests for ease_eval.peers.compare. Needs nothing of EASE but where it runs EASE.
+"""One runtime in a process of its own, which serves requests for ease_eval.peers.compare.
+
+Needs nothing of EASE but where it runs EASE.
 
     python peer_worker.py '{"runtime": "transformers eager", "checkpoint": "DIR", "threads": 0}'
 
-It says {"ready": true, "version": ...} once the model is loaded, or {"error": ...}. Then each line {"prompt": ids, "new": N} is
-answered with the seconds to the first token, those of the others, all ids and the resident memory in bytes. Generation is
-greedy and goes on past end tokens.
+It says {"ready": true, "version": ...} once the model is loaded, or {"error": ...}. Then each line {"prompt":
+ids, "new": N} is answered with the seconds to the first token, those of the others, all ids and the resident
+memory in bytes. Generation is greedy and goes on past end tokens.
 """
 
 import json
@@ -20,7 +22,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of onnxruntime, which onn
 
 
 class Told:
-    """The tokens of one answer, and when they came. `put` and `end` are what `generate` of transformers calls, first with the prompt."""
+    """The tokens of one answer, and when they came.
+
+    `put` and `end` are what `generate` of transformers calls, first with the prompt.
+    """
 
     def __init__(self) -> None:
         self.clock, self.ids, self.begun = [time.perf_counter()], list[int](), False
@@ -229,7 +234,9 @@ def build_genai(folder: Path, asked: dict[str, Any]) -> None:
 
 
 def llama_cpp(asked: dict[str, Any]) -> tuple[str, Run]:
-    """A GGUF file in llama.cpp, as its own server runs it (in this process); times are those it takes itself."""
+    """A GGUF file in llama.cpp, as its own server runs it (in this process); times are those it
+    takes itself.
+    """
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()

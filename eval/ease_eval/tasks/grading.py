@@ -1,11 +1,12 @@
-"""Is a generated text's answer the right one? As the task gsm8k of lm_eval 0.4.13 (version 3) extracts and compares it.
+"""Is a generated text's answer the right one? As the task gsm8k of lm_eval 0.4.13 (version 3) extracts and
+compares it.
 
 strict-match        the number behind "#### "
 flexible-extract    the text's last number, whatever stands around it: of 3/4 it is 4, of 1e5 it is 5
 first-line          the first line, for answers that are no numbers
 
-Both sides are compared as exact_match does there: without commas, dollar signs, what stands before "#### ", a last full stop,
-and the case of letters. So 72.00 is not 72.
+Both sides are compared as exact_match does there: without commas, dollar signs, what stands before "#### ", a
+last full stop, and the case of letters. So 72.00 is not 72.
 """
 
 import re

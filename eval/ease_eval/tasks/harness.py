@@ -1,10 +1,12 @@
 """A bundle as a model of EleutherAI's lm-evaluation-harness, every request through the exit policy.
 
-    lm_eval run --model ease --model_args bundle=runs/demo/bundle,threshold=0.7,catch_up=propagate --tasks lambada_openai
+    lm_eval run --model ease --model_args bundle=runs/demo/bundle,threshold=0.7 \\
+        --tasks lambada_openai
 
-A harness with plugins finds the model by this package's entry point; for older ones `ease-eval lm-eval run ...` is the same
-command with the model known to it. Log-likelihoods are of the exits where tokens leave, after a context whose K/V are exact;
-generation is the engine's. Under `verify`, and without a threshold, all is full depth's.
+A harness with plugins finds the model by this package's entry point; for older ones `ease-eval lm-eval run
+...` is the same command with the model known to it. Log-likelihoods are of the exits where tokens leave,
+after a context whose K/V are exact; generation is the engine's. Under `verify`, and without a threshold, all
+is full depth's.
 """
 
 import logging
@@ -48,7 +50,8 @@ class EaseLM(LM):  # type: ignore[misc]
     """`bundle` is its directory; `threshold` a number, or one an exit; other arguments are fields of Options.
     `policy` may also be an object (docs/policies.md).
 
-    `batch_size` requests are generated together. Raises an EaseError for a bundle or a setting that cannot run.
+    `batch_size` requests are generated together. Raises an EaseError for a bundle or a setting that cannot
+    run.
     """
 
     def __init__(
@@ -93,7 +96,9 @@ class EaseLM(LM):  # type: ignore[misc]
         self.num_tokens = self.num_layers = self.num_unknown = 0
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation after its context, and whether each of its tokens is the most probable one."""
+        """Log-probability of each continuation after its context, and whether each of its tokens is the most
+        probable one.
+        """
         check_scorable(self.llm.engine, [self.policy], self.options.catch_up)
         found = []
         for request in requests:
@@ -115,7 +120,9 @@ class EaseLM(LM):  # type: ignore[misc]
         return float(scores.logprobs.sum()), scores.says.tolist() == after
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, in the windows of `ease-eval table`: overlapping by half of the context."""
+        """Log-probability of each whole text, in the windows of `ease-eval table`: overlapping by half of the
+        context.
+        """
         found = []
         for request in requests:
             (text,) = request.args
@@ -166,7 +173,10 @@ class EaseLM(LM):  # type: ignore[misc]
         return list(texts.values())
 
     def _read(self, wanted: dict[str, Any]) -> Options:
-        """The options that a task's generation arguments make of this model's. What cannot be done is warned of."""
+        """The options that a task's generation arguments make of this model's.
+
+        What cannot be done is warned of.
+        """
         known = {"until", "do_sample", "temperature", *LENGTHS, *SAMPLING}
         if unknown := sorted(wanted.keys() - known):
             logger.warning("generation arguments without effect here: %s", ", ".join(unknown))
@@ -191,7 +201,8 @@ class EaseLM(LM):  # type: ignore[misc]
         count = self.llm.count_unknown(ids)
         if count and not self.num_unknown:
             logger.warning(
-                "a text has characters that this tokenizer does not know; the results' config counts their tokens"
+                "a text has characters that this tokenizer does not know; the results' config counts "
+                "their tokens"
             )
         self.num_unknown += count
 
@@ -223,7 +234,10 @@ class EaseLM(LM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as text, up to where the answer begins. Raises RequestError where the bundle has no template."""
+        """A conversation as text, up to where the answer begins.
+
+        Raises RequestError where the bundle has no template.
+        """
         if self.llm.template is None:
             raise RequestError(
                 "this bundle has no chat template (a base model); leave --apply_chat_template away"
@@ -234,5 +248,8 @@ class EaseLM(LM):  # type: ignore[misc]
 
 
 def read_threshold(value: float | str) -> Thresholds:
-    """A threshold of the harness's arguments. Those end at a comma, so that a slash may stand for it there. Raises RequestError."""
+    """A threshold of the harness's arguments.
+
+    Those end at a comma, so that a slash may stand for it there. Raises RequestError.
+    """
     return Thresholds.of(str(value).replace("/", ","))

@@ -1,7 +1,7 @@
 """How likely a text is after a context, under an exit policy: what likelihood tasks ask.
 
-The context is the engine's prompt: its K/V are exact in every mode. Each token after it is scored at the exit where it leaves,
-with the K/V that the catch-up leaves behind, as the engine would say it token by token.
+The context is the engine's prompt: its K/V are exact in every mode. Each token after it is scored at the exit
+where it leaves, with the K/V that the catch-up leaves behind, as the engine would say it token by token.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ class NoTokensError(RequestError):
 
 
 def prefix_id(llm: LLM) -> int:
-    """The token that a text without a context follows, as in lm_eval's own models: the tokenizer's start token, else its end token.
+    """The token that a text without a context follows, as in lm_eval's own models: the tokenizer's start
+    token, else its end token.
 
     Raises RequestError where there is neither.
     """
@@ -38,10 +39,10 @@ def prefix_id(llm: LLM) -> int:
 def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """A context's ids, and those of what follows it: together they are the ids of the whole text.
 
-    As in lm_eval, the whole is encoded and divided behind the context, and spaces at the end of the context belong to the
-    continuation. A token that spans the join is the continuation's first: tokenizers write "end." and "\\n" together as one
-    token, say. Raises NoTokensError where nothing follows in tokens that the model knows, and RequestError where there is no
-    token to begin with.
+    As in lm_eval, the whole is encoded and divided behind the context, and spaces at the end of the context
+    belong to the continuation. A token that spans the join is the continuation's first: tokenizers write
+    "end." and "\\n" together as one token, say. Raises NoTokensError where nothing follows in tokens that the
+    model knows, and RequestError where there is no token to begin with.
     """
     text, num_kept = context + continuation, len(context.rstrip())
     try:
@@ -66,7 +67,8 @@ def score_continuation(
     policies: Sequence[ExitPolicy],
     catch_up: str,
 ) -> list[Scores]:
-    """Score a continuation after a context of at least one token, whose beginning is left out where both are too long.
+    """Score a continuation after a context of at least one token, whose beginning is left out where both are
+    too long.
 
     A continuation that is itself longer than the model's context is scored in windows, like a whole text.
 

@@ -1,12 +1,14 @@
 """Quality tasks from local files, an item a JSON line. What the line has says what kind it is:
 
-    {"question": "Is the sky blue?", "choices": ["yes", "no"], "answer": 0}      multiple choice; the answer is a number from 0,
-                                                                                 a letter, or the choice itself
-    {"question": "How much is 6 x 7?", "answer": "6 x 7 = 42\\n#### 42"}          exact match, by lm_eval's filters (grading)
-    {"text": "And God said, Let there be light"}                                 last word
+    multiple choice; the answer is a number from 0, a letter, or the choice itself:
+    {"question": "Is the sky blue?", "choices": ["yes", "no"], "answer": 0}
+    exact match, by lm_eval's filters (grading):
+    {"question": "How much is 6 x 7?", "answer": "6 x 7 = 42\\n#### 42"}
+    the last word:
+    {"text": "And God said, Let there be light"}
 
-"context" (or "prompt") in place of "question" is taken as it stands; a question becomes "Question: ...\\nAnswer:". Files may
-end in .gz.
+"context" (or "prompt") in place of "question" is taken as it stands; a question becomes "Question:
+...\\nAnswer:". Files may end in .gz.
 """
 
 import gzip
@@ -173,7 +175,10 @@ def _choices(row: dict[str, Any]) -> tuple[tuple[str, ...], int]:
 
 
 def examples(items: tuple[Item, ...], shots: int) -> tuple[str, tuple[Item, ...]]:
-    """The first `shots` items solved, as the text before each of the others; and those. Raises RequestError where none is left."""
+    """The first `shots` items solved, as the text before each of the others; and those.
+
+    Raises RequestError where none is left.
+    """
     if not 0 <= shots < len(items):
         raise RequestError(
             f"shots {shots} is outside 0..{len(items) - 1}: of {len(items)} items one at least must be asked"

@@ -3,8 +3,9 @@
     task = read_tasks(Path("arc.jsonl"), 200)
     result = run_task(llm, task, Options(threshold=0.7), Journal(None, {}))
 
-Continuations are scored where their tokens leave, with the K/V that the catch-up leaves behind; answers are generated the
-same way. Nothing is scored at full depth but the column that says so. Intervals are 95 %, bootstrap over items.
+Continuations are scored where their tokens leave, with the K/V that the catch-up leaves behind; answers are
+generated the same way. Nothing is scored at full depth but the column that says so. Intervals are 95 %,
+bootstrap over items.
 """
 
 import hashlib
@@ -106,7 +107,10 @@ class Asking:
 def run_task(
     llm: LLM, task: TaskFile, options: Options, journal: Journal, shots: int = 0, chat: bool = False
 ) -> TaskResult:
-    """Ask every item of a file. Raises RequestError for options that this bundle cannot run, or that say nothing of given texts."""
+    """Ask every item of a file.
+
+    Raises RequestError for options that this bundle cannot run, or that say nothing of given texts.
+    """
     options = llm.prepare(options)
     policy = llm.policy(options)
     llm.check(options)
@@ -114,7 +118,8 @@ def run_task(
     if isinstance(items[0], Exact):
         if options.max_tokens >= llm.stack.max_positions:
             raise RequestError(
-                f"max_tokens {options.max_tokens} leaves no room for a question in this model's context of {llm.stack.max_positions}"
+                f"max_tokens {options.max_tokens} leaves no room for a question in this model's context "
+                f"of {llm.stack.max_positions}"
             )
         if not options.stop and not chat:
             options = replace(options, stop=(QUESTION_STOP,))
@@ -169,7 +174,9 @@ def ask_choice(asking: Asking, item: Choice) -> Answer:
 
 
 def ask_last_word(asking: Asking, item: LastWord) -> Answer:
-    """The word is right where each of its tokens is the most probable one; what is said are the most probable tokens."""
+    """The word is right where each of its tokens is the most probable one; what is said are the most probable
+    tokens.
+    """
     _, ids = encode_pair(asking.llm, asking.before + item.context, f" {item.word}")
     early, full = asking.score(item, f" {item.word}")
     return Answer(
