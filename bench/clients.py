@@ -20,7 +20,10 @@ from pathlib import Path
 import click
 import httpx
 
-CLIENTS, REQUESTS, TOKENS, ROUNDS = 8, 3, 96, 5
+CLIENTS = 8
+REQUESTS = 3
+TOKENS = 96
+ROUNDS = 5
 PROMPT = "In the beginning"
 
 
@@ -95,7 +98,9 @@ def main(bundle: Path, json_file: Path | None) -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
             wait_for(client, process)
             tokens_a_second(client, CLIENTS)  # to warm up
-            ones, eights, batches = [], [], []
+            ones = []
+            eights = []
+            batches = []
             for _ in range(ROUNDS):
                 ones.append(tokens_a_second(client, 1))
                 before = passes(client)

@@ -29,7 +29,10 @@ from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import FULL_DEPTH, ThresholdPolicy, make_policy
 from ease_runtime.policies.thresholds import Thresholds
 
-PROMPT, NEW, LONG, ROUNDS = 32, 48, 256, 3
+PROMPT = 32
+NEW = 48
+LONG = 256
+ROUNDS = 3
 Row = dict[str, Any]
 
 
@@ -48,7 +51,9 @@ class Agreeing:
     """A sampler whose second choice for a position, full depth's, is its first one with a probability."""
 
     def __init__(self, acceptance: float, vocab_size: int, seed: int) -> None:
-        self.acceptance, self.vocab_size, self.dice = acceptance, vocab_size, random.Random(seed)
+        self.acceptance = acceptance
+        self.vocab_size = vocab_size
+        self.dice = random.Random(seed)
         self.drafts: dict[int, int] = {}
 
     def pick(self, logits: Any, top_id: int, tokens: Any, position: int) -> int:
@@ -89,7 +94,8 @@ def depth(stack: OrtStack) -> list[Row]:
     ]
     texts = [Text(tuple(prompt_ids(stack, seed, PROMPT + NEW)), PROMPT) for seed in range(2)]
     timings, seconds = measure(Engine(stack), settings, texts, ROUNDS)
-    off, rows = timings[0], []
+    off = timings[0]
+    rows = []
     for setting, timing in zip(settings, timings, strict=True):
         speedup = statistics.median(a / b for a, b in zip(off.rounds, timing.rounds, strict=True))
         ideal = ideal_seconds(off.calls, seconds) / ideal_seconds(timing.calls, seconds)
@@ -120,20 +126,24 @@ def run_to_end(engine: Engine, sequences: list[TokenSequence]) -> float:
 
 def verify(stack: OrtStack) -> list[Row]:
     """Every token drafted at half depth, and accepted with a probability: measured against the cost model."""
-    costs, exit_index, rows = measure_costs(stack), half_exit(stack), []
+    costs = measure_costs(stack)
+    exit_index = half_exit(stack)
+    rows = []
     policy = Coin(thresholds=only(stack, exit_index), probability=1.0)
     for acceptance in (0.6, 0.8, 0.9):
         pace = Pace(costs, policy, "verify")
         pace.entered = [
             1.0 if k <= exit_segment(stack, exit_index) else 0.0 for k in range(len(stack.layout))
         ]
-        pace.drafted, pace.accepted = 1.0, acceptance
+        pace.drafted = 1.0
+        pace.accepted = acceptance
         length = max(1, pace.draft_length(1))
         tokens = (1.0 - acceptance ** (length + 1)) / (1.0 - acceptance)
         predicted = tokens / pace.cycle(length, 1) * pace.full_depth(1)
         rounds = []
         for seed in range(ROUNDS):
-            off, drafted = Engine(stack), Engine(stack, draft_length=length)
+            off = Engine(stack)
+            drafted = Engine(stack, draft_length=length)
             plain = off.start(prompt_ids(stack, seed), max_new_tokens=NEW)
             seconds = run_to_end(off, [plain]) / (len(plain.produced) - 1)
             sampler = Agreeing(acceptance, stack.vocab_size, seed)
@@ -174,7 +184,8 @@ def break_even(pace: Pace) -> float | None:
 
 def token_seconds(engine: Engine, sequence: TokenSequence) -> float:
     """Seconds until a sequence has more tokens."""
-    had, began = len(sequence.produced), time.perf_counter()
+    had = len(sequence.produced)
+    began = time.perf_counter()
     while sequence.finish_reason is None and len(sequence.produced) == had:
         engine.step()
     return time.perf_counter() - began
@@ -187,14 +198,19 @@ def adapt(stack: OrtStack) -> list[Row]:
     Until it gives up a request runs by itself, then the same tokens at full depth do; after that the two take
     turns token by token.
     """
-    costs, exit_index, rows = measure_costs(stack), half_exit(stack), []
+    costs = measure_costs(stack)
+    exit_index = half_exit(stack)
+    rows = []
     cases = [("verify", 1.0, acceptance) for acceptance in (0.2, 0.5, 0.9)] + [
         ("recompute", leaving, 1.0) for leaving in (0.05, 0.2, 0.8)
     ]
     for catch_up, leaving, acceptance in cases:
-        speedups, before, after = [], [], []
+        speedups = []
+        before = []
+        after = []
         for seed in range(ROUNDS):
-            plain_engine, engine = Engine(stack), Engine(stack, adapt=True)
+            plain_engine = Engine(stack)
+            engine = Engine(stack, adapt=True)
             engine.costs = costs
             policy = Coin(thresholds=only(stack, exit_index), probability=leaving, dice=random.Random(seed))
             sampler = Agreeing(acceptance, stack.vocab_size, seed) if catch_up == "verify" else Greedy()
@@ -239,7 +255,9 @@ def batch(stack: OrtStack) -> list[Row]:
     """Eight rows that leave at half depth with probability 0.5: against eight at full depth, and against the
     best schedule.
     """
-    costs, thresholds, rows = measure_costs(stack), only(stack, half_exit(stack)), []
+    costs = measure_costs(stack)
+    thresholds = only(stack, half_exit(stack))
+    rows = []
     for name, num_requests in (("8 rows", 8), ("32 requests over 8 slots", 32)):
         ratios: dict[str, list[float]] = {"propagate": [], "recompute": []}
         for seed in range(ROUNDS):
@@ -272,7 +290,8 @@ def involuntary(stack: OrtStack, num_requests: int, thresholds: Thresholds, catc
     _, together = tokens_a_second(stack, count, 0, thresholds, catch_up)
     changed = 0
     for i, sequence in enumerate(together):
-        engine, policy = Engine(stack), Coin(thresholds=thresholds, dice=random.Random(i))
+        engine = Engine(stack)
+        policy = Coin(thresholds=thresholds, dice=random.Random(i))
         alone = engine.start(prompt_ids(stack, i), max_new_tokens=NEW, policy=policy, catch_up=catch_up)
         run_to_end(engine, [alone])
         changed += sum(a.depth != b.depth for a, b in zip(sequence.produced, alone.produced, strict=True))
@@ -288,7 +307,8 @@ def tokens_a_second(
     num_slots: int = 8,
 ) -> tuple[float, list[TokenSequence]]:
     """Decoding speed of a batch, and its rows. More requests than slots have different lengths."""
-    engine, dice = Engine(stack, num_slots=num_slots), random.Random(seed)
+    engine = Engine(stack, num_slots=num_slots)
+    dice = random.Random(seed)
     sequences = []
     for i in range(num_requests):
         policy = (
@@ -319,8 +339,13 @@ def simulate(
     stack: OrtStack, costs: Costs, catch_up: str, num_rows: int, waiting: int, num_passes: int
 ) -> float:
     exit_index = half_exit(stack)
-    cut, last, dice = exit_segment(stack, exit_index) + 1, len(stack.exit_layers) - 1, random.Random(0)
-    need, pending, seconds, tokens = [False] * num_rows, [0] * num_rows, 0.0, 0
+    cut = exit_segment(stack, exit_index) + 1
+    last = len(stack.exit_layers) - 1
+    dice = random.Random(0)
+    need = [False] * num_rows
+    pending = [0] * num_rows
+    seconds = 0.0
+    tokens = 0
     for _ in range(num_passes):
         deep = [i for i in range(num_rows) if need[i]]
         shallow = [i for i in range(num_rows) if not need[i]]
@@ -343,7 +368,8 @@ def simulate(
         seconds += costs.seconds("exit", last, len(going))
         tokens += len(going)
         for i in going:
-            need[i], pending[i] = False, 0
+            need[i] = False
+            pending[i] = 0
     full = sum(
         costs.seconds("segment", k, num_rows, num_rows) for k in range(len(stack.layout))
     ) + costs.seconds("exit", last, num_rows)
@@ -369,7 +395,8 @@ def memory(stack: OrtStack) -> list[Row]:
     `mapped` are pages of files that the system can take back: libraries, and the embedding's rows that
     prompts have touched.
     """
-    process, before = psutil.Process(), psutil.Process().memory_info().rss
+    process = psutil.Process()
+    before = psutil.Process().memory_info().rss
     engine = Engine(stack, num_slots=8)
     room = min(stack.max_positions, 512)
     sequences = [engine.start(prompt_ids(stack, i, room // 2), max_new_tokens=room // 2) for i in range(8)]
@@ -419,7 +446,8 @@ def show(name: str, rows: list[Row], console: Console) -> None:
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure here.")
 def main(bundle: Path, names: str, threads: int, json_file: Path | None) -> None:
     """Measure the engine on a bundle with scripted exits."""
-    stack, results = OrtStack(bundle, num_threads=threads), {}
+    stack = OrtStack(bundle, num_threads=threads)
+    results = {}
     for name in names.split(","):
         results[name] = SECTIONS[name](stack)
         show(name, results[name], Console())

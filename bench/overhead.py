@@ -21,7 +21,8 @@ from ease_runtime.engine.sampling import Given
 from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import make_policy
 
-NUM_TOKENS, ROUNDS = 120, 5
+NUM_TOKENS = 120
+ROUNDS = 5
 SETTINGS = (
     ("off", None, "recompute"),
     ("0.5", 0.5, "recompute"),
@@ -33,7 +34,8 @@ SETTINGS = (
 def measure(bundle: Path, num_threads: int) -> list[dict[str, object]]:
     """The figures of every setting, medians over rounds."""
     stack = OrtStack(bundle, num_threads=num_threads)
-    engine, inside = Engine(stack), stack.clock
+    engine = Engine(stack)
+    inside = stack.clock
     length = min(NUM_TOKENS + 16, stack.max_positions)
     text = [(7 * i * i + 3 * i) % stack.vocab_size for i in range(length)]
     results = []

@@ -20,7 +20,8 @@ from ease_eval.peers.compare import Plan, compare_peers
 from ease_eval.provenance import provenance
 from ease_runtime.llm import LLM
 
-PROMPT, NUM_PROMPTS = 32, 4
+PROMPT = 32
+NUM_PROMPTS = 4
 WORK = Path("runs/bench/peers")
 
 

@@ -52,7 +52,8 @@ def llama_trainer(trainer: Trainer, steps: int) -> tuple[Any, list[float]]:
     """
     import transformers
 
-    model, settings = trainer.recipe.model, trainer.settings
+    model = trainer.recipe.model
+    settings = trainer.settings
     ends: list[float] = []
     config = transformers.LlamaConfig(
         vocab_size=model.vocab_size,
@@ -159,7 +160,8 @@ def memory() -> dict[str, float]:
 
 
 def show(report: dict[str, Any]) -> None:
-    speeds, sizes = report["speed"], report["memory"]
+    speeds = report["speed"]
+    sizes = report["memory"]
     table = Table("trainer", "tokens/s", "of transformers'", title="training, full-depth loss")
     for name in ("transformers", "ease_train"):
         table.add_row(name, f"{speeds[name]:.0f}", f"{speeds[name] / speeds['transformers']:.2f}x")

@@ -31,7 +31,8 @@ class CommaList(click.ParamType[tuple[Any, ...]]):
     """Values separated by commas, each of `item`'s type."""
 
     def __init__(self, item: click.ParamType[Any], name: str) -> None:
-        self.item, self.name = item, name
+        self.item = item
+        self.name = name
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None

@@ -76,7 +76,8 @@ class Section:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value, allowed = getattr(self, f.name), f.metadata.get("allowed")
+            value = getattr(self, f.name)
+            allowed = f.metadata.get("allowed")
             if isinstance(allowed, tuple):
                 one_of(f"{self.table}: {f.name}", value, allowed)
             numbers = (
@@ -136,7 +137,8 @@ def laid_over(section: type[Section], values: Mapping[str, Any], base: Mapping[s
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     if is_section(hint) and isinstance(value, Mapping):
         return hint.from_dict(value, where)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     try:
         if origin is types.UnionType:  # only "X | None" is used
             return None if value is None else _coerce(value, arguments[0], where)

@@ -81,7 +81,8 @@ def write_bundle(
     if precision == "fp16":
         check_finite(model.half(), f"{checkpoint_path} in fp16")
     quantizer = WeightQuantizer(model, precision) if precision in BITS else None
-    tracer, files = Tracer(), WeightFiles(folder)
+    tracer = Tracer()
+    files = WeightFiles(folder)
     for plan in plan_graphs(model):
         write_graph(plan, tracer, files, quantizer)
     checkpoint.tokenizer.save(str(folder / TOKENIZER_FILE))
@@ -141,7 +142,8 @@ def describe(
     checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precision: str, calibration: dict[str, Any]
 ) -> Manifest:
     """The manifest of the files written so far."""
-    model, config = checkpoint.model, checkpoint.model.config
+    model = checkpoint.model
+    config = checkpoint.model.config
     return Manifest(
         format_version=FORMAT_VERSION,
         target="cuda" if precision == "fp16" else "cpu",

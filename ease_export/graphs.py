@@ -137,7 +137,10 @@ class Placement:
     """
 
     def __init__(self, ragged: Ragged, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> None:
-        self.spread, self.write_indices, self.cos, self.sin = ragged.spread, ragged.write_indices, cos, sin
+        self.spread = ragged.spread
+        self.write_indices = ragged.write_indices
+        self.cos = cos
+        self.sin = sin
         limit = cos.shape[0] - 1
         ones = (ragged.spread == ragged.spread).long()  # (B, S)
         self.lengths = ragged.write_indices + ones.sum(dim=1)  # (B)
@@ -197,7 +200,8 @@ class _OverCache(nn.Module):
 
         Returns the hidden state and the new caches.
         """
-        where, present = Placement(ragged, self.cos, self.sin), []
+        where = Placement(ragged, self.cos, self.sin)
+        present = []
         for i, block in enumerate(self.blocks):
             after, key, value = block(hidden, past[2 * i], past[2 * i + 1], where)
             hidden = torch.where(active[:, None], after, hidden)
@@ -287,7 +291,8 @@ class Routed(nn.Module):
         super().__init__()
         routed = model.layers[layer - 1]
         assert isinstance(routed, RoutedBlock)
-        self.block, self.router = ServingBlock(routed.block), routed.router
+        self.block = ServingBlock(routed.block)
+        self.router = routed.router
         self.register_buffer("cos", rotary.cos)
         self.register_buffer("sin", rotary.sin)
 
@@ -359,7 +364,8 @@ class Similarity(nn.Module):
     """
 
     def forward(self, pool: Tensor, index: Tensor, before: Tensor) -> Tensor:
-        now, then = F.embedding(index, pool).float(), F.embedding(before, pool).float()
+        now = F.embedding(index, pool).float()
+        then = F.embedding(before, pool).float()
         norms = now.square().sum(-1).sqrt() * then.square().sum(-1).sqrt()
         return ((now * then).sum(-1) / norms.clamp(min=1e-12)).clamp(min=0.0, max=1.0).to(pool.dtype)
 
@@ -407,7 +413,9 @@ class ReducedHead(Head):
 
     def __init__(self, head: exits.ReducedHead) -> None:
         super().__init__(head.known)
-        self.rest, known, log_shares = head.rest, head.ids, head.log_shares
+        self.rest = head.rest
+        known = head.ids
+        log_shares = head.log_shares
         places = torch.full((len(log_shares),), len(known)).index_copy(0, known, torch.arange(len(known)))
         unknown = (places == len(known)).nonzero().flatten()
         first = unknown[log_shares[unknown].argsort(descending=True)[:2]]
@@ -428,11 +436,14 @@ class ReducedHead(Head):
 
     def figures_with(self, known: Tensor, rest: Tensor) -> tuple[Tensor, ...]:
         """As `figures`, with the rest's logit. Shape: (N, M), (N, 1) -> (N) each."""
-        wide, rest = known.float(), rest.float()
+        wide = known.float()
+        rest = rest.float()
         top, ids = torch.topk(torch.cat((wide, rest + self.first_log_shares), dim=-1), 2, dim=-1)  # (N, 2)
         largest = torch.maximum(top[:, :1], rest)
-        shifted, rest = wide - largest, rest - largest
-        exponentials, mass = shifted.exp(), rest.exp()
+        shifted = wide - largest
+        rest = rest - largest
+        exponentials = shifted.exp()
+        mass = rest.exp()
         total = exponentials.sum(dim=-1) + mass[:, 0]  # (N)
         first, second = ((top - largest).exp() / total[:, None]).unbind(-1)
         moments = (exponentials * shifted).sum(dim=-1) + (mass * (rest - self.rest_entropy))[:, 0]

@@ -140,7 +140,11 @@ def plan_graphs(model: Decoder) -> Iterator[Plan]:
 
 
 # Example sizes, all different and none 1, so that no axis is taken for another or for a constant.
-ROWS, PLACES, TOKENS, LENGTH, POOL = 2, 3, 5, 16, 32
+ROWS = 2
+PLACES = 3
+TOKENS = 5
+LENGTH = 16
+POOL = 32
 
 
 Inputs = list[tuple[str, Tensor, dict[int, str]]]  # name, example, axes
@@ -190,7 +194,8 @@ def _over_cache(
 
 
 def _segment_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
-    layers, inputs = model.layers[cut.first - 1 : cut.last], [_tokens("active", torch.bool)]
+    layers = model.layers[cut.first - 1 : cut.last]
+    inputs = [_tokens("active", torch.bool)]
     if cut.number:
         modules = [Segment(rotary, part) for part in (layers, layers[:TRACED_LAYERS])]
         return _over_cache(cut, "segment", modules, model, [*_pool(model), *inputs], ["hidden"])
@@ -233,10 +238,8 @@ def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str])
 
 
 def _similarity_plan(model: Decoder) -> Plan:
-    module, inputs = (
-        Similarity(),
-        (_states(model), torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS, dtype=torch.int64)),
-    )
+    module = Similarity()
+    inputs = (_states(model), torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS, dtype=torch.int64))
     return Plan(
         file=SIMILARITY_FILE,
         module=module,

@@ -108,7 +108,8 @@ class WeightQuantizer:
             if name not in weights or weights[name].ctypes.data not in self.bits:
                 nodes.append(node)
                 continue
-            found, width = self.quantized(weights[name]), weights[name].shape[1]
+            found = self.quantized(weights[name])
+            width = weights[name].shape[1]
             nodes += [_product(node, name, found, width)] if place else _lookup(node, name, found, width)
             values = found.values if place else found.values.reshape(len(found.values), -1)
             added |= {

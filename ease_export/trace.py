@@ -53,10 +53,8 @@ def trace(plan: Plan) -> onnx.ModelProto:
 
     Raises ExportError when one was folded away.
     """
-    axes, module = (
-        torch.utils._pytree.tree_map_only(str, lambda _: Dim.DYNAMIC, plan.axes),
-        with_distinct_weights(plan.traced),
-    )
+    axes = torch.utils._pytree.tree_map_only(str, lambda _: Dim.DYNAMIC, plan.axes)
+    module = with_distinct_weights(plan.traced)
     with torch.no_grad(), _quiet_export():
         program = torch.onnx.export(
             module.eval(),
@@ -115,7 +113,8 @@ def repeat_layer(graph: onnx.GraphProto, num_layers: int) -> None:
     The second layer is what its weights and caches reach. What it takes of the first, if anything, is the
     hidden state.
     """
-    second, first = reached_by(graph, 1), reached_by(graph, 0)
+    second = reached_by(graph, 1)
+    first = reached_by(graph, 0)
     made = {name for index in second for name in graph.node[index].output}
     taken = {name for index in second for name in graph.node[index].input}
     carried = taken & {name for index in first for name in graph.node[index].output} - made
@@ -154,7 +153,8 @@ def repeat_layer(graph: onnx.GraphProto, num_layers: int) -> None:
 def reached_by(graph: onnx.GraphProto, layer: int) -> list[int]:
     """The nodes that depend on a layer's weights or caches: their indices, in order."""
     starts = tuple(f"{kind}.{layer}." for kind in OF_A_LAYER)
-    reached, indices = set[str](), []
+    reached = set[str]()
+    indices = []
     for index, node in enumerate(graph.node):
         if any(name in reached or f"{name}.".startswith(starts) for name in node.input):
             reached.update(node.output)

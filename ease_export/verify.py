@@ -75,7 +75,8 @@ class Agreement:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the share."""
-        share, squared = self.agreed / self.num_places, NORMAL_95**2
+        share = self.agreed / self.num_places
+        squared = NORMAL_95**2
         middle = share + squared / (2 * self.num_places)
         spread = (
             NORMAL_95 * (share * (1 - share) / self.num_places + squared / (4 * self.num_places**2)) ** 0.5
@@ -131,7 +132,8 @@ def verify_bundle(
     Raises BundleError, CheckpointError, ExportError when they are not of one shape, DeviceError for a device
     that is not there.
     """
-    checkpoint, stack = load_checkpoint(checkpoint_path), open_stack(bundle, device=device, kind=ExactStack)
+    checkpoint = load_checkpoint(checkpoint_path)
+    stack = open_stack(bundle, device=device, kind=ExactStack)
     model = checkpoint.model.eval()
     config = model.config
     described = (config.exits, config.vocab_size, config.dim, {*config.gates}, {*config.routed_layers})
@@ -198,7 +200,8 @@ def rounding_of(exact: OrtStack, stack: OrtStack, ids: list[int]) -> tuple[Agree
 
 def top_tokens(stack: OrtStack, ids: list[int]) -> list[NDArray[np.int64]]:
     """Each exit's most likely next token at every place of a text. Shape: one (S) an exit."""
-    runner, found = Runner(stack), []
+    runner = Runner(stack)
+    found = []
     sequence = runner.open(ids, asked=frozenset(range(runner.num_early)))
     for number, shape in enumerate(stack.layout):
         runner.advance(number, [(sequence, 0, len(ids))])
@@ -247,13 +250,16 @@ def compare_graphs(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
     """Segments (in two passes over a cache), exits, heads and gates, each on the runtime's own inputs,
     against the training model.
     """
-    runner, count = Runner(stack), min(NUM_TOKENS, stack.max_positions)
-    ids, cut = np.random.default_rng(1).integers(0, stack.vocab_size, count), min(NUM_PREFILLED, count - 1)
+    runner = Runner(stack)
+    count = min(NUM_TOKENS, stack.max_positions)
+    ids = np.random.default_rng(1).integers(0, stack.vocab_size, count)
+    cut = min(NUM_PREFILLED, count - 1)
     sequence = runner.open(ids.tolist(), asked=frozenset(range(runner.num_early)))
     hidden = model.embed(torch.from_numpy(ids)[None])
     for number, segment in enumerate(stack.manifest.segments):
         exit_index = stack.layout[number].exit_index
-        states, outputs = [], []
+        states = []
+        outputs = []
         for start, stop in ((0, cut), (cut, count)) if cut else ((0, count),):
             runner.advance(number, [(sequence, start, stop)])
             states.append(runner.states(sequence, start, stop))
@@ -287,10 +293,8 @@ def compare_routed(
     stack: OrtStack, model: Decoder, runner: Runner, sequence: TokenSequence, hidden: Tensor, number: int
 ) -> Iterator[Difference]:
     """Who goes into a routed segment (the share that differs), and the K/V of those."""
-    segment, routed = (
-        stack.manifest.segments[number],
-        model.layers[stack.manifest.segments[number].first_layer - 1],
-    )
+    segment = stack.manifest.segments[number]
+    routed = model.layers[stack.manifest.segments[number].first_layer - 1]
     assert isinstance(routed, RoutedBlock), "the checkpoint has the bundle's layers"
     inside = routed.goes_in(hidden)[0].numpy()
     share = float((sequence.counters.inside[number, : len(inside)] != inside).mean())
@@ -310,8 +314,10 @@ def compare_caches(
     stack: OrtStack, model: Decoder, cache: Cache, hidden: Tensor, number: int, frozen: bool = False
 ) -> Iterator[Difference]:
     """Keys and values that a segment (or its kv graph, of a frozen state) wrote, all layers together."""
-    segment, count = stack.manifest.segments[number], hidden.shape[1]
-    keys, values = [], []
+    segment = stack.manifest.segments[number]
+    count = hidden.shape[1]
+    keys = []
+    values = []
     for layer in range(segment.first_layer, segment.last_layer + 1):
         block = model.layers[layer - 1]
         assert isinstance(block, Block), "the checkpoint has the bundle's layers"
@@ -369,8 +375,10 @@ def compare_propagation(stack: OrtStack, model: Decoder) -> Iterator[Difference]
     count = min(NUM_TOKENS, stack.max_positions)
     ids = np.random.default_rng(2).integers(0, stack.vocab_size, count)
     active = np.arange(count) % FROZEN_EVERY != 1
-    runner, last = Runner(stack, num_slots=2), len(stack.layout) - 1
-    left, through = runner.open(ids.tolist()), runner.open(ids.tolist())
+    runner = Runner(stack, num_slots=2)
+    last = len(stack.layout) - 1
+    left = runner.open(ids.tolist())
+    through = runner.open(ids.tolist())
     hidden = model.embed(torch.from_numpy(ids)[None])
     for k, segment in enumerate(stack.manifest.segments):
         hidden = with_rounding(hidden)

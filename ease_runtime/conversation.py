@@ -22,7 +22,8 @@ class Conversation:
             raise RequestError(f"n {options.n}: a chat has one answer")
         if llm.template is not None and llm.template.problem is not None:
             raise RequestError(llm.template.problem)
-        self.llm, self.options = llm, options
+        self.llm = llm
+        self.options = options
         self.opening = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.opening)
         self.last: Generation | None = None

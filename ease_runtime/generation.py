@@ -84,7 +84,8 @@ class Choice:
 
         Sets `finish_reason` when there will be no more.
         """
-        sequence, pieces = self.sequence, []
+        sequence = self.sequence
+        pieces = []
         new = sequence.produced[self.num_read :]
         for place, token in enumerate(new):
             self.num_read += 1
@@ -95,7 +96,8 @@ class Choice:
                 self.finish_reason = "stop"
                 break
         else:
-            self.finish_reason, self.error = sequence.finish_reason, sequence.error
+            self.finish_reason = sequence.finish_reason
+            self.error = sequence.error
             if self.finish_reason is not None:
                 pieces += self.writer.rest()
         return [

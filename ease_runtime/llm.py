@@ -58,8 +58,11 @@ class TextEngine:
         cap: int = DEFAULT_CAP,
         adapt: bool = False,
     ) -> None:
-        self.stack, self.tokenizer = stack, tokenizer
-        self.start_id, self.stop_ids, self.template = start_id, stop_ids, template
+        self.stack = stack
+        self.tokenizer = tokenizer
+        self.start_id = start_id
+        self.stop_ids = stop_ids
+        self.template = template
         self.special = SpecialTokens(tokenizer)
         self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt)
         self.choices: dict[TokenSequence, Choice] = {}
@@ -130,7 +133,8 @@ class TextEngine:
         """What a request should be told of itself: options without effect, characters that the tokenizer does
         not know.
         """
-        notes, count = effect_notes(options), self.count_unknown(prompt)
+        notes = effect_notes(options)
+        count = self.count_unknown(prompt)
         if count:
             notes.append(
                 f"{count} of the prompt's {len(prompt)} tokens stand for characters that this tokenizer "
@@ -267,7 +271,8 @@ class TextEngine:
 
         Raises DeviceError when the model's logits are no numbers.
         """
-        before, seconds = 0, 0.0
+        before = 0
+        seconds = 0.0
         while not generation.finished:
             start = time.perf_counter()
             read = self.step()
@@ -275,7 +280,8 @@ class TextEngine:
             after = sum(choice.num_read for choice in generation.choices)
             if after > before:
                 timing.add(seconds, after - before)
-                before, seconds = after, 0.0
+                before = after
+                seconds = 0.0
             for choice, events in read:
                 if choice.error:
                     raise DeviceError(choice.error)

@@ -58,7 +58,8 @@ def section_options(
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for path, field, hint in reversed(list(section.settings())):
-            name, metavar = "_".join(path), "LAYER NUMBER" if hint == dict[int, float] else None
+            name = "_".join(path)
+            metavar = "LAYER NUMBER" if hint == dict[int, float] else None
             spellings = [name, *(old for old, new in METHOD.items() if new == path and old != name)]
             flags = [f"--{spelling.replace('_', '-')}" for spelling in spellings]
             text = f"{prefix}{field.metadata['help']}"
@@ -191,7 +192,8 @@ def fit(
 
     if threads:
         torch.set_num_threads(threads)
-    place, options = run_place(fields), given_options(fields)
+    place = run_place(fields)
+    options = given_options(fields)
     if seeds and "seed" in options:
         raise TrainError("--seed and --seeds both choose the seed; leave one out")
     if not seeds:
@@ -261,7 +263,8 @@ def tune(
         torch.set_num_threads(threads)
     if out.exists():
         raise TrainError(f"{out} is there already; choose another --out")
-    place, options = run_place(fields), given_options(fields)
+    place = run_place(fields)
+    options = given_options(fields)
     trainer = begin_tuning(
         load_checkpoint(checkpoint), load_recipe(recipe), options, data, counted=counted, **place
     )
@@ -344,7 +347,8 @@ def import_(
         )
     checkpoint = import_model(source, layers, max_positions, with_exits, report=click.echo)
     save_checkpoint(checkpoint, out)
-    config, parameters = checkpoint.recipe.model, sum(p.numel() for p in checkpoint.model.parameters())
+    config = checkpoint.recipe.model
+    parameters = sum(p.numel() for p in checkpoint.model.parameters())
     shape = (
         f"{config.num_layers} layers of width {config.dim}, vocabulary {config.vocab_size}, context "
         f"{config.max_positions}"
@@ -435,7 +439,8 @@ def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
 
 def why_ended(trainer: "Trainer") -> str:
     """What ended a run, and how to train on."""
-    step, patience = trainer.checkpoint.step, trainer.settings.patience
+    step = trainer.checkpoint.step
+    patience = trainer.settings.patience
     if trainer.out_of_patience():
         return f"patience = {patience} ended it at step {step}; train its model on with: ease-train tune"
     return f"all {step} steps are done; train on with --resume --steps N"

@@ -31,7 +31,8 @@ from ease_train.data.corpora import load_documents
 OUT = Path("docs/experiments/catch-up.json")
 LENGTHS = (128, 256, 512, 1024, 2048)
 CATCH_UPS = ("propagate", "recompute", "verify")
-PROMPT_TOKENS, DECODED_TOKENS = 32, 64
+PROMPT_TOKENS = 32
+DECODED_TOKENS = 64
 POLICY = "max-prob"
 
 

@@ -35,8 +35,11 @@ from ease_runtime.policies import FULL_DEPTH, ExitPolicy, make_policy
 from ease_train.data.corpora import load_documents
 from ease_train.training.checkpoint import read_metrics
 
-DATA, SEEDS, LEARNING_RATES = "wikitext-2", (42, 43, 44), (2e-3, 4e-3, 8e-3)
-STEPS, TRIAL_STEPS = 2000, 400
+DATA = "wikitext-2"
+SEEDS = (42, 43, 44)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+STEPS = 2000
+TRIAL_STEPS = 400
 SHAPE = ("--dim", "96", "--num-heads", "3", "--num-kv-heads", "1")
 TOKENS_A_STEP = 2 * 256
 TOKENS = (
@@ -196,7 +199,8 @@ def train(study: Study, only: tuple[str, ...], seeds: tuple[int, ...], threads: 
             fit(study, method, study.trial(name, rate), SEEDS[0], TRIAL_STEPS, rate, threads)
     for seed in seeds:
         for name, method in chosen.items():
-            began, folder = time.time(), study.folder(name, seed)
+            began = time.time()
+            folder = study.folder(name, seed)
             last = folder / "checkpoint"
             fit(study, method, last, seed, STEPS, study.best_rate(name), threads)
             if method.early:

@@ -29,7 +29,8 @@ from ease_train.methods.universal import PRESETS, Batch, UniversalConfig, Univer
 
 RESULTS = Path("docs/experiments/original.json")
 SEEDS = (42, 43, 44, 45, 46)
-WINDOW, BATCH = 64, 32
+WINDOW = 64
+BATCH = 32
 ASYMMETRIC = {1: 0.7, 2: 0.0, 3: 0.3}
 
 
@@ -110,7 +111,9 @@ def load_data(num_characters: int, train: str, validation: str) -> Data:
     """Encode by the characters of both parts; one that only the rest of the validation split has is the first
     character.
     """
-    train, first, more = train[:num_characters], validation[:10_000], validation[:200_000]
+    train = train[:num_characters]
+    first = validation[:10_000]
+    more = validation[:200_000]
     known = {character: number for number, character in enumerate(sorted(set(train + first)))}
     ids = [torch.tensor([known.get(character, 0) for character in text]) for text in (train, first, more)]
     return Data(batches(ids[0]), batches(ids[1]), batches(ids[2], keep_rest=True), len(known))
@@ -120,7 +123,8 @@ def token_weighted_perplexity(
     trainer: UniversalTrainer, model: LayeredDecoder, validation: Sequence[Batch]
 ) -> float:
     """exp of the mean over all tokens, under the method's own routing."""
-    total, tokens = 0.0, 0
+    total = 0.0
+    tokens = 0
     for x, y in validation:
         total += math.log(trainer.evaluate(model, [(x, y)])["ppl"]) * y.numel()
         tokens += y.numel()
@@ -134,7 +138,8 @@ def run(method: str, protocol: Protocol, seed: int, data: Data, compiled: bool) 
 
     The other figures are the model's at the stop, with patience those of the best model.
     """
-    config, began = METHODS[method], time.perf_counter()
+    config = METHODS[method]
+    began = time.perf_counter()
     torch.compiler.reset()  # after eight models it would stop compiling
     torch.manual_seed(seed)
     model = LayeredDecoder(original_config(data.vocab_size, 64, 3, 4, final_norm=protocol.final_norm))
@@ -143,7 +148,9 @@ def run(method: str, protocol: Protocol, seed: int, data: Data, compiled: bool) 
     trainer = UniversalTrainer(config, data.vocab_size)
     optimizer = trainer.create_optimizer(model, protocol.learning_rate)
     epochs: list[dict[str, float]] = []
-    best, since, best_weights = math.inf, 0, model.state_dict()
+    best = math.inf
+    since = 0
+    best_weights = model.state_dict()
     for epoch in range(protocol.epochs):
         loss, _ = trainer.train_epoch(model, data.train, optimizer, epoch=epoch, max_epochs=protocol.epochs)
         stats = trainer.evaluate(model, data.validation)
@@ -153,7 +160,8 @@ def run(method: str, protocol: Protocol, seed: int, data: Data, compiled: bool) 
         epochs.append({"loss": loss, "judged": judged, **stats})
         since = 0 if judged < best else since + 1
         if judged < best:
-            best, best_weights = judged, copy.deepcopy(model.state_dict())
+            best = judged
+            best_weights = copy.deepcopy(model.state_dict())
         if since > protocol.patience:
             break
     if protocol.patience:
@@ -204,7 +212,9 @@ def main(only: tuple[str, ...], methods: tuple[str, ...], threads: int, compiled
     torch.set_flush_denormal(True)
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.exists() else []
     done = {(run["method"], run["protocol"]["name"], run["seed"]) for run in runs}
-    train, validation, loaded = text_of("train"), text_of("validation"), dict[int, Data]()
+    train = text_of("train")
+    validation = text_of("validation")
+    loaded = dict[int, Data]()
     for method, protocol, seed in wanted():
         left_out = (only and protocol.name not in only) or (methods and method not in methods)
         if left_out or (method, protocol.name, seed) in done:

@@ -226,7 +226,8 @@ def smollm2_tables() -> dict[str, str]:
         "ideal": "{ideal_speedup:.2f}",
         "drafts accepted": "{share}",
     }
-    found, first = load("smollm2-exits.json"), load("smollm2-first-round.json")
+    found = load("smollm2-exits.json")
+    first = load("smollm2-first-round.json")
     speeds = {}
     for name in (*(f"{exits}-{kind}" for exits in ("distilled", "block") for kind in TEXTS), "low-rank"):
         rows = [measured(row) for row in load(f"smollm2-speed-{name}.json")["rows"]]
@@ -339,7 +340,8 @@ def along_the_sequence(rows: Sequence[Row]) -> str:
 def catch_up_tables() -> dict[str, str]:
     """Perplexity over full depth's by position, and times by length."""
     found = load("catch-up.json")
-    speed, times = [named(row) for row in found["speed"]["rows"]], []
+    speed = [named(row) for row in found["speed"]["rows"]]
+    times = []
     lengths = list(dict.fromkeys(row["length"] for row in speed))
     for setting in dict.fromkeys((row["named"], row["catch_up"]) for row in speed if leaves_early(row)):
         mine = [row for row in speed if (row["named"], row["catch_up"]) == setting]

@@ -52,7 +52,8 @@ def trade(tables: dict[str, Sequence[Row]]) -> Draw:
                 mine = [row for row in rows if leaves_early(row) and row["catch_up"] == catch_up]
                 if not mine:
                     continue
-                x, y = [row["speedup"] for row in mine], [100 * (row["ppl_ratio"] - 1) for row in mine]
+                x = [row["speedup"] for row in mine]
+                y = [100 * (row["ppl_ratio"] - 1) for row in mine]
                 label = catch_up if name == catch_up else f"{name}, {catch_up}"
                 across = [
                     [abs(row["speedup_range"][side] - row["speedup"]) for row in mine] for side in (0, 1)
@@ -230,7 +231,8 @@ def overfitting(found: Row) -> Draw:
         runs = Originals(found["runs"]).runs
         for i, method in enumerate(RECORDED):
             perplexities = [epoch["ppl"] for epoch in runs[method, OVERFITTED.name, FEW_SEEDS[0]]["epochs"]]
-            epochs, style = range(1, len(perplexities) + 1), ("-", "--")[i // len(colours)] + "osD^vPXh*"[i]
+            epochs = range(1, len(perplexities) + 1)
+            style = ("-", "--")[i // len(colours)] + "osD^vPXh*"[i]
             axes.plot(
                 epochs,
                 perplexities,
@@ -293,7 +295,8 @@ def study(figure_of: Callable[[Row], float], y_label: str) -> Callable[[Row], Dr
                 dict.fromkeys(run["method"] for run in found["runs"] if exits_early(run))
             ):
                 runs = [run for run in found["runs"] if run["method"] == name]
-                x, y = means(runs, lambda row: row["speedup"]), means(runs, figure_of)
+                x = means(runs, lambda row: row["speedup"])
+                y = means(runs, figure_of)
                 axes.plot(
                     x, y, color=colours[i % len(colours)], marker="osD^vPX"[i], markersize=4, label=name
                 )

@@ -17,7 +17,8 @@ import click
 
 from ease_common.files import write_whole
 
-RUNS, OUT = Path("runs/precisions"), Path("docs/experiments/precisions.json")
+RUNS = Path("runs/precisions")
+OUT = Path("docs/experiments/precisions.json")
 MODELS = {  # checkpoint, text, scored tokens
     "SmolLM2-135M-Instruct": (Path("runs/llm/untouched"), "wikitext-2", 4000),
     "small": (Path("runs/small/final"), "kjv", 20_000),

@@ -100,7 +100,8 @@ def recompute(shape: Shape, exit_layer: float, leaving: float) -> float:
 
 def verify(shape: Shape, exit_layer: float, acceptance: float, reduced_head: float) -> float:
     """Speed-up of drafting every token at one exit, at the best number of drafts."""
-    full, best = shape.layers + shape.head, 1.0
+    full = shape.layers + shape.head
+    best = 1.0
     for drafts in range(1, LONGEST_DRAFT + 1):
         tokens = (1 - acceptance ** (drafts + 1)) / (1 - acceptance)
         best = max(best, full * tokens / (drafts * (exit_layer + reduced_head * shape.head) + full))
@@ -122,7 +123,8 @@ def break_even(shape: Shape, exit_layer: float, reduced_head: float) -> float | 
 def main() -> None:
     rows = []
     for shape in SHAPES:
-        quarter, half = shape.layers / 4, shape.layers / 2
+        quarter = shape.layers / 4
+        half = shape.layers / 2
         reduced = 8192 / shape.vocab_size
         rows.append(
             {

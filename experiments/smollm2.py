@@ -16,7 +16,8 @@ import torch
 from ease_common.files import write_whole
 from ease_train.training.checkpoint import read_metrics
 
-RUNS, OUT = Path("runs/llm"), Path("docs/experiments/smollm2-exits.json")
+RUNS = Path("runs/llm")
+OUT = Path("docs/experiments/smollm2-exits.json")
 NAMES = ("exits-low-rank", "exits-block", "exits-block-distilled", "layerskip")
 
 
@@ -25,7 +26,8 @@ def run_of(folder: Path) -> dict[str, Any]:
     recipe = json.loads((folder / "config.json").read_text(encoding="utf-8"))["recipe"]
     lines = read_metrics(folder)
     rates = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
-    train, steps = recipe["train"], lines[-1]["step"]
+    train = recipe["train"]
+    steps = lines[-1]["step"]
     tokens = steps * train["batch_size"] * train["sequence_length"] * train["accumulate"]
     return {
         "recipe": recipe["name"],

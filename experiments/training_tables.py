@@ -35,7 +35,8 @@ def study_means(runs: Sequence[Row], columns: dict[str, Column], methods: Iterab
 
     lines = []
     for method in methods:
-        mine, line = [run for run in runs if run["method"] == method], [method]
+        mine = [run for run in runs if run["method"] == method]
+        line = [method]
         for value, digits in columns.values():
             known = {run["seed"]: found for run in mine if (found := value(run)) is not None}
             line.append("–" if mine and not known else mean_of(complete(known, SEEDS, method), digits))
@@ -104,7 +105,8 @@ def methods_tables() -> dict[str, str]:
     """Means over three seeds."""
     from methods import CRITERIA, METHODS  # experiments/methods.py
 
-    runs, names = load("methods.json")["runs"], list(METHODS.methods)
+    runs = load("methods.json")["runs"]
+    names = list(METHODS.methods)
     early = [name for name, method in METHODS.methods.items() if method.early]
     fastest = max(curve(run["rows"])[0][0] for run in runs if exits_early(run))
     columns: dict[str, Column] = {
@@ -173,7 +175,8 @@ def depth_tables() -> dict[str, str]:
     """Means over three seeds; the first early exit is at a third of the layers, the second at two thirds."""
     from methods import DEPTH  # experiments/methods.py
 
-    runs, names = load("depth.json")["runs"], list(DEPTH.methods)
+    runs = load("depth.json")["runs"]
+    names = list(DEPTH.methods)
 
     def exit_at(run: Row, third: int) -> float:
         return float(run["exits"][third - 1]["ppl"] / run["exits"][-1]["ppl"] - 1) * 100
@@ -269,7 +272,8 @@ def original_tables() -> dict[str, str]:
     """Means over the seeds, with 95 % intervals of the mean (Student's t)."""
     from original import EXTREMES, FEW_SEEDS, METHODS, ORIGINAL, OVERFITTED  # experiments/original.py
 
-    found, name = Originals(load("original.json")["runs"]), ORIGINAL.name
+    found = Originals(load("original.json")["runs"])
+    name = ORIGINAL.name
 
     def first_at_record(run: Row) -> tuple[int, Row]:
         return next(

@@ -25,7 +25,8 @@ from torch import Tensor
 from ease_train.model.decoder import Decoder
 from ease_train.training.checkpoint import Checkpoint, load_checkpoint
 
-RESAMPLES, SEED = 1000, 42
+RESAMPLES = 1000
+SEED = 42
 LONGEST = 700  # tokens of a document that are read
 
 
@@ -40,14 +41,10 @@ class Found:
     known: list[NDArray[np.bool_]] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
-        agrees, order = (
-            np.concatenate(self.agrees),
-            np.argsort(-np.concatenate(self.confidence), kind="stable"),
-        )
-        hits, sizes = (
-            np.array([part.sum() for part in self.agrees]),
-            np.array([len(part) for part in self.agrees]),
-        )
+        agrees = np.concatenate(self.agrees)
+        order = np.argsort(-np.concatenate(self.confidence), kind="stable")
+        hits = np.array([part.sum() for part in self.agrees])
+        sizes = np.array([len(part) for part in self.agrees])
         chosen = np.random.default_rng(SEED).integers(0, len(sizes), (RESAMPLES, len(sizes)))
         low, high = np.quantile(hits[chosen].sum(axis=1) / sizes[chosen].sum(axis=1), (0.025, 0.975))
         return {
@@ -104,9 +101,12 @@ def measure(
     with click.progressbar(rows, label="documents") as bar:
         for row in bar:
             ids, skip = read_document(row, base)
-            states, hidden, done = {}, base.model.embed(ids[:, :-1]), 0
+            states = {}
+            hidden = base.model.embed(ids[:, :-1])
+            done = 0
             for layer in (*wanted, base.recipe.model.num_layers):
-                hidden, done = base.model.run_layers(hidden, done + 1, layer), layer
+                hidden = base.model.run_layers(hidden, done + 1, layer)
+                done = layer
                 states[layer] = hidden
             last = base.model.lm_head(base.model.norm(hidden[0, skip:])).argmax(dim=-1)
             for name, checkpoint in checkpoints.items():
@@ -122,7 +122,8 @@ def note(
 ) -> None:
     """Add one document. Shape: exit_hidden (n, D), last and targets (n)."""
     head = model.exit(layer).head
-    logprobs, ids = head(exit_hidden).log_softmax(dim=-1), head.ids
+    logprobs = head(exit_hidden).log_softmax(dim=-1)
+    ids = head.ids
     confidence, top = logprobs.max(dim=-1)
     found.agrees.append((top == last).numpy())
     found.confidence.append(confidence.numpy())

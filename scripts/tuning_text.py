@@ -262,12 +262,14 @@ def wikitext(split: str, characters: int) -> list[dict[str, Any]]:
     together.
     """
     articles = [plain_article(article) for article in load_documents("wikitext-2", split)]
-    each, parts = max(2000, characters // len(articles)), []
+    each = max(2000, characters // len(articles))
+    parts = []
     for article in articles:
         end = article.find("\n\n", each)
         parts.append({"source": "wikitext-2", "text": (article if end < 0 else article[:end]) + "\n"})
     random.Random(SEED).shuffle(parts)
-    total, kept = 0, []
+    total = 0
+    kept = []
     while parts and total < characters:
         kept.append(parts.pop())
         total += len(kept[-1]["text"])

@@ -39,7 +39,8 @@ class Served:
     """A running server: its address, and what is inside."""
 
     def __init__(self, server: Any, service: Service) -> None:
-        self.server, self.service = server, service
+        self.server = server
+        self.service = service
         self.port: int = server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 

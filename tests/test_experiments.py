@@ -122,7 +122,8 @@ def test_figures_are_those_of_their_json(plots: ModuleType) -> None:
 
 
 def test_a_figure_of_other_figures_is_found_and_drawn_anew(plots: ModuleType) -> None:
-    source, figure = FOLDER / "scale.json", FOLDER / "scale.svg"
+    source = FOLDER / "scale.json"
+    figure = FOLDER / "scale.svg"
     found = json.loads(source.read_text(encoding="utf-8"))
     found["rows"][0]["verify_half_90"] += 1.0
     source.write_text(json.dumps(found), encoding="utf-8")

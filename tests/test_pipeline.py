@@ -51,7 +51,8 @@ MODEL += [
 
 
 def test_train_export_run_evaluate(tmp_path: Path, corpus_file: Path) -> None:
-    checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
+    checkpoint = tmp_path / "checkpoint"
+    bundle = tmp_path / "bundle"
     steps = [
         "--steps",
         "30",

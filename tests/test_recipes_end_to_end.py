@@ -35,7 +35,9 @@ def shallower(recipe: Recipe) -> Recipe:
     def new(layer: int | str) -> int:
         return max(2, -(-int(layer) // 3))
 
-    model, train, method = values["model"], values["train"], values["method"]
+    model = values["model"]
+    train = values["train"]
+    method = values["method"]
     model |= {name: sorted({new(layer) for layer in model[name]}) for name in ("exits", "routed_layers")}
     model["num_layers"] = new(model["num_layers"])
     train["layer_weights"] = {new(layer): weight for layer, weight in train["layer_weights"].items()}

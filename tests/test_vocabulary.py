@@ -39,7 +39,8 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tool") / "bundle"
     shutil.copytree(tiny_bundle, path)
     with_tool(path / "tokenizer.json")
-    manifest, file = load_manifest(tiny_bundle), path / "tokenizer.json"
+    manifest = load_manifest(tiny_bundle)
+    file = path / "tokenizer.json"
     files = {**manifest.files, file.name: FileInfo(sha256_of(file), file.stat().st_size)}
     (path / "manifest.json").write_text(replace(manifest, files=files).to_json())
     return path
@@ -66,7 +67,8 @@ def test_a_text_is_refused_before_it_runs(bundle: Path) -> None:
 
 @pytest.mark.parametrize("beyond", [TOOL, 5000, -1])
 def test_ids_are_refused_wherever_they_come_in(bundle: Path, beyond: int) -> None:
-    engine, message = LLM(bundle).engine, f"the token id {beyond} is outside the vocabulary of {TOOL}"
+    engine = LLM(bundle).engine
+    message = f"the token id {beyond} is outside the vocabulary of {TOOL}"
     doors: list[Callable[[], object]] = [
         lambda: engine.start([0, beyond], max_new_tokens=1),
         lambda: score_continuation(engine, [0, 17], [beyond], [FULL_DEPTH], "recompute"),

@@ -232,7 +232,8 @@ def _weights(table: "_Table") -> WeightForm:
 
 
 def _segment(table: "_Table") -> SegmentInfo:
-    first, last = table.integer("first_layer"), table.integer("last_layer")
+    first = table.integer("first_layer")
+    last = table.integer("last_layer")
     segment = SegmentInfo(
         table.choice("kind", SEGMENT_KINDS),
         first,
@@ -323,7 +324,8 @@ def _check_calibration(manifest: Manifest, table: "_Table") -> None:
 
 
 def _check_file(bundle: Path, name: str, info: FileInfo) -> None:
-    path, remedy = bundle / name, _remedy(bundle)
+    path = bundle / name
+    remedy = _remedy(bundle)
     if os.path.dirname(os.path.realpath(path)) != os.path.realpath(bundle):
         raise BundleError(f"{path} points outside the bundle; {remedy}")
     if not path.is_file():

@@ -19,10 +19,8 @@ def _looks(manifest: Manifest) -> dict[str, Shape]:
 def _over_cache(
     manifest: Manifest, segment: SegmentInfo, inputs: dict[str, Shape], outputs: dict[str, Shape]
 ) -> Signature:
-    names, shape = (
-        [f"{name}.{i}" for i in range(segment.num_layers) for name in ("key", "value")],
-        (None, None, manifest.kv_dim),
-    )
+    names = [f"{name}.{i}" for i in range(segment.num_layers) for name in ("key", "value")]
+    shape = (None, None, manifest.kv_dim)
     inputs = {
         **inputs,
         "spread": (None, None),

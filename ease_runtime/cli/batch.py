@@ -77,7 +77,9 @@ def answer_lines(
     """Answer numbered lines, `batch_size` requests at a time; the answers come in the lines' order, each a
     line of JSON.
     """
-    source, waiting, places = iter(lines), deque[Item](), dict[Choice, tuple[Item, int]]()
+    source = iter(lines)
+    waiting = deque[Item]()
+    places = dict[Choice, tuple[Item, int]]()
     more = True
     while more or waiting:
         while (
@@ -165,7 +167,8 @@ def count_answers(out: Path) -> int:
         return 0
     if not out.is_file():
         raise RequestError(f"{out} is no file that a stopped run could go on in; give the name of one")
-    number, end = 0, 0
+    number = 0
+    end = 0
     with out.open("rb+") as file:
         for line in file:
             begun = f'{{"line": {number + 1}'.encode()
@@ -176,7 +179,8 @@ def count_answers(out: Path) -> int:
                     f"{out} has something else at line {number + 1} than answer {number + 1} of a batch; "
                     "give another file"
                 )
-            number, end = number + 1, end + len(line)
+            number = number + 1
+            end = end + len(line)
         file.truncate(end)
     return number
 

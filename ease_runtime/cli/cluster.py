@@ -23,11 +23,9 @@ class Worker:
     """A copy of the model on the cluster. Calling it answers a group of numbered lines."""
 
     def __init__(self, bundle: str, options: Options, batch_size: int, place: dict[str, Any]) -> None:
-        self.llm, self.options, self.batch_size = (
-            LLM(bundle, num_slots=batch_size, **place),
-            options,
-            batch_size,
-        )
+        self.llm = LLM(bundle, num_slots=batch_size, **place)
+        self.options = options
+        self.batch_size = batch_size
 
     def __call__(self, row: Row) -> Row:
         lines = zip(row["numbers"], (line.encode("latin-1") for line in row["lines"]), strict=True)

@@ -76,8 +76,11 @@ def take_place(given: dict[str, Any]) -> dict[str, Any]:
 @model_flags
 def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json: bool, **given: Any) -> None:
     """Continue a prompt."""
-    place, options, text = take_place(given), read_flags(given), read_prompt(prompt)
-    llm, timing = LLM(bundle, num_slots=options.n, **place), Timing()
+    place = take_place(given)
+    options = read_flags(given)
+    text = read_prompt(prompt)
+    llm = LLM(bundle, num_slots=options.n, **place)
+    timing = Timing()
     llm.check(llm.prepare(options))
     if compare and not llm.leaves_early(options):
         raise RequestError(
@@ -88,7 +91,8 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
     if compare:  # warm both paths up, so that neither pays for first-time allocations
         for warm_up in (options, options.at_full_depth()):
             list(llm.generate(text, warm_up))
-    events, console = llm.generate(text, options, timing), Console(highlight=False, soft_wrap=True)
+    events = llm.generate(text, options, timing)
+    console = Console(highlight=False, soft_wrap=True)
     if show_exits and not as_json:
         print_legend(llm.stack.exit_layers, console)
     if as_json:
@@ -149,10 +153,12 @@ def read_prompt(prompt: str) -> str:
 @model_flags
 def chat(bundle: Path, system: str | None, show_exits: bool, **given: Any) -> None:
     """Talk to a model; what was said stays in its cache. /reset forgets it, /quit or Ctrl-D ends."""
-    place, options = take_place(given), read_flags(given)
+    place = take_place(given)
+    options = read_flags(given)
     llm = LLM(bundle, **place)
     llm.check(llm.prepare(options))
-    conversation, console = Conversation(llm, options, system), Console(highlight=False, soft_wrap=True)
+    conversation = Conversation(llm, options, system)
+    console = Console(highlight=False, soft_wrap=True)
     for note in without_effect(llm, options):
         click.echo(f"note: {note}", err=True)
     if llm.template is None:
@@ -267,7 +273,8 @@ def serve(
         "max_prompt_tokens": given.pop("max_prompt"),
         "max_queued": given.pop("max_queued"),
     }
-    place, options = take_place(given), read_flags(given)
+    place = take_place(given)
+    options = read_flags(given)
     name = model_name or bundle.resolve().name
     llm = LLM(bundle, num_slots=batch_size, **place)
     llm.check(llm.prepare(options))
@@ -307,14 +314,16 @@ def batch(
     flags. A line that cannot be answered gets an "error" in its place. Run again after an interruption, it
     goes on where it stopped.
     """
-    place, options = take_place(given), read_flags(given)
+    place = take_place(given)
+    options = read_flags(given)
     if ray is None and given_flags("ray_workers"):
         raise RequestError(f"--ray-workers {ray_workers} has no effect without --ray ADDRESS")
     if not out.parent.is_dir():
         raise RequestError(f"{out.parent}, where {out.name} should go, is no directory; make it first")
     if out.exists() and out.samefile(prompts):
         raise RequestError(f"{out} is the file of the prompts; give another file for the answers")
-    total, num_done = count_lines(prompts), count_answers(out)
+    total = count_lines(prompts)
+    num_done = count_answers(out)
     if num_done > total:
         raise RequestError(
             f"{out} has {num_done} answers, but {prompts} only {total} lines; give another file"

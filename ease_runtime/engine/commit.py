@@ -25,10 +25,8 @@ def commit(
     sequence: TokenSequence, work: Work, said: ExitOutput | None, layout: Layout, *, num_running: int
 ) -> bool:
     """Let the policy decide and the sampler choose. Whether tokens came out, or the sequence ended."""
-    decision, newest = (
-        sequence.decision,
-        work.stop == len(sequence.tokens) and work.start >= sequence.num_prompt,
-    )
+    decision = sequence.decision
+    newest = work.stop == len(sequence.tokens) and work.start >= sequence.num_prompt
     if decision.pace and work.kind == "segment" and newest and sequence.may_draft:
         decision.pace.entered[work.segment] += 1
     if work.kind == "kv" or work.stop < len(sequence.tokens):
@@ -51,7 +49,8 @@ def commit(
 
 def fail(sequence: TokenSequence, message: str) -> bool:
     """End a sequence with an error; the others go on."""
-    sequence.finish_reason, sequence.error = "error", message
+    sequence.finish_reason = "error"
+    sequence.error = message
     return True
 
 
@@ -74,7 +73,8 @@ def _decide(sequence: TokenSequence, segment: int, said: ExitOutput, layout: Lay
     gate opens.
     """
     decision = sequence.decision
-    policy, state = decision.policy, decision.state
+    policy = decision.policy
+    state = decision.state
     if said.head is None:
         confidence = policy.confidence(said, state)
         if policy.leaves(said.exit_index, confidence, sequence.progress, state)[0]:
@@ -83,7 +83,8 @@ def _decide(sequence: TokenSequence, segment: int, said: ExitOutput, layout: Lay
     if not said.early and sequence.request.catch_up == "verify":
         return  # `_judge` looks at all positions
     if decision.leaving is not None:
-        sure, decision.leaving = decision.leaving.confidence, None
+        sure = decision.leaving.confidence
+        decision.leaving = None
     else:
         confidence = policy.confidence(said, state)
         if said.early and not policy.leaves(said.exit_index, confidence, sequence.progress, state)[0]:
@@ -101,7 +102,8 @@ def _token(
     layout: Layout,
 ) -> Token:
     """The token that the sampler takes for `position` from a head's output for one token, after a segment."""
-    logits, top_id = output.logits[0], int(output.top_id[0])
+    logits = output.logits[0]
+    top_id = int(output.top_id[0])
     chosen = sequence.request.sampler.pick(logits, top_id, sequence.tokens, position)
     base = math.log(output.top_prob[0]) - float(logits[top_id])
     depth = int(depths(sequence, segment, np.array([position - 1]), layout)[0])
@@ -132,8 +134,11 @@ def _judge(sequence: TokenSequence, said: ExitOutput, layout: Layout, num_runnin
     """
     output = said.head
     assert output is not None, "full depth has a head"
-    drafts, last = sequence.drafts, len(layout) - 1
-    tokens, judged, accepted = drafts.tokens, drafts.judged, drafts.accepted
+    drafts = sequence.drafts
+    last = len(layout) - 1
+    tokens = drafts.tokens
+    judged = drafts.judged
+    accepted = drafts.accepted
     for i, before in enumerate(said.positions.tolist()):
         token = _token(sequence, last, output.tokens(i, i + 1), before + 1, float(output.top_prob[i]), layout)
         drafted = i < len(tokens)
@@ -180,8 +185,11 @@ def _adapt_leaving(sequence: TokenSequence, pace: Pace, num_running: int) -> Non
     """Stay at full depth for good once leaving early is seen to be slower."""
     if pace.pays(num_running):
         return
-    decision, catch_up = sequence.decision, sequence.request.catch_up
-    decision.policy, decision.state, decision.pace = FULL_DEPTH, None, None
+    decision = sequence.decision
+    catch_up = sequence.request.catch_up
+    decision.policy = FULL_DEPTH
+    decision.state = None
+    decision.pace = None
     sequence.counters.asked = frozenset()
     sequence.notes.append(
         f"leaving early does not pay here: full depth after {len(sequence.produced)} tokens (catch-up "
@@ -192,7 +200,8 @@ def _adapt_leaving(sequence: TokenSequence, pace: Pace, num_running: int) -> Non
 def _keep(sequence: TokenSequence, token: Token, length: int, num_running: int) -> None:
     """A token stands, as the last of `length`: see whether the sequence ends with it."""
     sequence.produced.append(token)
-    decision, request = sequence.decision, sequence.request
+    decision = sequence.decision
+    request = sequence.request
     decision.set_out()
     decision.policy.note_depth(token.depth, decision.state)
     if token.id in request.stop_ids:

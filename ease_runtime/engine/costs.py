@@ -92,7 +92,8 @@ class Costs:
         geometric number, where each leaves independently. When `cap` have left in a row, they are settled by
         themselves.
         """
-        share, shape = reach[k], self.layout[k]
+        share = reach[k]
+        shape = self.layout[k]
         settled = (1.0 - share) ** cap  # share of the passes in which no token goes in
         tokens = (1.0 - settled) / share if share > 0.0 else float(cap)  # of a row, in a pass
 
@@ -173,7 +174,8 @@ class Pace:
 
     def judged(self, drafted: int, accepted: int) -> None:
         """Note what became of some drafts; what is long ago counts less."""
-        self.drafted, self.accepted = 0.95 * self.drafted + drafted, 0.95 * self.accepted + accepted
+        self.drafted = 0.95 * self.drafted + drafted
+        self.accepted = 0.95 * self.accepted + accepted
 
     def reach(self) -> list[float]:
         """The share of the tokens that go into each segment themselves, at least one in LONGEST_DRAFT."""
@@ -200,8 +202,10 @@ class Pace:
         1, and give (1 - a^(j+1)) / (1 - a) tokens at acceptance a (Leviathan et al. 2023, arXiv 2211.17192,
         equation 1).
         """
-        accepted, leaves = min(self.accepted / self.drafted, 0.999), 1.0 - self.reach()[-1]
-        best, length = 1.0 / self.full_depth(num_rows), 0
+        accepted = min(self.accepted / self.drafted, 0.999)
+        leaves = 1.0 - self.reach()[-1]
+        best = 1.0 / self.full_depth(num_rows)
+        length = 0
         for limit in range(1, LONGEST_DRAFT + 1):
             chances = [(1.0 - leaves) * leaves**j for j in range(limit)] + [leaves**limit]
             tokens = sum(
@@ -209,12 +213,14 @@ class Pace:
             )
             seconds = sum(chance * self.cycle(j, num_rows) for j, chance in enumerate(chances))
             if tokens / seconds > best:
-                best, length = tokens / seconds, limit
+                best = tokens / seconds
+                length = limit
         return length
 
     def cycle(self, num_drafts: int, num_rows: int) -> float:
         """Seconds, a row, of drafting and then judging some tokens."""
-        last, judged = len(self.entered) - 1, (num_drafts + 1) * num_rows
+        last = len(self.entered) - 1
+        judged = (num_drafts + 1) * num_rows
         deep = self.costs.seconds("segment", last, judged, num_rows)
         deep += self.costs.seconds("exit", self.costs.last_exit, judged)
         draft = self.costs.token_seconds(

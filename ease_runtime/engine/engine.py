@@ -59,8 +59,12 @@ class Engine:
         }.items():
             if value < 1:
                 raise RequestError(f"{name} {value} is below 1")
-        self.stack, self.runner = stack, Runner(stack, num_slots)
-        self.cap, self.chunk, self.draft_length, self.adapt = cap, chunk, draft_length, adapt
+        self.stack = stack
+        self.runner = Runner(stack, num_slots)
+        self.cap = cap
+        self.chunk = chunk
+        self.draft_length = draft_length
+        self.adapt = adapt
         self.waiting: list[TokenSequence] = []
         self.prefill_turn = True
         self.num_rows = 0  # of the last pass
@@ -113,7 +117,8 @@ class Engine:
         Raises RequestError when the prompt is empty, too long, or has ids outside the vocabulary, or when
         this bundle cannot run the policy or the catch-up.
         """
-        limit, policy = self.stack.max_positions, policy or FULL_DEPTH
+        limit = self.stack.max_positions
+        policy = policy or FULL_DEPTH
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
         if len(prompt) >= limit:
@@ -228,7 +233,8 @@ class Engine:
             return []
         works = [(sequence, schedule(sequence, self.cap, self.chunk)) for sequence in running]
         batch = near(choose(works, self.prefill_turn, self.chunk), self.costs)
-        self.prefill_turn, self.num_rows = not batch[0][0].prefilling, len(batch)
+        self.prefill_turn = not batch[0][0].prefilling
+        self.num_rows = len(batch)
         for sequence in running:
             sequence.waited += 1
         changed = []

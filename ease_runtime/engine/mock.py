@@ -66,7 +66,9 @@ class MockCache:
     """
 
     def __init__(self, num_layers: int, num_segments: int, num_slots: int, capacity: int) -> None:
-        self.num_slots, self.capacity, self.num_segments = num_slots, capacity, num_segments
+        self.num_slots = num_slots
+        self.capacity = capacity
+        self.num_segments = num_segments
         self.entries = np.zeros((num_slots, num_layers, capacity), np.uint64)
         self.filled = [[0] * num_segments for _ in range(num_slots)]
 
@@ -103,23 +105,21 @@ class MockPool:
         while (order == first + num_rows + np.arange(len(order))).any():
             first += 1
         size = first + num_rows + len(named)
-        states, positions, segments = (
-            np.zeros(size, np.uint64),
-            np.zeros(size, np.int64),
-            np.full(size, self.UNKNOWN, np.int64),
-        )
+        states = np.zeros(size, np.uint64)
+        positions = np.zeros(size, np.int64)
+        segments = np.full(size, self.UNKNOWN, np.int64)
         segments[first : first + num_rows] = -1
         moved = first + num_rows
         for rows in reversed(live):
             here = slice(moved, moved + len(rows))
-            states[here], positions[here], segments[here] = (
-                self.states[rows],
-                self.positions[rows],
-                self.segments[rows],
-            )
+            states[here] = self.states[rows]
+            positions[here] = self.positions[rows]
+            segments[here] = self.segments[rows]
             rows[:] = np.arange(here.start, here.stop)
             moved = here.stop
-        self.states, self.positions, self.segments = states, positions, segments
+        self.states = states
+        self.positions = positions
+        self.segments = segments
         return first
 
     def check_written(self, rows: Int64s) -> None:
@@ -132,7 +132,8 @@ class MockPool:
         rows = np.arange(first, first + len(states))
         for row in rows.tolist():
             assert self._segment_of(row) == -1, f"row {row} was not reserved for this pass"
-        self.states[rows], self.segments[rows] = states, segment
+        self.states[rows] = states
+        self.segments[rows] = segment
         self.positions[rows] = positions
 
     def _segment_of(self, row: int) -> int:
@@ -160,7 +161,9 @@ class MockStack:
     ) -> None:
         self.blocks = tuple(number in blocks for number in range(len(exit_layers)))
         self.confidence = confidence
-        self.exit_layers, self.vocab_size, self.max_positions = exit_layers, vocab_size, max_positions
+        self.exit_layers = exit_layers
+        self.vocab_size = vocab_size
+        self.max_positions = max_positions
         last = len(exit_layers) - 1
         self.layout = tuple(
             SegmentShape(len(self.layers(number)), number, last=number == last, block=self.blocks[number])
@@ -228,7 +231,8 @@ class MockStack:
     def run_block(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s, out_row: int) -> None:
         assert self.blocks[number], f"exit {number} has no layer of its own"
         cache, positions = self._place("block", number, cache, spans, rows)
-        layer, part = self.exit_layers[-1] + 1 + number, len(self.exit_layers) + number
+        layer = self.exit_layers[-1] + 1 + number
+        part = len(self.exit_layers) + number
         states = self._layer(cache, layer, part, spans, positions, self.pool.states[rows])
         self.pool.write(out_row, states, positions, BLOCK + number)
 
@@ -267,8 +271,10 @@ class MockStack:
         states: Hashes,
     ) -> None:
         """A layer's K/V of the new tokens, and pads past what the slots in between hold."""
-        entries, num_places = cache.entries[:, layer - 1], max(stop - start for _, start, stop in spans)
-        new, first = self.keys_values(layer, positions, states), 0
+        entries = cache.entries[:, layer - 1]
+        num_places = max(stop - start for _, start, stop in spans)
+        new = self.keys_values(layer, positions, states)
+        first = 0
         starts = {slot: cache.filled[slot][part] for slot in range(spans[0].slot, spans[-1].slot + 1)}
         starts |= {slot: start for slot, start, _ in spans}
         for slot, start in starts.items():
@@ -382,17 +388,16 @@ class MockStack:
         weights = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
         probabilities = weights / weights.sum(axis=1, keepdims=True)
         ordered = np.sort(probabilities, axis=1)
-        top, margin = ordered[:, -1], ordered[:, -1] - ordered[:, -2]
+        top = ordered[:, -1]
+        margin = ordered[:, -1] - ordered[:, -2]
         entropy = -(probabilities * np.log(probabilities)).sum(axis=1)
         if self.confidence is not None:
             scripted = np.array(
                 [self.confidence(number, position) for position in self.pool.positions[rows].tolist()]
             )
-            top, margin, entropy = (
-                np.maximum(scripted, SMALLEST),
-                scripted,
-                (1.0 - scripted) * math.log(self.vocab_size),
-            )
+            top = np.maximum(scripted, SMALLEST)
+            margin = scripted
+            entropy = (1.0 - scripted) * math.log(self.vocab_size)
         floats = (values.astype(np.float32) for values in (top, margin, entropy))
         return HeadOutput(logits, logits.argmax(axis=1), *floats)
 

@@ -16,11 +16,14 @@ class CallProbe:
     RUNS = 3  # a round
 
     def __init__(self, stack: Stack, call: Call) -> None:
-        self.stack, self.call, self.seconds = stack, call, list[float]()
+        self.stack = stack
+        self.call = call
+        self.seconds = list[float]()
 
     def run(self) -> None:
         """Run the call a few times (once more to warm up) and note the seconds of each."""
-        call, stack = self.call, self.stack
+        call = self.call
+        stack = self.stack
         rows = np.zeros(call.num_tokens, np.int64)
         out_row = stack.reserve_rows(2 * call.num_tokens, [])
         cache = stack.open_cache(call.num_slots)
@@ -32,7 +35,9 @@ class CallProbe:
 
     def once(self, cache: Cache, rows: NDArray[np.int64], out_row: int) -> None:
         """Run the call once, over these rows of the pool and this cache."""
-        stack, number, spans = self.stack, self.call.number, self.spans()
+        stack = self.stack
+        number = self.call.number
+        spans = self.spans()
         match self.call.graph:
             case "segment" if stack.layout[number].routed:
                 positions = np.concatenate([np.arange(start, stop) for _, start, stop in spans])
@@ -63,7 +68,8 @@ class CallProbe:
 
 def measure_costs(stack: Stack) -> Costs:
     """Seconds of a stack's passes (some hundred short ones, over the pool: when nothing else runs)."""
-    length, trace = min(CACHE_LENGTH, stack.max_positions), stack.trace
+    length = min(CACHE_LENGTH, stack.max_positions)
+    trace = stack.trace
     stack.trace = None
     tables = {
         key: np.maximum.accumulate(

@@ -31,7 +31,9 @@ class Runner:
     """A stack with a cache of `num_slots` slots, and the sequences in them."""
 
     def __init__(self, stack: Stack, num_slots: int = 1) -> None:
-        self.stack, self.cache, self.slots = stack, stack.open_cache(num_slots), Slots(num_slots)
+        self.stack = stack
+        self.cache = stack.open_cache(num_slots)
+        self.slots = Slots(num_slots)
         self.num_early = len(stack.exits) - 1
 
     def new(
@@ -40,7 +42,8 @@ class Runner:
         """A sequence without a slot, whose tokens have not run; `asked` are the early exits (from 0) that it
         may be asked at.
         """
-        num_segments, limit = len(self.stack.layout), self.stack.max_positions
+        num_segments = len(self.stack.layout)
+        limit = self.stack.max_positions
         counters = Counters(
             done=[0] * num_segments,
             rows=np.zeros(limit, np.int64),
@@ -70,7 +73,8 @@ class Runner:
 
     def run(self, batch: Batch) -> list[ExitOutput | None]:
         """Run a pass over some rows, and ask the exit behind it what it must say of each."""
-        kind, segment = batch[0][1].kind, batch[0][1].segment
+        kind = batch[0][1].kind
+        segment = batch[0][1].segment
         parts = [(sequence, work.start, work.stop) for sequence, work in batch]
         if kind == "kv":
             self.propagate(segment, parts)
@@ -100,7 +104,8 @@ class Runner:
             self._advance_routed(segment, parts)
             _mark(segment, parts)
             return
-        num_tokens, with_block = _num_tokens(parts), self._with_block(segment, parts)
+        num_tokens = _num_tokens(parts)
+        with_block = self._with_block(segment, parts)
         num_rows = (
             num_tokens if segment else 2 * num_tokens
         )  # the first segment also gives what it was given, embedded
@@ -113,7 +118,8 @@ class Runner:
         self.stack.run_segment(segment, self.cache, _spans(parts), inputs, out_row, active)
         first = 0
         for sequence, start, stop in parts:
-            counters, last = sequence.counters, first + stop - start
+            counters = sequence.counters
+            last = first + stop - start
             counters.rows[start:stop] = np.arange(out_row + first, out_row + last)
             counters.first = start
             counters.entered = inputs[first:last] if segment else counters.rows[start:stop] + num_tokens
@@ -124,7 +130,9 @@ class Runner:
     def _advance_routed(self, segment: int, parts: Parts) -> None:
         stack = self.stack
         goes_in = stack.run_route(segment, _rows(parts))
-        moving, spans, first = [], [], 0
+        moving = []
+        spans = []
+        first = 0
         for sequence, start, stop in parts:
             inside = sequence.counters.inside[segment]
             inside[start:stop] = goes_in[first : first + stop - start]
@@ -192,7 +200,8 @@ class Runner:
             )
             first = 0
             for i, start, stop in asking:
-                last, positions = first + stop - start, np.arange(start, stop)
+                last = first + stop - start
+                positions = np.arange(start, stop)
                 if what == "head":
                     outputs[i] = ExitOutput(exit_index, positions, head=said.tokens(first, last), early=early)
                     batch[i][0].counters.held = NO_ROWS
@@ -238,7 +247,8 @@ class Runner:
             counters = sequence.counters
             assert start <= counters.block_done[exit_index], "an exit's own layer runs over every token"
             counters.block_done[exit_index] = stop
-            counters.first, counters.block_row = start, out_row
+            counters.first = start
+            counters.block_row = out_row
             out_row += stop - start
 
 

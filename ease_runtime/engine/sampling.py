@@ -101,7 +101,8 @@ class Adjustments:
         adjusted = logits.astype(np.float64)
         if self.repetition_penalty != 1.0:
             seen = np.unique(np.array(tokens[:position], np.int64))
-            had, penalty = adjusted[seen], self.repetition_penalty
+            had = adjusted[seen]
+            penalty = self.repetition_penalty
             adjusted[seen] = np.where(had > 0, had / penalty, had * penalty)
         if self.presence_penalty or self.frequency_penalty:
             said, times = np.unique(
@@ -174,7 +175,8 @@ def _nucleus(scaled: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     135M model's step.
     """
     weights = np.exp(scaled - scaled.max())
-    enough, size = top_p * weights.sum(), SORTED_AT_FIRST
+    enough = top_p * weights.sum()
+    size = SORTED_AT_FIRST
     while True:
         some = np.argpartition(weights, -size)[-size:] if size < len(weights) else np.arange(len(weights))
         some = some[np.lexsort((some, -weights[some]))]

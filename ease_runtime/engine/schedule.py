@@ -38,8 +38,11 @@ def schedule(sequence: TokenSequence, cap: int = DEFAULT_CAP, chunk: int = CHUNK
     that has reached `cap` is settled, which moves work and changes no token and no depth; drafts are settled
     when they are judged. A prompt runs every segment whatever the catch-up, `chunk` tokens after the other.
     """
-    done, newest, decision = sequence.counters.done, len(sequence.tokens) - 1, sequence.decision
-    catch_up, level = sequence.request.catch_up, decision.level
+    done = sequence.counters.done
+    newest = len(sequence.tokens) - 1
+    decision = sequence.decision
+    catch_up = sequence.request.catch_up
+    level = decision.level
     if decision.leaving is not None:
         return Work("head", decision.leaving.segment, newest, newest + 1)
     if sequence.prefilling:
@@ -63,7 +66,8 @@ def question(sequence: TokenSequence, work: Work, exit_index: int, early: bool) 
     """What the exit behind a pass has to say of a sequence, for positions from where to the pass's end; None:
     nothing.
     """
-    newest, decision = len(sequence.tokens) - 1, sequence.decision
+    newest = len(sequence.tokens) - 1
+    decision = sequence.decision
     if work.stop <= newest or decision.token:
         return None
     if not early and sequence.request.catch_up == "verify":
@@ -111,7 +115,8 @@ def _prompts(group: Batch, chunk: int) -> Batch:
     """
     first = max(group, key=lambda pair: pair[0].waited)
     size = first[1].stop - first[1].start
-    chosen, total = [first], size
+    chosen = [first]
+    total = size
     for sequence, work in group:
         count = work.stop - work.start
         if sequence is not first[0] and size <= 2 * count and count <= size and total + count <= chunk:
@@ -125,12 +130,14 @@ def near(batch: Batch, costs: Costs | None) -> Batch:
 
     Of the groups between such gaps the one whose row has waited longest; the first among equals.
     """
-    kind, segment = batch[0][1].kind, batch[0][1].segment
+    kind = batch[0][1].kind
+    segment = batch[0][1].segment
     if costs is None or kind != "segment":
         return batch
     length = max(len(sequence.tokens) for sequence, _ in batch)
     slots = [sequence.slot or 0 for sequence, _ in batch]
-    groups, first = list[Batch](), 0
+    groups = list[Batch]()
+    first = 0
     for place, gap in enumerate(np.diff(slots).tolist(), 1):
         if costs.over_slots(segment, gap - 1, length) > costs.seconds("segment", segment, 1):
             groups.append(batch[first:place])

@@ -102,7 +102,9 @@ class Decision:
 
     def set_out(self) -> None:
         """The newest token is about to enter the first segment."""
-        self.level, self.leaving, self.token = 0, None, None
+        self.level = 0
+        self.leaving = None
+        self.token = None
 
 
 @dataclass

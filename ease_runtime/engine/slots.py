@@ -38,7 +38,8 @@ class Slots:
     def free(self, sequence: TokenSequence) -> None:
         """Take a sequence's slot away."""
         assert sequence.slot is not None, "a sequence without a slot has none to give"
-        self.taken[sequence.slot], sequence.slot = None, None
+        self.taken[sequence.slot] = None
+        sequence.slot = None
 
     def take_over(self, sequence: TokenSequence, previous: TokenSequence, blocks: frozenset[int]) -> None:
         """Give a finished sequence's slot to another, with the K/V that both share.
@@ -50,7 +51,8 @@ class Slots:
         common = next(
             (i for i, (a, b) in enumerate(pairs) if a != b), min(len(previous.tokens), len(sequence.tokens))
         )
-        old, new = previous.counters, sequence.counters
+        old = previous.counters
+        new = sequence.counters
         shared = min(
             common, old.done[-1], len(sequence.tokens) - 1, *(old.block_done[k] for k in new.asked & blocks)
         )
@@ -59,4 +61,6 @@ class Slots:
         new.inside[:, :shared] = old.inside[:, :shared]
         slot = previous.slot
         assert slot is not None, "a sequence without a slot has none to give"
-        self.taken[slot], sequence.slot, previous.slot = sequence, slot, None
+        self.taken[slot] = sequence
+        sequence.slot = slot
+        previous.slot = None

@@ -44,10 +44,12 @@ class RowCache:
     ) -> None:
         self.dtype = dtype
         self.segment_of = [number for number, count in enumerate(layers_per_segment) for _ in range(count)]
-        self.num_slots, self.kv_dim = num_slots, kv_dim
+        self.num_slots = num_slots
+        self.kv_dim = kv_dim
         self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
         self.length = max_positions if num_slots == 1 else min(CACHE_STEP, max_positions)
-        self.serial, self.copied_bytes = next(self.serials), 0
+        self.serial = next(self.serials)
+        self.copied_bytes = 0
         self.buffers = [[self._empty(), self._empty()] for _ in self.segment_of]
 
     def _empty(self) -> NDArray[Any]:
@@ -116,12 +118,15 @@ class DeviceCache:
         dtype: type[np.generic],
         device: Device,
     ) -> None:
-        self.num_slots, self.kv_dim, self.copied_bytes = num_slots, kv_dim, 0
+        self.num_slots = num_slots
+        self.kv_dim = kv_dim
+        self.copied_bytes = 0
         self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
         self.length = (
             max_positions if num_slots == 1 else max_positions + MOST_PADS
         )  # with several rows, pads past the end
-        self.serial, shape = next(RowCache.serials), (num_slots, self.length, kv_dim)
+        self.serial = next(RowCache.serials)
+        shape = (num_slots, self.length, kv_dim)
         self.buffers = [
             (DeviceArray(shape, dtype, device), DeviceArray(shape, dtype, device))
             for _ in range(sum(layers_per_segment))
@@ -164,7 +169,8 @@ class HiddenPool:
     """
 
     def __init__(self, dim: int, dtype: type[np.generic] = np.float32) -> None:
-        self.serial, self.top = 0, 0
+        self.serial = 0
+        self.top = 0
         self.states = np.zeros((POOL_ROWS, dim), dtype)
 
     @property
@@ -182,7 +188,8 @@ class HiddenPool:
             self.top = 0
         if self.top + num_rows > self.shape[0]:
             self._pack(num_rows, live)
-        first, self.top = self.top, self.top + num_rows
+        first = self.top
+        self.top = self.top + num_rows
         return first
 
     def _pack(self, num_rows: int, live: Sequence[Int64s]) -> None:
@@ -220,7 +227,9 @@ class DevicePool(HiddenPool):
     """A pool in a device's memory. The host copies it only when the end is reached."""
 
     def __init__(self, dim: int, dtype: type[np.generic], device: Device) -> None:
-        self.serial, self.top, self.device = 0, 0, device
+        self.serial = 0
+        self.top = 0
+        self.device = device
         self.array = DeviceArray((POOL_ROWS, dim), dtype, device)
 
     @property

@@ -81,7 +81,8 @@ class DeviceArray:
     """An array in a device's memory, zero at first."""
 
     def __init__(self, shape: tuple[int, ...], dtype: type[np.generic], device: Device) -> None:
-        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
         self.value: Any = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device.name, 0)
 
     @property

@@ -141,12 +141,10 @@ class Binding:
     def __init__(
         self, session: ort.InferenceSession, input_names: frozenset[str], device: Device, clock: Clock
     ) -> None:
-        self.session, self.io, self.input_names, self.device = (
-            session,
-            session.io_binding(),
-            input_names,
-            device,
-        )
+        self.session = session
+        self.io = session.io_binding()
+        self.input_names = input_names
+        self.device = device
         self.clock = clock
         self.bound: dict[
             str, Any
@@ -200,7 +198,10 @@ class Graph:
     def __init__(
         self, session: ort.InferenceSession, bind: Callable[..., None], device: Device, clock: Clock
     ) -> None:
-        self.session, self.bind, self.device, self.clock = session, bind, device, clock
+        self.session = session
+        self.bind = bind
+        self.device = device
+        self.clock = clock
         self.input_names = frozenset(i.name for i in session.get_inputs())
         self.bindings: OrderedDict[Hashable, Binding] = OrderedDict()
 

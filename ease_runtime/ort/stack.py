@@ -190,15 +190,18 @@ class OrtStack:
         self, bundle: Path, *, num_threads: int | None = 0, log_level: int = 3, device: Device = CPU
     ) -> None:
         manifest = self.manifest = load_manifest(bundle)
-        self.device, self.dtype = device, np.float16 if manifest.precision == "fp16" else np.float32
-        self.vocab_size, self.max_positions = manifest.vocab_size, manifest.max_positions
+        self.device = device
+        self.dtype = np.float16 if manifest.precision == "fp16" else np.float32
+        self.vocab_size = manifest.vocab_size
+        self.max_positions = manifest.max_positions
         self.layout = _layout(manifest)
         self.trace: list[Call] | None = None
         self.clock = Clock()
         self.own_threads = num_threads is None and not start_thread_pool.cache_info().currsize
         if num_threads is not None:
             start_thread_pool(num_threads)
-        self.bundle, self.log_level = bundle, log_level
+        self.bundle = bundle
+        self.log_level = log_level
         heads = {  # first: loading peaks at twice a graph's size
             head: self._load(head, of_head(manifest), self._bind_head)
             for head in dict.fromkeys(e.head for e in manifest.exits)
@@ -359,7 +362,8 @@ class OrtStack:
 
     def _run_before_head(self, graph: Graph, number: int, rows: Int64s) -> Binding:
         """Run an exit's own graph or its gate, which write where the exit's head reads."""
-        binding, head = self._look(graph, rows), self.exit_graphs[number].head.binding(len(rows))
+        binding = self._look(graph, rows)
+        head = self.exit_graphs[number].head.binding(len(rows))
         if binding.bound.get("head") is not head:
             binding.output_at(
                 "exit_hidden", self.dtype, (len(rows), self.manifest.dim), self._exit_hidden(head, len(rows))
@@ -390,11 +394,13 @@ class OrtStack:
         fewer than the longest, write pads past what they hold: room is made for them.
         """
         assert isinstance(cache, RowCache | DeviceCache)
-        first, num_slots = spans[0].slot, spans[-1].slot - spans[0].slot + 1
+        first = spans[0].slot
+        num_slots = spans[-1].slot - spans[0].slot + 1
         num_places = max(stop - start for _, start, stop in spans)
         binding = graph.binding(first, num_slots, num_places, len(inputs))
         part = number + len(self.layout) if kind == "block" else number
-        own, written = binding.own, cache.written[part]
+        own = binding.own
+        written = cache.written[part]
         own["index" if part else "input_ids"][:] = inputs
         write_indices = own["write_indices"]
         if num_slots > 1:
@@ -424,7 +430,8 @@ class OrtStack:
         """Past and present are one buffer, so the cache is written in place; a row alone takes a view of any
         length.
         """
-        first_layer, shape = sum(self.layers_cached[:part]), (num_slots, length, cache.kv_dim)
+        first_layer = sum(self.layers_cached[:part])
+        shape = (num_slots, length, cache.kv_dim)
         for i in range(self.layers_cached[part]):
             for name, pointer in zip(("key", "value"), cache.pointers(first_layer + i, first), strict=True):
                 binding.input_at(f"past_{name}.{i}", self.dtype, shape, pointer)
@@ -505,7 +512,8 @@ class OrtStack:
         """
         length = min(6, self.max_positions)
         ids = np.arange(length, dtype=np.int64) % self.vocab_size
-        whole, single = self.open_cache(), self.open_cache()
+        whole = self.open_cache()
+        single = self.open_cache()
         first = self.reserve_rows(2 * length + 3, [])  # and the last pass's embeddings
         half = length // 2
         self.run_segment(0, whole, [Span(0, 0, half)], ids[:half], first)
@@ -513,11 +521,13 @@ class OrtStack:
         for i in range(length):
             self.run_segment(0, single, [Span(0, i, i + 1)], ids[i : i + 1], first + length + i)
         states = self.pool.read(np.arange(first, first + 2 * length)).astype(np.float32)
-        together, apart = states[:length], states[length:]
+        together = states[:length]
+        apart = states[length:]
         if not np.isfinite(states).all():
             raise BundleError(f"{self.bundle}: its first segment gives no finite numbers; {NOT_FINITE}")
         scale = float(np.abs(apart).max())
-        difference, self.exact = float(np.abs(together - apart).max()), bool((together == apart).all())
+        difference = float(np.abs(together - apart).max())
+        self.exact = bool((together == apart).all())
         if not difference <= SELF_TEST_TOLERANCE * scale * ROUNDING[self.manifest.precision]:
             raise DeviceError(
                 f"self-test failed: several tokens in one pass differ by {difference:.2g} (of "
@@ -528,8 +538,10 @@ class OrtStack:
 
     def run_every_graph(self) -> None:
         """One token through each graph, so that one that cannot run here is found before a request is."""
-        rows, span = np.zeros(1, np.int64), [Span(0, 0, 1)]
-        cache, row = self.open_cache(), self.reserve_rows(2 + 2 * len(self.layout), [])
+        rows = np.zeros(1, np.int64)
+        span = [Span(0, 0, 1)]
+        cache = self.open_cache()
+        row = self.reserve_rows(2 + 2 * len(self.layout), [])
         for number, shape in enumerate(self.layout):
             out_row = row + 2 * number
             if shape.routed:
@@ -595,10 +607,13 @@ def _spread(spread: Int64s, places: Int64s, spans: Sequence[Span]) -> None:
     A row's pads repeat its own last token, so that a broken row breaks no other; slots without new tokens
     repeat the first.
     """
-    first, num_places, token = spans[0].slot, spread.shape[1], 0
+    first = spans[0].slot
+    num_places = spread.shape[1]
+    token = 0
     spread.fill(0)
     for slot, start, stop in spans:
-        count, row = stop - start, slot - first
+        count = stop - start
+        row = slot - first
         spread[row] = np.minimum(np.arange(token, token + num_places), token + count - 1)
         places[token : token + count] = np.arange(row * num_places, row * num_places + count)
         token += count

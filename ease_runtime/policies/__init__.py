@@ -67,7 +67,8 @@ def make_policy(
     Raises RequestError for an unknown name or layer, a value outside its range, a wrong number of thresholds,
     or options that contradict each other.
     """
-    early, given = tuple(exit_layers[:-1]), Thresholds.of(thresholds)
+    early = tuple(exit_layers[:-1])
+    given = Thresholds.of(thresholds)
     if isinstance(policy, str):
         policy = find_policy(policy)
     _check_options(policy.name, given, early, patience, decay, exit_layer, depth_budget)

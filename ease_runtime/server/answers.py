@@ -76,7 +76,8 @@ class Answer:
 
     def usage(self, ticket: Ticket) -> dict[str, Any]:
         """Tokens of prompts and answers; with `ease`, what they cost in layers."""
-        prompt, completion = sum(len(prompt) for prompt in self.asked.prompts), len(self.depths)
+        prompt = sum(len(prompt) for prompt in self.asked.prompts)
+        completion = len(self.depths)
         usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -107,7 +108,8 @@ class Answer:
 
     def logprobs(self, index: int, events: list[TokenEvent]) -> dict[str, Any]:
         """As /v1/completions has them: lists side by side. Offsets are in characters of the completion."""
-        offsets, end = [], self.lengths.get(index, 0)
+        offsets = []
+        end = self.lengths.get(index, 0)
         for event in events:
             offsets.append(end)
             end += len(event.text)

@@ -54,7 +54,8 @@ class Service:
     """One model being served."""
 
     def __init__(self, llm: TextEngine, settings: Settings) -> None:
-        self.llm, self.settings = llm, settings
+        self.llm = llm
+        self.settings = settings
         self.metrics = Metrics(llm.stack.exit_layers, llm.engine.cache.num_slots)
         self.shadow = Shadow(llm.engine, settings.shadow, settings.certificate) if settings.shadow else None
         self.worker = Worker(llm, self.metrics, max_queued=settings.max_queued, shadow=self.shadow)
@@ -62,7 +63,8 @@ class Service:
 
     def check_key(self, request: "Request") -> None:
         """Raises ApiError unless the request has the key, where there is one."""
-        expected, given = self.settings.api_key, dict(request.scope["headers"]).get(b"authorization", b"")
+        expected = self.settings.api_key
+        given = dict(request.scope["headers"]).get(b"authorization", b"")
         if expected is not None and not hmac.compare_digest(given, f"Bearer {expected}".encode()):
             raise ApiError(
                 401,
@@ -127,7 +129,8 @@ class Service:
 
         Raises ApiError when it fails, ClientGone when nobody listens.
         """
-        outcome, first = "cancelled", True
+        outcome = "cancelled"
+        first = True
         num_open = ticket.size
         try:
             while num_open:

@@ -100,7 +100,8 @@ def read_chat(body: Any, llm: TextEngine, base: Options) -> Asked:
 def _asked(
     body: Body, prompts: Callable[[], list[list[int]]], options: Options, show_logprobs: bool
 ) -> Asked:
-    stream, of_stream = read_switch(body, "stream"), body.get("stream_options") or {}
+    stream = read_switch(body, "stream")
+    of_stream = body.get("stream_options") or {}
     if not isinstance(of_stream, Mapping):
         raise RequestError('stream_options must be an object like {"include_usage": true}')
     include_usage = read_switch(of_stream, "include_usage")

@@ -67,7 +67,10 @@ class EngineThread:
     def __init__(
         self, llm: TextEngine, metrics: Metrics, listener: Listener, shadow: Shadow | None = None
     ) -> None:
-        self.llm, self.metrics, self.listener, self.shadow = llm, metrics, listener, shadow
+        self.llm = llm
+        self.metrics = metrics
+        self.listener = listener
+        self.shadow = shadow
         self.deadline = math.inf  # when what still runs is cut
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.jobs: dict[Choice, tuple[Job, int]] = {}
@@ -151,7 +154,8 @@ class EngineThread:
         job.generations = []
 
     def _step(self) -> None:
-        read, engine = self.llm.step(), self.llm.engine
+        read = self.llm.step()
+        engine = self.llm.engine
         depths = (event.depth for _, events in read for event in events)
         self.metrics.note_pass(engine.num_rows, len(engine.running), len(engine.waiting), depths)
         news: dict[Job, list[Update]] = {}
@@ -171,7 +175,8 @@ class EngineThread:
         if choice.finish_reason is None:
             return Update(index, events)
         self._note_end(choice.sequence)
-        drafts, notes = choice.sequence.drafts, tuple(choice.sequence.notes)
+        drafts = choice.sequence.drafts
+        notes = tuple(choice.sequence.notes)
         return Update(
             index, events, choice.finish_reason, choice.error, drafts.judged, drafts.accepted, notes
         )

@@ -20,7 +20,8 @@ class ApiError(RequestError):
         self, status: int, message: str, *, code: str | None = None, retry_after: int | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status = status
+        self.code = code
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"

@@ -58,11 +58,13 @@ class Metrics:
             "1 when that is above the certificate's promise beyond chance.",
             registry=registry,
         )
-        self.num_passes, self.num_rows = 0, 0
+        self.num_passes = 0
+        self.num_rows = 0
 
     def note_pass(self, num_rows: int, num_running: int, num_waiting: int, depths: Iterable[int]) -> None:
         """One pass of the engine, and the tokens that came out of it."""
-        self.num_passes, self.num_rows = self.num_passes + 1, self.num_rows + num_rows
+        self.num_passes = self.num_passes + 1
+        self.num_rows = self.num_rows + num_rows
         self.passes.inc()
         self.rows.inc(num_rows)
         self.mean_batch.set(self.num_rows / self.num_passes)

@@ -51,7 +51,8 @@ class Shadow:
         if self.again is not None or self.engine.waiting:
             return
         self.credit -= 1.0
-        prompt, ids = answer.tokens[: answer.num_prompt], [token.id for token in answer.produced]
+        prompt = answer.tokens[: answer.num_prompt]
+        ids = [token.id for token in answer.produced]
         self.answer = answer
         self.again = self.engine.start(
             prompt, max_new_tokens=len(ids), sampler=Given([*prompt, *ids]), num_logprobs=1
@@ -87,7 +88,10 @@ class Shadow:
         )
         if self.again.finish_reason is None and not gone:
             return False
-        answer, again, self.answer, self.again = self.answer, self.again, None, None
+        answer = self.answer
+        again = self.again
+        self.answer = None
+        self.again = None
         if gone or again.error:
             return False
         pairs = list(zip(answer.produced, again.produced, strict=True))

@@ -79,7 +79,8 @@ class Detokenizer:
         """Let go of the tokens that the next one's text cannot depend on."""
         recent = self.window[max(self.num_old, len(self.window) - CONTEXT_TOKENS) :]
         if text := self._decode(recent).removesuffix(BROKEN):
-            self.window, self.shown = recent, text
+            self.window = recent
+            self.shown = text
         self.num_old = len(self.window)
 
     def _silent(self, token: int) -> bool:
@@ -244,7 +245,8 @@ class TextWriter:
 
     def _cut(self, start: int) -> list[Piece]:
         """Every piece that is held, without the text from character `start` on."""
-        pieces, out = [], self.num_out
+        pieces = []
+        out = self.num_out
         for piece in self.rest():
             pieces.append(Piece(piece.token, piece.text[: max(0, start - out)], piece.length))
             out += piece.length

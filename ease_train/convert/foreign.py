@@ -136,12 +136,15 @@ def model_config(
 def _check_field(name: str, value: Any) -> None:
     """Raise ForeignError unless a field of config.json holds what transformers would take."""
     if name == "tie_word_embeddings":
-        sound, expected = type(value) is bool, "true or false"
+        sound = type(value) is bool
+        expected = "true or false"
     elif name == "rms_norm_eps":
-        sound, expected = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to 1"
+        sound = type(value) in (int, float) and 0 <= value < 1
+        expected = "a number from 0 to 1"
     else:
         follows = value is None and UNSAID.get(name, 0) is None
-        sound, expected = follows or (type(value) is int and value >= 1), "a whole number of at least 1"
+        sound = follows or (type(value) is int and value >= 1)
+        expected = "a whole number of at least 1"
     if not sound:
         raise ForeignError(f"config.json has {name} = {value!r}, expected {expected}")
 

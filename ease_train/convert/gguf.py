@@ -108,7 +108,8 @@ class Reader(GGUFReader):
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type == GGUFValueType.ARRAY:
-            length, left = int(self._get(orig_offs + 4, np.uint64)[0]), len(self.data) - orig_offs
+            length = int(self._get(orig_offs + 4, np.uint64)[0])
+            left = len(self.data) - orig_offs
             if length > left:
                 raise ValueError(f"an array of {length} values in the {left} bytes that are left")
         return super()._get_field_parts(orig_offs, raw_type)
@@ -281,10 +282,8 @@ class GGUFFile:
         )
 
     def _check_whole(self) -> None:
-        kind, parts = (
-            self.metadata.value("general.type", str, "model"),
-            self.metadata.value("split.count", int, 1),
-        )
+        kind = self.metadata.value("general.type", str, "model")
+        parts = self.metadata.value("split.count", int, 1)
         if kind != "model":
             raise ForeignError(f"general.type = '{kind}', expected a model")
         if parts > 1:
@@ -298,11 +297,10 @@ class GGUFFile:
             )
 
     def _config(self) -> dict[str, Any]:
-        arch, read = self.architecture, self.metadata
-        heads, width = (
-            read.per_layer(f"{arch}.attention.head_count"),
-            read.value(f"{arch}.embedding_length", int),
-        )
+        arch = self.architecture
+        read = self.metadata
+        heads = read.per_layer(f"{arch}.attention.head_count")
+        width = read.value(f"{arch}.embedding_length", int)
         for name, number in {"attention.head_count": heads, "embedding_length": width}.items():
             if number < 1:
                 raise ForeignError(f"{arch}.{name} = {number}, expected at least 1")
@@ -339,7 +337,8 @@ class GGUFFile:
 
     def _rope(self, head_dim: int) -> dict[str, Any]:
         """The rotary embedding as a config.json of transformers 5 has it."""
-        arch, read = self.architecture, self.metadata
+        arch = self.architecture
+        read = self.metadata
         theta = read.value(f"{arch}.rope.freq_base", float, 10000.0)
         kind = read.value(
             f"{arch}.rope.scaling.type", str, "linear"
@@ -414,14 +413,16 @@ class GGUFFile:
         inner = name.split(".", 2)[-1]
         if self.architecture != "llama" or inner not in heads:
             return 0
-        count, rows = int(self.config[heads[inner]]), int(self.stored[name].shape[-1])
+        count = int(self.config[heads[inner]])
+        rows = int(self.stored[name].shape[-1])
         if rows != count * self.config["head_dim"]:
             raise ForeignError(f"{name} has {rows} rows, expected {count} heads of {self.config['head_dim']}")
         return count
 
     def tokenizer_and_conventions(self) -> tuple[Tokenizer, Conventions]:
         """The tokenizer, and how texts begin and end. Raises ForeignError for what is not known."""
-        read, model = self.metadata, self.metadata.value("tokenizer.ggml.model", str)
+        read = self.metadata
+        model = self.metadata.value("tokenizer.ggml.model", str)
         if model not in ("gpt2", "llama", "t5"):
             raise ForeignError(
                 f"tokenizer.ggml.model = '{model}' cannot be imported; expected gpt2, llama or t5"
@@ -457,7 +458,8 @@ class GGUFFile:
         special_tokens = {
             theirs: tokens[token] for ours, theirs in by_name.items() if (token := ids[ours]) is not None
         }
-        template, generation = self._chat_template(), self._generation(ids)
+        template = self._chat_template()
+        generation = self._generation(ids)
         conventions = Conventions(ids["bos"] if starts else None, stops, template, generation, special_tokens)
         return self._tokenizer(model, vocabulary, split, ids["unknown"]), conventions
 
@@ -503,7 +505,8 @@ class GGUFFile:
         """Refuse keys of the model and of its tokenizer that were not used and may change what is
         computed.
         """
-        arch, read = self.architecture, self.metadata
+        arch = self.architecture
+        read = self.metadata
         neutral = {f"{arch}.{name}": value for name, value in NEUTRAL.items()} | NEUTRAL_TOKENIZER
         harmless = {*(f"{arch}.{name}" for name in HARMLESS), *HARMLESS_TOKENIZER}
         if read.value("tokenizer.ggml.model", str) != "gpt2":

@@ -39,10 +39,12 @@ from ease_train.training.checkpoint import UNKNOWN_DATA, Checkpoint, filled, not
 from ease_train.training.config import OF_THE_EXITS, ModelConfig, Recipe, TokenizerConfig, TrainConfig
 from ease_train.training.renames import renamed
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 EXITS, EXIT_WEIGHTS = "ease.json", "ease_exits.safetensors"  # what transformers has no place for
 REDUCED_HEAD = "reduced_head.known.weight"
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
 OF_THE_EMBEDDING = EMBEDDING.removeprefix("model.")
 NEEDED_OF_HUB = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 GENERATION = (
@@ -75,7 +77,8 @@ def import_model(
     any. `report` is called with each line of what of a .gguf file was used.
     """
     if source.endswith(".gguf"):
-        foreign, folder = read_gguf_file(Path(source)), None
+        foreign = read_gguf_file(Path(source))
+        folder = None
         if report is not None:
             for line in foreign.report:
                 report(line)
@@ -252,7 +255,8 @@ def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]
     try:
         import transformers
     except ImportError:
-        tokenizer, names = _tokenizer_alone(folder, described), described
+        tokenizer = _tokenizer_alone(folder, described)
+        names = described
     else:
         if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
             _check_sentencepiece(folder / "tokenizer.model")
@@ -260,10 +264,8 @@ def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]
         transformers.logging.set_verbosity(logging.ERROR)
         try:
             known = _known_to_transformers(folder)
-            tokenizer, names = (
-                known.backend_tokenizer,
-                {name: getattr(known, name) for name in SPECIAL_TOKENS},
-            )
+            tokenizer = known.backend_tokenizer
+            names = {name: getattr(known, name) for name in SPECIAL_TOKENS}
         except Exception as error:  # whatever its many tokenizers raise
             raise ForeignError(
                 f"{folder} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}"
@@ -353,7 +355,8 @@ def read_conventions(
 
     `names`: the texts of its special tokens by their names, where they are known already.
     """
-    described, generation = tokenizer_settings(folder), read_json(folder / "generation_config.json") or {}
+    described = tokenizer_settings(folder)
+    generation = read_json(folder / "generation_config.json") or {}
     names = names or {name: _text_of(described.get(name)) for name in SPECIAL_TOKENS}
     special_tokens = {name: text for name, text in names.items() if text is not None}
     begin, end = (tokenizer.token_to_id(special_tokens.get(name, "")) for name in ("bos_token", "eos_token"))
@@ -563,7 +566,8 @@ def exit_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     A reduced head whose rows are the LM head's is not among it: they are read there.
     """
     model = checkpoint.model
-    own, reduced = model.exit_state(), model.reduced_head
+    own = model.exit_state()
+    reduced = model.reduced_head
     if reduced is not None and torch.equal(reduced.known.weight, model.lm_head.weight[reduced.ids]):
         del own[REDUCED_HEAD]
     return own
@@ -607,7 +611,8 @@ def export_model(checkpoint: Checkpoint, out: Path) -> None:
         raise ForeignError(
             f"{out} is there already and was not written by export-hf; choose another name, or remove it"
         )
-    model, ours = checkpoint.recipe.model, checkpoint.model.state_dict()
+    model = checkpoint.recipe.model
+    ours = checkpoint.model.state_dict()
     config = foreign_config(model)
     if model.tie_embeddings:
         del ours["lm_head.weight"]
@@ -635,7 +640,8 @@ def export_model(checkpoint: Checkpoint, out: Path) -> None:
 
 def write_tokenizer(checkpoint: Checkpoint, begin: int | None, folder: Path) -> None:
     """The tokenizer's files, in the form that transformers' AutoTokenizer obeys."""
-    conventions, tokenizer = checkpoint.conventions, checkpoint.tokenizer
+    conventions = checkpoint.conventions
+    tokenizer = checkpoint.tokenizer
     special = {"bos_token": begin, "eos_token": conventions.stop_ids[0] if conventions.stop_ids else None}
     described: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -59,7 +59,8 @@ def mapped_texts(path: Path) -> Texts:
 
     datasets.disable_progress_bars()
     suffixes = "".join(file_form(path))
-    sha256, absolute = sum_of_file(path), str(path.resolve())
+    sha256 = sum_of_file(path)
+    absolute = str(path.resolve())
     copies = Path(datasets.config.HF_DATASETS_CACHE) / "ease"
     copy = copies / f"{sha256}-{READER}{suffixes}"
     try:

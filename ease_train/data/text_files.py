@@ -105,7 +105,8 @@ def _documents(path: Path) -> Iterator[str]:
             size -= 1
             if size >= DOCUMENT_CHARACTERS:
                 yield "".join(document)
-                document, size = [], 0
+                document = []
+                size = 0
             else:
                 document.append(line)
         elif document:

@@ -113,7 +113,8 @@ class _ExitLoss(torch.autograd.Function):
     def forward(
         ctx: Any, targets: Tensor, plan: _Plan, num_heads: int, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        heads, hiddens = tensors[:num_heads], tensors[num_heads:]
+        heads = tensors[:num_heads]
+        hiddens = tensors[num_heads:]
         needed = ctx.needs_input_grad[3:]  # a frozen head or exit costs no gradient
         grad_heads, grads = (
             [torch.zeros_like(t) if n else None for t, n in zip(ts, ns, strict=True)]
@@ -132,7 +133,8 @@ class _ExitLoss(torch.autograd.Function):
             teacher = plan.teacher.probabilities(rows) if plan.teacher is not None and taught else None
             waiting = torch.ones_like(targets[0, rows], dtype=torch.bool, device=targets.device)
             for i, hidden in enumerate(hiddens):
-                weight, head = heads[plan.heads[i]], plan.heads[i]
+                weight = heads[plan.heads[i]]
+                head = plan.heads[i]
                 logits = (hidden[rows] @ weight.T).float()  # turned into their gradient below, in place
                 row_weights, waiting = _row_weights(logits, plan, i, waiting)
                 losses, distances = _chunk(
@@ -152,7 +154,8 @@ class _ExitLoss(torch.autograd.Function):
                     _add_product(total, grad.T, hidden[rows].to(weight.dtype))
         ctx.save_for_backward(*grad_heads, *grads)
         ctx.num_tokens = targets.shape[1]
-        total_loss, means = (sums[0] / ctx.num_tokens).sum(), sums[1] / ctx.num_tokens
+        total_loss = (sums[0] / ctx.num_tokens).sum()
+        means = sums[1] / ctx.num_tokens
         ctx.mark_non_differentiable(means)
         return total_loss, means
 
@@ -204,7 +207,8 @@ def _chunk(
     """
     everyone = torch.arange(len(places), device=places.device)
     losses = logits.logsumexp(dim=-1) - logits[everyone, places]
-    distance, extra = torch.zeros((), device=logits.device), None
+    distance = torch.zeros((), device=logits.device)
+    extra = None
     if teacher is not None and distill > 0:
         student = torch.log_softmax(logits / plan.temperature, dim=-1)
         distance = distill * plan.temperature**2 * F.kl_div(student, teacher, reduction="sum")
@@ -225,8 +229,10 @@ def exit_loss(
     No layer runs past the last exit that is needed. Shape: input_ids and targets (B, S) int64 -> scalar with
     gradient, {layer: loss}.
     """
-    rows, last = _exit_rows(model, input_ids, objective), model.config.num_layers
-    teacher, labels = None, targets.flatten()
+    rows = _exit_rows(model, input_ids, objective)
+    last = model.config.num_layers
+    teacher = None
+    labels = targets.flatten()
     if objective.distill.on:
         teacher = _Teacher(
             hidden=rows[last].detach(),
@@ -283,7 +289,8 @@ def _rows_loss(
     """The loss of exits whose heads read `rows` {layer: (N, D)}; labels of the early ones and of the last
     (N).
     """
-    layers, last = list(rows), model.config.num_layers
+    layers = list(rows)
+    last = model.config.num_layers
     weights = tuple(objective.weights.get(layer, 0.0) for layer in layers)
     heads = [model.exit(layer).head for layer in layers]
     unique = list(dict.fromkeys(heads))
@@ -353,7 +360,10 @@ def exit_figures(
 
     Shape: (B, S) int64 twice -> {layer: figures}.
     """
-    flat, losses, tops, last = targets.flatten(), {}, {}, model.config.num_layers
+    flat = targets.flatten()
+    losses = {}
+    tops = {}
+    last = model.config.num_layers
     for layer, hidden in states.hidden.items() if states else model.exit_states(input_ids):
         losses[layer], tops[layer] = _loss_and_top(
             model, layer, model.exit_hidden(hidden, layer).flatten(0, 1), flat
@@ -368,7 +378,9 @@ def exit_figures(
 
 def _loss_and_top(model: Decoder, layer: int, rows: Tensor, targets: Tensor) -> tuple[float, Tensor]:
     """An exit's mean cross-entropy, and its most likely tokens. Shape: (N, D), (N) -> (), (N)."""
-    size, total, tops = max(1, CHUNK_ELEMENTS // model.config.vocab_size), 0.0, []
+    size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
+    total = 0.0
+    tops = []
     for start in range(0, len(targets), size):
         logits = model.exit(layer).head(rows[start : start + size]).float()
         total += F.cross_entropy(logits, targets[start : start + size], reduction="sum").item()

@@ -29,7 +29,8 @@ class Part(Section, table=""):
 
     def __init_subclass__(cls, table: str, switches: tuple[str, ...], for_early_exits: bool = True) -> None:
         super().__init_subclass__(table)
-        cls.switches, cls.for_early_exits = switches, for_early_exits
+        cls.switches = switches
+        cls.for_early_exits = for_early_exits
 
     def __post_init__(self) -> None:
         super().__post_init__()

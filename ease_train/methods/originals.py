@@ -96,7 +96,8 @@ class TokenRoutedTransformer(StandardTransformer):
             raise ConfigError(
                 f"exit_layer = {exit_layer}, expected a layer from 1 to {num_layers - 1}: one before the last"
             )
-        self.exit_layer, self.routing_threshold = exit_layer, routing_threshold
+        self.exit_layer = exit_layer
+        self.routing_threshold = routing_threshold
 
     def forward_train(
         self, input_ids: Tensor, exit_layer: int | None = None

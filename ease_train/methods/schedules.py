@@ -105,7 +105,8 @@ def enabled_exits(step: int, steps: int, curriculum: Curriculum, exits: Sequence
     """
     if not curriculum.on:
         return list(exits)
-    early, count = exits[:-1], len(exits)
+    early = exits[:-1]
+    count = len(exits)
     if curriculum.kind == "rotational":
         chosen = [layer for i, layer in enumerate(early) if (i - step) % curriculum.every == 0]
     else:
@@ -115,7 +116,8 @@ def enabled_exits(step: int, steps: int, curriculum: Curriculum, exits: Sequence
 
 def exit_weights(step: int, recipe: Recipe) -> dict[int, float]:
     """The weight of each exit's loss at a step, those that are not trained left out."""
-    method, exits = recipe.method, recipe.model.exits
+    method = recipe.method
+    exits = recipe.model.exits
     weights = {
         layer: weight
         for layer, weight in ruled_weights(method, recipe.train.layer_weights, exits).items()
@@ -146,7 +148,9 @@ def drop_rates(step: int, recipe: Recipe) -> tuple[float, ...]:
     p(l, t) = S(t) D(l) p_max with D(l) = exp(l ln2 / (L-1)) - 1, l from 0, and S(t) = 1 or exp(t ln2 / (T-1))
     - 1.
     """
-    dropout, layers, steps = recipe.method.layer_dropout, recipe.model.num_layers, recipe.train.steps
+    dropout = recipe.method.layer_dropout
+    layers = recipe.model.num_layers
+    steps = recipe.train.steps
     if not dropout.on:
         return ()
     in_time = 1.0 if dropout.schedule == "constant" else 2.0 ** (step / max(1, steps - 1)) - 1

@@ -75,7 +75,8 @@ class UniversalConfig:
 
     def doubts(self) -> list[str]:
         """What this configuration asks for and does not get."""
-        found, last = [], max(self.layer_weights)
+        found = []
+        last = max(self.layer_weights)
         if not any(self.layer_weights.values()) and self.alpha_schedule is None:
             found.append(f"all layer_weights are 0: only the last layer, {last}, is trained")
         if self.routing_threshold > 0 and self.exit_layer >= last:
@@ -125,11 +126,10 @@ class UniversalConfig:
 def _presets() -> dict[str, UniversalConfig]:
     thirds = {1: 1 / 3, 2: 1 / 3, 3: 1 / 3}
     standard = UniversalConfig({1: 0, 2: 0, 3: 1}, routing_threshold=0)
-    deep, deep_routed = (
-        UniversalConfig(thirds, routing_threshold=0),
-        UniversalConfig(thirds, routing_threshold=0.7),
-    )
-    auxiliary, asymmetric = UniversalConfig({1: 0.5, 2: 0, 3: 0.5}), UniversalConfig({1: 0.7, 2: 0, 3: 0.3})
+    deep = UniversalConfig(thirds, routing_threshold=0)
+    deep_routed = UniversalConfig(thirds, routing_threshold=0.7)
+    auxiliary = UniversalConfig({1: 0.5, 2: 0, 3: 0.5})
+    asymmetric = UniversalConfig({1: 0.7, 2: 0, 3: 0.3})
     return {
         "standard_llm": standard,
         "deep_supervision": deep,
@@ -153,7 +153,9 @@ class UniversalTrainer:
     """Trains and evaluates a model by a `UniversalConfig`."""
 
     def __init__(self, config: UniversalConfig, vocab_size: int, device: str | torch.device = "cpu") -> None:
-        self.config, self.vocab_size, self.device = config, vocab_size, torch.device(device)
+        self.config = config
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
 
     def create_optimizer(self, model: LayeredDecoder, base_lr: float) -> torch.optim.AdamW:
         """AdamW; with `layer_lr_scales` each layer named there at base_lr times its scale, everything else at
@@ -223,13 +225,17 @@ class UniversalTrainer:
         if self.config.routing_threshold > 0:
             self._check_layers(model, [self.config.exit_layer], "exit_layer")
         model.to(self.device).eval()
-        losses, right, shallow, tokens = [], 0, 0, 0
+        losses = []
+        right = 0
+        shallow = 0
+        tokens = 0
         for x, y in batches:
             logits, leaves = self._routed(model, x.to(self.device))
             targets = y.to(self.device)
             losses.append(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).item())
             right += int((logits.argmax(dim=-1) == targets).sum())
-            shallow, tokens = shallow + int(leaves.sum()), tokens + targets.numel()
+            shallow = shallow + int(leaves.sum())
+            tokens = tokens + targets.numel()
         ppl = math.exp(sum(losses) / len(self._some(losses)))
         layers = model.config.num_layers
         cost = (shallow * self.config.exit_layer + (tokens - shallow) * layers) / (tokens * layers)

@@ -64,11 +64,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.dim, config.query_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.dim, config.kv_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.dim, config.kv_dim, bias=config.attention_bias)
@@ -90,7 +88,8 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))).transpose(1, 2)
         k, v = self.keys_values(x, cos, sin)
         groups = self.num_heads // self.num_kv_heads
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        k = k.repeat_interleave(groups, dim=1)
+        v = v.repeat_interleave(groups, dim=1)
         mask = None if visible is None else causal_mask(visible)
         mixed = F.scaled_dot_product_attention(
             rotate(q, cos, sin), k, v, attn_mask=mask, is_causal=mask is None

@@ -35,7 +35,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.vocab_size > 0, "the vocabulary's size comes from the tokenizer before a model is built"
-        self.config, early = config, config.exits[:-1]
+        self.config = config
+        early = config.exits[:-1]
         self.recompute_activations = (
             False  # in the backward pass, instead of keeping them: less memory, more time
         )
@@ -112,7 +113,8 @@ class Decoder(nn.Module):
         return self._through(self.layers[layer - 1], hidden)
 
     def _through(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        cos, sin = self.cos[: hidden.shape[1]], self.sin[: hidden.shape[1]]
+        cos = self.cos[: hidden.shape[1]]
+        sin = self.sin[: hidden.shape[1]]
         if self.recompute_activations and isinstance(block, Block):
             return cast(Tensor, checkpoint(block, hidden, cos, sin, use_reentrant=False))
         return cast(Tensor, block(hidden, cos, sin))

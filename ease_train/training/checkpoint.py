@@ -239,7 +239,8 @@ def filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Decod
         weights |= dict.fromkeys(tied, weights[min(tied & weights.keys())])
     expected = model.state_dict()
     if strange := expected.keys() ^ weights.keys():
-        missing, unexpected = sorted(strange & expected.keys()), sorted(strange & weights.keys())
+        missing = sorted(strange & expected.keys())
+        unexpected = sorted(strange & weights.keys())
         raise CheckpointError(
             f"{where}: weights do not fit the model: missing {missing}, unexpected {unexpected}"
         )

@@ -134,7 +134,8 @@ class ModelConfig(Section, table="model"):
             object.__setattr__(self, "ffn_dim", -(-8 * self.dim // (3 * 64)) * 64)
 
     def _check_exit_vocabulary(self) -> None:
-        size, reduced = self.exit_vocab_size, self.exit_head == "reduced"
+        size = self.exit_vocab_size
+        reduced = self.exit_head == "reduced"
         if size and not reduced:
             raise ConfigError(
                 f"model: exit_vocab_size = {size} needs exit_head = 'reduced', not '{self.exit_head}'; "
@@ -345,7 +346,8 @@ def set_option(values: dict[str, Any], name: str, value: Any) -> None:
 
 def cut_warmup(values: dict[str, Any], options: Mapping[str, Any]) -> None:
     """Let a recipe's own warm-up be no longer than the steps that were asked for, and say so."""
-    steps, warmup = options.get("steps"), values["train"]["warmup_steps"]
+    steps = options.get("steps")
+    warmup = values["train"]["warmup_steps"]
     if type(steps) is int and 0 < steps < warmup and "warmup_steps" not in options:
         message = f"--steps {steps} cuts the recipe's warm-up of {warmup} steps to {steps}"
         warnings.warn(message, SettingWarning, stacklevel=3)
@@ -366,7 +368,8 @@ def load_recipe(name: str) -> Recipe:
     `extends = "NAME"` takes everything that the file does not set from another recipe, key by key in each
     table. Raises ConfigError when there is none, or when it does not hold.
     """
-    values, seen = _read_recipe(name), [name]
+    values = _read_recipe(name)
+    seen = [name]
     while base := values.pop("extends", None):
         if base in seen:
             raise ConfigError(

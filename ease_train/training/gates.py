@@ -81,10 +81,8 @@ def agreement(
 
     Shape: (B, S) -> {layer: (N, D), (N) bool}.
     """
-    last, at_exits = (
-        model.config.num_layers,
-        states.hidden.items() if states else model.exit_states(input_ids),
-    )
+    last = model.config.num_layers
+    at_exits = states.hidden.items() if states else model.exit_states(input_ids)
     rows = {layer: model.exit_hidden(hidden, layer).flatten(0, 1) for layer, hidden in at_exits}
     said = {layer: top_tokens(model, layer, hidden) for layer, hidden in rows.items()}
     final = states.top.flatten() if states else said[last]
@@ -106,11 +104,10 @@ def platt_scaling(scores: Tensor, labels: Tensor) -> tuple[float, float]:
 
     Shape: (N), (N) bool -> T, b.
     """
-    scores, target = scores.double(), labels.double()
-    log_slope, offset = (
-        torch.zeros((), dtype=torch.float64, requires_grad=True),
-        torch.zeros((), dtype=torch.float64, requires_grad=True),
-    )
+    scores = scores.double()
+    target = labels.double()
+    log_slope = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    offset = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_slope, offset], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -126,7 +123,8 @@ def platt_scaling(scores: Tensor, labels: Tensor) -> tuple[float, float]:
 
 def quality(probabilities: Tensor, labels: Tensor, temperature: float) -> GateQuality:
     """A gate's figures. Shape: (N), (N) bool."""
-    p, y = probabilities.double(), labels.double()
+    p = probabilities.double()
+    y = labels.double()
     bins = (p * BINS).long().clamp(max=BINS - 1)
     gaps = [
         abs((p[bins == b].mean() - y[bins == b].mean()).item()) * (bins == b).double().mean().item()
@@ -137,7 +135,8 @@ def quality(probabilities: Tensor, labels: Tensor, temperature: float) -> GateQu
 
 def auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve, ties counted half; 0.5 where there is one class. Shape: (N), (N) bool."""
-    positive, negative = scores[labels], scores[~labels].sort().values
+    positive = scores[labels]
+    negative = scores[~labels].sort().values
     if not len(positive) or not len(negative):
         return 0.5
     below = torch.searchsorted(negative, positive, right=False) + torch.searchsorted(

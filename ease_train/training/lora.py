@@ -17,11 +17,9 @@ from torch.nn.utils import parametrize
 
 from ease_train.model.decoder import Decoder
 
-ORIGINAL, DOWN, UP = (
-    ".parametrizations.weight.original",
-    ".parametrizations.weight.0.down",
-    ".parametrizations.weight.0.up",
-)
+ORIGINAL = ".parametrizations.weight.original"
+DOWN = ".parametrizations.weight.0.down"
+UP = ".parametrizations.weight.0.up"
 
 
 class LowRankUpdate(nn.Module):
@@ -53,6 +51,7 @@ def merged(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """A state dictionary with the updates added to their matrices, by the names of a model without them."""
     plain = {name: value for name, value in weights.items() if not name.endswith((ORIGINAL, DOWN, UP))}
     for name in (name.removesuffix(ORIGINAL) for name in weights if name.endswith(ORIGINAL)):
-        down, up = weights[name + DOWN], weights[name + UP]
+        down = weights[name + DOWN]
+        up = weights[name + UP]
         plain[f"{name}.weight"] = weights[name + ORIGINAL] + alpha / len(down) * (up @ down)
     return plain

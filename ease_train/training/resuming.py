@@ -51,7 +51,8 @@ class Asked:
         return replace(checkpoint, data=self.data or checkpoint.data)
 
     def _check_recipe(self, checkpoint: Checkpoint, path: Path) -> None:
-        began, named = checkpoint.base or checkpoint.recipe, self.recipe
+        began = checkpoint.base or checkpoint.recipe
+        named = self.recipe
         remedy = f"leave the recipe out to go on with the run as it is: ease-train fit --out {path} --resume"
         if named is not None and named.name != began.name:
             raise ConfigError(
@@ -78,7 +79,8 @@ class Asked:
         if steps <= step:
             raise ConfigError(f"--steps {steps}: the run at {path} has {step} steps already; expected more")
         longer = own.with_options({"steps": steps})
-        before, after = learning_rate(step - 1, own.train), learning_rate(step, longer.train)
+        before = learning_rate(step - 1, own.train)
+        after = learning_rate(step, longer.train)
         said = f"the schedules go on as those of {steps} steps, not {own.train.steps}"
         warnings.warn(
             f"{said}: the learning rate was {before:.3g}, and is {after:.3g} at step {step + 1}",

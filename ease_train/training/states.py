@@ -57,7 +57,9 @@ def compute_states(model: Decoder, input_ids: Tensor, targets: Tensor, temperatu
     """Run the whole model. Shape: (B, S) int64 twice."""
     found = dict(model.exit_states(input_ids))
     last = model.norm(found.pop(model.config.num_layers)).float()
-    tops, sums, losses = [], [], []
+    tops = []
+    sums = []
+    losses = []
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     for rows, wanted in zip(
         torch.split(last.flatten(0, 1), size), torch.split(targets.flatten(), size), strict=True
@@ -76,7 +78,9 @@ class StateCache:
     def __init__(
         self, folder: Path, model: Decoder, blocks: NDArray[np.int32], temperature: float, precision: str
     ) -> None:
-        self.blocks, self.temperature, self.layers = blocks, temperature, model.config.exits[:-1]
+        self.blocks = blocks
+        self.temperature = temperature
+        self.layers = model.config.exits[:-1]
         self.path = folder / f"states-{self._sum(model, precision)}"
         wide = (blocks.shape[1] - 1, model.config.dim)
         self.shapes: dict[str, tuple[int, ...]] = {f"exit_{layer}": wide for layer in self.layers}
@@ -113,10 +117,8 @@ class StateCache:
         partial = self.path.with_suffix(".partial")
         partial.mkdir(parents=True, exist_ok=True)
         done = self._done(partial)
-        missing, free = (
-            self.num_bytes * (len(self.blocks) - done) // len(self.blocks),
-            shutil.disk_usage(partial).free,
-        )
+        missing = self.num_bytes * (len(self.blocks) - done) // len(self.blocks)
+        free = shutil.disk_usage(partial).free
         if missing > free:
             raise DataError(
                 f"hidden states take {missing / 1e9:.1f} GB more in {partial.parent}, which has "

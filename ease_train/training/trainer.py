@@ -106,7 +106,8 @@ def weights_may_rest(recipe: Recipe) -> bool:
     """Whether some step leaves weights without a gradient: an exit that is not trained, always or at times,
     or a gate.
     """
-    method, model = recipe.method, recipe.model
+    method = recipe.method
+    model = recipe.model
     moving = (
         method.curriculum.on or method.exit_warmup.on or method.alpha.on or method.objective or method.loss
     )
@@ -115,7 +116,8 @@ def weights_may_rest(recipe: Recipe) -> bool:
 
 def check_warm_ups(recipe: Recipe) -> None:
     """Raise ConfigError when a warm-up is longer than the run, which would then train something else."""
-    train, method = recipe.train, recipe.method
+    train = recipe.train
+    method = recipe.method
     lengths = {
         "train: warmup_steps": train.warmup_steps,
         "method.exit_warmup: steps": method.exit_warmup.steps,
@@ -162,7 +164,8 @@ def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDAr
     already, or there is no text.
     """
     documents = load_documents(checkpoint.data, split)
-    found, noted = sum_of(documents), checkpoint.data_sha256.get(split)
+    found = sum_of(documents)
+    noted = checkpoint.data_sha256.get(split)
     if noted not in (None, found):
         raise DataError(
             f"{checkpoint.data} ({split}) holds other text than this checkpoint was trained on: its "
@@ -217,9 +220,13 @@ class Trainer:
     def __init__(
         self, checkpoint: Checkpoint, workers: Workers | None = None, cache: Path | None = None
     ) -> None:
-        self.checkpoint, self.recipe, self.settings = checkpoint, checkpoint.recipe, checkpoint.recipe.train
-        self.workers, self.cache = workers or Workers(), cache
-        self.device, state = self.workers.device, checkpoint.train_state
+        self.checkpoint = checkpoint
+        self.recipe = checkpoint.recipe
+        self.settings = checkpoint.recipe.train
+        self.workers = workers or Workers()
+        self.cache = cache
+        self.device = self.workers.device
+        state = checkpoint.train_state
         method = self.recipe.method
         self.objective_at = (
             own_function(method.objective, "method: objective") if method.objective else objective_at
@@ -280,7 +287,8 @@ class Trainer:
         workers = Workers.join(device, sharded)
         tokenizer = train_tokenizer(load_documents(source, "train"), recipe.tokenizer)
         tokenizer = Tokenizer.from_str(workers.share(tokenizer.to_str())) if workers.count > 1 else tokenizer
-        size, needed = recipe.model.vocab_size, num_ids(tokenizer)
+        size = recipe.model.vocab_size
+        needed = num_ids(tokenizer)
         if 0 < size < needed:
             raise ConfigError(
                 f"model: vocab_size = {size}, expected 0 (the tokenizer's size) or at least that: {needed}"
@@ -323,7 +331,8 @@ class Trainer:
         yield from self.fill_states()
         while not self.ended:
             yield self.log(self.train_step(self.next_batch()))
-            step, last = self.checkpoint.step, self.checkpoint.step == self.settings.steps
+            step = self.checkpoint.step
+            last = self.checkpoint.step == self.settings.steps
             if step % self.settings.eval_every == 0 or last:
                 yield self.log(self.evaluate())
                 self.keep_best()
@@ -398,15 +407,15 @@ class Trainer:
 
         Shape: (accumulate * batch_size, sequence_length + 1).
         """
-        objective, parts = (
-            self.objective_at(self.checkpoint.step, self.recipe),
-            np.split(batch, self.settings.accumulate),
-        )
+        objective = self.objective_at(self.checkpoint.step, self.recipe)
+        parts = np.split(batch, self.settings.accumulate)
         self.model.train()
         if objective.drop:  # not the same sequences in every process
             place = (self.settings.seed, self.checkpoint.step, self.workers.rank)
             torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
-        total, by_exit, numbers = 0.0, dict.fromkeys(self.recipe.model.exits, 0.0), self.next_numbers()
+        total = 0.0
+        by_exit = dict.fromkeys(self.recipe.model.exits, 0.0)
+        numbers = self.next_numbers()
         for number, part in enumerate(parts, 1):
             with self.workers.hold_gradients(self.learner, number < len(parts)):
                 loss, losses = self._loss(part, np.split(numbers, len(parts))[number - 1], objective)
@@ -485,7 +494,8 @@ class Trainer:
         """Whether the last `patience` evaluations were all no better than the best before them, at the last
         exit.
         """
-        values, patience = self._last_exit_perplexities(), self.settings.patience
+        values = self._last_exit_perplexities()
+        patience = self.settings.patience
         return 0 < patience < len(values) and min(values[-patience:]) >= min(values[:-patience])
 
     def keep_best(self) -> None:

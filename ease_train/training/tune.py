@@ -29,7 +29,8 @@ def tuned_recipe(trained: Recipe, recipe: Recipe, options: Mapping[str, Any]) ->
 
     Raises ConfigError.
     """
-    values, shape = recipe.to_dict(), trained.model.to_dict()
+    values = recipe.to_dict()
+    shape = trained.model.to_dict()
     values["model"] = {**shape, **{name: values["model"][name] for name in OF_THE_EXITS}, "gates": []}
     values["tokenizer"] = trained.tokenizer.to_dict()
     for name, value in options.items():
@@ -47,7 +48,8 @@ def tuned_recipe(trained: Recipe, recipe: Recipe, options: Mapping[str, Any]) ->
 def with_exits(model: Decoder, recipe: Recipe) -> Decoder:
     """A decoder with the recipe's exits and the weights of `model`."""
     grown = Decoder(recipe.model)
-    fresh, trained = grown.state_dict(), model.state_dict()
+    fresh = grown.state_dict()
+    trained = model.state_dict()
     kept = {
         name: value for name, value in trained.items() if name in fresh and fresh[name].shape == value.shape
     }
@@ -68,7 +70,8 @@ def has_new_reduced_head(trained: Decoder, grown: Decoder) -> bool:
     """Whether a reduced head's tokens are still to be chosen: there is one, and the trained model had none of
     its size.
     """
-    had, has = trained.reduced_head, grown.reduced_head
+    had = trained.reduced_head
+    has = grown.reduced_head
     return has is not None and (had is None or len(had.ids) != len(has.ids))
 
 

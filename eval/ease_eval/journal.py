@@ -24,7 +24,8 @@ class Journal:
     """
 
     def __init__(self, file: Path | None, asked: dict[str, Any]) -> None:
-        self.file, self.path = file, None if file is None else file.with_name(f".{file.name}.journal")
+        self.file = file
+        self.path = None if file is None else file.with_name(f".{file.name}.journal")
         self.asked: dict[str, Any] = json.loads(json.dumps(asked))
         self.found: dict[str, Any] = {}
         self.num_read = 0  # parts that the run before had finished

@@ -124,7 +124,8 @@ def test_what_is_no_item_is_named(arguments: list[str], text: str) -> None:
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, link = tmp_path / "new" / "a.json", tmp_path / "link"
+    file = tmp_path / "new" / "a.json"
+    link = tmp_path / "link"
     write_whole(file, "one")
     link.symlink_to(file)
     write_whole(link, "two")

@@ -21,7 +21,8 @@ class ScriptedHeads:
     """Stands in for `run_exit`: the head's graphs run, and what they would say is written by the script."""
 
     def __init__(self, stack: OrtStack, confidences: list[float]) -> None:
-        self.run, self.confidences = stack.run_exit, iter(confidences)
+        self.run = stack.run_exit
+        self.confidences = iter(confidences)
 
     def __call__(self, number: int, rows: np.ndarray) -> HeadOutput:
         output = self.run(number, rows)

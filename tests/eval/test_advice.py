@@ -45,7 +45,9 @@ def simulated(
     depths: np.ndarray[Any, Any], thresholds: tuple[float | None, ...], catch_up: str, cap: int
 ) -> float:
     """The seconds of a token, walking the engine's rules token by token over straight-line costs."""
-    done, total, straight = [0, 0, 0], 0.0, False
+    done = [0, 0, 0]
+    total = 0.0
+    straight = False
 
     def cost(graph: str, k: int, tokens: int) -> float:
         table = TABLES[graph, k]
@@ -100,7 +102,8 @@ def test_full_depth_asks_no_exit(tiny_bundle: Path) -> None:
 
 def on_a_clock_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let time pass only within the stack's calls, by what they run, and 0.1 ms a step of the engine."""
-    now, stack = [0.0], llm.stack
+    now = [0.0]
+    stack = llm.stack
     base = {"run_segment": (1.0, 2.0, 6.0), "run_kv": (0.0, 0.3, 0.6), "run_exit": (0.5, 0.5, 0.8)}
 
     def slowed(name: str, run: Any) -> Any:

@@ -29,7 +29,8 @@ def test_a_bad_line_is_named_by_its_place_in_the_file(tmp_path: Path, line: str)
 
 
 def test_a_damaged_archive_is_one_line(tmp_path: Path) -> None:
-    whole, file = gzip.compress(b'{"prompt": "a"}\n' * 50), tmp_path / "prompts.jsonl.gz"
+    whole = gzip.compress(b'{"prompt": "a"}\n' * 50)
+    file = tmp_path / "prompts.jsonl.gz"
     for damaged in (whole[:-10], whole[:12] + bytes(8) + whole[20:], b"no archive"):
         file.write_bytes(damaged)
         with pytest.raises(RequestError, match="cannot read prompts from"):

@@ -63,7 +63,10 @@ def test_the_promise_holds_on_fresh_documents() -> None:
     """Candidates whose true risks rise from 0.01 to 0.2: in 600 draws the one chosen is above delta at most
     epsilon of the time.
     """
-    dice, delta, epsilon, size = np.random.default_rng(3), 0.08, 0.1, 150
+    dice = np.random.default_rng(3)
+    delta = 0.08
+    epsilon = 0.1
+    size = 150
     truths = np.linspace(0.01, 0.2, 25)
     wrong = chosen = 0
     for _ in range(600):
@@ -77,7 +80,8 @@ def test_the_promise_holds_on_fresh_documents() -> None:
 
 
 def test_the_walk_stops_at_the_first_that_fails() -> None:
-    fine, bad = np.zeros(200), np.full(200, 0.5)
+    fine = np.zeros(200)
+    bad = np.full(200, 0.5)
     assert walk([fine, bad, fine], 0.05, 0.05)[0] == 1
     assert len(walk([fine, bad, fine], 0.05, 0.05)[1]) == 2
     assert walk([bad], 0.05, 0.05)[0] == 0

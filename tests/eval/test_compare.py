@@ -147,7 +147,8 @@ def test_a_peer_that_crashes_is_a_line_and_the_rest_goes_on(
     found = compare_peers(
         plan(tiny_bundle, folder, tmp_path, gguf=tmp_path / "model.gguf"), [[5, 17, 8], [44, 9, 40]]
     )
-    ease, llama = found.rows[0], found.rows[-1]
+    ease = found.rows[0]
+    llama = found.rows[-1]
     assert (llama.runtime, llama.error, llama.tokens_per_second) == (
         "llama.cpp",
         "its process ended: killed by SIGSEGV",

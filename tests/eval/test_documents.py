@@ -88,7 +88,8 @@ def test_the_unknown_token_of_each_kind_of_model() -> None:
 
 def test_bits_per_byte_of_a_command(tiny_bundle: Path, tmp_path: Path) -> None:
     """From the perplexity and the text's own bytes."""
-    data, out = tmp_path / "data.jsonl", tmp_path / "ppl.json"
+    data = tmp_path / "data.jsonl"
+    out = tmp_path / "ppl.json"
     rows = [{"text": f"And the king {i} 日本 went"} for i in range(30)]
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     result = CliRunner().invoke(main, ["ppl", str(tiny_bundle), "--data", str(data), "--json", str(out)])

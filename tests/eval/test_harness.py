@@ -88,9 +88,11 @@ def test_rolling_under_a_policy_is_the_tables(
     tiny_bundle: Path, instance: Any, catch_up: str, threshold: str
 ) -> None:
     """Also over several windows of the context."""
-    llm, text = LLM(tiny_bundle), TEXT * 8
+    llm = LLM(tiny_bundle)
+    text = TEXT * 8
     values = [None if part == "off" else float(part) for part in threshold.split("/")]
-    policy, ids = make_policy("max-prob", values, (2, 4, 6)), llm.encode(text)
+    policy = make_policy("max-prob", values, (2, 4, 6))
+    ids = llm.encode(text)
     assert len(ids) > llm.stack.max_positions
     (scores,) = score_documents(llm.engine, [ids], [policy], catch_up)
     found = rolling(tiny_bundle, f",threshold={threshold},catch_up={catch_up}", instance, text)
@@ -204,7 +206,8 @@ def test_a_task_of_the_harness_runs_through_the_policy(tiny_bundle: Path, tmp_pa
         sums = []
         for choice in row["choices"]:
             first, rest = encode_pair(one.llm, str(row["context"]), f" {choice}")
-            sampler, budget = Given([*first, *rest]), len(rest)
+            sampler = Given([*first, *rest])
+            budget = len(rest)
             sequence = one.llm.engine.start(first, max_new_tokens=budget, policy=one.policy, sampler=sampler)
             sums.append(sum(t.logprob for t in one.llm.engine.generate(sequence)))
         right.append(int(np.argmax(sums)) == row["answer"])
@@ -215,7 +218,8 @@ def test_a_task_of_the_harness_runs_through_the_policy(tiny_bundle: Path, tmp_pa
 
 def test_no_pair_ends_a_run(tiny_bundle: Path, instance: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is certain to follow, what has no tokens cannot, and the others get what they get alone."""
-    one, long = model(tiny_bundle), TEXT * 12
+    one = model(tiny_bundle)
+    long = TEXT * 12
     asked = [("And the king", ""), ("And", "\ud83d"), ("And", long), PAIRS[0]]
     found = one.loglikelihood([instance("loglikelihood", *pair) for pair in asked])
     assert found[:2] == [(0.0, True), (-np.inf, False)]
@@ -256,7 +260,8 @@ def test_likelihoods_are_those_of_the_harness_own_model(
     from ease_train.convert.huggingface import export_model, import_model
     from ease_train.training.checkpoint import save_checkpoint
 
-    checkpoint, folder = tiny_checkpoint, tmp_path / "hf"
+    checkpoint = tiny_checkpoint
+    folder = tmp_path / "hf"
     if kind == "trained here":
         export_model(load_checkpoint(checkpoint), folder)
     else:

@@ -76,8 +76,11 @@ def test_inspect_shows_what_a_bundle_has(name: str, shown: list[str], request: p
 
 def test_a_gate_decides_as_in_torch_and_the_head_runs_only_for_who_leaves(gated: Made) -> None:
     checkpoint, bundle = gated
-    model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
-    engine, ids, threshold = Engine(stack), text(90, seed=4), 0.5
+    model = load_checkpoint(checkpoint).model.eval()
+    stack = OrtStack(bundle)
+    engine = Engine(stack)
+    ids = text(90, seed=4)
+    threshold = 0.5
     policy = make_policy("gate", [threshold], stack.exit_layers)
     sequence = engine.start(ids[:1], max_new_tokens=89, policy=policy, sampler=Given(ids))
     stack.trace = []
@@ -121,7 +124,8 @@ def test_parallel_scores_equal_the_engines(
     name: str, policy: str, catch_up: str, request: pytest.FixtureRequest
 ) -> None:
     stack = OrtStack(request.getfixturevalue(name)[1])
-    engine, ids = Engine(stack), text(120, seed=6)
+    engine = Engine(stack)
+    ids = text(120, seed=6)
     layers = stack.exit_layers
     policies = [make_policy(policy, [t], layers) for t in (0.0, 0.4, 0.6)] if len(layers) > 1 else []
     policies.append(FULL_DEPTH)
@@ -142,8 +146,10 @@ def test_an_exits_layer_and_reduced_head_say_what_they_say_in_torch(blocks: Made
     know have their share.
     """
     checkpoint, bundle = blocks
-    model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
-    engine, ids = Engine(stack), text(90, seed=5)
+    model = load_checkpoint(checkpoint).model.eval()
+    stack = OrtStack(bundle)
+    engine = Engine(stack)
+    ids = text(90, seed=5)
     policy = make_policy("fixed", None, stack.exit_layers, exit_layer=4)
     sequence = engine.start(ids[:7], max_new_tokens=83, policy=policy, sampler=Given(ids), num_logprobs=1)
     tokens = list(engine.generate(sequence))
@@ -161,7 +167,8 @@ def test_an_exits_layer_and_reduced_head_say_what_they_say_in_torch(blocks: Made
 def test_verify_with_a_reduced_head_is_full_depth(blocks: Made) -> None:
     stack = OrtStack(blocks[1])
     for sampler in (None, GumbelSampler(0.9, 0, 1.0, 3)):
-        engine, prompt = Engine(stack, num_slots=2), text(20, seed=8)
+        engine = Engine(stack, num_slots=2)
+        prompt = text(20, seed=8)
         off = engine.start(prompt, max_new_tokens=60, sampler=sampler)
         policy = make_policy("max-prob", [0.0], stack.exit_layers)
         drafted = engine.start(prompt, max_new_tokens=60, policy=policy, catch_up="verify", sampler=sampler)
@@ -173,7 +180,8 @@ def test_verify_with_a_reduced_head_is_full_depth(blocks: Made) -> None:
 
 def routes_in_torch(model: Decoder, ids: list[int]) -> dict[int, list[bool]]:
     """Which positions go into each routed layer, in one teacher-forced pass of the whole text."""
-    hidden, routes = model.embed(torch.tensor([ids])), {}
+    hidden = model.embed(torch.tensor([ids]))
+    routes = {}
     for layer, block in enumerate(model.layers, 1):
         if isinstance(block, RoutedBlock):
             routes[layer] = block.goes_in(hidden)[0].tolist()
@@ -186,8 +194,10 @@ def test_decoding_routes_as_teacher_forcing_and_skips_for_real(routed: Made) -> 
     in, no more.
     """
     checkpoint, bundle = routed
-    model, stack = load_checkpoint(checkpoint).model.eval(), OrtStack(bundle)
-    engine, ids = Engine(stack), text(150, seed=9)
+    model = load_checkpoint(checkpoint).model.eval()
+    stack = OrtStack(bundle)
+    engine = Engine(stack)
+    ids = text(150, seed=9)
     sequence = engine.start(ids[:1], max_new_tokens=149, sampler=Given(ids))
     stack.trace = []
     tokens = list(engine.generate(sequence))
@@ -236,7 +246,8 @@ def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRe
     policy = make_policy("max-prob", [0.4], stack.exit_layers) if len(stack.exit_layers) > 1 else FULL_DEPTH
 
     def begin(engine: Engine, i: int) -> TokenSequence:
-        prompt, catch_up = text(10 + 9 * i, seed=i), ("recompute", "verify")[i % 2]
+        prompt = text(10 + 9 * i, seed=i)
+        catch_up = ("recompute", "verify")[i % 2]
         return engine.start(
             prompt, max_new_tokens=50, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, i)
         )

@@ -42,7 +42,8 @@ def joining() -> Tokenizer:
     return tokenizer
 
 
-START, END = 300, 301
+START = 300
+END = 301
 
 
 def engine(start_id: int | None) -> Any:
@@ -61,13 +62,15 @@ def pairs() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("start_id", [START, None])
 def test_what_is_scored_is_the_text_that_was_asked(start_id: int | None) -> None:
-    llm, spanning = engine(start_id), 0
+    llm = engine(start_id)
+    spanning = 0
     for context, continuation in pairs():
         first, rest = encode_pair(llm, context, continuation)
         ids = llm.tokenizer.encode(context + continuation, add_special_tokens=False).ids
         before = [start_id if start_id is not None else END]
         assert [*first, *rest] in ([*before, *ids], ids), (context, continuation)
-        kept, told = context.rstrip().encode(), num_bytes(llm, first, before)
+        kept = context.rstrip().encode()
+        told = num_bytes(llm, first, before)
         assert told <= len(kept) < told + num_bytes(llm, rest[:1], before), (context, continuation)
         spanning += told < len(kept)
     assert spanning > 50, "few tokens span a join: the test shows little"
@@ -89,7 +92,8 @@ def test_the_harness_divides_alike_where_its_ids_are_the_texts() -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed", exc_type=ImportError)
     from lm_eval.api.model import TemplateLM
 
-    llm, same = engine(START), 0
+    llm = engine(START)
+    same = 0
 
     class Asked:
         backend = "causal"

@@ -43,7 +43,10 @@ class Simulation:
     """The offline reference: from whole-text passes in torch, with the rules of the engine written again."""
 
     def __init__(self, model: Decoder, threshold: float, catch_up: str, num_prompt: int) -> None:
-        self.model, self.threshold, self.catch_up, self.num_prompt = model, threshold, catch_up, num_prompt
+        self.model = model
+        self.threshold = threshold
+        self.catch_up = catch_up
+        self.num_prompt = num_prompt
         self.depths: list[int] = []  # of every token that has been predicted
 
     def next(self, ids: Sequence[int]) -> tuple[int, int, float]:
@@ -76,14 +79,17 @@ class Simulation:
 def test_engine_equals_the_simulation_in_torch(
     stack: OrtStack, model: Decoder, catch_up: str, threshold: float
 ) -> None:
-    prompt, num_tokens = text(12, seed=3), 120
+    prompt = text(12, seed=3)
+    num_tokens = 120
     engine = Engine(stack)
     produced = list(
         engine.generate(
             engine.start(prompt, max_new_tokens=num_tokens, policy=policy(threshold), catch_up=catch_up)
         )
     )
-    simulation, ids, ties = Simulation(model, threshold, catch_up, len(prompt)), list(prompt), 0
+    simulation = Simulation(model, threshold, catch_up, len(prompt))
+    ids = list(prompt)
+    ties = 0
     for token in produced:
         with torch.no_grad():
             expected, depth, confidence = simulation.next(ids)
@@ -172,7 +178,8 @@ def test_an_exit_that_is_off_is_not_asked(stack: OrtStack) -> None:
     """Only the second exit: nobody leaves at the first, no head runs there, and who leaves is decided by the
     second alone.
     """
-    chosen, ids = make_policy("max-prob", [None, 0.5], (2, 4, 6)), text(100, seed=4)
+    chosen = make_policy("max-prob", [None, 0.5], (2, 4, 6))
+    ids = text(100, seed=4)
     engine = Engine(stack)
     stack.trace = []
     sequence = engine.start(ids[:1], max_new_tokens=99, policy=chosen, sampler=Given(ids))
@@ -189,7 +196,8 @@ def test_an_exit_that_is_off_is_not_asked(stack: OrtStack) -> None:
 @pytest.mark.parametrize("num_prompt", [1, 2, 40, 89])
 def test_scores_after_a_prompt_equal_the_engines(stack: OrtStack, catch_up: str, num_prompt: int) -> None:
     """A prompt's K/V are exact, its last token's prediction follows the policy."""
-    ids, chosen = text(90, seed=6), [policy(None), policy(0.0), policy(0.5)]
+    ids = text(90, seed=6)
+    chosen = [policy(None), policy(0.0), policy(0.5)]
     engine = Engine(stack)
     for one, score in zip(
         chosen, score_continuation(engine, ids[:num_prompt], ids[num_prompt:], chosen, catch_up), strict=True
@@ -207,14 +215,17 @@ def test_scores_after_a_prompt_equal_the_engines(stack: OrtStack, catch_up: str,
 
 
 def test_a_context_that_is_too_long_loses_its_beginning(stack: OrtStack) -> None:
-    engine, ids, limit = Engine(stack), text(400, seed=7), stack.max_positions
+    engine = Engine(stack)
+    ids = text(400, seed=7)
+    limit = stack.max_positions
     (whole,) = score_continuation(engine, ids[:390], ids[390:], [policy(0.5)], "propagate")
     (cut,) = score_continuation(engine, ids[400 - limit - 1 : 390], ids[390:], [policy(0.5)], "propagate")
     assert whole.logprobs.tolist() == cut.logprobs.tolist()
 
 
 def test_a_continuation_longer_than_the_context_is_scored_in_windows(stack: OrtStack) -> None:
-    engine, ids = Engine(stack), text(400, seed=7)
+    engine = Engine(stack)
+    ids = text(400, seed=7)
     (scores,) = score_continuation(engine, ids[:10], ids[10:], [policy(0.5)], "propagate")
     (whole,) = score_documents(engine, [ids], [policy(0.5)], "propagate")
     assert scores.logprobs.tolist() == whole.logprobs.tolist()[9:]

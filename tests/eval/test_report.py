@@ -103,7 +103,8 @@ def test_in_a_browser(report: Path) -> None:
 
 def test_calibration_error_by_hand() -> None:
     """Two bins: three tokens at 0.9 of which two agree, one at 0.15 that does not."""
-    confidence, agrees = np.array([0.9, 0.9, 0.9, 0.15]), np.array([True, True, False, False])
+    confidence = np.array([0.9, 0.9, 0.9, 0.15])
+    agrees = np.array([True, True, False, False])
     means, shares, counts = bins(confidence, agrees)
     assert (means, shares, counts) == (pytest.approx([0.15, 0.9]), pytest.approx([0.0, 2 / 3]), [1, 3])
     assert expected_error(confidence, agrees) == pytest.approx((3 * (0.9 - 2 / 3) + 0.15) / 4)
@@ -132,7 +133,9 @@ def test_a_report_without_a_suffix_is_refused_before_anything_is_measured(
 
 
 def test_a_link_and_a_pipe_stay_what_they_are(tmp_path: Path) -> None:
-    real, link, pipe = tmp_path / "real.json", tmp_path / "link.json", tmp_path / "pipe"
+    real = tmp_path / "real.json"
+    link = tmp_path / "link.json"
+    pipe = tmp_path / "pipe"
     real.write_text("old", encoding="utf-8")
     link.symlink_to(real)
     write_whole(link, "new")

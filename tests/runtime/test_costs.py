@@ -84,7 +84,8 @@ def test_draft_length_is_the_best_of_a_simulation(acceptance: float) -> None:
     """
     costs = prices(MockStack(LAYERS), (1.0, 1.0), per_token=0.02, head=0.1)
     made = pace(costs, (100, 0), "verify")
-    made.drafted, made.accepted = 1.0, acceptance
+    made.drafted = 1.0
+    made.accepted = acceptance
     dice = np.random.default_rng(0)
     speeds = {0: 1.0 / (1.02 + 1.02 + 0.1)}
     for length in range(1, 17):

@@ -27,7 +27,8 @@ ELSEWHERE = Device("cpu", "CPUExecutionProvider", own_memory=True)  # bound by a
 
 def decode(stack: OrtStack) -> list[list[Token]]:
     """Every catch-up and kind of policy, three rows at a time."""
-    layers, requests = stack.exit_layers, []
+    layers = stack.exit_layers
+    requests = []
     engine = Engine(stack, num_slots=3)
     for i, catch_up in enumerate(CATCH_UPS):
         for policy in (
@@ -35,7 +36,8 @@ def decode(stack: OrtStack) -> list[list[Token]]:
             make_policy("max-prob", [0.4], layers),
             make_policy("similarity", [0.6], layers),
         ):
-            prompt, sampler = [1 + i, 5, 9] * (4 + 9 * i), GumbelSampler(0.8, 0, 1.0, i)
+            prompt = [1 + i, 5, 9] * (4 + 9 * i)
+            sampler = GumbelSampler(0.8, 0, 1.0, i)
             requests.append(
                 engine.start(prompt, max_new_tokens=25, policy=policy, catch_up=catch_up, sampler=sampler)
             )

@@ -87,7 +87,8 @@ def cases(
     blocks: tuple[int, ...] | None = None,
 ) -> Case:
     exit_layers = exit_layers or draw(st.sampled_from([(3,), (1, 2), (2, 4, 6), (1, 4, 5), (1, 3, 4, 6)]))
-    early, vocab = len(exit_layers) - 1, vocab or draw(st.sampled_from([3, VOCAB]))
+    early = len(exit_layers) - 1
+    vocab = vocab or draw(st.sampled_from([3, VOCAB]))
     prompt = tuple(draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=6)))
     num_new = draw(st.integers(1, 18))
     leaves_at = draw(
@@ -136,12 +137,20 @@ def reference(case: Case, catch_up: str) -> Reference:
 
     `propagate`: a produced token is frozen past the exit that it left by.
     """
-    stack, policy, sampler = case.stack(), case.exit_policy(), case.sampler()
-    tokens, exits, confidences = list(case.prompt), [], []
+    stack = case.stack()
+    policy = case.exit_policy()
+    sampler = case.sampler()
+    tokens = list(case.prompt)
+    exits = []
+    confidences = []
     last = len(case.exit_layers) - 1
     while len(tokens) < case.limit:
-        newest, cache, left = len(tokens) - 1, stack.open_cache(), None
-        rows, said, agreeing = np.array(tokens, np.int64), None, 0
+        newest = len(tokens) - 1
+        cache = stack.open_cache()
+        left = None
+        rows = np.array(tokens, np.int64)
+        said = None
+        agreeing = 0
         for k in range(last + 1):
             active = np.ones(len(tokens), np.bool_)
             if catch_up == "propagate":
@@ -176,7 +185,8 @@ def reference(case: Case, catch_up: str) -> Reference:
                 )
                 if case.policy == "patience" and k < last:
                     agreeing = agreeing + 1 if output.top_id[0] == said else 0
-                    confidence, said = float(np.float32(min(1.0, agreeing / case.patience))), output.top_id[0]
+                    confidence = float(np.float32(min(1.0, agreeing / case.patience)))
+                    said = output.top_id[0]
             if k == last or confidence >= lowered(policy.thresholds.at(k), case, len(tokens)):
                 left = (
                     k,
@@ -201,11 +211,9 @@ def lowered(threshold: float, case: Case, length: int) -> np.float32:
 def finish(engine: Engine, sequence: TokenSequence) -> list[Token]:
     """Step to the end, watching the counters."""
     while sequence.finish_reason is None:
-        before, produced, leaving = (
-            list(sequence.counters.done),
-            len(sequence.produced),
-            sequence.decision.leaving,
-        )
+        before = list(sequence.counters.done)
+        produced = len(sequence.produced)
+        leaving = sequence.decision.leaving
         changed = engine.step()
         assert sequence.counters.done == sorted(sequence.counters.done, reverse=True)
         if sequence.request.catch_up != "verify" and leaving is None:
@@ -287,9 +295,11 @@ def test_verify_accepts_and_rejects(seed: int | None) -> None:
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), cap=st.integers(1, 6))
 def test_a_cap_moves_work_and_bounds_queues(catch_up: str, case: Case, cap: int) -> None:
-    free, capped = Engine(case.stack(), cap=1000), Engine(case.stack(), cap=cap)
+    free = Engine(case.stack(), cap=1000)
+    capped = Engine(case.stack(), cap=cap)
     capped.stack.trace = []
-    without, sequence = finish(free, case.start(free, catch_up)), case.start(capped, catch_up)
+    without = finish(free, case.start(free, catch_up))
+    sequence = case.start(capped, catch_up)
     while sequence.finish_reason is None:
         if (
             sequence.decision.level == 0
@@ -342,18 +352,22 @@ def test_off_is_the_plain_model(catch_up: str, case: Case) -> None:
     """No threshold: a token a pass through every segment, one head call a token, whatever the catch-up."""
     case = replace(case, thresholds=None, policy="max-prob")
     stack = case.stack()
-    stack.trace, engine = [], Engine(stack, cap=1)
+    engine = Engine(stack, cap=1)
+    stack.trace = []
     sequence = case.start(engine, catch_up, keep=True)
     produced = finish(engine, sequence)
-    segments, last = range(len(case.exit_layers)), len(case.exit_layers) - 1
+    segments = range(len(case.exit_layers))
+    last = len(case.exit_layers) - 1
     sizes = [len(case.prompt)] + [1] * (case.num_new - 1)
     expected = [
         call for size in sizes for call in [*(("segment", k, size) for k in segments), ("exit", last, 1)]
     ]
     assert [(c.graph, c.number, c.num_tokens) for c in stack.trace] == expected
     assert {t.depth for t in produced} == {case.exit_layers[-1]}
-    plain, sampler = case.stack(), case.sampler()
-    tokens, cache = list(case.prompt), plain.open_cache()
+    plain = case.stack()
+    sampler = case.sampler()
+    tokens = list(case.prompt)
+    cache = plain.open_cache()
     while len(tokens) < case.limit:  # one pass after the other, with no engine
         start = cache.filled[0][-1]
         inputs = np.array(tokens[start:], np.int64)
@@ -404,7 +418,8 @@ def test_the_prefill_runs_every_segment(catch_up: str, thresholds: list[float] |
     after it.
     """
     stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.5)
-    stack.trace, engine = [], Engine(stack)
+    engine = Engine(stack)
+    stack.trace = []
     sequence = engine.start(
         [3, 1, 4, 1, 5],
         max_new_tokens=2,
@@ -427,7 +442,8 @@ def test_propagate_never_runs_a_segment_for_pending_tokens() -> None:
     stack = MockStack(
         (1, 3, 4), confidence=lambda exit_index, position: float(exit_index >= (position * 7) % 3)
     )
-    stack.trace, engine = [], Engine(stack)
+    engine = Engine(stack)
+    stack.trace = []
     sequence = engine.start(
         [2, 7], max_new_tokens=40, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up="propagate"
     )
@@ -443,7 +459,8 @@ def test_recompute_runs_each_position_once_and_batched() -> None:
     stack = MockStack(
         (1, 3, 4), confidence=lambda exit_index, position: float(exit_index >= (0 if position % 8 else 2))
     )
-    stack.trace, engine = [], Engine(stack)
+    engine = Engine(stack)
+    stack.trace = []
     sequence = engine.start(
         [2, 7], max_new_tokens=40, policy=make_policy("max-prob", [0.5], (2, 4, 6)), catch_up="recompute"
     )
@@ -479,7 +496,8 @@ def run_mix(requests: list[tuple[Case, str]], num_slots: int, cap: int, dice: ra
     engine = Engine(
         stack, num_slots=num_slots, cap=cap, chunk=dice.randint(1, 8), draft_length=dice.randint(1, 6)
     )
-    sequences, given_up = [], []
+    sequences = []
+    given_up = []
     while len(sequences) < len(requests) or engine.busy:
         while len(sequences) < len(requests) and (not engine.busy or dice.random() < 0.2):
             case, kind = requests[len(sequences)]
@@ -504,10 +522,8 @@ def run_mix(requests: list[tuple[Case, str]], num_slots: int, cap: int, dice: ra
 @st.composite
 def mixes(draw: st.DrawFn) -> list[tuple[Case, str]]:
     """Requests for one stack, of every length, policy and catch-up."""
-    exit_layers, vocab = (
-        draw(st.sampled_from([(1, 2), (2, 4, 6), (1, 3, 4, 6)])),
-        draw(st.sampled_from([3, VOCAB])),
-    )
+    exit_layers = draw(st.sampled_from([(1, 2), (2, 4, 6), (1, 3, 4, 6)]))
+    vocab = draw(st.sampled_from([3, VOCAB]))
     blocks = draw(
         some_exits(len(exit_layers) - 1)
     )  # whether a request is asked at one depends on its thresholds
@@ -580,7 +596,8 @@ def test_crop_then_continue_is_as_if_it_had_been_so(
     for _ in range(steps):
         if len(sequence.tokens) < case.limit - 1:
             engine.step()
-    length, before = min(length, len(sequence.tokens) - 1), list(sequence.produced)
+    length = min(length, len(sequence.tokens) - 1)
+    before = list(sequence.produced)
     sequence.crop(length)
     assert sequence.produced == before[: max(0, length - len(case.prompt))]
     sequence.tokens.append(replacement % case.vocab)
@@ -630,7 +647,8 @@ def test_crop_forgets_what_was_produced_past_it() -> None:
 @pytest.mark.parametrize("thresholds", [None, [0.0], [1.0]])
 def test_verify_takes_the_first_token_from_full_depth(thresholds: list[float] | None) -> None:
     stack = MockStack((2, 4, 6), confidence=lambda exit_index, position: 0.5)
-    stack.trace, engine = [], Engine(stack)
+    engine = Engine(stack)
+    stack.trace = []
     sequence = engine.start(
         [3, 1, 4], max_new_tokens=2, policy=make_policy("max-prob", thresholds, (2, 4, 6)), catch_up="verify"
     )
@@ -648,7 +666,8 @@ def test_verify_judges_draft_length_drafts_at_once() -> None:
     depth says itself.
     """
     stack = MockStack((2, 4), vocab_size=2, confidence=lambda exit_index, position: 1.0)
-    stack.trace, engine = [], Engine(stack, draft_length=3)
+    engine = Engine(stack, draft_length=3)
+    stack.trace = []
     policy = make_policy("max-prob", [0.5], (2, 4))
     finish(engine, engine.start([1, 0], max_new_tokens=60, policy=policy, catch_up="verify"))
     deep = [c.num_tokens for c in stack.trace if c.graph == "segment" and c.number == 1][1:]
@@ -659,7 +678,8 @@ def test_verify_judges_draft_length_drafts_at_once() -> None:
 
 def test_a_drafted_stop_token_is_judged_before_it_ends() -> None:
     stack = MockStack((2, 4), vocab_size=3, confidence=lambda exit_index, position: 1.0)
-    policy, prompt = make_policy("max-prob", [0.5], (2, 4)), [1, 0]
+    policy = make_policy("max-prob", [0.5], (2, 4))
+    prompt = [1, 0]
     for stop in range(3):
         engine = Engine(stack, draft_length=5)
         off = finish(engine, engine.start(prompt, max_new_tokens=40, stop_ids=frozenset({stop})))
@@ -691,13 +711,15 @@ def test_a_row_that_breaks_ends_alone() -> None:
     stack = MockStack((2, 4, 6))
     engine = Engine(stack, num_slots=3)
     sequences = [engine.start([i, 2, 3], max_new_tokens=20) for i in range(3)]
-    right, victim = stack.run_exit, sequences[1]
+    right = stack.run_exit
+    victim = sequences[1]
 
     def broken(number: int, rows: np.ndarray) -> HeadOutput:
         output = right(number, rows)
         if len(victim.tokens) > 8 and victim.slot is not None:
             mine = rows == victim.counters.rows[len(victim.tokens) - 1]
-            output.logits[mine], output.top_prob[mine] = np.nan, np.nan
+            output.logits[mine] = np.nan
+            output.top_prob[mine] = np.nan
         return output
 
     stack.run_exit = broken
@@ -715,12 +737,14 @@ def test_a_request_after_another_runs_only_what_is_new(catch_up: str) -> None:
     """As a conversation does: its prompt begins with what the other has in its cache; its tokens are those of
     a fresh start.
     """
-    stack, layers = MockStack((2, 4, 6), max_positions=200), (2, 4, 6)
+    stack = MockStack((2, 4, 6), max_positions=200)
+    layers = (2, 4, 6)
     policy = make_policy("max-prob", None if catch_up == "propagate" else [0.5], layers)
     engine = Engine(stack, num_slots=2)
     first = engine.start([5, 6, 7, 8], max_new_tokens=10, policy=policy, catch_up=catch_up, keep=True)
     finish(engine, first)
-    prompt, shared = [*first.tokens, 1, 2, 3], first.counters.done[-1]
+    prompt = [*first.tokens, 1, 2, 3]
+    shared = first.counters.done[-1]
     assert shared >= 4
     stack.trace = []
     second = engine.start(prompt, max_new_tokens=10, policy=policy, catch_up=catch_up, after=first)
@@ -737,14 +761,16 @@ def test_a_request_after_one_that_skipped_an_exits_layer_runs_it_all() -> None:
     """The exit's own layer has no K/V of a request that could not leave there: nothing can be taken over;
     after one that could, all.
     """
-    layers, prompt = (2, 4), [5, 6, 7, 8]
+    layers = (2, 4)
+    prompt = [5, 6, 7, 8]
     policy = make_policy("max-prob", [0.5], layers)
     for before in (FULL_DEPTH, policy):
         stack = MockStack(layers, max_positions=200, blocks=(0,))
         engine = Engine(stack)
         first = engine.start(prompt, max_new_tokens=10, policy=before, keep=True)
         finish(engine, first)
-        stack.trace, longer = [], [*first.tokens, 1, 2]
+        stack.trace = []
+        longer = [*first.tokens, 1, 2]
         shared = first.counters.done[-1] if before is policy else 0
         second = engine.start(longer, max_new_tokens=10, policy=policy, after=first)
         finish(engine, second)
@@ -837,7 +863,8 @@ def test_logprob_is_that_of_the_chosen_token_under_its_head() -> None:
     sampled = Engine(stack).start([3, 9], max_new_tokens=1, sampler=GumbelSampler(3.0, 0, 1.0, 4))
     engine = Engine(stack)
     token = finish(engine, engine.start([3, 9], max_new_tokens=1, sampler=GumbelSampler(3.0, 0, 1.0, 4)))[0]
-    cache, rows = stack.open_cache(), np.array([3, 9], np.int64)
+    cache = stack.open_cache()
+    rows = np.array([3, 9], np.int64)
     for k in range(2):
         out = stack.reserve_rows(4, [rows] if k else [])
         stack.run_segment(k, cache, [Span(0, 0, 2)], rows, out)

@@ -141,7 +141,9 @@ def test_the_runtime_names_nothing_heavy() -> None:
 
 def needed(module: str) -> set[str]:
     """Every module of the runtime that a module imports, itself or through others."""
-    known, found, left = modules("ease_runtime"), set[str](), [module]
+    known = modules("ease_runtime")
+    found = set[str]()
+    left = [module]
     while left:
         name = left.pop()
         source = known[name].read_text(encoding="utf-8")

@@ -236,7 +236,8 @@ def test_a_text_without_numbers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_row_without_numbers_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = text_engine(num_slots=2)
-    sick, well = engine.submit("abc", Options(max_tokens=9)), engine.submit("hij", Options(max_tokens=9))
+    sick = engine.submit("abc", Options(max_tokens=9))
+    well = engine.submit("hij", Options(max_tokens=9))
     plain = engine.stack.run_exit
 
     def run_exit(number: int, rows: Any) -> Any:
@@ -247,7 +248,8 @@ def test_a_row_without_numbers_ends_alone(monkeypatch: pytest.MonkeyPatch) -> No
                 len(sequence.produced) == 4
                 and row in sequence.counters.rows[sequence.counters.done[0] - 1 : sequence.counters.done[0]]
             ):
-                output.logits[place], output.top_prob[place] = math.nan, math.nan
+                output.logits[place] = math.nan
+                output.top_prob[place] = math.nan
         return output
 
     monkeypatch.setattr(engine.stack, "run_exit", run_exit)
@@ -262,7 +264,8 @@ def test_a_row_without_numbers_ends_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_conversation_goes_on_from_its_cache() -> None:
     """The next turn runs only what it does not share with the last, and says what it would say afresh."""
-    engine, fresh = text_engine(), text_engine()
+    engine = text_engine()
+    fresh = text_engine()
     first = engine.submit([0, 1, 2, 3], Options(max_tokens=6), keep=True)
     while engine.busy:
         engine.step()
@@ -285,7 +288,8 @@ def test_a_chat_keeps_its_history_in_the_cache(stop: tuple[str, ...]) -> None:
     forgotten.
     """
     template = ChatTemplate("{% for m in messages %}{{ m.content }}b{% endfor %}")
-    engine, options = text_engine(template=template, stop_ids=frozenset()), Options(max_tokens=6, stop=stop)
+    engine = text_engine(template=template, stop_ids=frozenset())
+    options = Options(max_tokens=6, stop=stop)
     conversation = Conversation(engine, options, system="de")
     history = [{"role": "system", "content": "de"}]
     for _ in range(3):

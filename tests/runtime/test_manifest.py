@@ -194,7 +194,8 @@ def test_names_that_leave_the_bundle(bundle: Path, name: str) -> None:
 
 def test_a_link_to_a_file_outside(bundle: Path) -> None:
     """Even to the very same bytes."""
-    path, outside = bundle / "segment_01.onnx", bundle.parent / "elsewhere.onnx"
+    path = bundle / "segment_01.onnx"
+    outside = bundle.parent / "elsewhere.onnx"
     path.rename(outside)
     path.symlink_to(outside)
     assert refusal(bundle) == f"{path} points outside the bundle; {REMEDY} {bundle}"

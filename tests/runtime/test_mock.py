@@ -17,7 +17,8 @@ def run(stack: MockStack, cache: MockCache, sizes: list[int], active: np.ndarray
     """IDS through every segment, each segment in passes of these sizes; the last segment's states."""
     rows = IDS
     for k in range(len(stack.exit_layers)):
-        done, start = rows[:0], 0
+        done = rows[:0]
+        start = 0
         for size in sizes:
             out = stack.reserve_rows(2 * size, [done, *([rows[start:]] if k else [])])
             inputs = rows[start : start + size]
@@ -29,7 +30,8 @@ def run(stack: MockStack, cache: MockCache, sizes: list[int], active: np.ndarray
                 out,
                 None if active is None else active[start : start + size],
             )
-            done, start = np.append(done, np.arange(out, out + size)), start + size
+            done = np.append(done, np.arange(out, out + size))
+            start = start + size
         rows = done
     return stack.pool.states[rows].copy()
 
@@ -49,9 +51,11 @@ def test_passes_may_be_cut_anywhere(cuts: list[int], active: list[bool]) -> None
     for cut in cuts:
         sizes.append(min(cut, len(IDS) - sum(sizes)))
     sizes = [size for size in sizes if size]
-    stack, whole = MockStack(), MockStack()
+    stack = MockStack()
+    whole = MockStack()
     mask = np.array(active)
-    cache, expected = stack.open_cache(), whole.open_cache()
+    cache = stack.open_cache()
+    expected = whole.open_cache()
     np.testing.assert_array_equal(run(stack, cache, sizes, mask), run(whole, expected, [8], mask))
     np.testing.assert_array_equal(cache.entries, expected.entries)
 
@@ -78,7 +82,8 @@ def test_every_earlier_token_its_place_and_its_layer_matter() -> None:
 
 def test_frozen_tokens_pass_through_and_leave_the_kv_that_run_kv_writes() -> None:
     stack = MockStack((1, 3))
-    first, cache = stack.reserve_rows(16, []), stack.open_cache()
+    first = stack.reserve_rows(16, [])
+    cache = stack.open_cache()
     stack.run_segment(0, cache, at(0, IDS), IDS, first)
     caches = [copy.deepcopy(cache) for _ in range(3)]
     rows = np.arange(first, first + 8)
@@ -98,7 +103,8 @@ def test_live_rows_move_and_the_others_are_gone() -> None:
     cache = stack.open_cache()
     first = stack.reserve_rows(16, [])
     stack.run_segment(0, cache, at(0, IDS), IDS, first)
-    kept, lost = np.arange(first + 4, first + 8), np.arange(first, first + 4)
+    kept = np.arange(first + 4, first + 8)
+    lost = np.arange(first, first + 4)
     states = stack.pool.states[kept].copy()
     before = kept.copy()
     out = stack.reserve_rows(3, [kept[2:], kept[:2]])
@@ -273,7 +279,8 @@ def test_pads_fall_on_what_a_slot_in_between_does_not_hold_yet() -> None:
     """A pass over slots 0 and 2 writes past the end of slot 1, and of slot 2, which has less new; what they
     hold stays.
     """
-    stack, ids = MockStack((2, 4), max_positions=10), IDS[:3]
+    stack = MockStack((2, 4), max_positions=10)
+    ids = IDS[:3]
     cache = stack.open_cache(3)
     for slot in range(3):
         out = stack.reserve_rows(6, [])

@@ -106,7 +106,8 @@ class Certain(ThresholdPolicy):
 
 
 def test_objects_in_a_table_and_a_calibration(tiny_bundle: Path) -> None:
-    llm, random = LLM(tiny_bundle), np.random.default_rng
+    llm = LLM(tiny_bundle)
+    random = np.random.default_rng
     encoded = [random(seed).integers(1, 300, 40).tolist() for seed in range(6)]
     documents = [Document(llm.tokenizer.decode(ids), ids) for ids in encoded]
     amounts = Amounts(scored_tokens=100, num_texts=1, prompt_tokens=4, new_tokens=4, num_rounds=1)

@@ -33,7 +33,8 @@ def page(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """
     width, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": 740}, color_scheme=scheme)
-    page, wrong = context.new_page(), []
+    page = context.new_page()
+    wrong = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on(
         "request",

@@ -85,11 +85,9 @@ def test_entropy_that_rounds_past_its_bounds(entropy: float) -> None:
 
 def test_leaves_at_its_threshold_and_above() -> None:
     policy = make_policy("max-prob", [0.7, 0.2], (2, 4, 6))
-    below, at, above = (
-        np.nextafter(np.float32(0.7), np.float32(0)),
-        np.float32(0.7),
-        np.nextafter(np.float32(0.7), np.float32(1)),
-    )
+    below = np.nextafter(np.float32(0.7), np.float32(0))
+    at = np.float32(0.7)
+    above = np.nextafter(np.float32(0.7), np.float32(1))
     assert policy.leaves(0, np.array([below, at, above]), 0.0, None).tolist() == [False, True, True]
     assert policy.leaves(1, np.array([0.1, 0.2, 0.7], np.float32), 0.0, None).tolist() == [False, True, True]
 
@@ -129,8 +127,10 @@ def test_calms_decay() -> None:
 
 def test_patience_counts_agreeing_exits() -> None:
     policy = make_policy("patience", [1.0], (1, 2, 3, 4), patience=2)
-    state, nothing = policy.begin(), np.zeros(2, np.float32)
-    ids_said, expected = [(7, 4), (7, 5), (7, 5), (7, 5)], [(0.0, 0.0), (0.5, 0.0), (1.0, 0.5), (1.0, 1.0)]
+    state = policy.begin()
+    nothing = np.zeros(2, np.float32)
+    ids_said = [(7, 4), (7, 5), (7, 5), (7, 5)]
+    expected = [(0.0, 0.0), (0.5, 0.0), (1.0, 0.5), (1.0, 1.0)]
     for exit_index, (ids, confidences) in enumerate(zip(ids_said, expected, strict=True)):
         head = HeadOutput(np.zeros((2, 9), np.float32), np.array(ids), nothing, nothing, nothing)
         found = policy.confidence(said(head, exit_index), state)
@@ -157,7 +157,8 @@ def test_a_budget_is_held(seed: int, budget: float, threshold: float) -> None:
     controller's bound.
     """
     dice = np.random.default_rng(seed)
-    policy, depths = make_policy("max-prob", [threshold], (2, 4, 6, 8), depth_budget=budget), []
+    policy = make_policy("max-prob", [threshold], (2, 4, 6, 8), depth_budget=budget)
+    depths = []
     state = policy.begin()
     for _ in range(400):
         leaves = [policy.leaves(k, dice.random(1).astype(np.float32), 0.0, state)[0] for k in range(3)]

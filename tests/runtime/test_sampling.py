@@ -47,7 +47,9 @@ def brute_force_kept(probabilities: np.ndarray, top_k: int, top_p: float, min_p:
     order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
     if top_k:
         order = order[:top_k]
-    total, mass, kept = math.fsum(probabilities[i] for i in order), 0.0, set()
+    total = math.fsum(probabilities[i] for i in order)
+    mass = 0.0
+    kept = set()
     for i in order:
         if mass >= top_p * total:
             break
@@ -334,7 +336,8 @@ def test_penalties_by_their_formulas() -> None:
     ],
 )
 def test_greedy_takes_the_largest_of_the_adjusted(adjustments: Adjustments, expected: int) -> None:
-    logits, tokens = np.array([1.9, 2.0, -3.0], np.float32), [1, 2]
+    logits = np.array([1.9, 2.0, -3.0], np.float32)
+    tokens = [1, 2]
     sampler = AdjustedGreedy(dataclasses.replace(adjustments, num_prompt=1))
     assert pick(sampler, logits, 2, tokens) == expected
 
@@ -399,8 +402,6 @@ def test_completions_draw_from_streams_of_their_own() -> None:
     seeds = [seed_of(seed, number) for seed in range(50) for number in range(50)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**64 for seed in seeds)
-    one, other = (
-        gumbel_noise(seed_of(7, 1), 3, np.arange(2000)),
-        gumbel_noise(seed_of(7, 2), 3, np.arange(2000)),
-    )
+    one = gumbel_noise(seed_of(7, 1), 3, np.arange(2000))
+    other = gumbel_noise(seed_of(7, 2), 3, np.arange(2000))
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.1

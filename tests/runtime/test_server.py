@@ -29,7 +29,8 @@ for extra in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(extra, reason="no server: pip install 'ease-lm[serve]'")
 httpx = pytest.importorskip("httpx")
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,8 @@ def stream(server: Served, path: str, body: dict[str, Any]) -> list[Any]:
 
 def is_idle(server: Served) -> bool:
     """Whether nothing is left of any request."""
-    worker, engine = server.service.worker, server.service.llm.engine
+    worker = server.service.worker
+    engine = server.service.llm.engine
     return (
         worker.num_taken == 0
         and not worker.tickets
@@ -102,7 +104,8 @@ def test_openai_completions(client: Any) -> None:
 
 def test_openai_completions_streamed(client: Any) -> None:
     options = {"max_tokens": 12, "temperature": 0.9, "seed": 7, "stop": ["zz"], "n": 2}
-    texts, usage = ["", ""], None
+    texts = ["", ""]
+    usage = None
     for part in client.completions.create(
         model="toy", prompt="abc", stream=True, stream_options={"include_usage": True}, **options
     ):
@@ -419,7 +422,8 @@ def break_logits(llm: TextEngine, letter: int) -> None:
                     and len(sequence.produced) == 3
                 )
                 if here and sequence.tokens[1] == letter:
-                    output.logits[place], output.top_prob[place] = math.nan, math.nan
+                    output.logits[place] = math.nan
+                    output.top_prob[place] = math.nan
         return output
 
     llm.stack.run_exit = run_exit  # type: ignore[method-assign]
@@ -497,7 +501,8 @@ def num_objects() -> int:
 
 def test_64_clients_get_what_each_would_get_alone() -> None:
     """Streams, whole answers and hang-ups mixed: nothing lost, nothing of another's, and nothing kept."""
-    num_clients, rng = 64, random.Random(0)
+    num_clients = 64
+    rng = random.Random(0)
     bodies = [some_request(rng) for _ in range(num_clients)]
     with served(text_engine(8), max_queued=80) as server:
 
@@ -621,7 +626,8 @@ def disagreements(prompt: str, threshold: float, count: int) -> list[bool]:
     """
     llm = text_engine(1)
     said = [event.id for event in llm.generate(prompt, Options(max_tokens=count, threshold=(threshold,)))]
-    ids, found = llm.encode(prompt), []
+    ids = llm.encode(prompt)
+    found = []
     for token in said:
         (full,) = llm.generate(list(ids), Options(max_tokens=1))
         found.append(full.id != token)
@@ -725,7 +731,8 @@ def test_the_loss_of_an_answer() -> None:
     shadow.consider(generation.choices[0].sequence)
     while not shadow.look():
         llm.step()
-    ids, losses = llm.encode("hello"), []
+    ids = llm.encode("hello")
+    losses = []
     for event in early:
         (full,) = llm.generate(
             list(ids), Options(max_tokens=1, logit_bias={event.id: 1000.0})

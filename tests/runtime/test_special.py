@@ -9,7 +9,9 @@ from ease_common.chat import ChatTemplate
 from ease_common.errors import RequestError
 from ease_runtime.text.special import SpecialTokens
 
-START, END, THINK = "<|im_start|>", "<|im_end|>", "<think>"
+START = "<|im_start|>"
+END = "<|im_end|>"
+THINK = "<think>"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -40,7 +40,9 @@ def run_all(
     stack: OrtStack, ids: np.ndarray, size: int, active: np.ndarray | None = None
 ) -> tuple[list[np.ndarray], RowCache]:
     """Every segment over `ids` in passes of `size`: the hidden states after each segment, and the cache."""
-    cache, rows, states = stack.open_cache(), ids, []
+    cache = stack.open_cache()
+    rows = ids
+    states = []
     for k in range(len(stack.exit_layers)):
         out = stack.reserve_rows(2 * len(ids), [rows] if k else [])
         for start in range(0, len(ids), size):
@@ -122,9 +124,12 @@ def test_kv_graphs_write_what_frozen_tokens_have(tiny_stack: OrtStack, size: int
     """`run_kv` in passes of any size, against segments with `active` False: K/V equal to the bit, states
     unchanged.
     """
-    stack, ids = tiny_stack, some_ids(tiny_stack, NUM_TOKENS)
-    frozen, propagated = stack.open_cache(), stack.open_cache()
-    first, whole = stack.reserve_rows(2 * NUM_TOKENS, []), [Span(0, 0, NUM_TOKENS)]
+    stack = tiny_stack
+    ids = some_ids(tiny_stack, NUM_TOKENS)
+    frozen = stack.open_cache()
+    propagated = stack.open_cache()
+    first = stack.reserve_rows(2 * NUM_TOKENS, [])
+    whole = [Span(0, 0, NUM_TOKENS)]
     stack.run_segment(0, frozen, whole, ids, first)
     stack.run_segment(0, propagated, whole, ids, first)
     rows = np.arange(first, first + NUM_TOKENS)
@@ -140,7 +145,8 @@ def test_kv_graphs_write_what_frozen_tokens_have(tiny_stack: OrtStack, size: int
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_mask_of_frozen_tokens_is_bit_identical_too(tiny_stack: OrtStack, size: int) -> None:
-    ids, active = some_ids(tiny_stack, NUM_TOKENS), np.random.default_rng(5).random(NUM_TOKENS) < 0.5
+    ids = some_ids(tiny_stack, NUM_TOKENS)
+    active = np.random.default_rng(5).random(NUM_TOKENS) < 0.5
     assert_equal_runs(run_all(tiny_stack, ids, size, active), run_all(tiny_stack, ids, NUM_TOKENS, active))
 
 
@@ -185,7 +191,8 @@ def test_no_cache_is_copied(tiny_bundle: Path, capfd: pytest.CaptureFixture[str]
 
 def _run_out_of_place(stack: OrtStack, ids: np.ndarray) -> None:
     """The first segment with past and present in different buffers."""
-    session, shape = stack.segments[0].session, (1, 128, stack.manifest.kv_dim)
+    session = stack.segments[0].session
+    shape = (1, 128, stack.manifest.kv_dim)
     places = np.arange(len(ids))
     feed = {"input_ids": ids, "active": np.ones(len(ids), np.bool_), "write_indices": np.zeros(1, np.int64)}
     feed |= {"spread": places[None], "places": places}
@@ -203,10 +210,12 @@ def test_the_cache_grows_in_steps(tiny_stack: OrtStack) -> None:
     without a cache.
     """
     ids = some_ids(tiny_stack, 100)
-    engine, tiny_stack.trace = Engine(tiny_stack), []
+    engine = Engine(tiny_stack)
+    tiny_stack.trace = []
     sequence = engine.start(ids.tolist(), max_new_tokens=1000)
     tokens = [token.id for token in engine.generate(sequence)]
-    trace, tiny_stack.trace = tiny_stack.trace, None
+    trace = tiny_stack.trace
+    tiny_stack.trace = None
     assert [c.cache_length for c in trace if c.graph == "segment" and c.number == 2] == [128] * 29 + [
         256
     ] * 128 + [288] * 31
@@ -219,7 +228,8 @@ def full_recomputation(stack: OrtStack, ids: np.ndarray, num_new: int) -> list[i
     """Greedy tokens, each from an empty cache and one pass a segment over everything so far."""
     history = ids
     for _ in range(num_new):
-        cache, rows = stack.open_cache(), history
+        cache = stack.open_cache()
+        rows = history
         for k in range(len(stack.exit_layers)):
             out = stack.reserve_rows(2 * len(history), [rows] if k else [])
             stack.run_segment(k, cache, [Span(0, 0, len(history))], rows, out)
@@ -281,7 +291,9 @@ def test_rows_of_a_batch_in_a_small_pool(
     """Together, with a pool so small that it grows and is packed (or packed at every pass): tokens and
     figures as alone, to the bit.
     """
-    reserve, pack, packs = HiddenPool.reserve, HiddenPool._pack, []
+    reserve = HiddenPool.reserve
+    pack = HiddenPool._pack
+    packs = []
 
     def hurried_reserve(pool: HiddenPool, num_rows: int, live: list[np.ndarray]) -> int:
         if always:
@@ -298,7 +310,8 @@ def test_rows_of_a_batch_in_a_small_pool(
     monkeypatch.setattr(HiddenPool, "_pack", spoiling_pack)
     stack = OrtStack(tiny_bundle)
     packs.clear()
-    stack.trace, engine = [], Engine(stack, cap=cap, num_slots=num_slots)
+    engine = Engine(stack, cap=cap, num_slots=num_slots)
+    stack.trace = []
     sequences = [begin(engine, *request) for request in REQUESTS]
     while engine.busy:
         engine.step()
@@ -317,7 +330,9 @@ def test_a_cap_changes_no_token_and_no_depth(tiny_stack: OrtStack, alone: list[l
 @pytest.mark.parametrize("seed", [None, 3])
 def test_verify_says_what_full_depth_says(tiny_stack: OrtStack, seed: int | None) -> None:
     """Greedy and sampled, to the bit, alone and in a batch; and not because nothing was drafted."""
-    layers, drafted, accepted = tiny_stack.exit_layers, 0, 0
+    layers = tiny_stack.exit_layers
+    drafted = 0
+    accepted = 0
     sampler = Greedy() if seed is None else GumbelSampler(0.9, 0, 1.0, seed)
     for num_slots in (1, 4):
         engine = Engine(tiny_stack, num_slots=num_slots)
@@ -336,7 +351,8 @@ def test_verify_says_what_full_depth_says(tiny_stack: OrtStack, seed: int | None
                 assert [(t.id, t.logprob) for t in verified.produced] == [
                     (t.id, t.logprob) for t in plain.produced
                 ]
-                drafted, accepted = drafted + verified.drafts.judged, accepted + verified.drafts.accepted
+                drafted = drafted + verified.drafts.judged
+                accepted = accepted + verified.drafts.accepted
     assert 0 < accepted < drafted
 
 
@@ -344,7 +360,8 @@ def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack) -> None:
     """Rows of very different lengths, past T = 128 and 256 and up to the context's end, with pads past it:
     tokens as alone.
     """
-    lengths, limit = [3, 120, 250, 60], tiny_stack.max_positions
+    lengths = [3, 120, 250, 60]
+    limit = tiny_stack.max_positions
     prompts = [some_ids(tiny_stack, length, length).tolist() for length in lengths]
     policy = make_policy("max-prob", [0.4], tiny_stack.exit_layers)
 
@@ -355,14 +372,16 @@ def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack) -> None:
     for prompt in prompts:
         engine = Engine(tiny_stack)
         expected.append(list(engine.generate(start(engine, prompt))))
-    tiny_stack.trace, engine = [], Engine(tiny_stack, num_slots=4)
+    engine = Engine(tiny_stack, num_slots=4)
+    tiny_stack.trace = []
     sequences = [start(engine, prompt) for prompt in prompts]
     nearest_end = limit
     while engine.busy:
         engine.step()
         for sequence in engine.running:
             nearest_end = min(nearest_end, limit - len(sequence.tokens))
-    trace, tiny_stack.trace = tiny_stack.trace, None
+    trace = tiny_stack.trace
+    tiny_stack.trace = None
     assert [s.produced for s in sequences] == expected
     assert nearest_end == 0 or {len(s.tokens) for s in sequences} == {limit}
     assert {c.cache_length for c in trace if c.num_slots > 1} >= {
@@ -408,7 +427,8 @@ def test_the_pool_keeps_what_lives(data: st.DataObject, rows: int) -> None:
     written = 0
     for _ in range(data.draw(st.integers(1, 12))):
         num_rows = data.draw(st.integers(1, 9))
-        serial, size = pool.serial, len(pool.states)
+        serial = pool.serial
+        size = len(pool.states)
         first = pool.reserve(num_rows, [rows for rows, _ in owners])
         assert (pool.serial != serial) == (len(pool.states) != size)
         new = np.arange(first, first + num_rows)
@@ -485,7 +505,8 @@ def test_one_thread_pool_for_the_process(
 ) -> None:
     """Set once, however many stacks load; every session uses it."""
     assert graphs.start_thread_pool.cache_info().currsize == 1  # `tiny_stack` has set it for good
-    sizes, own_threads = [], []
+    sizes = []
+    own_threads = []
     graphs.start_thread_pool.cache_clear()
     monkeypatch.setattr(ort, "set_global_thread_pool_sizes", lambda *size: sizes.append(size))
     load = ort.InferenceSession

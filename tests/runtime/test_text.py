@@ -14,7 +14,8 @@ import toy_text
 from ease_runtime.engine.sequence import Token
 from ease_runtime.text.streaming import Detokenizer, Piece, StopMatcher, StopPattern, TextWriter, num_shared
 
-BYTES, PIECES = toy_text.byte_tokenizer(), toy_text.piece_tokenizer()
+BYTES = toy_text.byte_tokenizer()
+PIECES = toy_text.piece_tokenizer()
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int], context: list[int]) -> list[str]:
@@ -95,7 +96,9 @@ def test_a_character_comes_with_its_last_byte() -> None:
 
 def test_special_tokens_have_no_text_and_spaces_stay() -> None:
     """'▁the' loses its space at the start of a text only: not after the prompt, nor after a special token."""
-    the, a, ing = 3, 4, 5
+    the = 3
+    a = 4
+    ing = 5
     assert pieces_of(PIECES, [the, a, ing, 1, the], [])[:-1] == ["the", " a", "ing", "", " the"]
     assert pieces_of(PIECES, [the, a], [0, ing])[:-1] == [" the", " a"]
     euro = [7 + byte for byte in "€".encode()]
@@ -118,7 +121,8 @@ def test_the_pieces_are_one_decode_of_the_whole(prompt: list[int], answer: list[
     reads.
     """
     for kind, tokenizer in OF_ANY_KIND.items():
-        whole, before = tokenizer.decode(prompt + answer), tokenizer.decode(prompt)
+        whole = tokenizer.decode(prompt + answer)
+        before = tokenizer.decode(prompt)
         pieces = pieces_of(tokenizer, answer, prompt)
         assert "".join(pieces) == whole[num_shared(before, whole) :], kind
         assert len(pieces) == len(answer) + 1
@@ -128,7 +132,8 @@ def test_the_pieces_are_one_decode_of_the_whole(prompt: list[int], answer: list[
 def test_characters_in_bytes_and_a_prompt_that_ends_inside_one(kind: str) -> None:
     tokenizer = toy_text.decoder_tokenizer(kind)
     euro, hand = ([3 + byte for byte in character.encode()] for character in "€👍")
-    the, broken = tokenizer.token_to_id("▁the"), 3 + 0xFF
+    the = tokenizer.token_to_id("▁the")
+    broken = 3 + 0xFF
     assert pieces_of(tokenizer, [*euro, *hand, *euro, the], [the]) == [*[""] * 10, "€👍€ the", ""]
     assert "".join(pieces_of(tokenizer, [the], [the, *euro, *hand, *euro])) == " the", (
         "nothing of the prompt's own bytes"
@@ -142,7 +147,8 @@ def test_characters_in_bytes_and_a_prompt_that_ends_inside_one(kind: str) -> Non
 def test_a_stop_string_is_looked_for_in_the_text_as_it_reads(last: bool) -> None:
     """Characters in bytes read only together, whether the text ends with them or goes on."""
     tokenizer = toy_text.decoder_tokenizer("llama 2")
-    the, ids = tokenizer.token_to_id("▁the"), [3 + byte for byte in "a€👍b".encode()]
+    the = tokenizer.token_to_id("▁the")
+    ids = [3 + byte for byte in "a€👍b".encode()]
     given, writer = write([the, *ids, *([] if last else [the])], ["👍b"], tokenizer)
     assert (text_of(given), writer.stopped) == ("thea€", True)
     given, writer = write([the, *ids[:-2], the], ["€"], tokenizer)
@@ -177,7 +183,8 @@ def test_stop_strings_against_brute_force(text: str, stops: list[str], cut: int)
     """Fed in parts of any size: found where they are, and what is held is the longest end that begins one of
     them.
     """
-    matcher, found = StopMatcher([StopPattern(stop) for stop in stops]), None
+    matcher = StopMatcher([StopPattern(stop) for stop in stops])
+    found = None
     for start in range(0, len(text), cut):
         found = matcher.feed(text[start : start + cut])
         if found is not None:

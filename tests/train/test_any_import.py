@@ -258,11 +258,9 @@ def or_none(render: Any) -> str | None:
 def check(checkpoint: Checkpoint, folder: Path) -> None:
     """One import against transformers on the same directory."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    known, tokenizer, conventions = (
-        transformers.AutoTokenizer.from_pretrained(folder),
-        checkpoint.tokenizer,
-        checkpoint.conventions,
-    )
+    known = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = checkpoint.tokenizer
+    conventions = checkpoint.conventions
     template = None
     if (source := conventions.chat_template) is not None:
         template = ChatTemplate(source, **conventions.special_tokens)

@@ -120,11 +120,13 @@ def with_template(llama: Path, folder: Path, template: Any, **settings: Any) -> 
 
 def test_a_template_that_cannot_be_read_costs_chat_only(llama: Path, tmp_path: Path) -> None:
     """Said at import, at build and when chat is asked; a text goes on."""
-    run, said = CliRunner().invoke, "the chat template cannot be read (Encountered unknown tag 'blink'."
+    run = CliRunner().invoke
+    said = "the chat template cannot be read (Encountered unknown tag 'blink'."
     source = with_template(
         llama, tmp_path / "hf", b"{% for m in messages %}{{ m.content }}{% endfor %}\n{% blink %}"
     )
-    checkpoint, bundle = str(tmp_path / "checkpoint"), str(tmp_path / "bundle")
+    checkpoint = str(tmp_path / "checkpoint")
+    bundle = str(tmp_path / "bundle")
     for command, arguments in (
         (ease_train, ["import", str(source), "--out", checkpoint]),
         (ease_export, ["build", checkpoint, bundle]),

@@ -157,7 +157,8 @@ def test_a_replaced_file_is_read_anew_whatever_its_time(tmp_path: Path, name: st
 def test_a_moved_file_is_not_read_again_and_one_that_is_gone_is_not_kept(
     tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, moved = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), tmp_path / "b.jsonl"
+    path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    moved = tmp_path / "b.jsonl"
     assert all_splits(path) == EXPECTED
     path.rename(moved)
     with monkeypatch.context() as patched:

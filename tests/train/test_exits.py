@@ -63,7 +63,8 @@ def test_what_each_kind_adds_to_the_weights() -> None:
 
 @pytest.mark.parametrize("kind", ["low-rank", "mlp"])
 def test_an_adapter_is_the_identity_until_it_learns(kind: str) -> None:
-    model, x = make(exit_adapter=kind, adapter_dim=5), torch.randn(2, 3, 32)
+    model = make(exit_adapter=kind, adapter_dim=5)
+    x = torch.randn(2, 3, 32)
     adapter = model.exit(3).adapter
     assert isinstance(adapter, LowRankAdapter | MLPAdapter)
     assert adapter.down.weight.shape == (5, 32)
@@ -72,7 +73,8 @@ def test_an_adapter_is_the_identity_until_it_learns(kind: str) -> None:
 
 
 def test_an_adapter_stands_before_the_norm() -> None:
-    model, x = make(exit_adapter="low-rank"), torch.randn(5, 32)
+    model = make(exit_adapter="low-rank")
+    x = torch.randn(5, 32)
     adapter = model.exit(1).adapter
     with torch.no_grad():
         adapter.up.weight.normal_()
@@ -84,7 +86,8 @@ def test_an_adapter_stands_before_the_norm() -> None:
 
 
 def test_the_mlp_adapters_formula() -> None:
-    model, x = make(exit_adapter="mlp"), torch.randn(5, 32) * 100
+    model = make(exit_adapter="mlp")
+    x = torch.randn(5, 32) * 100
     adapter = model.exit(1).adapter
     with torch.no_grad():
         adapter.up.weight.normal_()
@@ -94,7 +97,8 @@ def test_the_mlp_adapters_formula() -> None:
 
 
 def test_an_exits_block_is_a_layer_before_its_norm() -> None:
-    model, x = make(exit_adapter="block"), torch.randn(2, 5, 32)
+    model = make(exit_adapter="block")
+    x = torch.randn(2, 5, 32)
     block = model.exit(3).block
     assert isinstance(block, Block)
     assert model.exit(4).block is None
@@ -108,7 +112,8 @@ def test_an_exits_block_is_a_layer_before_its_norm() -> None:
 
 
 def test_every_part_of_a_block_learns() -> None:
-    model, ids = make(exit_adapter="block"), torch.randint(13, (2, 6))
+    model = make(exit_adapter="block")
+    ids = torch.randint(13, (2, 6))
     for _ in range(2):  # what adds to the identity moves first
         exit_loss(model, ids[:, :-1], ids[:, 1:], Objective(weights={1: 1.0, 4: 0.0}))[0].backward()
         with torch.no_grad():
@@ -127,18 +132,21 @@ def reduced(**fields: object) -> Decoder:
 
 
 def test_a_reduced_head_knows_the_most_frequent_tokens() -> None:
-    model, x = reduced(), torch.randn(2, 5, 32)
+    model = reduced()
+    x = torch.randn(2, 5, 32)
     assert model.reduced_head.ids.tolist() == [2, 3, 7, 11]
     assert model.exit(1).head is model.exit(3).head is model.reduced_head
     assert model.exit(4).head is model.lm_head
     assert (model.exit(4).head.ids, model.exit(1).head.ids) == (None, model.reduced_head.ids)
-    logits, whole = model.exit(1).head(x), model.lm_head(x)
+    logits = model.exit(1).head(x)
+    whole = model.lm_head(x)
     torch.testing.assert_close(logits[..., [2, 3, 7, 11]], whole[..., [2, 3, 7, 11]])
     torch.testing.assert_close(model.exit(4).head(x), whole)
 
 
 def test_what_a_reduced_head_gives_the_rest_is_shared_out_as_it_was_counted() -> None:
-    model, x = make(exit_head="reduced", exit_vocab_size=4), torch.randn(2, 5, 32)
+    model = make(exit_head="reduced", exit_vocab_size=4)
+    x = torch.randn(2, 5, 32)
     model.reduced_head.choose_tokens(
         torch.tensor([3, 0, 90, 90, 0, 1, 0, 90, 0, 0, 0, 90, 0]), model.lm_head.weight
     )  # once more each: 4 + 2 + 7 of 13
@@ -156,9 +164,11 @@ def test_what_a_reduced_head_gives_the_rest_is_shared_out_as_it_was_counted() ->
 
 
 def test_to_a_reduced_heads_loss_all_it_does_not_know_is_one_token() -> None:
-    model, temperature = reduced().double(), 3.0
+    model = reduced().double()
+    temperature = 3.0
     ids = torch.randint(13, (3, 9))
-    inputs, targets = ids[:, :-1], ids[:, 1:].flatten()
+    inputs = ids[:, :-1]
+    targets = ids[:, 1:].flatten()
     objective = Objective(
         weights={1: 1.0, 3: 0.5, 4: 0.2}, distill=Distill(weight=0.7, temperature=temperature)
     )
@@ -168,10 +178,8 @@ def test_to_a_reduced_heads_loss_all_it_does_not_know_is_one_token() -> None:
     }
     teacher = (model.lm_head(rows[4]) / temperature).softmax(-1).detach()[:, model.reduced_head.ids]
     teacher = torch.cat((teacher, 1 - teacher.sum(-1, keepdim=True)), -1)
-    known, expected = (
-        torch.isin(targets, model.reduced_head.ids),
-        0.2 * F.cross_entropy(model.lm_head(rows[4]), targets),
-    )
+    known = torch.isin(targets, model.reduced_head.ids)
+    expected = 0.2 * F.cross_entropy(model.lm_head(rows[4]), targets)
     assert 0 < known.sum() < len(targets)
     places = torch.where(known, torch.searchsorted(model.reduced_head.ids, targets), 4)
     for layer, weight in ((1, 1.0), (3, 0.5)):
@@ -193,7 +201,8 @@ def test_to_a_reduced_heads_loss_all_it_does_not_know_is_one_token() -> None:
 
 
 def test_heads_are_shared_or_own() -> None:
-    tied, own = make(), make(exit_head="own")
+    tied = make()
+    own = make(exit_head="own")
     assert all(tied.exit(layer).head is tied.lm_head for layer in (1, 3, 4))
     assert own.exit(4).head is own.lm_head
     assert len({id(own.exit(layer).head.weight) for layer in (1, 3, 4)}) == 3
@@ -210,7 +219,8 @@ def test_an_own_head_learns_from_its_exit_alone() -> None:
 
 
 def test_a_gate_is_a_probability_with_a_temperature() -> None:
-    gate, x = Gate(32, 8), torch.randn(7, 32)
+    gate = Gate(32, 8)
+    x = torch.randn(7, 32)
     with torch.no_grad():
         logits = gate.score(x)
         assert logits.shape == (7,)

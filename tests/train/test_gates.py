@@ -79,7 +79,8 @@ def test_exits_with_a_reduced_head_agree_where_they_say_the_same(make_recipe: Ca
 
 
 def test_both_classes_weigh_the_same() -> None:
-    scores, labels = torch.randn(50), torch.rand(50) < 0.9
+    scores = torch.randn(50)
+    labels = torch.rand(50) < 0.9
     weights = torch.where(labels, 0.5 / labels.sum(), 0.5 / (~labels).sum())
     expected = F.binary_cross_entropy_with_logits(scores, labels.float(), weights, reduction="sum")
     torch.testing.assert_close(balanced_loss(scores, labels), expected)
@@ -107,7 +108,8 @@ def test_the_quality_of_a_gate_by_hand() -> None:
 
 
 def test_auc_is_the_chance_that_a_pair_is_in_order() -> None:
-    scores, labels = torch.randn(60).round(decimals=1), torch.rand(60) < 0.4
+    scores = torch.randn(60).round(decimals=1)
+    labels = torch.rand(60) < 0.4
     pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels].tolist() for n in scores[~labels].tolist()]
     assert auc(scores, labels) == pytest.approx(sum(pairs) / len(pairs))
     assert auc(scores, torch.ones(60, dtype=torch.bool)) == 0.5

@@ -79,7 +79,8 @@ def write_gguf(
     without: tuple[str, ...] = (),
 ) -> Path:
     """The model as llama.cpp's converter writes it; `change` adds keys, `without` leaves some out."""
-    config, writer = model.config, Writer(path, arch, without)
+    config = model.config
+    writer = Writer(path, arch, without)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -142,7 +143,8 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
 
 def llama3_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
     """`rope_freqs.weight` by the rule of llama.cpp's converter."""
-    factors, old = [], rope["original_max_position_embeddings"]
+    factors = []
+    old = rope["original_max_position_embeddings"]
     for pair in range(head_dim // 2):
         wavelength = 2 * math.pi * rope["rope_theta"] ** (2 * pair / head_dim)
         if wavelength < old / rope["high_freq_factor"]:
@@ -182,7 +184,8 @@ def test_what_is_read_is_the_model_that_was_written(family: str, tmp_path: Path)
     )
     ids = torch.arange(3, 99)[None]
     with torch.no_grad():
-        expected, found = theirs(ids).logits, ours(ids)
+        expected = theirs(ids).logits
+        found = ours(ids)
     assert ((found - expected).abs().max() / expected.abs().max()).item() <= 1e-4
 
 

@@ -177,7 +177,8 @@ def test_texts_have_transformers_ids(
 ) -> None:
     """As imported, and as exported again: read by transformers, saved by it, and imported from there."""
     folder = with_tokenizer(llama, tmp_path / "hf", described, written)
-    theirs, checkpoint = transformers.AutoTokenizer.from_pretrained(folder), import_model(str(folder), (2,))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    checkpoint = import_model(str(folder), (2,))
     expected = [theirs(text).input_ids for text in TEXTS]
     assert [ids_of(checkpoint, text) for text in TEXTS] == expected
     export_model(checkpoint, tmp_path / "back")
@@ -257,7 +258,8 @@ def test_without_transformers_a_tokenizer_is_its_file_or_refused(
     folder = with_tokenizer(
         llama, tmp_path / "cut", {"add_bos_token": False}, {"truncation": TRUNCATION, "padding": PADDING}
     )
-    found, plain = import_model(str(folder)), import_model(str(llama))
+    found = import_model(str(folder))
+    plain = import_model(str(llama))
     assert found.conventions == plain.conventions
     assert ids_of(found, TEXTS[0]) == ids_of(plain, TEXTS[0])
     folder = with_tokenizer(llama, tmp_path / "added", {"added_tokens_decoder": {"320": TAG}}, {})
@@ -292,10 +294,8 @@ def test_a_model_with_trained_exits_and_untrained_tokens_round_trips(
 
 
 def test_block_exits_and_a_reduced_head_round_trip(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    trained, settings = (
-        load_checkpoint(tiny_checkpoint),
-        {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 9},
-    )
+    trained = load_checkpoint(tiny_checkpoint)
+    settings = {"exit_adapter": "block", "exit_head": "reduced", "exit_vocab_size": 9}
     first = min(trained.recipe.model.exits)
     recipe = tuned_recipe(
         trained.recipe,
@@ -460,7 +460,8 @@ def test_without_transformers_only_some_files_are_out_of_reach(
 
 def test_the_commands(llama: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
-    checkpoint, back = str(tmp_path / "checkpoint"), str(tmp_path / "back")
+    checkpoint = str(tmp_path / "checkpoint")
+    back = str(tmp_path / "back")
     result = run(main, ["import", str(llama), "--out", checkpoint, "--exits", "1,3"])
     assert (result.exit_code, "exits at [1, 3, 4]" in result.output) == (0, True), result.output
     assert run(main, ["export-hf", checkpoint, back]).exit_code == 0

@@ -187,7 +187,8 @@ def test_a_dropped_layer_is_skipped_by_the_whole_sequence(recipe: Recipe) -> Non
 
 
 def test_layers_are_dropped_as_often_as_asked(recipe: Recipe) -> None:
-    model, hidden = make_model(recipe), torch.randn(4000, 1, 16)
+    model = make_model(recipe)
+    hidden = torch.randn(4000, 1, 16)
     with torch.no_grad():
         share = (
             (model.run_layers(hidden, 3, 3, drop=(0.0, 0.0, 0.3, 0.0)) == hidden)

@@ -51,12 +51,11 @@ class Reference:
         return out
 
     def attention(self, x: Array, name: str) -> Array:
-        config, groups = self.config, self.config.num_heads // self.config.num_kv_heads
+        config = self.config
+        groups = self.config.num_heads // self.config.num_kv_heads
         q = self.heads(x, f"{name}.q", config.num_heads, True)
-        k, v = (
-            self.heads(x, f"{name}.k", config.num_kv_heads, True),
-            self.heads(x, f"{name}.v", config.num_kv_heads, False),
-        )
+        k = self.heads(x, f"{name}.k", config.num_kv_heads, True)
+        v = self.heads(x, f"{name}.v", config.num_kv_heads, False)
         out = np.zeros_like(q)
         for position in range(len(x)):
             for head in range(config.num_heads):
@@ -116,7 +115,8 @@ def test_logits_equal_the_reference(fields: dict[str, object]) -> None:
         },
         "t",
     )
-    model, ids = lively(config), [3, 1, 4, 1, 5, 9, 2, 6]
+    model = lively(config)
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
     reference = Reference(model)
     expected = reference.linear(reference.norm(reference.hidden(ids, 3), "norm"), "lm_head")
     with torch.no_grad():
@@ -127,7 +127,8 @@ def test_logits_equal_the_reference(fields: dict[str, object]) -> None:
 @pytest.mark.parametrize(("exit_norm", "name"), [("own", "exits.1.norm"), ("shared", "norm")])
 def test_an_exit_has_its_norm(exit_norm: str, name: str) -> None:
     model = lively(ModelConfig(vocab_size=13, dim=32, num_layers=3, exits=(1, 3), exit_norm=exit_norm))
-    reference, ids = Reference(model), [3, 1, 4, 1, 5]
+    reference = Reference(model)
+    ids = [3, 1, 4, 1, 5]
     expected = reference.norm(reference.hidden(ids, 1), name)
     with torch.no_grad():
         states = dict(model.exit_states(torch.tensor([ids])))
@@ -146,7 +147,8 @@ def test_without_a_final_norm_the_hidden_state_goes_to_the_head() -> None:
 
 def test_a_token_sees_only_what_came_before() -> None:
     model = lively(ModelConfig(vocab_size=13, dim=32, num_layers=2, exits=(2,)))
-    one, other = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 9]])
+    one = torch.tensor([[1, 2, 3, 4]])
+    other = torch.tensor([[1, 2, 3, 9]])
     with torch.no_grad():
         torch.testing.assert_close(model(one)[:, :3], model(other)[:, :3], rtol=0, atol=0)
         assert not torch.equal(model(one)[:, 3], model(other)[:, 3])
@@ -165,9 +167,7 @@ def test_a_frozen_token_passes_through_and_lends_its_state_to_the_others() -> No
 
 
 def test_tied_weights_are_one_matrix() -> None:
-    tied, untied = (
-        Decoder(ModelConfig(vocab_size=13)),
-        Decoder(ModelConfig(vocab_size=13, tie_embeddings=False)),
-    )
+    tied = Decoder(ModelConfig(vocab_size=13))
+    untied = Decoder(ModelConfig(vocab_size=13, tie_embeddings=False))
     assert tied.lm_head.weight is tied.embed.weight
     assert untied.lm_head.weight is not untied.embed.weight

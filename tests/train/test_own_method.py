@@ -50,7 +50,8 @@ def test_a_method_and_a_loss_of_ones_own_train(
 
 def test_a_loss_of_ones_own_is_what_is_minimised(make_recipe: Maker, small_corpus: str, mine: str) -> None:
     own = Trainer.begin(make_recipe(method={"loss": f"{mine}:loss"}), small_corpus)
-    model, batch = own.model, own.next_batch()
+    model = own.model
+    batch = own.next_batch()
     ids = own._ask(lambda _, inputs, targets: (inputs, targets), batch)
     plain = exit_losses(model, *ids)
     smoothed = own.train_step(batch).exit_losses

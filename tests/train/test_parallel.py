@@ -167,7 +167,8 @@ def test_torchrun_follows_the_curve_of_twice_the_batch_and_resumes(
     """Weights and optimizer in shards, or whole with exits that rest; both runs are cut after step 6 and go
     on from step 4.
     """
-    method, train = tables.get("method", {}), tables["train"]
+    method = tables.get("method", {})
+    train = tables["train"]
     expected = one_process(
         make_recipe(train={**train, "batch_size": 4}, method=method), small_corpus, tmp_path / "one"
     )

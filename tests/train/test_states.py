@@ -75,7 +75,8 @@ def ask(model: Decoder) -> Callable[..., Any]:
 def test_training_from_kept_states_is_training(
     trained: Checkpoint, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    plain, kept = begin(trained, **options), begin(trained, tmp_path / "cache", **options)
+    plain = begin(trained, **options)
+    kept = begin(trained, tmp_path / "cache", **options)
     runs = [list(trainer.fit(tmp_path / name)) for name, trainer in (("plain", plain), ("kept", kept))]
     assert kept.train_states is not None
     assert kept.train_states.full
@@ -102,12 +103,14 @@ def test_training_from_kept_states_is_training(
 def test_the_states_are_the_models(trained: Checkpoint, tmp_path: Path) -> None:
     trainer = begin(trained, tmp_path)
     events = list(trainer.fill_states())
-    cache, model = trainer.train_states, trainer.model
+    cache = trainer.train_states
+    model = trainer.model
     assert cache is not None
     assert events[0] == StatesEvent(0, len(trainer.blocks), cache.num_bytes, cache.path)
     assert sum(file.stat().st_size for file in cache.path.iterdir()) == cache.num_bytes
     numbers = np.array([3, 0, 5])
-    states, ids = cache.of(numbers), torch.from_numpy(trainer.blocks[numbers].astype(np.int64))
+    states = cache.of(numbers)
+    ids = torch.from_numpy(trainer.blocks[numbers].astype(np.int64))
     with torch.no_grad():
         hidden = dict(model.exit_states(ids[:, :-1]))
         logits = model(ids[:, :-1])
@@ -123,7 +126,8 @@ def test_the_states_are_the_models(trained: Checkpoint, tmp_path: Path) -> None:
 
 def test_a_killed_fill_goes_on(trained: Checkpoint, tmp_path: Path) -> None:
     trainer = begin(trained)
-    model, blocks = trainer.model, trainer.blocks[:11]
+    model = trainer.model
+    blocks = trainer.blocks[:11]
     whole, parts = (StateCache(tmp_path / name, model, blocks, 1.0, "fp32") for name in ("whole", "parts"))
     assert list(whole.fill(ask(model))) == [0, 4, 8, 11]
     filling = parts.fill(ask(model))
@@ -143,7 +147,8 @@ def test_a_killed_fill_goes_on(trained: Checkpoint, tmp_path: Path) -> None:
 
 def test_the_key_is_all_that_the_states_depend_on(trained: Checkpoint, tmp_path: Path) -> None:
     trainer = begin(trained)
-    model, blocks = trainer.model, trainer.blocks[:5]
+    model = trainer.model
+    blocks = trainer.blocks[:5]
 
     def path(temperature: float = 1.0, precision: str = "fp32", chosen: NDArray[np.int32] = blocks) -> Path:
         return StateCache(tmp_path, model, chosen, temperature, precision).path
@@ -185,7 +190,8 @@ def test_gates_use_the_states_of_tuning(trained: Checkpoint, tmp_path: Path) -> 
     kept = {path.name for path in (tmp_path / "cache").iterdir()}
     settings = GateConfig(steps=10, batch_size=2, eval_tokens=64)
     tuned = [load_checkpoint(tmp_path / "tuned") for _ in range(2)]
-    plain, cached = GateTrainer(tuned[0], settings), GateTrainer(tuned[1], settings, cache=tmp_path / "cache")
+    plain = GateTrainer(tuned[0], settings)
+    cached = GateTrainer(tuned[1], settings, cache=tmp_path / "cache")
     reports = [
         next(event for event in trainer.fit() if isinstance(event, GateReport)) for trainer in (plain, cached)
     ]

@@ -66,7 +66,8 @@ def test_a_library_without_tests_or_files_is_said(tmp_path: Path) -> None:
 
 
 def test_copies_go_and_the_largest_stays() -> None:
-    one, other = code("a"), code("b")
+    one = code("a")
+    other = code("b")
     texts = {
         "copy.py": one,
         "original.py": one + code("c", 12),

@@ -75,7 +75,8 @@ def test_blocks_overlap_by_one_token(tokens: int, length: int) -> None:
     stream = np.arange(tokens, dtype=np.int32)
     blocks = pack(stream, length, 1, "stream")
     assert blocks.shape == ((tokens - 1) // length, length + 1)
-    inputs, targets = blocks[:, :-1].ravel(), blocks[:, 1:].ravel()
+    inputs = blocks[:, :-1].ravel()
+    targets = blocks[:, 1:].ravel()
     used = len(blocks) * length
     assert inputs.tolist() == list(range(used))  # every token is an input once,
     assert targets.tolist() == list(range(1, used + 1))  # and the next one its target

@@ -108,10 +108,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     resumed = [e for e in Trainer.resume(tmp_path / "cut").fit(tmp_path / "cut") if isinstance(e, StepEvent)]
     assert [e.step for e in resumed] == list(range(5, 13))
     assert all((e.loss, e.exit_losses, e.learning_rate, e.grad_norm) == losses[e.step] for e in resumed)
-    one, other = (
-        load_checkpoint(tmp_path / "whole", resume=True),
-        load_checkpoint(tmp_path / "cut", resume=True),
-    )
+    one = load_checkpoint(tmp_path / "whole", resume=True)
+    other = load_checkpoint(tmp_path / "cut", resume=True)
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
     assert [line["step"] for line in other.metrics] == [line["step"] for line in one.metrics]
@@ -169,7 +167,8 @@ def test_accumulation_is_one_larger_batch(make_recipe: Maker, small_corpus: str)
     parts = Trainer.begin(make_recipe(train={"batch_size": 2, "accumulate": 3}), small_corpus)
     for _ in range(3):
         assert np.array_equal(whole.next_batch(), parts.next_batch())
-        one, other = whole.train_step(whole.next_batch()), parts.train_step(parts.next_batch())
+        one = whole.train_step(whole.next_batch())
+        other = parts.train_step(parts.next_batch())
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
         assert other.exit_losses == pytest.approx(one.exit_losses, rel=1e-5)
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
@@ -254,7 +253,8 @@ def test_patience_keeps_the_best_model_and_the_curve(
     last one.
     """
     run = Trainer.begin(make_recipe(train=PATIENT), small_corpus)
-    evaluations, models = {}, {}
+    evaluations = {}
+    models = {}
     for event in run.fit(tmp_path / "whole"):
         if isinstance(event, EvalEvent):
             evaluations[event.step] = event.perplexity[4]
@@ -279,7 +279,8 @@ def test_patience_keeps_the_best_model_and_the_curve(
 
 def test_a_sample_is_greedy_at_full_depth(make_recipe: Maker, small_corpus: str) -> None:
     trainer = Trainer.begin(make_recipe(train={"sample_tokens": 5}), small_corpus)
-    tokenizer, ids = trainer.checkpoint.tokenizer, [0]
+    tokenizer = trainer.checkpoint.tokenizer
+    ids = [0]
     for _ in range(5):
         ids.append(int(trainer.model(torch.tensor([ids]))[0, -1].argmax()))
     assert trainer.evaluate().sample == tokenizer.decode(ids[1:])

@@ -43,7 +43,8 @@ def test_a_frozen_model_gets_exits_that_learn(plain: Path, tmp_path: Path) -> No
     trainer = begin_tuning(load_checkpoint(plain), load_recipe("ee-tuning"), TO_2)
     steps = [event for event in trainer.fit(tmp_path / "tuned") if isinstance(event, StepEvent)]
     assert sum(s.loss for s in steps[-5:]) < sum(s.loss for s in steps[:5])
-    before, after = load_checkpoint(plain), load_checkpoint(tmp_path / "tuned")
+    before = load_checkpoint(plain)
+    after = load_checkpoint(tmp_path / "tuned")
     weights = after.model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in before.model.state_dict().items())
     assert {name.split(".")[2] for name in weights.keys() - before.model.state_dict().keys()} == {
@@ -185,7 +186,9 @@ def test_low_rank_updates_start_at_nothing_and_are_saved_as_plain_weights(
     trainer = begin_tuning(
         load_checkpoint(plain), load_recipe("layerskip-tuning"), {**SKIP, "lora_rank": 2, "exit_norm": "own"}
     )
-    before, model, ids = load_checkpoint(plain).model, trainer.model, torch.randint(20, (2, 9))
+    before = load_checkpoint(plain).model
+    model = trainer.model
+    ids = torch.randint(20, (2, 9))
     torch.testing.assert_close(model(ids), before(ids))
     learns = {
         name.split(".")[-1] if "parametrizations" in name else name
@@ -197,7 +200,8 @@ def test_low_rank_updates_start_at_nothing_and_are_saved_as_plain_weights(
         pass
     after = load_checkpoint(tmp_path / "tuned").model
     torch.testing.assert_close(after(ids), model.eval()(ids))
-    weights, were = after.state_dict(), before.state_dict()
+    weights = after.state_dict()
+    were = before.state_dict()
     changed = {name for name, value in were.items() if not torch.equal(value, weights[name])}
     assert changed == {name for name in were if name.startswith("layers.") and "norm" not in name}
     for name in changed:

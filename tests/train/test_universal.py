@@ -155,11 +155,13 @@ def test_alpha_replaces_the_first_and_last_weights(batches: Batches) -> None:
 
 
 def test_an_epoch_is_clipped_steps_of_adamw(batches: Batches) -> None:
-    model, twin = lively(DEEDTransformer(20, 16, 3)), DEEDTransformer(20, 16, 3)
+    model = lively(DEEDTransformer(20, 16, 3))
+    twin = DEEDTransformer(20, 16, 3)
     twin.load_state_dict(model.state_dict())
     trainer = UniversalTrainer(UniversalConfig({1: 0.7, 2: 0, 3: 0.3}), vocab_size=20)
     mean, _ = trainer.train_epoch(model, batches, trainer.create_optimizer(model, 0.01), grad_clip=0.5)
-    optimizer, losses = torch.optim.AdamW(twin.parameters(), lr=0.01), []
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01)
+    losses = []
     for x, y in batches:
         logits = twin.forward_all_layers(x)
         loss = 0.7 * F.cross_entropy(logits[0].flatten(0, 1), y.flatten()) + 0.3 * F.cross_entropy(
@@ -197,7 +199,10 @@ def test_the_four_figures(threshold: float, batches: Batches) -> None:
     ]  # a smaller last batch: the mean is over batches
     config = UniversalConfig({1: 0, 2: 1, 3: 0, 4: 1}, exit_layer=2, routing_threshold=threshold)
     stats = UniversalTrainer(config, vocab_size=20).evaluate(model, batches)
-    losses, right, shallow, tokens = [], 0, 0, 0
+    losses = []
+    right = 0
+    shallow = 0
+    tokens = 0
     for x, y in batches:
         total = 0.0
         every = F.softmax(torch.stack(model.forward_all_layers(x)), dim=-1).detach()
@@ -207,7 +212,8 @@ def test_the_four_figures(threshold: float, batches: Batches) -> None:
                 chosen = every[1 if leaves else 3, row, place]
                 total -= math.log(chosen[y[row, place]])
                 right += int(chosen.argmax() == y[row, place])
-                shallow, tokens = shallow + int(leaves), tokens + 1
+                shallow = shallow + int(leaves)
+                tokens = tokens + 1
         losses.append(total / y.numel())
     assert 0 < shallow < tokens or threshold == 0
     assert stats["ppl"] == pytest.approx(math.exp(sum(losses) / 4), rel=1e-4)

@@ -45,7 +45,8 @@ def best_merges(text: str, vocabulary: Vocabulary) -> list[str]:
     """SentencePiece's BPE: of all neighbours whose union is a piece, the best, the first of those; until
     there are none.
     """
-    scores, symbols = pieces_of(vocabulary), list(text)
+    scores = pieces_of(vocabulary)
+    symbols = list(text)
     while True:
         unions = [
             (-scores[one + two], at) for at, (one, two) in enumerate(pairwise(symbols)) if one + two in scores
@@ -66,7 +67,8 @@ def most_likely(text: str, vocabulary: Vocabulary) -> list[str]:
     characters are one token.
     """
     scores = pieces_of(vocabulary)
-    unknown, best = min(scores.values()) - 10, [(0.0, [""])] + [(-1e9, [""])] * len(text)
+    unknown = min(scores.values()) - 10
+    best = [(0.0, [""])] + [(-1e9, [""])] * len(text)
     for end in range(1, len(text) + 1):
         for start in range(max(0, end - 4), end):
             piece = text[start:end]

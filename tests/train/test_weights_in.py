@@ -25,7 +25,8 @@ pytestmark = pytest.mark.filterwarnings(
 TOLERANCE = 1e-4  # of the largest logit
 IDS = torch.arange(2, 26)[None] * 5 % 320
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 Weights = dict[str, torch.Tensor]
 

@@ -367,7 +367,8 @@ def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
         "at", "catch-up", "depth", *(f"layer {layer}" for layer in layers), "first\nhalf", "second\nhalf"
     )
     for row in rows:
-        total, half = sum(row.depth_counts.values()), max(1, len(row.depth_by_position) // 2)
+        total = sum(row.depth_counts.values())
+        half = max(1, len(row.depth_by_position) // 2)
         shares = (f"{100 * row.depth_counts.get(layer, 0) / total:.1f} %" for layer in layers)
         halves = (row.depth_by_position[:half], row.depth_by_position[half:] or row.depth_by_position)
         shown.add_row(
@@ -387,7 +388,8 @@ def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """What tokens take under each threshold on the wall clock, prefill and decoding apart."""
     note_unused("scored_tokens")
     asked = Asked.of(bundle, **given)
-    settings, amounts = asked.settings(), asked.amounts
+    settings = asked.settings()
+    amounts = asked.amounts
     texts = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
     found = [
         speed for speed, _ in measure_speed(asked.llm, settings, texts, amounts.num_rounds, Journal(None, {}))

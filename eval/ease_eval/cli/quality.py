@@ -200,7 +200,8 @@ def agreement(
     Exit code 1 when verify differs.
     """
     options = read_flags(flags)
-    llm, texts = LLM(bundle, device=device, num_threads=threads), read_prompts(prompts, limit)
+    llm = LLM(bundle, device=device, num_threads=threads)
+    texts = read_prompts(prompts, limit)
     llm.check(llm.prepare(options))
     if not llm.leaves_early(options):
         raise RequestError(
@@ -261,7 +262,8 @@ def tasks(
     that ends in "#### 42"; or a "text" whose last word is asked. A line that is none of these is named and
     left out.
     """
-    options, found = read_flags(flags), [read_tasks(file, limit) for file in dict.fromkeys(files)]
+    options = read_flags(flags)
+    found = [read_tasks(file, limit) for file in dict.fromkeys(files)]
     for fault in (fault for task in found for fault in task.faults):
         click.echo(f"warning: {fault}; left out", err=True)
     llm = LLM(bundle, device=device, num_threads=threads)

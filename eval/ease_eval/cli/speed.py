@@ -191,7 +191,8 @@ def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **
     them.
     """
     asked = Asked.of(bundle, **given)
-    amounts, settings = asked.amounts, asked.settings()
+    amounts = asked.amounts
+    settings = asked.settings()
     chosen = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
     scored = [document.ids for document in first_tokens(asked.documents, amounts.scored_tokens)]
     advice = make_advice(asked.llm, scored, chosen, settings, tolerance, amounts.num_rounds)

@@ -47,7 +47,8 @@ class CostProbe:
 
     def __init__(self, engine: Engine, policy: ExitPolicy, text: Text) -> None:
         cache_length = (text.num_prompt + len(text.tokens)) // 2
-        stack, last = engine.stack, len(engine.stack.exit_layers) - 1
+        stack = engine.stack
+        last = len(engine.stack.exit_layers) - 1
         if any(shape.routed for shape in stack.layout):
             raise RequestError(
                 "the cost model does not know routed layers: their cost depends on which tokens go in"
@@ -57,7 +58,9 @@ class CostProbe:
             for k, shape in enumerate(stack.layout)
             if shape.exit_index not in (None, last)
         }
-        numbers, self.engine, self.text = range(len(stack.layout)), engine, text
+        numbers = range(len(stack.layout))
+        self.engine = engine
+        self.text = text
         self.full = [
             Cycle([*(Call("segment", k, size, cache_length) for k in numbers), Call("exit", last, 1)])
             for size in SIZES
@@ -67,7 +70,8 @@ class CostProbe:
         ]
         first = [("segment", 0), *asked.get(0, [])]
         self.first = Cycle([Call(graph, number, 1, cache_length) for graph, number in first])
-        self.cache, self.rows = stack.open_cache(1), np.zeros(max(SIZES), np.int64)
+        self.cache = stack.open_cache(1)
+        self.rows = np.zeros(max(SIZES), np.int64)
         self.own_seconds: list[float] = []  # the engine's, a token at full depth
 
     def run(self) -> None:
@@ -99,7 +103,8 @@ class TimedStack:
     """A stack that counts the seconds inside of the calls that full depth makes."""
 
     def __init__(self, stack: Stack) -> None:
-        self.stack, self.seconds = stack, 0.0
+        self.stack = stack
+        self.seconds = 0.0
         self.run_segment = self._timed(stack.run_segment)
         self.exits = [replace(leave, head=self._timed(leave.head)) for leave in stack.exits]
 
@@ -121,14 +126,17 @@ def own_seconds(stack: Stack, text: Text) -> list[float]:
     stack's calls.
     """
     timed: Any = TimedStack(stack)
-    engine, own, began = Engine(timed), list[float](), None
+    engine = Engine(timed)
+    own = list[float]()
+    began = None
     length = min(len(text.tokens) - text.num_prompt, OWN_TOKENS)
     for _ in engine.generate(
         engine.start(text.tokens[: text.num_prompt], max_new_tokens=length, sampler=Given(text.tokens))
     ):
         if began is not None:  # the first token is prefill
             own.append(time.perf_counter() - began - timed.seconds)
-        began, timed.seconds = time.perf_counter(), 0.0
+        began = time.perf_counter()
+        timed.seconds = 0.0
     return own
 
 
@@ -270,7 +278,8 @@ def advise(
         )
     if not 0.0 <= tolerance <= 1.0:
         raise RequestError(f"tolerance {tolerance} is outside [0, 1]")
-    policy, catch_up = settings[1].policy, settings[1].catch_up
+    policy = settings[1].policy
+    catch_up = settings[1].catch_up
     if policy.name not in POLICIES:
         raise RequestError(
             f"policy '{policy.name}' has no confidence of an exit by itself; use one of: "
@@ -336,7 +345,8 @@ def suitability(
     layer: int, confidence: Floats, agrees: NDArray[np.bool_], perplexity: float
 ) -> ExitSuitability:
     """An early exit's figures. Shapes: (tokens)."""
-    right, wrong = confidence[agrees], confidence[~agrees]
+    right = confidence[agrees]
+    wrong = confidence[~agrees]
     return ExitSuitability(
         layer=layer,
         agreement=float(agrees.mean()),
@@ -355,7 +365,8 @@ def auroc(right: Floats, wrong: Floats) -> float | None:
     if not len(right) or not len(wrong):
         return None
     wrong = np.sort(wrong)
-    below, up_to = np.searchsorted(wrong, right, "left"), np.searchsorted(wrong, right, "right")
+    below = np.searchsorted(wrong, right, "left")
+    up_to = np.searchsorted(wrong, right, "right")
     return float((below + up_to).mean() / (2 * len(wrong)))
 
 

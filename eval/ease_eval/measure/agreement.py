@@ -77,7 +77,8 @@ def compare(llm: LLM, prompts: Sequence[str], options: Options) -> list[Agreemen
         full = list(llm.generate(prompt, options.at_full_depth()))
         generation = llm.submit(prompt, options)
         early = list(llm.follow(generation, Timing()))
-        ids, others = [e.id for e in full], [e.id for e in early]
+        ids = [e.id for e in full]
+        others = [e.id for e in early]
         sequence = generation.choices[0].sequence
         found.append(
             Agreement(

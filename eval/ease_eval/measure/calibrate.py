@@ -122,7 +122,8 @@ def lowest_threshold(confidence: Floats, harm: Floats, level: float) -> float | 
     Shape: both (tokens).
     """
     order = np.argsort(-confidence, kind="stable")
-    confidence, mean = confidence[order], np.cumsum(harm[order]) / np.arange(1, len(harm) + 1)
+    confidence = confidence[order]
+    mean = np.cumsum(harm[order]) / np.arange(1, len(harm) + 1)
     last_of_its_value = np.append(
         confidence[1:] != confidence[:-1], True
     )  # a threshold takes all tokens of a confidence or none
@@ -139,7 +140,8 @@ def candidates(confidences: Floats, harms: Floats, delta: float) -> list[Thresho
     lowest: list[float | None] = [None] * len(confidences)
     for share in LEVELS:
         for k, (confidence, harm) in enumerate(zip(confidences, harms, strict=True)):
-            found, before = lowest_threshold(confidence, harm, share * delta), lowest[k]
+            found = lowest_threshold(confidence, harm, share * delta)
+            before = lowest[k]
             lowest[k] = before if found is None else found if before is None else min(found, before)
         if any(value is not None for value in lowest) and (
             not vectors or Thresholds(tuple(lowest)) != vectors[-1]
@@ -194,7 +196,8 @@ def calibrate(
     engine.check(everything, catch_up)
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()
     num_fit = max(2, round(FIT_SHARE * len(documents)))
-    fit, test = [documents[i] for i in order[:num_fit]], [documents[i] for i in order[num_fit:]]
+    fit = [documents[i] for i in order[:num_fit]]
+    test = [documents[i] for i in order[num_fit:]]
     confidences, exits, off = record_exits(engine, fit, everything)
     vectors = candidates(confidences, np.array([harm(scores, off, risk) for scores in exits]), delta)
     policies = [FULL_DEPTH, *(make_policy(policy, vector, layers) for vector in vectors)]

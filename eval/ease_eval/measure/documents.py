@@ -74,12 +74,14 @@ def coverage(tokenizer: Tokenizer, documents: Sequence[Document]) -> Coverage:
 
 
 def _coverage(tokenizer: Tokenizer, document: Document) -> Coverage:
-    text, unknown = document.text, unknown_id(tokenizer)
+    text = document.text
+    unknown = unknown_id(tokenizer)
     encoding = encode_whole(tokenizer, text, parse_special=document.parse_special)
     before = num_before(document.ids, encoding)
     scored = slice(max(0, 1 - before), len(document.ids) - before)
     spans = encoding.offsets[scored]
-    start, end = encoding.offsets[scored.start - 1][1] if scored.start else 0, spans[-1][1] if spans else 0
+    start = encoding.offsets[scored.start - 1][1] if scored.start else 0
+    end = spans[-1][1] if spans else 0
     if scored.stop >= len(encoding.ids):
         end = len(text)
     covered = set().union(*(range(*span) for span in spans)) if spans else set()

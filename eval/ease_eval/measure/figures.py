@@ -35,7 +35,8 @@ Draw = Callable[[Any, tuple[str, ...]], None]  # axes, colours
 
 def drawn(draw: Draw, dress: str) -> Figure:
     """A figure with one pair of axes, in a dress."""
-    ink, grid = str(DRESSES[dress]["ink"]), str(DRESSES[dress]["grid"])
+    ink = str(DRESSES[dress]["ink"])
+    grid = str(DRESSES[dress]["grid"])
     figure = Figure(figsize=SIZE, layout="constrained")
     figure.patch.set_alpha(0.0)
     axes = figure.subplots()
@@ -81,10 +82,8 @@ def pareto(rows: Sequence[Row]) -> Draw:
     def draw(axes: Any, colours: tuple[str, ...]) -> None:
         for colour, catch_up in zip(colours, dict.fromkeys(row.catch_up for row in rows[1:]), strict=False):
             mine = sorted((row for row in rows[1:] if row.catch_up == catch_up), key=lambda row: row.speedup)
-            speed, cost = (
-                np.array([row.speedup for row in mine]),
-                np.array([100 * (row.ppl_ratio - 1) for row in mine]),
-            )
+            speed = np.array([row.speedup for row in mine])
+            cost = np.array([100 * (row.ppl_ratio - 1) for row in mine])
             across = np.abs(np.array([row.speedup_range for row in mine]).T - speed)
             up = np.abs(100 * (np.array([row.ppl_ratio_interval for row in mine]).T - 1) - cost)
             axes.errorbar(

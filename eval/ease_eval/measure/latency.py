@@ -115,7 +115,8 @@ def _trace(engine: Engine, setting: Setting, text: Text, timing: Timings) -> Non
     """Decode once for the record: the depths of the tokens after the first, the calls that made them, and
     what became of drafts.
     """
-    sequence, depths = _begin(engine, setting, text), []
+    sequence = _begin(engine, setting, text)
+    depths = []
     for token in engine.generate(sequence):
         depths.append(token.depth)
         if engine.stack.trace is None:  # the prefill is over
@@ -150,7 +151,8 @@ def _decode_together(engine: Engine, setting: Setting, texts: Sequence[Text]) ->
     sequences = [_begin(engine, setting, text) for text in texts]
     while not all(sequence.produced for sequence in sequences):
         engine.step()
-    before, began = sum(len(sequence.produced) for sequence in sequences), time.perf_counter()
+    before = sum(len(sequence.produced) for sequence in sequences)
+    began = time.perf_counter()
     while engine.busy:
         engine.step()
     seconds = time.perf_counter() - began

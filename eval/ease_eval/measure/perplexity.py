@@ -113,10 +113,8 @@ def score_documents(
     parts: list[list[Scores]] = [[] for _ in policies]
     for ids in documents:
         for window in windows(len(ids), length, max(1, length // 2)):
-            inputs, targets = (
-                ids[window.start : window.stop],
-                np.array(ids[window.start + 1 : window.stop + 1], np.int64),
-            )
+            inputs = ids[window.start : window.stop]
+            targets = np.array(ids[window.start + 1 : window.stop + 1], np.int64)
             for part, scores in zip(
                 parts, score_window(engine, inputs, targets, policies, catch_up), strict=True
             ):
@@ -195,7 +193,8 @@ def _run_segments(
     one policy.
     """
     engine.check_ids([*inputs, *targets.tolist()])
-    runner, active = engine.runner, np.ones(len(inputs), np.bool_)
+    runner = engine.runner
+    active = np.ones(len(inputs), np.bool_)
     asked = [
         k
         for k in range(runner.num_early)
@@ -222,8 +221,10 @@ def _ask_exit(
     decisions: Sequence["_Decisions"],
 ) -> None:
     """Let every decision that looks at the exit behind a segment see what it says."""
-    runner, shape = engine.runner, engine.stack.layout[segment]
-    exit_index, last = shape.exit_index, shape.last
+    runner = engine.runner
+    shape = engine.stack.layout[segment]
+    exit_index = shape.exit_index
+    last = shape.last
     assert exit_index is not None, "the segment has an exit"
     asking = [d for d in decisions if last or d.policy.thresholds.at(exit_index) is not None]
     if not asking:
@@ -265,12 +266,14 @@ class _Decisions:
         if not last:
             settled &= self.policy.leaves(exit_index, self.confidence(seen, exit_index), 0.0, self.state)
         positions = seen.positions[settled]
-        self.depths[positions], self.logprobs[positions] = seen.depths[settled], seen.logprobs[settled]
+        self.depths[positions] = seen.depths[settled]
+        self.logprobs[positions] = seen.logprobs[settled]
         self.says[positions] = seen.output.top_id[: len(seen.positions)][settled]
 
     def confidence(self, seen: "_Chunk", exit_index: int) -> NDArray[np.float32]:
         """Confidence at an early exit. Shape: (N)."""
-        count, value = len(seen.positions), seen.values.get(self.policy.asks)
+        count = len(seen.positions)
+        value = seen.values.get(self.policy.asks)
         head = seen.output.tokens(0, count) if value is None else None
         said = ExitOutput(exit_index, seen.positions, head, value=None if value is None else value[:count])
         return self.policy.confidence(said, self.state)
@@ -284,7 +287,8 @@ class _Record(_Decisions):
 
     def __init__(self, policy: ExitPolicy, num_tokens: int, exit_index: int) -> None:
         super().__init__(policy, num_tokens)
-        self.exit_index, self.confidences = exit_index, np.zeros(num_tokens, np.float64)
+        self.exit_index = exit_index
+        self.confidences = np.zeros(num_tokens, np.float64)
 
     @property
     def undecided(self) -> NDArray[np.bool_]:
@@ -296,7 +300,8 @@ class _Record(_Decisions):
         )  # at every exit: patience counts them
         if exit_index != self.exit_index:
             return
-        self.depths[seen.positions], self.logprobs[seen.positions] = seen.depths, seen.logprobs
+        self.depths[seen.positions] = seen.depths
+        self.logprobs[seen.positions] = seen.logprobs
         self.says[seen.positions] = seen.output.top_id[: len(seen.positions)]
         if confidence is not None:
             self.confidences[seen.positions] = confidence

@@ -51,7 +51,8 @@ def measure_reliability(engine: Engine, documents: Sequence[Sequence[int]], poli
     found = []
     for k, layer in enumerate(layers[:-1]):
         temperature = fit_temperature(fit[0][k], fit[1][k].says == fit[2].says)
-        confidence, agrees = test[0][k], test[1][k].says == test[2].says
+        confidence = test[0][k]
+        agrees = test[1][k].says == test[2].says
         means, shares, counts = bins(confidence, agrees)
         error, scaled = (
             expected_error(values, agrees) for values in (confidence, scale(confidence, temperature))

@@ -36,7 +36,8 @@ TITLES = {
     "depth-by-position": "Depth along a text",
     "reliability": "Does the confidence mean what it says?",
 }
-PROMPT_TOKENS, PASSAGE_TOKENS = 24, 120
+PROMPT_TOKENS = 24
+PASSAGE_TOKENS = 120
 BINS = 16
 # Tints of the early exits' and the last layer's passages, light and dark, in the order of depth.
 TINTS = (
@@ -65,10 +66,8 @@ def make_report(llm: LLM, table: Table, documents: Sequence[Sequence[int]], out:
         del draws["reliability"]
     save(draws, out.with_suffix(""))
     prompt = documents[0][:PROMPT_TOKENS]
-    depths, tints = (
-        llm.stack.exit_layers,
-        dict(zip(reversed(llm.stack.exit_layers), reversed(TINTS), strict=False)),
-    )
+    depths = llm.stack.exit_layers
+    tints = dict(zip(reversed(llm.stack.exit_layers), reversed(TINTS), strict=False))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ease_eval.measure", "."),
         autoescape=True,
@@ -119,11 +118,14 @@ def depths_by_position(
     llm: LLM, documents: Sequence[Sequence[int]], rows: Sequence[Row]
 ) -> dict[str, list[float]]:
     """Mean depth in each bin of positions, for every setting but off (for off where it is alone)."""
-    limit, width, shown = llm.stack.max_positions, bin_width(documents), rows[1:] or rows
+    limit = llm.stack.max_positions
+    width = bin_width(documents)
+    shown = rows[1:] or rows
     settings = [
         Setting(make_policy(row.policy, row.threshold, llm.stack.exit_layers), row.catch_up) for row in shown
     ]
-    totals, counts = np.zeros((len(shown), BINS)), np.zeros(BINS)
+    totals = np.zeros((len(shown), BINS))
+    counts = np.zeros(BINS)
     for ids in documents:
         scores = score_settings(llm, [ids[: limit + 1]], settings)
         place = np.minimum(np.arange(len(scores[0].depths)) // width, BINS - 1)

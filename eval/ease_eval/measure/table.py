@@ -242,7 +242,8 @@ def make_table(
 
     What a journal has of a run before is not measured again.
     """
-    amounts, journal = amounts or Amounts(), journal or Journal(None, {})
+    amounts = amounts or Amounts()
+    journal = journal or Journal(None, {})
     settings = make_settings(policy, thresholds, catch_ups, llm.stack.exit_layers)
     for setting in settings:
         llm.engine.check(setting.policy, setting.catch_up)
@@ -307,7 +308,8 @@ def measure_quality(
     llm: LLM, documents: Sequence[Document], settings: Sequence[Setting], journal: Journal
 ) -> list[Quality]:
     """Every setting's figures over the documents' tokens; off comes first."""
-    encoded, covered = [document.ids for document in documents], coverage(llm.tokenizer, documents)
+    encoded = [document.ids for document in documents]
+    covered = coverage(llm.tokenizer, documents)
     scored = Scored(encoded, covered.num_bytes, covered.unknown_share)
     found: list[list[Any]] = journal.once(
         "scores", lambda: [s.to_lists() for s in score_settings(llm, encoded, settings)]
@@ -361,7 +363,8 @@ def measure_speed(
 def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], llm: LLM) -> Speed:
     """One setting's times against off's."""
     speedups = [a / b for a, b in zip(off.rounds, timing.rounds, strict=True)]
-    speedup, seconds = float(np.median(speedups)), float(np.median(timing.rounds))
+    speedup = float(np.median(speedups))
+    seconds = float(np.median(timing.rounds))
     ideal = ideal_seconds(timing.calls, call_seconds)
     ideal_speedup = ideal_seconds(off.calls, call_seconds) / ideal
     p50, p95, p99 = np.percentile(np.array(timing.token_seconds) * 1000, (50, 95, 99)).tolist()
@@ -395,7 +398,8 @@ def measure_batch(
     where there are fewer.
     """
     chosen = [texts[i % len(texts)] for i in range(batch)]
-    speeds, found = time_batches(llm.stack, settings, chosen, num_rounds), []
+    speeds = time_batches(llm.stack, settings, chosen, num_rounds)
+    found = []
     for setting, mine in zip(settings, speeds, strict=True):
         speedups = [a / b for a, b in zip(mine, speeds[0], strict=True)]
         figures = BatchFigures(
@@ -462,7 +466,8 @@ class Scored:
         """Mean depth of each POSITION_BIN positions, those past `limit` left out. Shape: depths (tokens)."""
         place = np.concatenate([np.arange(len(ids) - 1) for ids in self.documents])
         inside = place < limit
-        place, depths = place[inside] // POSITION_BIN, depths[inside]
+        place = place[inside] // POSITION_BIN
+        depths = depths[inside]
         means: list[float] = (np.bincount(place, depths) / np.bincount(place)).tolist()
         return means
 

@@ -56,7 +56,8 @@ class Plan:
         for name, least in (("new_tokens", 2), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} = {getattr(self, name)}, expected at least {least}")
-        manifest, config = load_manifest(self.bundle), read_config(self.checkpoint)
+        manifest = load_manifest(self.bundle)
+        config = read_config(self.checkpoint)
         if (config.get("vocab_size"), config.get("num_hidden_layers")) != (
             manifest.vocab_size,
             manifest.num_layers,
@@ -217,7 +218,9 @@ class Worker:
     """A peer's process. `error` says why there is none, or no longer."""
 
     def __init__(self, peer: Peer, answer_seconds: float) -> None:
-        self.peer, self.answer_seconds, self.version = peer, answer_seconds, None
+        self.peer = peer
+        self.answer_seconds = answer_seconds
+        self.version = None
         self.rounds: list[list[dict[str, Any]]] = []
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.error: str | None = None
@@ -339,7 +342,8 @@ def make_row(worker: Worker, ease: Worker, stops: frozenset[int], new: int) -> R
     row = Row(worker.peer.name, worker.peer.precision, worker.version, worker.error or ease.error)
     if row.error is not None:
         return row
-    answers, ours = [a for part in worker.rounds for a in part], [a for part in ease.rounds for a in part]
+    answers = [a for part in worker.rounds for a in part]
+    ours = [a for part in ease.rounds for a in part]
     speeds = [(new - 1) * len(part) / sum(a["rest"] for a in part) for part in worker.rounds]
     shared = [agreement(a["ids"], b["ids"], stops) for a, b in zip(answers, ours, strict=True)]
     memory = answers[-1]["resident"]

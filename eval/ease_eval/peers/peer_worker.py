@@ -28,7 +28,9 @@ class Told:
     """
 
     def __init__(self) -> None:
-        self.clock, self.ids, self.begun = [time.perf_counter()], list[int](), False
+        self.clock = [time.perf_counter()]
+        self.ids = list[int]()
+        self.begun = False
 
     def note(self, token: int) -> None:
         """Take a token as it comes."""
@@ -57,13 +59,15 @@ def main(asked: dict[str, Any]) -> None:
         return
     say({"ready": True, "version": f"{name} {version_of(name)}"})
     for line in sys.stdin:
-        request, told = json.loads(line), Told()
+        request = json.loads(line)
+        told = Told()
         try:
             run(request["prompt"], request["new"], told)
         except Exception as error:
             say({"error": one_line(error)})
             return
-        clock, ids = told.clock, told.ids
+        clock = told.clock
+        ids = told.ids
         if len(ids) < request["new"]:
             say({"error": f"only {len(ids)} of {request['new']} tokens came"})
             return
@@ -138,10 +142,12 @@ def transformers_eager(asked: dict[str, Any]) -> tuple[str, Run]:
 
     @torch.no_grad()
     def run(prompt: list[int], new: int, told: Told) -> None:
-        inputs, cache = torch.tensor([prompt]), None
+        inputs = torch.tensor([prompt])
+        cache = None
         for _ in range(new):
             output = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, inputs = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+            cache = output.past_key_values
+            inputs = output.logits[:, -1].argmax(-1, keepdim=True)
             told.note(int(inputs.item()))
 
     return "transformers", run
@@ -190,7 +196,8 @@ def onnxruntime_genai(asked: dict[str, Any]) -> tuple[str, Run]:
     model = og.Model(str(folder))
 
     def run(prompt: list[int], new: int, told: Told) -> None:
-        parameters, length = og.GeneratorParams(model), len(prompt) + new
+        parameters = og.GeneratorParams(model)
+        length = len(prompt) + new
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, parameters)
         generator.append_tokens(prompt)
@@ -205,7 +212,8 @@ def build_genai(folder: Path, asked: dict[str, Any]) -> None:
     """Make the builder's model, whole or not at all."""
     import subprocess
 
-    partial, cache = folder.with_name(folder.name + ".partial"), folder.with_name("cache")
+    partial = folder.with_name(folder.name + ".partial")
+    cache = folder.with_name("cache")
     command = [
         sys.executable,
         "-m",
@@ -240,7 +248,9 @@ def llama_cpp(asked: dict[str, Any]) -> tuple[str, Run]:
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.n_ctx, parameters.n_parallel = asked["gguf"], asked["context"], 1
+    parameters.model.path = asked["gguf"]
+    parameters.n_ctx = asked["context"]
+    parameters.n_parallel = 1
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = num_threads(asked)
     server = xllamacpp.Server(parameters)
     greedy = {
@@ -256,10 +266,8 @@ def llama_cpp(asked: dict[str, Any]) -> tuple[str, Run]:
         if "timings" not in answer:
             raise RuntimeError(str(answer))
         first = answer["timings"]["prompt_ms"] / 1e3  # its answer begins with the prompt's last token
-        told.clock, told.ids = (
-            [0.0, first, first + answer["timings"]["predicted_ms"] / 1e3],
-            answer["__verbose"]["tokens"],
-        )
+        told.clock = [0.0, first, first + answer["timings"]["predicted_ms"] / 1e3]
+        told.ids = answer["__verbose"]["tokens"]
 
     return "xllamacpp", run
 

@@ -14,7 +14,9 @@ import re
 MARK = "#### "
 INVALID = "[invalid]"
 IGNORED = (",", r"\$", rf"(?s).*{MARK}", r"\.$")
-STRICT, FLEXIBLE, FIRST_LINE = "strict-match", "flexible-extract", "first-line"
+STRICT = "strict-match"
+FLEXIBLE = "flexible-extract"
+FIRST_LINE = "first-line"
 FILTERS = {
     STRICT: (r"#### (\-?[0-9\.\,]+)", 0),
     FLEXIBLE: (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),

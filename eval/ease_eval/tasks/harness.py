@@ -126,7 +126,8 @@ class EaseLM(LM):  # type: ignore[misc]
         found = []
         for request in requests:
             (text,) = request.args
-            ids, first = self.llm.encode(text), prefix_id(self.llm)
+            ids = self.llm.encode(text)
+            first = prefix_id(self.llm)
             ids = ids if ids[:1] == [first] else [first, *ids]
             total = 0.0
             self._note_unknown(ids[1:])
@@ -152,7 +153,8 @@ class EaseLM(LM):  # type: ignore[misc]
 
     def _generate(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
         """The answers to some requests that run together."""
-        generations, texts = [], {}
+        generations = []
+        texts = {}
         for context, wanted in asked:
             options = self._read(wanted)
             prompt = self.llm.encode(context) or [prefix_id(self.llm)]

@@ -44,9 +44,11 @@ def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], l
     "end." and "\\n" together as one token, say. Raises NoTokensError where nothing follows in tokens that the
     model knows, and RequestError where there is no token to begin with.
     """
-    text, num_kept = context + continuation, len(context.rstrip())
+    text = context + continuation
+    num_kept = len(context.rstrip())
     try:
-        whole, own = llm.encode(text), encode_whole(llm.tokenizer, text, parse_special=True)
+        whole = llm.encode(text)
+        own = encode_whole(llm.tokenizer, text, parse_special=True)
     except RequestError as error:  # no valid Unicode, or a token that the model has no row for
         raise NoTokensError(str(error)) from None
     num_context = len(whole) - len(own.ids)  # the start token
@@ -54,7 +56,8 @@ def encode_pair(llm: LLM, context: str, continuation: str) -> tuple[list[int], l
         num_context += sum(end <= num_kept for _, end in own.offsets)
     if not num_context:
         before = prefix_id(llm)
-        whole, num_context = whole if whole[:1] == [before] else [before, *whole], 1
+        whole = whole if whole[:1] == [before] else [before, *whole]
+        num_context = 1
     if len(whole) <= num_context:
         raise NoTokensError(f"nothing follows the context: {continuation[:40]!r} adds no token to it")
     return whole[:num_context], whole[num_context:]

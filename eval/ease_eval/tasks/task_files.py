@@ -155,7 +155,8 @@ def _context(row: dict[str, Any]) -> str:
 
 
 def _choices(row: dict[str, Any]) -> tuple[tuple[str, ...], int]:
-    choices, answer = row["choices"], row.get("answer")
+    choices = row["choices"]
+    answer = row.get("answer")
     if (
         not isinstance(choices, list)
         or len(choices) < 2

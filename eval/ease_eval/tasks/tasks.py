@@ -96,7 +96,8 @@ class Asking:
 
     def generate(self, item: Item, options: Options) -> tuple[str, list[int]]:
         """The text that answers an item, and its tokens' depths."""
-        limit, text = self.llm.stack.max_positions - options.max_tokens, self.before + item.context
+        limit = self.llm.stack.max_positions - options.max_tokens
+        text = self.before + item.context
         prompt = (
             self.llm.encode_chat([{"role": "user", "content": text}]) if self.chat else self.llm.encode(text)
         )
@@ -129,7 +130,8 @@ def run_task(
     said = hashlib.sha256(repr(task.items).encode()).hexdigest()[
         :16
     ]  # answers to a file that has changed since are asked for anew
-    answers, faults = [], list(task.faults)
+    answers = []
+    faults = list(task.faults)
     for item in items:
         try:
             answers.append(Answer(**journal.once(f"{task.path}:{item.line}:{said}", _asker(asking, item))))
