@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ease_eval.measure.latency import Setting, Text, ideal_seconds, measure
-from ease_runtime.engine.costs import Costs, Pace
+from ease_runtime.engine.costs import Costs, RequestCost
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.probe import measure_costs
 from ease_runtime.engine.sampling import Greedy
@@ -131,15 +131,15 @@ def verify(stack: OrtStack) -> list[Row]:
     rows = []
     policy = Coin(thresholds=only(stack, exit_index), probability=1.0)
     for acceptance in (0.6, 0.8, 0.9):
-        pace = Pace(costs, policy, "verify")
-        pace.entered = [
+        request_cost = RequestCost(costs, policy, "verify")
+        request_cost.entered = [
             1.0 if k <= exit_segment(stack, exit_index) else 0.0 for k in range(len(stack.layout))
         ]
-        pace.drafted = 1.0
-        pace.accepted = acceptance
-        length = max(1, pace.draft_length(1))
+        request_cost.drafted = 1.0
+        request_cost.accepted = acceptance
+        length = max(1, request_cost.draft_length(1))
         tokens = (1.0 - acceptance ** (length + 1)) / (1.0 - acceptance)
-        predicted = tokens / pace.cycle(length, 1) * pace.full_depth(1)
+        predicted = tokens / request_cost.cycle(length, 1) * request_cost.full_depth(1)
         rounds = []
         for seed in range(ROUNDS):
             off = Engine(stack)
@@ -160,7 +160,7 @@ def verify(stack: OrtStack) -> list[Row]:
                 "speedup": speedup,
                 "model_speedup": predicted,
                 "measured_over_model": speedup / predicted,
-                "break_even_acceptance": break_even(pace),
+                "break_even_acceptance": break_even(request_cost),
             }
         )
     return rows
@@ -170,14 +170,14 @@ def exit_segment(stack: OrtStack, exit_index: int) -> int:
     return next(k for k, shape in enumerate(stack.layout) if shape.exit_index == exit_index)
 
 
-def break_even(pace: Pace) -> float | None:
+def break_even(request_cost: RequestCost) -> float | None:
     """The smallest acceptance at which some draft length is as fast as full depth, to 0.01; None when none
     is.
     """
-    pace.drafted = 1.0
+    request_cost.drafted = 1.0
     for percent in range(1, 100):
-        pace.accepted = percent / 100
-        if pace.draft_length(1):
+        request_cost.accepted = percent / 100
+        if request_cost.draft_length(1):
             return percent / 100
     return None
 

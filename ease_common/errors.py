@@ -9,7 +9,7 @@ importing and what they read
     ├── ConfigError       a recipe, a field or a value that cannot be used
     ├── DataError         a corpus that cannot be read or is too small
     ├── CheckpointError   a checkpoint that is missing, incomplete or of a newer version
-    ├── ForeignError      another project's model that cannot be read or computed here
+    ├── ModelImportError      another project's model that cannot be read or computed here
     └── DivergenceError   the loss stopped being a number
 """
 
@@ -57,7 +57,7 @@ class CheckpointError(TrainError):
     """A checkpoint that is missing, incomplete or newer than this version of EASE."""
 
 
-class ForeignError(TrainError):
+class ModelImportError(TrainError):
     """A model of another project's making that cannot be read, or that this decoder cannot compute."""
 
 

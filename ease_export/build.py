@@ -20,7 +20,7 @@ from ease_export.plan import (
     REDUCED_HEAD_FILE,
     SIMILARITY_FILE,
     Cut,
-    Plan,
+    GraphSpec,
     block_file,
     cut_layers,
     exit_file,
@@ -86,7 +86,7 @@ def write_bundle(
     for plan in plan_graphs(model):
         write_graph(plan, tracer, files, quantizer)
     checkpoint.tokenizer.save(str(folder / TOKENIZER_FILE))
-    if (template := checkpoint.conventions.chat_template) is not None:
+    if (template := checkpoint.text_format.chat_template) is not None:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     manifest = describe(checkpoint, checkpoint_path, folder, precision, calibration)
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
@@ -126,7 +126,7 @@ def is_bundle(folder: Path) -> bool:
 
 
 def write_graph(
-    plan: Plan, tracer: Tracer, files: WeightFiles, quantizer: WeightQuantizer | None = None
+    plan: GraphSpec, tracer: Tracer, files: WeightFiles, quantizer: WeightQuantizer | None = None
 ) -> None:
     """Trace one graph, and write it with its weights."""
     proto = tracer.graph(plan)
@@ -156,8 +156,8 @@ def describe(
         kv_dim=config.kv_dim,
         num_layers=config.num_layers,
         max_positions=config.max_positions,
-        start_id=checkpoint.conventions.start_id,
-        stop_ids=checkpoint.conventions.stop_ids,
+        start_id=checkpoint.text_format.start_id,
+        stop_ids=checkpoint.text_format.stop_ids,
         tokenizer=TOKENIZER_FILE,
         similarity=SIMILARITY_FILE,
         segments=tuple(_segment_info(cut) for cut in cut_layers(model)),
@@ -172,9 +172,9 @@ def describe(
             for n, layer in enumerate(config.exits)
         ),
         drafting_head=REDUCED_HEAD_FILE if model.reduced_head is not None else None,
-        chat_template=TEMPLATE_FILE if checkpoint.conventions.chat_template is not None else None,
-        special_tokens=checkpoint.conventions.special_tokens,
-        generation=checkpoint.conventions.generation,
+        chat_template=TEMPLATE_FILE if checkpoint.text_format.chat_template is not None else None,
+        special_tokens=checkpoint.text_format.special_tokens,
+        generation=checkpoint.text_format.generation,
         calibration=calibration,
         files={
             path.name: FileInfo(sha256_of(path), path.stat().st_size) for path in sorted(folder.iterdir())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ease_common.errors import ExportError
-from ease_export.graphs import (
+from ease_export.modules import (
     ExitHead,
     FirstSegment,
     GateHead,
@@ -34,7 +34,7 @@ TRACED_LAYERS = 2  # all the others are the second again, with weights of their 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class GraphSpec:
     """One graph to export: its module, and how it is traced.
 
     `traced` is `module` with no more than two of its `num_layers` layers (0: it has none); inputs and names
@@ -112,7 +112,7 @@ def head_file(model: Decoder, number: int, layer: int) -> str:
     return REDUCED_HEAD_FILE if head is model.reduced_head else f"head_{number + 1:02d}.onnx"
 
 
-def plan_graphs(model: Decoder) -> Iterator[Plan]:
+def plan_graphs(model: Decoder) -> Iterator[GraphSpec]:
     """Every graph of the bundle, one after the other."""
     rotary = RotaryTables(model)
     yield _head_plan(HEAD_FILE, Head(model.lm_head))
@@ -164,7 +164,7 @@ def _pool(model: Decoder) -> Inputs:
 
 def _over_cache(
     cut: Cut, kind: str, modules: Many[nn.Module], model: Decoder, inputs: Inputs, outputs: list[str]
-) -> Plan:
+) -> GraphSpec:
     """A graph that reads and writes the caches of a segment's layers, after its own inputs and where its
     tokens stand.
 
@@ -180,7 +180,7 @@ def _over_cache(
     )
     places = ("places", torch.arange(TOKENS), {0: "N"})
     inputs = [*inputs, spread, places, ("write_indices", torch.zeros(ROWS, dtype=torch.int64), {0: "B"})]
-    return Plan(
+    return GraphSpec(
         file=cut.file(kind),
         module=modules[0],
         traced=modules[-1],
@@ -193,7 +193,7 @@ def _over_cache(
     )
 
 
-def _segment_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
+def _segment_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> GraphSpec:
     layers = model.layers[cut.first - 1 : cut.last]
     inputs = [_tokens("active", torch.bool)]
     if cut.number:
@@ -203,13 +203,13 @@ def _segment_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
     return _over_cache(cut, "segment", first, model, [_tokens("input_ids"), *inputs], ["embedded", "hidden"])
 
 
-def _kv_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
+def _kv_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> GraphSpec:
     layers = model.layers[cut.first - 1 : cut.last]
     modules = [PropagateKV(rotary, part) for part in (layers, layers[:TRACED_LAYERS])]
     return _over_cache(cut, "kv", modules, model, _pool(model), [])
 
 
-def _block_plan(model: Decoder, rotary: RotaryTables, cut: Cut, block: nn.Module) -> Plan:
+def _block_plan(model: Decoder, rotary: RotaryTables, cut: Cut, block: nn.Module) -> GraphSpec:
     """An exit's own layer, as a segment of one. `cut` has the exit's number."""
     module = Segment(rotary, [block])
     return _over_cache(
@@ -217,15 +217,15 @@ def _block_plan(model: Decoder, rotary: RotaryTables, cut: Cut, block: nn.Module
     )
 
 
-def _routed_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> Plan:
+def _routed_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> GraphSpec:
     module = Routed(model, rotary, cut.first)
     return _over_cache(cut, "segment", [module], model, [*_pool(model), _tokens("positions")], ["hidden"])
 
 
-def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str]) -> Plan:
+def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str]) -> GraphSpec:
     """A graph over some rows of the pool, without caches."""
     inputs = (_states(model), torch.zeros(TOKENS, dtype=torch.int64))
-    return Plan(
+    return GraphSpec(
         file=file,
         module=module,
         traced=module,
@@ -237,10 +237,10 @@ def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str])
     )
 
 
-def _similarity_plan(model: Decoder) -> Plan:
+def _similarity_plan(model: Decoder) -> GraphSpec:
     module = Similarity()
     inputs = (_states(model), torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS, dtype=torch.int64))
-    return Plan(
+    return GraphSpec(
         file=SIMILARITY_FILE,
         module=module,
         traced=module,
@@ -252,9 +252,9 @@ def _similarity_plan(model: Decoder) -> Plan:
     )
 
 
-def _head_plan(file: str, module: Head) -> Plan:
+def _head_plan(file: str, module: Head) -> GraphSpec:
     inputs = (torch.zeros(TOKENS, module.lm_head.in_features, dtype=module.lm_head.weight.dtype),)
-    return Plan(
+    return GraphSpec(
         file=file,
         module=module,
         traced=module,

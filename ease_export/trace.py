@@ -20,8 +20,8 @@ from torch import nn
 from torch.export import Dim
 
 from ease_common.errors import ExportError
-from ease_export.graphs import OPSET
-from ease_export.plan import TRACED_LAYERS, Plan
+from ease_export.modules import OPSET
+from ease_export.plan import TRACED_LAYERS, GraphSpec
 
 COMPARED_SIZE = 1024  # numbers: torch.onnx looks for equal weights up to this size
 LARGEST_CONSTANT = (
@@ -36,7 +36,7 @@ class Tracer:
     def __init__(self) -> None:
         self.traced: dict[tuple[str, ...], onnx.ModelProto] = {}
 
-    def graph(self, plan: Plan) -> onnx.ModelProto:
+    def graph(self, plan: GraphSpec) -> onnx.ModelProto:
         """The graph of a plan, all its layers, without weights."""
         form = (repr(plan.traced), *plan.input_names, *plan.output_names)
         if form not in self.traced:
@@ -48,7 +48,7 @@ class Tracer:
         return model
 
 
-def trace(plan: Plan) -> onnx.ModelProto:
+def trace(plan: GraphSpec) -> onnx.ModelProto:
     """The graph of a plan's `traced` module, whose weights are named and not there.
 
     Raises ExportError when one was folded away.

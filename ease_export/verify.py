@@ -28,7 +28,7 @@ from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.runner import Runner
 from ease_runtime.engine.sequence import TokenSequence
 from ease_runtime.ort.buffers import DeviceCache, RowCache
-from ease_runtime.ort.graphs import load_session
+from ease_runtime.ort.sessions import load_session
 from ease_runtime.ort.stack import Cache, OrtStack, open_stack
 from ease_runtime.policies import HeadOutput
 from ease_train.model.decoder import Block, Decoder, RoutedBlock

@@ -2,7 +2,6 @@
 
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import field
 from typing import Any, NoReturn
 
 from ease_common.errors import RequestError
@@ -10,11 +9,6 @@ from ease_runtime.policies.thresholds import Thresholds
 
 LONGEST_NAME = 80  # characters
 LONGEST_ID = 20  # digits of a token
-
-
-def setting(default: Any, help_text: str) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help_text})
 
 
 def read_value(name: str, kind: Any, value: Any) -> Any:

@@ -69,7 +69,7 @@ class Timing:
 
 
 @dataclass(eq=False)
-class Choice:
+class Completion:
     """One completion of a request, as it grows."""
 
     index: int
@@ -125,7 +125,7 @@ class Generation:
     """A request: its prompt's ids, and its completions."""
 
     prompt: list[int]
-    choices: list[Choice]
+    choices: list[Completion]
 
     @property
     def finished(self) -> bool:

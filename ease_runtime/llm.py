@@ -25,13 +25,14 @@ from tokenizers import Tokenizer
 from ease_common.chat import ChatTemplate, Message
 from ease_common.errors import BundleError, DeviceError, RequestError
 from ease_common.own import is_own
+from ease_common.tokenizers import whole_texts
 from ease_runtime.bundle.manifest import Manifest
 from ease_runtime.effect import check_effect, effect_notes
 from ease_runtime.engine.costs import DEFAULT_CAP
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.sampling import Sampler
 from ease_runtime.engine.sequence import TokenSequence
-from ease_runtime.generation import Choice, Generation, Timing, TokenEvent
+from ease_runtime.generation import Completion, Generation, Timing, TokenEvent
 from ease_runtime.options import Options
 from ease_runtime.ort.stack import Stack, open_stack
 from ease_runtime.policies import ExitPolicy, make_policy
@@ -65,7 +66,7 @@ class TextEngine:
         self.template = template
         self.special = SpecialTokens(tokenizer)
         self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt)
-        self.choices: dict[TokenSequence, Choice] = {}
+        self.choices: dict[TokenSequence, Completion] = {}
 
     @property
     def busy(self) -> bool:
@@ -217,12 +218,12 @@ class TextEngine:
                 notes=[*notes, *self.remarks(options, ids)],
             )
             choices.append(
-                Choice(index, sequence, TextWriter(self.tokenizer, ids, patterns, self.special.tokens))
+                Completion(index, sequence, TextWriter(self.tokenizer, ids, patterns, self.special.tokens))
             )
             self.choices[sequence] = choices[-1]
         return Generation(ids, choices)
 
-    def step(self) -> list[tuple[Choice, list[TokenEvent]]]:
+    def step(self) -> list[tuple[Completion, list[TokenEvent]]]:
         """One pass: the completions that went on or ended in it, with their new events."""
         read = []
         for sequence in self.engine.step():
@@ -374,14 +375,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises BundleError when the file is none.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return whole_texts(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises plain Exception
         raise BundleError(f"{path} cannot be read: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if getattr(tokenizer.model, "dropout", None) is not None:
-        tokenizer.model.dropout = None
-    return tokenizer
 
 
 def load_template(bundle: Path, manifest: Manifest, tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from ease_common.errors import RequestError, did_you_mean
 from ease_common.own import is_own, load_own
+from ease_common.settings import setting
 from ease_runtime.engine.sampling import AdjustedGreedy, Adjustments, Greedy, GumbelSampler, Sampler, seed_of
-from ease_runtime.fields import read_value, setting
+from ease_runtime.fields import read_value
 from ease_runtime.policies import POLICIES, ExitPolicy, make_policy
 from ease_runtime.policies.thresholds import OFF, Thresholds
 

@@ -207,12 +207,12 @@ def fit_once(
     recipe: str | None, options: dict[str, Any], data: str | None, out: Path, resume: bool, **place: Any
 ) -> None:
     """Begin or resume one run, and train it to its end."""
-    from ease_train.training.resuming import Asked
+    from ease_train.training.resuming import ResumeOptions
     from ease_train.training.trainer import Trainer
 
     base = load_recipe(recipe) if recipe else None
     if resume:
-        trainer = Trainer.resume(out, **place, asked=Asked(options, data, base))
+        trainer = Trainer.resume(out, **place, asked=ResumeOptions(options, data, base))
     elif base is None:
         raise TrainError("no recipe is named; list them: ease-train recipes")
     elif out.exists():

@@ -84,7 +84,7 @@ def read_document(row: dict[str, Any], checkpoint: Checkpoint) -> tuple[Tensor, 
     tokenizer = checkpoint.tokenizer
     ids = tokenizer.encode(row["text"], add_special_tokens=False).ids
     prompt = len(tokenizer.encode(row["prompt"], add_special_tokens=False).ids) if "prompt" in row else 0
-    start = [] if "prompt" in row else [checkpoint.conventions.separator]
+    start = [] if "prompt" in row else [checkpoint.text_format.separator]
     return torch.tensor([[*start, *ids][:LONGEST]]), max(0, prompt - 1)
 
 

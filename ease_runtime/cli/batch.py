@@ -20,7 +20,7 @@ from typing import Any
 
 from ease_common.errors import RequestError
 from ease_runtime.cli.show import token_object
-from ease_runtime.generation import Choice, Generation
+from ease_runtime.generation import Completion, Generation
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 
@@ -79,7 +79,7 @@ def answer_lines(
     """
     source = iter(lines)
     waiting = deque[Item]()
-    places = dict[Choice, tuple[Item, int]]()
+    places = dict[Completion, tuple[Item, int]]()
     more = True
     while more or waiting:
         while (

@@ -16,10 +16,10 @@ from ease_runtime.options import Options
 
 GROUP = 4  # of a worker's lines that travel together, in batches
 
-Row = dict[str, list[Any]]
+Block = dict[str, list[Any]]
 
 
-class Worker:
+class ModelReplica:
     """A copy of the model on the cluster. Calling it answers a group of numbered lines."""
 
     def __init__(self, bundle: str, options: Options, batch_size: int, place: dict[str, Any]) -> None:
@@ -27,7 +27,7 @@ class Worker:
         self.options = options
         self.batch_size = batch_size
 
-    def __call__(self, row: Row) -> Row:
+    def __call__(self, row: Block) -> Block:
         lines = zip(row["numbers"], (line.encode("latin-1") for line in row["lines"]), strict=True)
         return {"answers": list(answer_lines(self.llm, lines, self.options, self.batch_size))}
 
@@ -80,13 +80,13 @@ class Cluster:
         groups = list(_groups(lines, GROUP * batch_size))
         arguments = (str(bundle.resolve()), options, batch_size, place)
         answers = data.from_items(groups, override_num_blocks=len(groups)).map(
-            Worker, fn_constructor_args=arguments, compute=data.ActorPoolStrategy(size=self.num_workers)
+            ModelReplica, fn_constructor_args=arguments, compute=data.ActorPoolStrategy(size=self.num_workers)
         )
         for row in answers.iter_rows():
             yield from row["answers"]
 
 
-def _groups(lines: Iterator[tuple[int, bytes]], size: int) -> Iterator[Row]:
+def _groups(lines: Iterator[tuple[int, bytes]], size: int) -> Iterator[Block]:
     """Lines by `size`, their bytes as latin-1, which any bytes are."""
     while group := list(itertools.islice(lines, size)):
         yield {

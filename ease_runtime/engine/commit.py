@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ease_runtime.engine.costs import FIRST_LOOK, Pace
+from ease_runtime.engine.costs import FIRST_LOOK, RequestCost
 from ease_runtime.engine.layout import SegmentShape
 from ease_runtime.engine.schedule import Work
 from ease_runtime.engine.sequence import Leaving, Token, TokenSequence
@@ -27,8 +27,8 @@ def commit(
     """Let the policy decide and the sampler choose. Whether tokens came out, or the sequence ended."""
     decision = sequence.decision
     newest = work.stop == len(sequence.tokens) and work.start >= sequence.num_prompt
-    if decision.pace and work.kind == "segment" and newest and sequence.may_draft:
-        decision.pace.entered[work.segment] += 1
+    if decision.request_cost and work.kind == "segment" and newest and sequence.may_draft:
+        decision.request_cost.entered[work.segment] += 1
     if work.kind == "kv" or work.stop < len(sequence.tokens):
         return False
     if said is not None and said.head is not None and not np.isfinite(said.head.top_prob).all():
@@ -160,19 +160,19 @@ def _judge(sequence: TokenSequence, said: ExitOutput, layout: Layout, num_runnin
         _keep(sequence, token, before + 2, num_running)
         if not agrees or sequence.finish_reason is not None:
             break
-    pace = sequence.decision.pace
-    if pace and drafts.length and sequence.finish_reason is None:
-        pace.judged(drafts.judged - judged, drafts.accepted - accepted)
-        _adapt_drafting(sequence, pace, num_running)
+    request_cost = sequence.decision.request_cost
+    if request_cost and drafts.length and sequence.finish_reason is None:
+        request_cost.judged(drafts.judged - judged, drafts.accepted - accepted)
+        _adapt_drafting(sequence, request_cost, num_running)
     return True
 
 
-def _adapt_drafting(sequence: TokenSequence, pace: Pace, num_running: int) -> None:
+def _adapt_drafting(sequence: TokenSequence, request_cost: RequestCost, num_running: int) -> None:
     """Draft as many tokens as pays; for good none when that is none."""
-    if pace.entered[0] < FIRST_LOOK:
+    if request_cost.entered[0] < FIRST_LOOK:
         return
     drafts = sequence.drafts
-    drafts.length = pace.draft_length(num_running)
+    drafts.length = request_cost.draft_length(num_running)
     if drafts.length == 0:
         sequence.counters.asked = frozenset()
         share = f"{drafts.accepted} of {drafts.judged} drafts accepted"
@@ -181,15 +181,15 @@ def _adapt_drafting(sequence: TokenSequence, pace: Pace, num_running: int) -> No
         )
 
 
-def _adapt_leaving(sequence: TokenSequence, pace: Pace, num_running: int) -> None:
+def _adapt_leaving(sequence: TokenSequence, request_cost: RequestCost, num_running: int) -> None:
     """Stay at full depth for good once leaving early is seen to be slower."""
-    if pace.pays(num_running):
+    if request_cost.pays(num_running):
         return
     decision = sequence.decision
     catch_up = sequence.request.catch_up
     decision.policy = FULL_DEPTH
     decision.state = None
-    decision.pace = None
+    decision.request_cost = None
     sequence.counters.asked = frozenset()
     sequence.notes.append(
         f"leaving early does not pay here: full depth after {len(sequence.produced)} tokens (catch-up "
@@ -211,8 +211,8 @@ def _keep(sequence: TokenSequence, token: Token, length: int, num_running: int) 
     if sequence.finish_reason is not None:
         del sequence.tokens[length:]
         sequence.drafts.tokens = []
-    elif decision.pace and request.catch_up != "verify" and len(sequence.produced) % FIRST_LOOK == 0:
-        _adapt_leaving(sequence, decision.pace, num_running)
+    elif decision.request_cost and request.catch_up != "verify" and len(sequence.produced) % FIRST_LOOK == 0:
+        _adapt_leaving(sequence, decision.request_cost, num_running)
 
 
 def _largest(logits: NDArray[np.float32], count: int) -> Iterable[int]:

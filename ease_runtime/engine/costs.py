@@ -155,7 +155,7 @@ class Costs:
 
 
 @dataclass
-class Pace:
+class RequestCost:
     """How a request's tokens leave, and what that costs against full depth, a token and row.
 
     `entered[k]` of its tokens have gone into segment k themselves; the others passed later, as pending ones.

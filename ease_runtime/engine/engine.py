@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from ease_common.errors import RequestError, did_you_mean
 from ease_runtime.engine.commit import commit
-from ease_runtime.engine.costs import DEFAULT_CAP, Costs, Pace
+from ease_runtime.engine.costs import DEFAULT_CAP, Costs, RequestCost
 from ease_runtime.engine.probe import measure_costs
 from ease_runtime.engine.runner import Runner
 from ease_runtime.engine.sampling import Greedy, Sampler
@@ -142,7 +142,7 @@ class Engine:
             )
         sequence.notes += notes
         if self.costs and asked and (self.adapt or catch_up == "verify"):
-            sequence.decision.pace = Pace(self.costs, policy, catch_up, self.cap)
+            sequence.decision.request_cost = RequestCost(self.costs, policy, catch_up, self.cap)
         if after is not None and after.slot is not None:
             blocks = frozenset(k for k, leave in enumerate(self.stack.exits) if leave.block is not None)
             self.runner.slots.take_over(sequence, after, blocks)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ease_runtime.engine.costs import Pace
+from ease_runtime.engine.costs import RequestCost
 from ease_runtime.engine.sampling import Sampler
 from ease_runtime.policies import ExitPolicy
 
@@ -98,7 +98,7 @@ class Decision:
     level: int = 0
     leaving: Leaving | None = None
     token: Token | None = None  # the prediction of the newest token, once an exit has made it
-    pace: Pace | None = None  # whether leaving early pays, where the engine adapts
+    request_cost: RequestCost | None = None  # whether leaving early pays, where the engine adapts
 
     def set_out(self) -> None:
         """The newest token is about to enter the first segment."""

@@ -33,7 +33,7 @@ from ease_runtime.bundle.signatures import (
 from ease_runtime.engine.layout import Call, SegmentShape, Span
 from ease_runtime.ort.buffers import DeviceCache, DevicePool, HiddenPool, Int64s, RowCache
 from ease_runtime.ort.device import CPU, SILENT, Device, DeviceArray, choose_device
-from ease_runtime.ort.graphs import Binding, Clock, Graph, check_signature, load_session, start_thread_pool
+from ease_runtime.ort.sessions import Binding, Clock, Graph, check_signature, load_session, start_thread_pool
 from ease_runtime.policies import HeadOutput
 
 log = logging.getLogger(__name__)

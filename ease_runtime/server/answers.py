@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ease_runtime.generation import TokenEvent
-from ease_runtime.server.asked import Asked
-from ease_runtime.server.worker import Ticket
+from ease_runtime.server.dispatcher import Ticket
+from ease_runtime.server.requests import GenerationRequest
 
 
 @dataclass
 class Answer:
     """What is being said to one request. `chat` decides between the two shapes."""
 
-    asked: Asked
+    asked: GenerationRequest
     model: str
     chat: bool
     token_text: Callable[[int], str]

@@ -2,8 +2,8 @@
 
     app = create_app(llm, Settings(model="demo"))
 
-Needs the extra: pip install 'ease-lm[serve]'. A request is read, queued with the Worker, and followed until
-it ends or its client goes away.
+Needs the extra: pip install 'ease-lm[serve]'. A request is read, queued with the Dispatcher, and followed
+until it ends or its client goes away.
 """
 
 import asyncio
@@ -17,23 +17,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ease_common.errors import RequestError
+from ease_common.extras import missing_extra
 from ease_runtime.generation import TokenEvent
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 from ease_runtime.server.answers import Answer
-from ease_runtime.server.asked import Asked, read_chat, read_completion
+from ease_runtime.server.api_error import ApiError, error_object
+from ease_runtime.server.dispatcher import Dispatcher, Ticket
 from ease_runtime.server.engine_thread import Update
-from ease_runtime.server.errors import ApiError, error_object, extra_missing
 from ease_runtime.server.metrics import Metrics
+from ease_runtime.server.requests import GenerationRequest, read_chat, read_completion
 from ease_runtime.server.shadow import Shadow
-from ease_runtime.server.worker import Ticket, Worker
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
 
 PAGE = Path(__file__).parent / "page.html"
 HANG_UP = 499  # as nginx counts requests whose client has gone
-Reader = Callable[[Any, TextEngine, Options], Asked]
+Reader = Callable[[Any, TextEngine, Options], GenerationRequest]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics(llm.stack.exit_layers, llm.engine.cache.num_slots)
         self.shadow = Shadow(llm.engine, settings.shadow, settings.certificate) if settings.shadow else None
-        self.worker = Worker(llm, self.metrics, max_queued=settings.max_queued, shadow=self.shadow)
+        self.worker = Dispatcher(llm, self.metrics, max_queued=settings.max_queued, shadow=self.shadow)
         self.started = int(time.time())
 
     def check_key(self, request: "Request") -> None:
@@ -91,7 +92,7 @@ class Service:
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is no JSON: {error}") from None
 
-    async def read(self, request: "Request", reader: Reader) -> Asked:
+    async def read(self, request: "Request", reader: Reader) -> GenerationRequest:
         """What a request asks for. Raises RequestError."""
         self.check_key(request)
         self.worker.check_room(1)  # before anything is done for it
@@ -246,7 +247,7 @@ def event(value: Any) -> str:
 def create_app(llm: TextEngine, settings: Settings) -> "FastAPI":
     """The application.
 
-    Raises RequestError where FastAPI is not installed. `app.state.service` is its Service.
+    Raises MissingExtraError where FastAPI is not installed. `app.state.service` is its Service.
     """
     try:
         from fastapi import FastAPI, Request, Response
@@ -255,8 +256,8 @@ def create_app(llm: TextEngine, settings: Settings) -> "FastAPI":
         from starlette.requests import ClientDisconnect
 
         service = Service(llm, settings)
-    except ImportError as error:
-        raise extra_missing(error) from None
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) or error from None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

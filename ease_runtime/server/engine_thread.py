@@ -15,10 +15,10 @@ from typing import Protocol
 
 from ease_common.errors import EaseError
 from ease_runtime.engine.sequence import TokenSequence
-from ease_runtime.generation import Choice, Generation, TokenEvent
+from ease_runtime.generation import Completion, Generation, TokenEvent
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
-from ease_runtime.server.errors import ApiError
+from ease_runtime.server.api_error import ApiError
 from ease_runtime.server.metrics import Metrics
 from ease_runtime.server.shadow import Shadow
 
@@ -73,7 +73,7 @@ class EngineThread:
         self.shadow = shadow
         self.deadline = math.inf  # when what still runs is cut
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.jobs: dict[Choice, tuple[Job, int]] = {}
+        self.jobs: dict[Completion, tuple[Job, int]] = {}
         self.thread = threading.Thread(target=self._run, name="ease-engine", daemon=True)
 
     # Commands, which any thread may give.
@@ -171,7 +171,7 @@ class EngineThread:
         if self.shadow and self.shadow.look():
             self.metrics.note_shadow(self.shadow.risk or 0.0, bool(self.shadow.drift))
 
-    def _update(self, index: int, choice: Choice, events: list[TokenEvent]) -> Update:
+    def _update(self, index: int, choice: Completion, events: list[TokenEvent]) -> Update:
         if choice.finish_reason is None:
             return Update(index, events)
         self._note_end(choice.sequence)

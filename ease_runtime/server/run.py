@@ -8,9 +8,9 @@ from types import FrameType
 from typing import Any
 
 from ease_common.errors import RequestError
+from ease_common.extras import missing_extra
 from ease_runtime.llm import TextEngine
 from ease_runtime.server.app import Settings, create_app
-from ease_runtime.server.errors import extra_missing
 
 MARGIN_SECONDS = 5  # for connections to close after the last answer was cut
 
@@ -24,12 +24,12 @@ def serve(
     grace_seconds: float,
     log_level: str = "info",
 ) -> None:
-    """Serve in this thread. Raises RequestError where the extra is not installed or the port is taken."""
+    """Serve in this thread. Raises MissingExtraError, and RequestError where the port is taken."""
     app = create_app(llm, settings)
     try:
         import uvicorn
-    except ImportError as error:
-        raise extra_missing(error) from None
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) or error from None
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from ease_common.chat import Message, check_messages
 from ease_common.errors import RequestError
+from ease_common.tokenizers import whole_texts
 
 DIGITS = 30  # of a random number that no text holds by chance
 ID_DIGITS = 9
@@ -86,9 +87,7 @@ class SpecialTokens:
 
         Made when it is first needed: a large vocabulary takes a second, and its memory again.
         """
-        copy = Tokenizer.from_str(self.tokenizer.to_str())
-        copy.no_truncation()
-        copy.no_padding()
+        copy = whole_texts(Tokenizer.from_str(self.tokenizer.to_str()))
         copy.encode_special_tokens = True
         meant: dict[int, int] = {}
         for token, added in self.tokens.items():

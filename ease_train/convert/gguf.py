@@ -4,7 +4,7 @@ between.
     file = GGUFFile(Path("model.gguf"))
     file.config                                        # the values of a config.json
     file.tensors["layers.0.attention.q_proj.weight"]   # packed rows under our name, with their ggml type
-    file.foreign()                                     # the whole model, dequantised tensor by tensor
+    file.read()                                     # the whole model, dequantised tensor by tensor
 
 Every key of `<architecture>.*` and `tokenizer.*` is used, known to change nothing, or refused by name; so is
 every tensor.
@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ease_common.errors import ForeignError
-from ease_train.convert.conventions import Conventions
-from ease_train.convert.foreign import LLAMA3_SCALING, Foreign, foreign_name
+from ease_common.errors import ModelImportError
 from ease_train.convert.huggingface import read_template
+from ease_train.convert.source_model import LLAMA3_SCALING, SourceModel, hf_name
+from ease_train.convert.text_format import TextFormat
 from ease_train.convert.vocabularies import (
     Split,
     TokenType,
@@ -119,7 +119,7 @@ class Reader(GGUFReader):
 class Metadata:
     """A file's keys and values; which of them were asked for, by their names.
 
-    Every reader raises ForeignError.
+    Every reader raises ModelImportError.
     """
 
     reader: GGUFReader
@@ -132,18 +132,18 @@ class Metadata:
         """The value of a key, of this type; without a default it has to be there."""
         if key not in self:
             if default is None:
-                raise ForeignError(f"the file lacks {key}, without which the model is not known")
+                raise ModelImportError(f"the file lacks {key}, without which the model is not known")
             return default
         self.used.add(key)
         try:
             found = self.reader.fields[key].contents()
         except UnicodeDecodeError as error:
-            raise ForeignError(f"{key} is no text: {error}") from None
+            raise ModelImportError(f"{key} is no text: {error}") from None
         if kind is float and type(found) is int:
             found = float(found)
         if type(found) is not kind or (isinstance(found, float) and not math.isfinite(found)):
             shown = repr(found)
-            raise ForeignError(f"{key} = {shown[:60]}, expected {_NAMES[kind]}")
+            raise ModelImportError(f"{key} = {shown[:60]}, expected {_NAMES[kind]}")
         return found
 
     def per_layer(self, key: str, default: int | None = None) -> int:
@@ -160,7 +160,7 @@ class Metadata:
             self.used.add(key)
             return int(found[0])
         if isinstance(found, list):
-            raise ForeignError(f"{key} = {found[:8]}: layers of different shapes cannot be imported")
+            raise ModelImportError(f"{key} = {found[:8]}: layers of different shapes cannot be imported")
         return int(self.value(key, int))
 
     def token(self, key: str, tokens: int) -> int | None:
@@ -169,7 +169,7 @@ class Metadata:
             return None
         number = int(self.value(key, int))
         if not 0 <= number < tokens:
-            raise ForeignError(f"{key} = {number}, expected a token from 0 to {tokens - 1}")
+            raise ModelImportError(f"{key} = {number}, expected a token from 0 to {tokens - 1}")
         return number
 
 
@@ -204,12 +204,12 @@ class PackedTensor:
         return paired.swapaxes(1, 2).reshape(self.data.shape)
 
     def floats(self) -> Tensor:
-        """The weights as fp32, in `shape`. Raises ForeignError for a type that gguf cannot dequantise."""
+        """The weights as fp32, in `shape`. Raises ModelImportError for a type that gguf cannot dequantise."""
         try:
             values = gguf.dequantize(self.rows(), self.kind)
         except (NotImplementedError, ValueError) as error:
             reason = str(error).strip() or type(error).__name__
-            raise ForeignError(
+            raise ModelImportError(
                 f"{self.name} is stored as {self.kind.name}, which gguf cannot dequantise: {reason}"
             ) from None
         return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(self.shape)
@@ -219,7 +219,7 @@ class Dequantised(Mapping[str, Tensor]):
     """The tensors of a file as fp32 by their Hugging Face names, each dequantised when it is asked for."""
 
     def __init__(self, tensors: Mapping[str, PackedTensor]) -> None:
-        self.tensors = {foreign_name(name): tensor for name, tensor in tensors.items()}
+        self.tensors = {hf_name(name): tensor for name, tensor in tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].floats()
@@ -231,19 +231,19 @@ class Dequantised(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def read_gguf(path: Path) -> Foreign:
-    """The model of a .gguf file. Raises ForeignError, one line that begins with the file's name."""
+def read_gguf(path: Path) -> SourceModel:
+    """The model of a .gguf file. Raises ModelImportError, one line that begins with the file's name."""
     try:
-        return GGUFFile(path).foreign()
-    except ForeignError as error:
+        return GGUFFile(path).read()
+    except ModelImportError as error:
         line = str(error)
-        raise ForeignError(line if line.startswith(str(path)) else f"{path}: {line}") from None
+        raise ModelImportError(line if line.startswith(str(path)) else f"{path}: {line}") from None
 
 
 class GGUFFile:
     """A file's model: `config` (the values of a config.json) and `tensors`, packed, by our names.
 
-    Raises ForeignError.
+    Raises ModelImportError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -252,7 +252,7 @@ class GGUFFile:
         self.architecture = self.metadata.value("general.architecture", str, "unknown")
         if self.architecture not in ARCHITECTURES:
             expected = ", ".join(ARCHITECTURES)
-            raise ForeignError(
+            raise ModelImportError(
                 f"{path} holds a model of the type '{self.architecture}'; expected one of: {expected}"
             )
         self._check_whole()
@@ -260,14 +260,14 @@ class GGUFFile:
         self.config = self._config()
         self.tensors = self._tensors()
 
-    def foreign(self) -> Foreign:
+    def read(self) -> SourceModel:
         """The whole model.
 
-        Raises ForeignError for a tokenizer that is not known, and for keys that are not.
+        Raises ModelImportError for a tokenizer that is not known, and for keys that are not.
         """
-        tokenizer, conventions = self.tokenizer_and_conventions()
+        tokenizer, text_format = self.tokenizer_and_text_format()
         self._check_keys()
-        return Foreign(self.config, Dequantised(self.tensors), tokenizer, conventions, self.report())
+        return SourceModel(self.config, Dequantised(self.tensors), tokenizer, text_format, self.report())
 
     def report(self) -> tuple[str, ...]:
         """What of the file was used, line by line."""
@@ -285,13 +285,13 @@ class GGUFFile:
         kind = self.metadata.value("general.type", str, "model")
         parts = self.metadata.value("split.count", int, 1)
         if kind != "model":
-            raise ForeignError(f"general.type = '{kind}', expected a model")
+            raise ModelImportError(f"general.type = '{kind}', expected a model")
         if parts > 1:
-            raise ForeignError(
+            raise ModelImportError(
                 f"this is one of {parts} parts; join them: llama-gguf-split --merge FIRST_PART OUT.gguf"
             )
         if self.reader.byte_order != "I":
-            raise ForeignError(
+            raise ModelImportError(
                 "the file's bytes are in the other order than this machine's; convert the model again on "
                 "this one"
             )
@@ -303,11 +303,11 @@ class GGUFFile:
         width = read.value(f"{arch}.embedding_length", int)
         for name, number in {"attention.head_count": heads, "embedding_length": width}.items():
             if number < 1:
-                raise ForeignError(f"{arch}.{name} = {number}, expected at least 1")
+                raise ModelImportError(f"{arch}.{name} = {number}, expected at least 1")
         head_dim = read.value(f"{arch}.attention.key_length", int, width // heads)
         for name in ("attention.value_length", "rope.dimension_count"):
             if (found := read.value(f"{arch}.{name}", int, head_dim)) != head_dim:
-                raise ForeignError(f"{arch}.{name} = {found}, expected the width of a head, {head_dim}")
+                raise ModelImportError(f"{arch}.{name} = {found}, expected the width of a head, {head_dim}")
         window = read.value(f"{arch}.attention.sliding_window", int, 0)
         positions = read.value(f"{arch}.context_length", int)
         return {
@@ -327,10 +327,10 @@ class GGUFFile:
 
     def _vocab_size(self) -> int:
         if "token_embd.weight" not in self.stored:
-            raise ForeignError("the file lacks the tensor token_embd.weight")
+            raise ModelImportError("the file lacks the tensor token_embd.weight")
         rows = int(self.stored["token_embd.weight"].shape[-1])
         if (said := self.metadata.value(f"{self.architecture}.vocab_size", int, rows)) != rows:
-            raise ForeignError(
+            raise ModelImportError(
                 f"{self.architecture}.vocab_size = {said}, but token_embd.weight has {rows} rows"
             )
         return rows
@@ -346,7 +346,7 @@ class GGUFFile:
         old = read.value(f"{arch}.rope.scale_linear", float, 0.0)
         factor = read.value(f"{arch}.rope.scaling.factor", float, old) or 1.0
         if kind not in ("none", "linear"):
-            raise ForeignError(
+            raise ModelImportError(
                 f"{arch}.rope.scaling.type = '{kind}' cannot be imported; expected none or linear"
             )
         linear = kind == "linear" and factor != 1.0
@@ -354,13 +354,13 @@ class GGUFFile:
             scaling = {"rope_type": "linear", "factor": factor} if linear else {"rope_type": "default"}
             return {**scaling, "rope_theta": theta}
         if linear:
-            raise ForeignError(
+            raise ModelImportError(
                 f"both {ROPE_FACTORS} and {arch}.rope.scaling.factor = {factor} stretch the rotary "
                 "embedding; expected one"
             )
         factors = self._packed(ROPE_FACTORS).floats().double()
         if len(factors) != head_dim // 2:
-            raise ForeignError(
+            raise ModelImportError(
                 f"{ROPE_FACTORS} has {len(factors)} values, expected {head_dim // 2}, one for each "
                 "rotated pair"
             )
@@ -375,7 +375,7 @@ class GGUFFile:
         """The tensors by our names: each that the model needs, and none beside."""
         layers = self.config["num_hidden_layers"]
         if layers > len(self.stored):
-            raise ForeignError(
+            raise ModelImportError(
                 f"{self.architecture}.block_count = {layers}, but the file holds {len(self.stored)} "
                 "tensors in all"
             )
@@ -386,11 +386,11 @@ class GGUFFile:
             }
         optional = {"output.weight"} | ({ROPE_FACTORS} if self.architecture == "llama" else set())
         if missing := [name for name in ours if name not in self.stored and name not in optional]:
-            raise ForeignError(
+            raise ModelImportError(
                 f"the file lacks {len(missing)} tensors that the model needs, the first is {missing[0]}"
             )
         if strange := [name for name in self.stored if name not in ours and name not in optional]:
-            raise ForeignError(
+            raise ModelImportError(
                 f"the file holds {len(strange)} tensors that this decoder has no place for, the first is "
                 f"{strange[0]}"
             )
@@ -416,20 +416,22 @@ class GGUFFile:
         count = int(self.config[heads[inner]])
         rows = int(self.stored[name].shape[-1])
         if rows != count * self.config["head_dim"]:
-            raise ForeignError(f"{name} has {rows} rows, expected {count} heads of {self.config['head_dim']}")
+            raise ModelImportError(
+                f"{name} has {rows} rows, expected {count} heads of {self.config['head_dim']}"
+            )
         return count
 
-    def tokenizer_and_conventions(self) -> tuple[Tokenizer, Conventions]:
-        """The tokenizer, and how texts begin and end. Raises ForeignError for what is not known."""
+    def tokenizer_and_text_format(self) -> tuple[Tokenizer, TextFormat]:
+        """The tokenizer, and how texts begin and end. Raises ModelImportError for what is not known."""
         read = self.metadata
         model = self.metadata.value("tokenizer.ggml.model", str)
         if model not in ("gpt2", "llama", "t5"):
-            raise ForeignError(
+            raise ModelImportError(
                 f"tokenizer.ggml.model = '{model}' cannot be imported; expected gpt2, llama or t5"
             )
         tokens = read.value("tokenizer.ggml.tokens", list)
         if len(tokens) > self.config["vocab_size"]:
-            raise ForeignError(
+            raise ModelImportError(
                 f"the file has {len(tokens)} tokens, but token_embd.weight {self.config['vocab_size']} rows"
             )
         named = ("bos", "eos", "eot", "eom", "unknown", "padding")
@@ -439,13 +441,13 @@ class GGUFFile:
         if model == "gpt2":
             split = split_of(read.value("tokenizer.ggml.pre", str))
         if read.value("tokenizer.ggml.add_eos_token", bool, model == "t5"):
-            raise ForeignError(
+            raise ModelImportError(
                 "tokenizer.ggml.add_eos_token is true (or left to t5's default): a token after every "
                 "prompt is not known here"
             )
         starts = read.value("tokenizer.ggml.add_bos_token", bool, split.starts)
         if starts and ids["bos"] is None:
-            raise ForeignError(
+            raise ModelImportError(
                 "the file lacks tokenizer.ggml.bos_token_id, and a start token stands before every text"
             )
         by_text = (number for number, token in enumerate(tokens) if token in END_OF_TURN)
@@ -460,8 +462,8 @@ class GGUFFile:
         }
         template = self._chat_template()
         generation = self._generation(ids)
-        conventions = Conventions(ids["bos"] if starts else None, stops, template, generation, special_tokens)
-        return self._tokenizer(model, vocabulary, split, ids["unknown"]), conventions
+        text_format = TextFormat(ids["bos"] if starts else None, stops, template, generation, special_tokens)
+        return self._tokenizer(model, vocabulary, split, ids["unknown"]), text_format
 
     def _vocabulary(self, tokens: list[str], model: str) -> Vocabulary:
         types = self.metadata.value("tokenizer.ggml.token_type", list)
@@ -469,7 +471,9 @@ class GGUFFile:
         scores = self.metadata.value("tokenizer.ggml.scores", list, unscored)
         for name, values in {"token_type": types, "scores": scores}.items():
             if len(values) != len(tokens):
-                raise ForeignError(f"tokenizer.ggml.{name} has {len(values)} values for {len(tokens)} tokens")
+                raise ModelImportError(
+                    f"tokenizer.ggml.{name} has {len(values)} values for {len(tokens)} tokens"
+                )
         special = {
             number for number, kind in enumerate(types) if kind in (TokenType.CONTROL, TokenType.UNKNOWN)
         }
@@ -483,7 +487,9 @@ class GGUFFile:
         if model == "gpt2":
             return byte_level(vocabulary, read.value("tokenizer.ggml.merges", list), split)
         if unknown is None:
-            raise ForeignError("the file lacks tokenizer.ggml.unknown_token_id, which its vocabulary needs")
+            raise ModelImportError(
+                "the file lacks tokenizer.ggml.unknown_token_id, which its vocabulary needs"
+            )
         if model == "llama":
             return sentencepiece_bpe(vocabulary, unknown, prefix)
         return unigram(vocabulary, unknown, prefix, merge)
@@ -519,11 +525,11 @@ class GGUFFile:
                 continue
             value = self.reader.fields[key].contents()
             if key not in neutral:
-                raise ForeignError(
+                raise ModelImportError(
                     f"{key} = {str(value)[:60]!r} is not known here; what it changes would be lost"
                 )
             if value != neutral[key]:
-                raise ForeignError(
+                raise ModelImportError(
                     f"{key} = {str(value)[:60]}, expected {neutral[key]}: this decoder computes nothing else"
                 )
 
@@ -532,14 +538,16 @@ def _opened(path: Path) -> Reader:
     try:
         return Reader(path)
     except Exception as error:  # a damaged file: anything from numpy's or gguf's own checks
-        raise ForeignError(f"{path} is no GGUF file that can be read: {str(error).splitlines()[0]}") from None
+        raise ModelImportError(
+            f"{path} is no GGUF file that can be read: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def rope_scaling(factors: Tensor, theta: float) -> dict[str, Any]:
     """The settings that the factors of `rope_freqs.weight` were computed from: none, linear, or Llama 3's.
 
     Llama 3's are known up to a common measure of LOW, HIGH and POSITIONS, which LOW = 1 fixes. Shape: (P/2)
-    float64. Raises ForeignError for other factors.
+    float64. Raises ModelImportError for other factors.
     """
     factor = float(factors.max())
     if torch.equal(factors, torch.full_like(factors, factor)):
@@ -551,7 +559,7 @@ def rope_scaling(factors: Tensor, theta: float) -> dict[str, Any]:
             frequencies / stretched(frequencies, (factor, *settings)), factors, rtol=1e-5, atol=0.0
         ):
             return {"rope_type": "llama3", **dict(zip(LLAMA3_SCALING, (factor, *settings), strict=True))}
-    raise ForeignError(
+    raise ModelImportError(
         f"{ROPE_FACTORS} holds factors from {float(factors.min())} to {factor} that are not Llama 3's, "
         "nor linear"
     )

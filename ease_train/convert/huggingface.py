@@ -29,11 +29,12 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from ease_common.chat import SPECIAL_TOKENS, ChatTemplate
-from ease_common.errors import CheckpointError, ForeignError, SettingWarning
+from ease_common.errors import CheckpointError, ModelImportError, SettingWarning
 from ease_common.files import written_aside
-from ease_train.convert.conventions import Conventions
-from ease_train.convert.foreign import ROTARY_BUFFER, Foreign, foreign_config, foreign_name, model_config
-from ease_train.data.tokens import settled, tokens_without_row
+from ease_common.tokenizers import whole_texts
+from ease_train.convert.source_model import ROTARY_BUFFER, SourceModel, hf_name, model_config, source_config
+from ease_train.convert.text_format import TextFormat
+from ease_train.data.tokens import tokens_without_row
 from ease_train.model.decoder import Decoder
 from ease_train.training.checkpoint import UNKNOWN_DATA, Checkpoint, filled, not_finite
 from ease_train.training.config import OF_THE_EXITS, ModelConfig, Recipe, TokenizerConfig, TrainConfig
@@ -69,46 +70,46 @@ def import_model(
     with_exits: Path | None = None,
     report: Callable[[str], object] | None = None,
 ) -> Checkpoint:
-    """A foreign model as a checkpoint with untrained exits, whose norms start as the final norm.
+    """Another project's model as a checkpoint with untrained exits, whose norms start as the final norm.
 
-    Raises ForeignError, ConfigError.
+    Raises ModelImportError, ConfigError.
 
     Without `exits` it has those in the folder `with_exits`, or those that `export_model` wrote beside it, if
     any. `report` is called with each line of what of a .gguf file was used.
     """
     if source.endswith(".gguf"):
-        foreign = read_gguf_file(Path(source))
+        source_model = read_gguf_file(Path(source))
         folder = None
         if report is not None:
-            for line in foreign.report:
+            for line in source_model.report:
                 report(line)
     else:
         folder = Path(source) if Path(source).is_dir() else download(source)
-        foreign = read_directory(folder)
+        source_model = read_directory(folder)
     if with_exits is None and not exits and folder is not None and (folder / EXITS).is_file():
         with_exits = folder
     if with_exits is not None:
-        return adopt_with_exits(foreign, with_exits, max_positions, source)
-    return adopt(foreign, exits, max_positions, source)
+        return adopt_with_exits(source_model, with_exits, max_positions, source)
+    return adopt(source_model, exits, max_positions, source)
 
 
-def read_gguf_file(path: Path) -> Foreign:
-    """The model of a .gguf file. Raises ForeignError."""
+def read_gguf_file(path: Path) -> SourceModel:
+    """The model of a .gguf file. Raises ModelImportError."""
     if not path.is_file():
-        raise ForeignError(f"no file at {path}")
+        raise ModelImportError(f"no file at {path}")
     try:
         from ease_train.convert.gguf import read_gguf
     except ImportError:
-        raise ForeignError(f"reading {path.name} needs gguf: pip install 'ease-lm[hf]'") from None
+        raise ModelImportError(f"reading {path.name} needs gguf: pip install 'ease-lm[hf]'") from None
     return read_gguf(path)
 
 
 def download(name: str) -> Path:
-    """A model's files from the hub, or from its cache. Raises ForeignError."""
+    """A model's files from the hub, or from its cache. Raises ModelImportError."""
     from huggingface_hub import snapshot_download
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ForeignError(
+        raise ModelImportError(
             f"no model at {name}: expected a Hugging Face directory, a hub id like OWNER/NAME, or a "
             ".gguf file"
         )
@@ -120,43 +121,45 @@ def download(name: str) -> Path:
             "is it spelt right, is it gated (hf auth login), is the hub in reach? A directory on this "
             "machine needs no hub"
         )
-        raise ForeignError(f"{name} did not come from the Hugging Face hub: {reason} ({remedy})") from None
+        raise ModelImportError(
+            f"{name} did not come from the Hugging Face hub: {reason} ({remedy})"
+        ) from None
 
 
-def read_directory(folder: Path) -> Foreign:
+def read_directory(folder: Path) -> SourceModel:
     """A Hugging Face model directory; its weights are read one by one as they are asked for.
 
-    Raises ForeignError.
+    Raises ModelImportError.
     """
     config = read_json(folder / "config.json")
     if config is None:
-        raise ForeignError(f"{folder} is no Hugging Face model: config.json is missing")
+        raise ModelImportError(f"{folder} is no Hugging Face model: config.json is missing")
     if "recipe" in config:
-        raise ForeignError(f"{folder} is a checkpoint of this project already; nothing to import")
+        raise ModelImportError(f"{folder} is a checkpoint of this project already; nothing to import")
     model_config(
         config, exits=(), max_positions=1, tied=False
     )  # refused in our words, before transformers reads the same file
     tokenizer, names = read_named_tokenizer(folder)
-    return Foreign(config, Shards(folder), tokenizer, read_conventions(folder, config, tokenizer, names))
+    return SourceModel(config, Shards(folder), tokenizer, read_text_format(folder, config, tokenizer, names))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None when there is no such file. Raises ForeignError."""
+    """A JSON object; None when there is no such file. Raises ModelImportError."""
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ForeignError(f"{path} is no JSON: {error}") from None
+        raise ModelImportError(f"{path} is no JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ForeignError(f"{path} holds no JSON object")
+        raise ModelImportError(f"{path} holds no JSON object")
     return values
 
 
 class Shards(Mapping[str, Tensor]):
     """The tensors of a directory's safetensors files as fp32, read when they are asked for.
 
-    Raises ForeignError.
+    Raises ModelImportError.
 
     As transformers has it, `model.safetensors` goes before an index, and names may lack the prefix of the
     decoder.
@@ -178,7 +181,7 @@ class Shards(Mapping[str, Tensor]):
         with _opened(path) as file:
             tensor: Tensor = file.get_tensor(stored)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ForeignError(
+            raise ModelImportError(
                 f"{path.name}: {name} is stored as {tensor.dtype}; quantised weights cannot be imported"
             )
         return tensor.to(torch.float32, copy=True)
@@ -194,20 +197,22 @@ class Shards(Mapping[str, Tensor]):
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """The names of a directory's safetensors files, which are all there. Raises ForeignError."""
+    """The names of a directory's safetensors files, which are all there. Raises ModelImportError."""
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     index = read_json(folder / INDEX)
     if index is None:
-        raise ForeignError(f"{folder} lacks {WEIGHTS}{_instead(folder)}")
+        raise ModelImportError(f"{folder} lacks {WEIGHTS}{_instead(folder)}")
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ForeignError(f"{folder / INDEX} is damaged: weight_map should name a file for each tensor")
+        raise ModelImportError(f"{folder / INDEX} is damaged: weight_map should name a file for each tensor")
     files = sorted(set(places.values()))
     if outside := [name for name in files if Path(name).name != name]:
-        raise ForeignError(f"{folder / INDEX} names {outside[0]!r}, which is no file of its own directory")
+        raise ModelImportError(
+            f"{folder / INDEX} names {outside[0]!r}, which is no file of its own directory"
+        )
     if missing := [name for name in files if not (folder / name).is_file()]:
-        raise ForeignError(f"{folder} lacks {', '.join(missing)} ({len(missing)} of {len(files)} shards)")
+        raise ModelImportError(f"{folder} lacks {', '.join(missing)} ({len(missing)} of {len(files)} shards)")
     return files
 
 
@@ -230,25 +235,25 @@ def _opened(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
-        raise ForeignError(f"{path} is no safetensors file: {error}") from None
+        raise ModelImportError(f"{path} is no safetensors file: {error}") from None
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model directory. Raises ForeignError."""
+    """The tokenizer of a model directory. Raises ModelImportError."""
     return read_named_tokenizer(folder)[0]
 
 
 def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]]:
     """The tokenizer of a model directory, and the texts of its special tokens by their names.
 
-    Raises ForeignError.
+    Raises ModelImportError.
 
     It is as transformers reads it, where that is installed: what else the directory says may add tokens, or
     change how texts are cut.
     """
     described = tokenizer_settings(folder)
     if described.get("split_special_tokens"):
-        raise ForeignError(
+        raise ModelImportError(
             f"{folder} has split_special_tokens = true: its chat template would be read as plain text; "
             "set it to false"
         )
@@ -267,12 +272,12 @@ def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]
             tokenizer = known.backend_tokenizer
             names = {name: getattr(known, name) for name in SPECIAL_TOKENS}
         except Exception as error:  # whatever its many tokenizers raise
-            raise ForeignError(
+            raise ModelImportError(
                 f"{folder} has no tokenizer that can be read: {str(error).strip().splitlines()[0]}"
             ) from None
         finally:
             transformers.logging.set_verbosity(verbosity)
-    return settled(tokenizer), {name: _text_of(names.get(name)) for name in SPECIAL_TOKENS}
+    return whole_texts(tokenizer), {name: _text_of(names.get(name)) for name in SPECIAL_TOKENS}
 
 
 def _known_to_transformers(folder: Path) -> Any:
@@ -290,7 +295,7 @@ def _known_to_transformers(folder: Path) -> Any:
 
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
-    """What stands beside a tokenizer, of which tokenizer.json knows nothing. Raises ForeignError."""
+    """What stands beside a tokenizer, of which tokenizer.json knows nothing. Raises ModelImportError."""
     return {
         **(read_json(folder / "special_tokens_map.json") or {}),
         **(read_json(folder / "tokenizer_config.json") or {}),
@@ -298,18 +303,20 @@ def tokenizer_settings(folder: Path) -> dict[str, Any]:
 
 
 def _tokenizer_alone(folder: Path, described: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer.json by itself, where it is all there is to know. Raises ForeignError."""
+    """The tokenizer.json by itself, where it is all there is to know. Raises ModelImportError."""
     if not (folder / "tokenizer.json").is_file():
-        raise ForeignError(f"{folder} has no tokenizer.json, and converting another form {WITH_TRANSFORMERS}")
+        raise ModelImportError(
+            f"{folder} has no tokenizer.json, and converting another form {WITH_TRANSFORMERS}"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises nothing more special
-        raise ForeignError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+        raise ModelImportError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
     named = [value for name, value in described.items() if name.endswith("_token")]
     texts = [_text_of(token) for token in (*named, *described.get("added_tokens_decoder", {}).values())]
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     if more := sorted({text for text in texts if text is not None} - added):
-        raise ForeignError(
+        raise ModelImportError(
             f"{folder} names tokens that tokenizer.json has not ({more[0]}); adding them {WITH_TRANSFORMERS}"
         )
     return tokenizer
@@ -323,14 +330,14 @@ def _text_of(token: Any) -> str | None:
 
 def _check_sentencepiece(path: Path) -> None:
     """Refuse a vocabulary of SentencePiece's that transformers reads as another: it takes each for BPE.
-    Raises ForeignError.
+    Raises ModelImportError.
     """
     try:
         from google.protobuf.message import DecodeError
 
         proto = import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError:
-        raise ForeignError(f"{path} needs sentencepiece to be read: pip install 'ease-lm[hf]'") from None
+        raise ModelImportError(f"{path} needs sentencepiece to be read: pip install 'ease-lm[hf]'") from None
     model = proto.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
@@ -338,20 +345,20 @@ def _check_sentencepiece(path: Path) -> None:
         return  # tiktoken's, which has the same name
     if model.trainer_spec.model_type != proto.TrainerSpec.BPE:
         kind = proto.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
-        raise ForeignError(
+        raise ModelImportError(
             f"{path} is a {kind} vocabulary, expected BPE; a tokenizer.json beside it would be read instead"
         )
 
 
-def read_conventions(
+def read_text_format(
     folder: Path,
     config: Mapping[str, Any],
     tokenizer: Tokenizer,
     names: Mapping[str, str | None] | None = None,
-) -> Conventions:
+) -> TextFormat:
     """How the model's texts begin and end, and its template: from the files beside its weights.
 
-    Raises ForeignError.
+    Raises ModelImportError.
 
     `names`: the texts of its special tokens by their names, where they are known already.
     """
@@ -366,7 +373,7 @@ def read_conventions(
     kept["bos_token_id"] = (
         begin  # the tokenizer's, for templates and likelihoods: generation_config.json may name another
     )
-    return Conventions(start_id(tokenizer), stop_ids, _template(folder, described), kept, special_tokens)
+    return TextFormat(start_id(tokenizer), stop_ids, _template(folder, described), kept, special_tokens)
 
 
 def _ids(value: Any) -> list[int]:
@@ -376,7 +383,7 @@ def _ids(value: Any) -> list[int]:
 def start_id(tokenizer: Tokenizer) -> int | None:
     """The token that the tokenizer puts before every text, whatever its configuration says of it.
 
-    Raises ForeignError.
+    Raises ModelImportError.
     """
     plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
     if whole.ids == plain.ids:
@@ -385,7 +392,7 @@ def start_id(tokenizer: Tokenizer) -> int | None:
         expected = (
             "expected nothing more than one token before the text: change post_processor in tokenizer.json"
         )
-        raise ForeignError(f"the tokenizer makes {' '.join(whole.tokens)} of the text 'a'; {expected}")
+        raise ModelImportError(f"the tokenizer makes {' '.join(whole.tokens)} of the text 'a'; {expected}")
     first: int = whole.ids[0]
     return first
 
@@ -421,36 +428,38 @@ def warn(message: str) -> None:
     warnings.warn(message, SettingWarning, stacklevel=2)
 
 
-def adopt(foreign: Foreign, exits: tuple[int, ...], max_positions: int | None, source: str) -> Checkpoint:
-    """A foreign model as a checkpoint. Raises ForeignError, ConfigError."""
-    return _checkpoint(foreign, read_config(foreign, exits, max_positions), {}, source)
+def adopt(
+    source_model: SourceModel, exits: tuple[int, ...], max_positions: int | None, source: str
+) -> Checkpoint:
+    """Another project's model as a checkpoint. Raises ModelImportError, ConfigError."""
+    return _checkpoint(source_model, read_config(source_model, exits, max_positions), {}, source)
 
 
-def read_config(foreign: Foreign, exits: tuple[int, ...], max_positions: int | None) -> ModelConfig:
-    """A foreign model's configuration; where config.json and the tensors disagree, as transformers reads it.
+def read_config(source_model: SourceModel, exits: tuple[int, ...], max_positions: int | None) -> ModelConfig:
+    """A source model's configuration; where config.json and the tensors disagree, as transformers reads it.
 
-    Raises ForeignError, ConfigError.
+    Raises ModelImportError, ConfigError.
     """
-    num_layers = foreign.config.get("num_hidden_layers")
-    if type(num_layers) is int and num_layers > len(foreign.weights):
-        found = f"the model's files hold {len(foreign.weights)} tensors in all"
-        raise ForeignError(f"config.json has num_hidden_layers = {num_layers}, but {found}")
-    return model_config(foreign.config, exits, max_positions, is_tied(foreign))
+    num_layers = source_model.config.get("num_hidden_layers")
+    if type(num_layers) is int and num_layers > len(source_model.weights):
+        found = f"the model's files hold {len(source_model.weights)} tensors in all"
+        raise ModelImportError(f"config.json has num_hidden_layers = {num_layers}, but {found}")
+    return model_config(source_model.config, exits, max_positions, is_tied(source_model))
 
 
-def is_tied(foreign: Foreign) -> bool:
+def is_tied(source_model: SourceModel) -> bool:
     """Whether embedding and LM head are one matrix: config.json says so, and the files hold no two that
     differ.
     """
-    if foreign.config.get("tie_word_embeddings", False) is not True:
+    if source_model.config.get("tie_word_embeddings", False) is not True:
         return False
-    if not {EMBEDDING, LM_HEAD} <= foreign.weights.keys():
+    if not {EMBEDDING, LM_HEAD} <= source_model.weights.keys():
         return True
-    return torch.equal(foreign.weights[EMBEDDING], foreign.weights[LM_HEAD])
+    return torch.equal(source_model.weights[EMBEDDING], source_model.weights[LM_HEAD])
 
 
 def _checkpoint(
-    foreign: Foreign, config: ModelConfig, exit_weights: Mapping[str, Tensor], source: str
+    source_model: SourceModel, config: ModelConfig, exit_weights: Mapping[str, Tensor], source: str
 ) -> Checkpoint:
     recipe = Recipe(
         name="imported",
@@ -462,49 +471,51 @@ def _checkpoint(
             layer_weights={config.num_layers: 1.0}, sequence_length=min(256, config.max_positions)
         ),
     )
-    start = foreign.conventions.start_id
+    start = source_model.text_format.start_id
     if start is not None and start >= config.vocab_size:
-        token = foreign.tokenizer.id_to_token(start)
-        raise ForeignError(
+        token = source_model.tokenizer.id_to_token(start)
+        raise ModelImportError(
             f"{token!r} (id {start}) stands before every text, but the embedding has {config.vocab_size} rows"
         )
-    model = converted(foreign.weights, config, exit_weights)
-    if without := tokens_without_row(foreign.tokenizer, config.vocab_size):
+    model = converted(source_model.weights, config, exit_weights)
+    if without := tokens_without_row(source_model.tokenizer, config.vocab_size):
         warnings.warn(without, SettingWarning, stacklevel=2)
-    return Checkpoint(recipe, model, foreign.tokenizer, 0, UNKNOWN_DATA, conventions=foreign.conventions)
+    return Checkpoint(
+        recipe, model, source_model.tokenizer, 0, UNKNOWN_DATA, text_format=source_model.text_format
+    )
 
 
 def converted(
-    foreign: Mapping[str, Tensor], config: ModelConfig, exit_weights: Mapping[str, Tensor]
+    source_model: Mapping[str, Tensor], config: ModelConfig, exit_weights: Mapping[str, Tensor]
 ) -> Decoder:
-    """A decoder with the foreign weights, each of which it uses (but the rotary tables of old files).
+    """A decoder with a source model's weights, each of which it uses (but old files' rotary tables).
 
-    Raises ForeignError when some lack, do not fit, belong to nothing here or are no finite numbers.
+    Raises ModelImportError when some lack, do not fit, belong to nothing here or are no finite numbers.
     """
     with torch.device("meta"):
         expected = Decoder(config).state_dict()
-    theirs = {name: known for name in expected if (known := foreign_name(name)) is not None}
+    theirs = {name: known for name in expected if (known := hf_name(name)) is not None}
     used = set(theirs.values())
     if config.tie_embeddings:
         del theirs["lm_head.weight"]
         theirs["embed.weight"] = (
-            EMBEDDING if EMBEDDING in foreign else LM_HEAD
+            EMBEDDING if EMBEDDING in source_model else LM_HEAD
         )  # one of them, or two that are equal
-    if missing := sorted({*theirs.values()} - foreign.keys()):
+    if missing := sorted({*theirs.values()} - source_model.keys()):
         untied = (
             f"; config.json ties no {LM_HEAD} to the embedding (tie_word_embeddings)"
             if missing[0] == LM_HEAD
             else ""
         )
-        raise ForeignError(
+        raise ModelImportError(
             f"the model's files lack {len(missing)} weights, the first is {missing[0]}{untied}"
         )
-    if strange := [name for name in foreign if name not in used and not name.endswith(ROTARY_BUFFER)]:
+    if strange := [name for name in source_model if name not in used and not name.endswith(ROTARY_BUFFER)]:
         found = f"the model's files hold {len(strange)} weights that this decoder has no place for"
-        raise ForeignError(f"{found}, the first is {strange[0]}")
+        raise ModelImportError(f"{found}, the first is {strange[0]}")
     weights = dict[str, Tensor]()
     for name, known in theirs.items():
-        weights[name] = _checked(known, foreign[known], expected[name].shape)
+        weights[name] = _checked(known, source_model[known], expected[name].shape)
     weights |= {name: _checked(name, value, value.shape) for name, value in exit_weights.items()}
     if REDUCED_HEAD in expected and REDUCED_HEAD not in weights:
         lm_head = weights["embed.weight" if config.tie_embeddings else "lm_head.weight"]
@@ -515,39 +526,41 @@ def converted(
     try:
         return filled(config, weights, "the model's files")
     except CheckpointError as error:
-        raise ForeignError(str(error)) from None
+        raise ModelImportError(str(error)) from None
 
 
 def _checked(name: str, weight: Tensor, shape: torch.Size) -> Tensor:
-    """A foreign weight that has this shape, and numbers that are finite. Raises ForeignError."""
+    """A weight of the source that has this shape, and numbers that are finite. Raises ModelImportError."""
     if weight.shape != shape:
-        raise ForeignError(f"{name} has the shape {[*weight.shape]}, but config.json makes it {[*shape]}")
+        raise ModelImportError(f"{name} has the shape {[*weight.shape]}, but config.json makes it {[*shape]}")
     if where := not_finite(weight):
-        raise ForeignError(
+        raise ModelImportError(
             f"{name} {where}: the model is damaged, and would say nothing; get its files again"
         )
     return weight
 
 
-def adopt_with_exits(foreign: Foreign, folder: Path, max_positions: int | None, source: str) -> Checkpoint:
-    """A foreign model with the exits that `export_model` or `export_exits` wrote.
+def adopt_with_exits(
+    source_model: SourceModel, folder: Path, max_positions: int | None, source: str
+) -> Checkpoint:
+    """Another project's model with the exits that `export_model` or `export_exits` wrote.
 
-    Raises ForeignError, ConfigError.
+    Raises ModelImportError, ConfigError.
     """
     values = (read_json(folder / EXITS) or {}).get("model")
     if values is None:
-        raise ForeignError(
+        raise ModelImportError(
             f"{folder} holds no exits: expected {EXITS} and {EXIT_WEIGHTS}, as `ease-train export-exits` "
             "writes them"
         )
     theirs = ModelConfig.from_dict(values, EXITS)
-    config = read_config(foreign, theirs.exits, max_positions)
+    config = read_config(source_model, theirs.exits, max_positions)
     config = replace(
         config, **{name: getattr(theirs, name) for name in (*OF_THE_EXITS, "gates", "gate_width")}
     )
     for name, value in asdict(replace(theirs, max_positions=config.max_positions)).items():
         if value != getattr(config, name):
-            raise ForeignError(
+            raise ModelImportError(
                 f"the exits in {folder} belong to another model: {name} = {value}, but "
                 f"{getattr(config, name)} in {source}"
             )
@@ -557,7 +570,7 @@ def adopt_with_exits(foreign: Foreign, folder: Path, max_positions: int | None, 
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in renamed(tensors).items()
     }
-    return _checkpoint(foreign, config, exit_weights, source)
+    return _checkpoint(source_model, config, exit_weights, source)
 
 
 def exit_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -576,10 +589,10 @@ def exit_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def export_exits(checkpoint: Checkpoint, out: Path) -> None:
     """Write what belongs to the exits alone, in fp16, with the recipe and the last figures of their training.
 
-    Raises ForeignError.
+    Raises ModelImportError.
     """
     if out.exists() and not (out / EXITS).is_file():
-        raise ForeignError(
+        raise ModelImportError(
             f"{out} is there already and was not written by export-exits; choose another name, or remove it"
         )
     figures = {
@@ -599,30 +612,30 @@ def export_exits(checkpoint: Checkpoint, out: Path) -> None:
                 folder / EXITS, {**checkpoint.recipe.to_dict(), "step": checkpoint.step, "figures": figures}
             )
     except (OSError, safetensors.SafetensorError) as error:
-        raise ForeignError(f"could not write {out}: {error}; nothing half is left there") from None
+        raise ModelImportError(f"could not write {out}: {error}; nothing half is left there") from None
 
 
 def export_model(checkpoint: Checkpoint, out: Path) -> None:
     """Write a checkpoint as a directory that transformers loads, its exits in files beside.
 
-    Raises ForeignError.
+    Raises ModelImportError.
     """
     if out.exists() and not (out / EXITS).is_file():
-        raise ForeignError(
+        raise ModelImportError(
             f"{out} is there already and was not written by export-hf; choose another name, or remove it"
         )
     model = checkpoint.recipe.model
     ours = checkpoint.model.state_dict()
-    config = foreign_config(model)
+    config = source_config(model)
     if model.tie_embeddings:
         del ours["lm_head.weight"]
     theirs = {
-        known: value.contiguous() for name, value in ours.items() if (known := foreign_name(name)) is not None
+        known: value.contiguous() for name, value in ours.items() if (known := hf_name(name)) is not None
     }
     exits = {name: value.contiguous() for name, value in exit_tensors(checkpoint).items()}
-    stops = checkpoint.conventions.stop_ids
-    generation = {"eos_token_id": list(stops), **checkpoint.conventions.generation}
-    begin = generation.get("bos_token_id", checkpoint.conventions.start_id)
+    stops = checkpoint.text_format.stop_ids
+    generation = {"eos_token_id": list(stops), **checkpoint.text_format.generation}
+    begin = generation.get("bos_token_id", checkpoint.text_format.start_id)
     try:
         with written_aside(out) as folder:
             save_file(theirs, folder / WEIGHTS, metadata={"format": "pt"})
@@ -635,26 +648,26 @@ def export_model(checkpoint: Checkpoint, out: Path) -> None:
             write_json(folder / "generation_config.json", generation)
             write_tokenizer(checkpoint, begin, folder)
     except (OSError, safetensors.SafetensorError) as error:
-        raise ForeignError(f"could not write {out}: {error}; no half model is left there") from None
+        raise ModelImportError(f"could not write {out}: {error}; no half model is left there") from None
 
 
 def write_tokenizer(checkpoint: Checkpoint, begin: int | None, folder: Path) -> None:
     """The tokenizer's files, in the form that transformers' AutoTokenizer obeys."""
-    conventions = checkpoint.conventions
+    text_format = checkpoint.text_format
     tokenizer = checkpoint.tokenizer
-    special = {"bos_token": begin, "eos_token": conventions.stop_ids[0] if conventions.stop_ids else None}
+    special = {"bos_token": begin, "eos_token": text_format.stop_ids[0] if text_format.stop_ids else None}
     described: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": conventions.start_id
+        "add_bos_token": text_format.start_id
         is not None,  # for llama.cpp's converter; transformers obeys the post-processor
         "clean_up_tokenization_spaces": False,
         **{name: tokenizer.id_to_token(token) for name, token in special.items() if token is not None},
-        **conventions.special_tokens,
+        **text_format.special_tokens,
     }
-    with_start(tokenizer, conventions.start_id).save(str(folder / "tokenizer.json"))
+    with_start(tokenizer, text_format.start_id).save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", described)
-    if conventions.chat_template is not None:
-        (folder / "chat_template.jinja").write_text(conventions.chat_template, encoding="utf-8")
+    if text_format.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(text_format.chat_template, encoding="utf-8")
 
 
 def with_start(tokenizer: Tokenizer, start: int | None) -> Tokenizer:

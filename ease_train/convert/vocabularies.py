@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ease_common.errors import ForeignError, did_you_mean
+from ease_common.errors import ModelImportError, did_you_mean
 
 SPACE = "▁"  # how SentencePiece writes one
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -84,7 +84,7 @@ class Vocabulary:
     def __post_init__(self) -> None:
         if len(set(self.tokens)) != len(self.tokens):
             (twice, _), *_ = Counter(self.tokens).most_common(1)
-            raise ForeignError(f"the vocabulary has the token {twice!r} twice; expected each once")
+            raise ModelImportError(f"the vocabulary has the token {twice!r} twice; expected each once")
 
     def of(self, *types: TokenType) -> Iterator[tuple[int, str]]:
         """(id, token) of the tokens of these types that are not special."""
@@ -94,17 +94,17 @@ class Vocabulary:
 
 
 def split_of(name: str) -> Split:
-    """The split that `tokenizer.ggml.pre` names. Raises ForeignError."""
+    """The split that `tokenizer.ggml.pre` names. Raises ModelImportError."""
     if name not in SPLITS:
         hint = did_you_mean(name, SPLITS)
-        raise ForeignError(
+        raise ModelImportError(
             f"tokenizer.ggml.pre = '{name}': how this tokenizer splits text is not known here; {hint}"
         )
     return SPLITS[name]
 
 
 def byte_level(vocabulary: Vocabulary, merges: Sequence[str], split: Split) -> Tokenizer:
-    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it. Raises ForeignError."""
+    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it. Raises ModelImportError."""
     pairs = [_pair(merge) for merge in merges]
     tokenizer = _tokenizer(
         models.BPE, vocab=_numbered(vocabulary), merges=pairs, ignore_merges=split.whole_words
@@ -120,14 +120,14 @@ def byte_level(vocabulary: Vocabulary, merges: Sequence[str], split: Split) -> T
 def sentencepiece_bpe(vocabulary: Vocabulary, unknown: int, space_prefix: bool) -> Tokenizer:
     """SentencePiece's BPE, as Llama 2 and Mistral have it: the pair whose union scores best is merged first.
 
-    Characters that are no tokens are spelt in bytes. Raises ForeignError for what cannot be said as a list of
-    merges.
+    Characters that are no tokens are spelt in bytes. Raises ModelImportError for what cannot be said as a
+    list of merges.
     """
     if missing := {f"<0x{byte:02X}>" for byte in range(256)} - {
         token for _, token in vocabulary.of(TokenType.BYTE)
     }:
         lacks = f"{len(missing)} of 256 byte tokens, the first is {min(missing)}"
-        raise ForeignError(f"the vocabulary lacks {lacks}; other characters could not be written")
+        raise ModelImportError(f"the vocabulary lacks {lacks}; other characters could not be written")
     _check_characters(vocabulary)
     tokenizer = _tokenizer(
         models.BPE,
@@ -144,9 +144,9 @@ def sentencepiece_bpe(vocabulary: Vocabulary, unknown: int, space_prefix: bool) 
 
 
 def unigram(vocabulary: Vocabulary, unknown: int, space_prefix: bool, merge_spaces: bool) -> Tokenizer:
-    """A unigram model, as T5 has it: the most likely of all ways to cut a text. Raises ForeignError."""
+    """A unigram model, as T5 has it: the most likely of all ways to cut a text. Raises ModelImportError."""
     if any(vocabulary.of(TokenType.BYTE)):
-        raise ForeignError(
+        raise ModelImportError(
             "a unigram vocabulary with byte tokens cannot be imported: its readers disagree about them"
         )
     _check_characters(vocabulary)
@@ -181,18 +181,20 @@ def _spacing(space_prefix: bool, merge_spaces: bool) -> list[Any]:
 def _pair(merge: str) -> tuple[str, str]:
     """The two tokens of a line of `tokenizer.ggml.merges`: a space stands between them.
 
-    Raises ForeignError.
+    Raises ModelImportError.
     """
     at = merge.find(" ", 1)
     if at < 0:
-        raise ForeignError(f"tokenizer.ggml.merges holds {merge!r}, expected two tokens with a space between")
+        raise ModelImportError(
+            f"tokenizer.ggml.merges holds {merge!r}, expected two tokens with a space between"
+        )
     return merge[:at], merge[at + 1 :]
 
 
 def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """Every pair whose union is a token, the best union first.
 
-    Raises ForeignError where two unions score alike.
+    Raises ModelImportError where two unions score alike.
 
     A user-defined token is found before anything is merged, but for one whose spaces are written as
     SentencePiece's.
@@ -207,7 +209,7 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     best_first = sorted(ways, key=lambda token: -vocabulary.scores[symbols[token]])
     for one, other in pairwise(best_first):
         if (score := vocabulary.scores[symbols[one]]) == vocabulary.scores[symbols[other]]:
-            raise ForeignError(
+            raise ModelImportError(
                 f"the tokens {one!r} and {other!r} have the same score {score}: which is merged first is "
                 "not said; "
                 "convert the model again from its tokenizer.model"
@@ -224,7 +226,7 @@ def _check_characters(vocabulary: Vocabulary) -> None:
     }
     for _, token in vocabulary.of(TokenType.NORMAL, TokenType.UNUSED):
         if strange := next((character for character in token if character not in symbols), None):
-            raise ForeignError(
+            raise ModelImportError(
                 f"the token {token!r} holds {strange!r}, which is no token: no vocabulary of SentencePiece's"
             )
 
@@ -242,7 +244,9 @@ def _tokenizer(model: Any, **settings: Any) -> Tokenizer:
     try:
         return Tokenizer(model(**settings))
     except Exception as error:  # tokenizers raises nothing more special
-        raise ForeignError(f"the vocabulary cannot be read: {str(error).strip().splitlines()[0]}") from None
+        raise ModelImportError(
+            f"the vocabulary cannot be read: {str(error).strip().splitlines()[0]}"
+        ) from None
 
 
 def _with_added(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Tokenizer:

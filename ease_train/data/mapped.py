@@ -1,11 +1,12 @@
-"""A local file's texts, memory-mapped: read once into a copy that `datasets` keeps, and from there ever after.
+"""A local file's texts, memory-mapped: read once into a copy that `datasets` keeps, and from there ever
+after.
 
     texts = mapped_texts(Path("corpus.jsonl"))
     print(len(texts), texts[0])
 
-The copy is known by the file's content (its sha256), form and reader: a file that was replaced is read anew, whatever its times
-say, and one that was moved is not. Copies stand in the `ease` folder of the cache of `datasets` ($HF_HOME/datasets); making one
-removes those whose file is gone or has another content by now.
+The copy is known by the file's content (its sha256), form and reader: a file that was replaced is read anew,
+whatever its times say, and one that was moved is not. Copies stand in the `ease` folder of the cache of
+`datasets` ($HF_HOME/datasets); making one removes those whose file is gone or has another content by now.
 """
 
 import hashlib
@@ -54,7 +55,10 @@ class Texts(Sequence[str]):
 
 
 def mapped_texts(path: Path) -> Texts:
-    """Every text of a file that is not blank. Raises DataError where it, or its copy's place, cannot be used."""
+    """Every text of a file that is not blank.
+
+    Raises DataError where it, or its copy's place, cannot be used.
+    """
     import datasets  # slow to import, and only reading text needs it
 
     datasets.disable_progress_bars()
@@ -82,7 +86,9 @@ def mapped_texts(path: Path) -> Texts:
         causes = list(_causes(error))
         if ours := next((cause for cause in causes if isinstance(cause, DataError)), None):
             raise ours from None
-        reason = next((cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror), str(error))
+        reason = next(
+            (cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror), str(error)
+        )
         remedy = "set HF_HOME to a folder that can be written and has room for the text"
         raise DataError(f"cannot keep a copy of {path} in {copies}: {reason}; {remedy}") from None
     return Texts(rows)

@@ -1,11 +1,13 @@
-"""The texts of a local file, row by row: .txt, .jsonl, .json and .parquet, of which only the column `text` is read.
+"""The texts of a local file, row by row: .txt, .jsonl, .json and .parquet, of which only the column `text` is
+read.
 
     for text in file_texts(Path("corpus.jsonl.gz")):
         print(len(text))
 
-A .txt file is cut into documents of about DOCUMENT_CHARACTERS characters, at empty lines; what stands inside a document stays as
-it is. .txt, .tokens, .jsonl and .json may be compressed (.gz, .bz2, .xz). Text is UTF-8, or UTF-16 and UTF-32 that begin with
-their mark. Whatever cannot be read is a DataError that names the row, which in text is the line.
+A .txt file is cut into documents of about DOCUMENT_CHARACTERS characters, at empty lines; what stands inside
+a document stays as it is. .txt, .tokens, .jsonl and .json may be compressed (.gz, .bz2, .xz). Text is UTF-8,
+or UTF-16 and UTF-32 that begin with their mark. Whatever cannot be read is a DataError that names the row,
+which in text is the line.
 """
 
 import bz2
@@ -36,7 +38,8 @@ NAMED_COLUMNS = 8
 
 
 def file_form(path: Path) -> tuple[str, str]:
-    """The suffixes that say how a file is read: of its form and of its compression ("" for none), in small letters.
+    """The suffixes that say how a file is read: of its form and of its compression ("" for none), in small
+    letters.
 
     Raises DataError for others.
     """
@@ -76,7 +79,10 @@ def _encoding(path: Path, head: bytes) -> str:
             return encoding
     if b"\0" in (head[:1], head[1:2]):
         order = "BE" if head[:1] == b"\0" else "LE"
-        raise DataError(f"{path}: UTF-16 without its mark, expected UTF-8; convert it: iconv -f UTF-16{order} -t UTF-8 FILE > NEW")
+        raise DataError(
+            f"{path}: UTF-16 without its mark, expected UTF-8; convert it: iconv -f UTF-16{order} -t UTF-8 "
+            "FILE > NEW"
+        )
     return "utf-8-sig"
 
 
@@ -86,7 +92,9 @@ def _check_bytes(line: str, where: str) -> None:
     except UnicodeEncodeError as error:
         byte = ord(line[error.start]) - 0xDC00
         remedy = "convert it, if it is Latin-1: iconv -f ISO-8859-1 -t UTF-8 FILE > NEW"
-        raise DataError(f"{where}: byte 0x{byte:02X} at character {error.start + 1} is no UTF-8; {remedy}") from None
+        raise DataError(
+            f"{where}: byte 0x{byte:02X} at character {error.start + 1} is no UTF-8; {remedy}"
+        ) from None
 
 
 def _reason(error: BaseException) -> str:
@@ -94,7 +102,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _documents(path: Path) -> Iterator[str]:
-    """A plain text's documents. Empty lines between two documents belong to neither; a document ends with one line end."""
+    """A plain text's documents.
+
+    Empty lines between two documents belong to neither; a document ends with one line end.
+    """
     document: list[str] = []
     size = 0  # of its paragraphs
     for _, line in file_lines(path):
@@ -175,7 +186,9 @@ def _text_of(row: Any, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(f"{where}: text holds half of a surrogate pair, {half}; mend or drop the row") from None
+        raise DataError(
+            f"{where}: text holds half of a surrogate pair, {half}; mend or drop the row"
+        ) from None
     return text
 
 
@@ -213,4 +226,10 @@ def _parquet(path: Path) -> Iterator[str]:
         raise DataError(f"cannot read {path}{place}: {_reason(error)}") from None
 
 
-READERS = {".txt": _documents, ".tokens": _documents, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
+READERS = {
+    ".txt": _documents,
+    ".tokens": _documents,
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".parquet": _parquet,
+}

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ease_train.training.config import TokenizerConfig
 from ease_common.errors import DataError
+from ease_train.training.config import TokenizerConfig
 
 END = "<|end|>"  # stands before every document, so that a document's first token is predicted too
 UNKNOWN = "<|unknown|>"
@@ -43,25 +43,20 @@ def train_tokenizer(documents: Sequence[str], config: TokenizerConfig) -> Tokeni
     return tokenizer
 
 
-def settled(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer without what its file may hold from a training script: truncation, padding, dropout of merges."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if getattr(tokenizer.model, "dropout", None) is not None:
-        tokenizer.model.dropout = None
-    return tokenizer
-
-
 def num_ids(tokenizer: Tokenizer) -> int:
     """How many rows an embedding needs for every id that a tokenizer gives."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def tokens_without_row(tokenizer: Tokenizer, vocab_size: int) -> str | None:
-    """What to say of a tokenizer that gives ids past the end of an embedding of `vocab_size` rows; None for one that does not."""
+    """What to say of a tokenizer that gives ids past the end of an embedding of `vocab_size` rows; None for
+    one that does not.
+    """
     if num_ids(tokenizer) <= vocab_size:
         return None
-    beyond = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size)
+    beyond = sorted(
+        (token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size
+    )
     named = ", ".join(repr(token) for _, token in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
     lacks = f"the tokenizer has {len(beyond)} tokens that the model, of {vocab_size} rows, knows nothing of"
     return f"{lacks} (ids from {beyond[0][0]}: {named}); a text with one of them is refused"
@@ -72,7 +67,10 @@ def check_rows(stream: NDArray[np.int32], tokenizer: Tokenizer, vocab_size: int,
     if num_ids(tokenizer) > vocab_size and len(beyond := stream[stream >= vocab_size]):
         token = f"{tokenizer.id_to_token(int(beyond[0]))!r} (id {beyond[0]})"
         remedy = "take it out of the text, or give the model rows for it"
-        raise DataError(f"{what} has {len(beyond)} tokens past the model's vocabulary of {vocab_size}, the first is {token}; {remedy}")
+        raise DataError(
+            f"{what} has {len(beyond)} tokens past the model's vocabulary of {vocab_size}, the first is "
+            f"{token}; {remedy}"
+        )
 
 
 def encode_stream(
@@ -118,8 +116,8 @@ def cached_stream(
 ) -> NDArray[np.int32]:
     """`encode_stream`, kept in `folder` under the sum of what goes in, and read from there the next time.
 
-    A file there (plain int32) is written part by part, and mapped, not read. Without a folder nothing is kept.
-    Raises DataError when the folder cannot be written.
+    A file there (plain int32) is written part by part, and mapped, not read. Without a folder nothing is
+    kept. Raises DataError when the folder cannot be written.
     """
     if folder is None:
         return encode_stream(tokenizer, documents, separator, parse_special=parse_special)
@@ -145,14 +143,17 @@ def _write_stream(path: Path, parts: Iterable[NDArray[np.int32]]) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         reason = error.strerror or error
-        raise DataError(f"could not keep tokens in {path.parent}: {reason}; use another --cache, or none") from None
+        raise DataError(
+            f"could not keep tokens in {path.parent}: {reason}; use another --cache, or none"
+        ) from None
 
 
 def pack(stream: NDArray[np.int32], length: int, at_least: int, what: str) -> NDArray[np.int32]:
-    """Cut a stream into blocks of length + 1 that overlap by one token: inputs are block[:-1], targets block[1:].
+    """Cut a stream into blocks of length + 1 that overlap by one token: inputs are block[:-1], targets
+    block[1:].
 
-    The blocks are read-only views of the stream, which may be larger than memory. Shape: (tokens,) -> (blocks, length + 1).
-    Raises DataError when there are fewer than `at_least` blocks, which is at least 1.
+    The blocks are read-only views of the stream, which may be larger than memory. Shape: (tokens,) ->
+    (blocks, length + 1). Raises DataError when there are fewer than `at_least` blocks, which is at least 1.
     """
     num_blocks = (len(stream) - 1) // length
     if num_blocks < at_least:

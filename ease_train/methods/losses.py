@@ -86,7 +86,7 @@ class _Teacher:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class _ChunkedLoss:
     """The chunked loss's constants: for each exit, its head among the given ones and its weights; and the
     teacher, if any.
     """
@@ -111,7 +111,7 @@ class _ExitLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, targets: Tensor, plan: _Plan, num_heads: int, *tensors: Tensor
+        ctx: Any, targets: Tensor, plan: _ChunkedLoss, num_heads: int, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         heads = tensors[:num_heads]
         hiddens = tensors[num_heads:]
@@ -184,7 +184,9 @@ def _places(targets: Tensor, ids: Tensor | None) -> Tensor:
     return torch.where(ids[places] == targets, places, len(ids))
 
 
-def _row_weights(logits: Tensor, plan: _Plan, exit_number: int, waiting: Tensor) -> tuple[Tensor, Tensor]:
+def _row_weights(
+    logits: Tensor, plan: _ChunkedLoss, exit_number: int, waiting: Tensor
+) -> tuple[Tensor, Tensor]:
     """Each token's weight at an exit, and who still waits for one.
 
     Shape: (n, V), (n) bool -> (n), (n) bool.
@@ -200,7 +202,7 @@ def _row_weights(logits: Tensor, plan: _Plan, exit_number: int, waiting: Tensor)
 
 
 def _chunk(
-    logits: Tensor, places: Tensor, scales: Tensor, distill: float, plan: _Plan, teacher: Tensor | None
+    logits: Tensor, places: Tensor, scales: Tensor, distill: float, plan: _ChunkedLoss, teacher: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropies (n), and the summed, scaled divergence from the teacher; `logits` becomes the gradient
     of both.
@@ -295,7 +297,7 @@ def _rows_loss(
     heads = [model.exit(layer).head for layer in layers]
     unique = list(dict.fromkeys(heads))
     matrices = [head.weight for head in unique]
-    plan = _Plan(
+    plan = _ChunkedLoss(
         heads=tuple(unique.index(head) for head in heads),
         ids=tuple(head.ids for head in heads),
         weights=weights,
@@ -343,7 +345,7 @@ def exit_cross_entropy(
 
 
 @dataclass(frozen=True)
-class ExitFigures:
+class ExitMetrics:
     """An exit on some text: mean cross-entropy in nats a token, and the share of tokens on which it says what
     the last layer says.
     """
@@ -355,7 +357,7 @@ class ExitFigures:
 @torch.no_grad()
 def exit_figures(
     model: Decoder, input_ids: Tensor, targets: Tensor, states: States | None = None
-) -> dict[int, ExitFigures]:
+) -> dict[int, ExitMetrics]:
     """Every exit's figures. With `states` the layers need not run.
 
     Shape: (B, S) int64 twice -> {layer: figures}.
@@ -371,7 +373,7 @@ def exit_figures(
     if states is not None:
         losses[last], tops[last] = states.losses.mean().item(), states.top.flatten()
     return {
-        layer: ExitFigures(loss, (tops[layer] == tops[last]).float().mean().item())
+        layer: ExitMetrics(loss, (tops[layer] == tops[last]).float().mean().item())
         for layer, loss in losses.items()
     }
 

@@ -1,7 +1,7 @@
 """The checkpoint directory: all that is needed to rebuild the model, and to go on training it.
 
     config.json         format_version, the recipe with every field, the recipe that the run began with, the
-                        step, the data, the sha256 and number of its texts, the conventions, versions
+                        step, the data, the sha256 and number of its texts, the text_format, versions
     model.safetensors   the weights
     tokenizer.json
     chat_template.jinja for models that have one
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ease_common.errors import CheckpointError
 from ease_common.files import restore_interrupted, written_aside
-from ease_train.convert.conventions import Conventions
-from ease_train.data.tokens import settled
+from ease_common.tokenizers import whole_texts
+from ease_train.convert.text_format import TextFormat
 from ease_train.model.blocks import rotary_tables
 from ease_train.model.decoder import Decoder
 from ease_train.training.config import ModelConfig, Recipe
@@ -38,7 +38,7 @@ from ease_train.training.logs import metrics_csv
 from ease_train.training.renames import renamed
 
 FORMAT_VERSION = 2  # 1: renames.py
-UNKNOWN_DATA = "unknown"  # what a foreign model was trained on
+UNKNOWN_DATA = "unknown"  # what another project's model was trained on
 TEMPLATE_FILE = "chat_template.jinja"
 STATE_FILE = Path("train_state") / "state.pt"
 
@@ -49,7 +49,7 @@ class Checkpoint:
 
     `train_state` is None when the checkpoint was loaded only to be used.
 
-    `conventions` are by default those of a tokenizer trained here. `data_sha256` are the sums of the splits
+    `text_format` are by default those of a tokenizer trained here. `data_sha256` are the sums of the splits
     trained on (`sum_of`), by name, and `num_documents` their counts; none where they are unknown. `base` is
     the recipe as it was before the run's own options.
     """
@@ -61,14 +61,14 @@ class Checkpoint:
     data: str
     metrics: list[dict[str, Any]] = field(default_factory=list)
     train_state: dict[str, Any] | None = None
-    conventions: Conventions = None  # type: ignore[assignment]
+    text_format: TextFormat = None  # type: ignore[assignment]
     data_sha256: dict[str, str] = field(default_factory=dict)
     base: Recipe | None = None
     num_documents: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.conventions is None:
-            self.conventions = Conventions.of(self.tokenizer)
+        if self.text_format is None:
+            self.text_format = TextFormat.of(self.tokenizer)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
@@ -84,7 +84,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
                 "data": checkpoint.data,
                 "data_sha256": checkpoint.data_sha256,
                 "num_documents": checkpoint.num_documents,
-                "conventions": checkpoint.conventions.to_dict(),
+                "conventions": checkpoint.text_format.to_dict(),
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
                 "recipe": checkpoint.recipe.to_dict(),
             }
@@ -93,8 +93,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_model(checkpoint.model, str(folder / "model.safetensors"))
             checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
-            if checkpoint.conventions.chat_template is not None:
-                (folder / TEMPLATE_FILE).write_text(checkpoint.conventions.chat_template, encoding="utf-8")
+            if checkpoint.text_format.chat_template is not None:
+                (folder / TEMPLATE_FILE).write_text(checkpoint.text_format.chat_template, encoding="utf-8")
             (folder / "metrics.jsonl").write_text(
                 "".join(json.dumps(line) + "\n" for line in checkpoint.metrics), encoding="utf-8"
             )
@@ -135,7 +135,7 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
         model = load_weights(recipe.model, path / "model.safetensors")
         tokenizer = _load_tokenizer(path / "tokenizer.json")
         state = _load_state(path / STATE_FILE) if resume else None
-        conventions = _read_conventions(config, path) or Conventions.of(tokenizer)
+        text_format = _read_text_format(config, path) or TextFormat.of(tokenizer)
         metrics = read_metrics(path)
     except (
         KeyError,
@@ -156,7 +156,7 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
         config["data"],
         metrics,
         state,
-        conventions,
+        text_format,
         data_sha256=config.get("data_sha256", {}),
         num_documents=config.get("num_documents", {}),
         base=base,
@@ -185,7 +185,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _load_tokenizer(path: Path) -> Tokenizer:
     try:
-        return settled(Tokenizer.from_file(str(path)))
+        return whole_texts(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises nothing more special
         raise CheckpointError(f"{path.name}: {error}") from None
 
@@ -197,10 +197,10 @@ def _load_state(path: Path) -> dict[str, Any]:
     return {**state, "weights": renamed(state["weights"])} if "weights" in state else state
 
 
-def _read_conventions(config: dict[str, Any], path: Path) -> Conventions | None:
+def _read_text_format(config: dict[str, Any], path: Path) -> TextFormat | None:
     template = path / TEMPLATE_FILE
     source = template.read_text(encoding="utf-8") if template.is_file() else None
-    return Conventions.from_dict(config["conventions"], source) if "conventions" in config else None
+    return TextFormat.from_dict(config["conventions"], source) if "conventions" in config else None
 
 
 def not_finite(weight: Tensor) -> str | None:

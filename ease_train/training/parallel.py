@@ -34,11 +34,11 @@ from ease_train.model.decoder import Decoder
 CPU = torch.device("cpu")
 
 
-class Learner(nn.Module):
+class TrainingModule(nn.Module):
     """The model behind one `forward`, which DDP and FSDP watch: all that training asks of the weights is
     asked in there.
 
-    loss = learner(lambda model: exit_loss(model, input_ids, targets, objective))
+    loss = training_module(lambda model: exit_loss(model, input_ids, targets, objective))
     """
 
     def __init__(self, model: Decoder) -> None:
@@ -87,27 +87,33 @@ class Workers:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
 
-    def share_work(self, model: Decoder, may_rest: bool) -> nn.Module:
-        """The learner whose gradients are means over the processes; `may_rest`: a step may leave
+    def distribute(self, model: Decoder, may_rest: bool) -> nn.Module:
+        """The training_module whose gradients are means over the processes; `may_rest`: a step may leave
         weights out.
         """
-        learner = Learner(model)
+        training_module = TrainingModule(model)
         if self.sharded:
             mesh = init_device_mesh(self.device.type, (self.count,))
             for layer in model.layers:
                 fully_shard(layer, mesh=mesh)
-            fully_shard(learner, mesh=mesh)  # in place
-            return learner
+            fully_shard(training_module, mesh=mesh)  # in place
+            return training_module
         if self.count > 1:
-            return DistributedDataParallel(learner, broadcast_buffers=False, find_unused_parameters=may_rest)
-        return learner
+            return DistributedDataParallel(
+                training_module, broadcast_buffers=False, find_unused_parameters=may_rest
+            )
+        return training_module
 
     @staticmethod
-    def hold_gradients(learner: nn.Module, hold: bool) -> AbstractContextManager[None]:
+    def hold_gradients(training_module: nn.Module, hold: bool) -> AbstractContextManager[None]:
         """Inside, DDP adds gradients up and leaves their mean over the processes to a later pass, when `hold`
         is set.
         """
-        return learner.no_sync() if hold and isinstance(learner, DistributedDataParallel) else nullcontext()
+        return (
+            training_module.no_sync()
+            if hold and isinstance(training_module, DistributedDataParallel)
+            else nullcontext()
+        )
 
     def mean(self, values: list[float]) -> list[float]:
         """Each number's mean over the processes."""

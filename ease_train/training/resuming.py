@@ -2,7 +2,7 @@
 
 All else is the run's own.
 
-    trainer = Trainer.resume(out, asked=Asked(steps=2000, data="moved/corpus.jsonl"))
+    trainer = Trainer.resume(out, asked=ResumeOptions(steps=2000, data="moved/corpus.jsonl"))
 
 More steps are a longer schedule from the next step on: the learning rate (a cosine over all steps) goes up
 again to where it is in a run of that many, and so do curricula. The result is not that of a run that began
@@ -22,7 +22,7 @@ from ease_train.training.optimizer import learning_rate
 
 
 @dataclass(frozen=True)
-class Asked:
+class ResumeOptions:
     """What a resumed run is asked for: fields of the recipe by name, its data, and the recipe that it
     follows.
     """

@@ -34,7 +34,7 @@ from ease_train.training.config import ModelConfig, Recipe
 from ease_train.training.lora import add_low_rank, merged
 from ease_train.training.optimizer import create_optimizer, learning_rate, parameters, train_exits_only
 from ease_train.training.parallel import Workers, load_optimizer, whole
-from ease_train.training.resuming import Asked
+from ease_train.training.resuming import ResumeOptions
 from ease_train.training.states import StateCache, States
 
 
@@ -178,7 +178,7 @@ def token_stream(checkpoint: Checkpoint, split: str, cache: Path | None) -> NDAr
         checkpoint.tokenizer,
         documents,
         cache,
-        checkpoint.conventions.separator,
+        checkpoint.text_format.separator,
         parse_special=checkpoint.recipe.train.parse_special,
     )
     check_rows(
@@ -199,7 +199,7 @@ def token_counts(checkpoint: Checkpoint, cache: Path | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Kept:
+class ModelSnapshot:
     """The model of one step, whole, on the CPU."""
 
     step: int
@@ -232,11 +232,11 @@ class Trainer:
             own_function(method.objective, "method: objective") if method.objective else objective_at
         )
         self.loss = own_function(method.loss, "method: loss") if method.loss else exit_loss
-        self.best: Kept | None = None
+        self.best: ModelSnapshot | None = None
         if state is None:
             check_warm_ups(self.recipe)
         if state is not None and "weights" in state and ("best" in state or not self.recipe.method.lora.on):
-            self.best = Kept.of(checkpoint.step, self.recipe.model, checkpoint.model.state_dict())
+            self.best = ModelSnapshot.of(checkpoint.step, self.recipe.model, checkpoint.model.state_dict())
         if self.recipe.method.lora.on:
             add_low_rank(checkpoint.model, self.recipe.method.lora.rank, self.recipe.method.lora.alpha)
         if state is not None and "weights" in state:
@@ -245,7 +245,7 @@ class Trainer:
         self.model = checkpoint.model.to(self.device)
         if self.recipe.method.trains != "all":
             train_exits_only(self.model, heads=self.recipe.method.trains == "exits")
-        self.learner = self.workers.share_work(self.model, weights_may_rest(self.recipe))
+        self.training_module = self.workers.distribute(self.model, weights_may_rest(self.recipe))
         self.optimizer = create_optimizer(self.model, self.settings, self.recipe.method.layer_lr_scales)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
         if state is not None:
@@ -309,7 +309,7 @@ class Trainer:
         cache: Path | None = None,
         sharded: bool = False,
         *,
-        asked: Asked | None = None,
+        asked: ResumeOptions | None = None,
     ) -> Self:
         """Go on with the run saved at `path`, with as many processes as there are now, and with what is
         `asked` of it.
@@ -417,7 +417,7 @@ class Trainer:
         by_exit = dict.fromkeys(self.recipe.model.exits, 0.0)
         numbers = self.next_numbers()
         for number, part in enumerate(parts, 1):
-            with self.workers.hold_gradients(self.learner, number < len(parts)):
+            with self.workers.hold_gradients(self.training_module, number < len(parts)):
                 loss, losses = self._loss(part, np.split(numbers, len(parts))[number - 1], objective)
                 self.scaler.scale(loss / len(parts)).backward()  # type: ignore[no-untyped-call]
             total += loss.item() / len(parts)
@@ -451,7 +451,7 @@ class Trainer:
             AUTOCAST.get(self.settings.precision),
             enabled=self.settings.precision in AUTOCAST,
         ):
-            return self.learner(lambda model: question(model, ids[:, :-1], ids[:, 1:], *more))
+            return self.training_module(lambda model: question(model, ids[:, :-1], ids[:, 1:], *more))
 
     @torch.no_grad()
     def evaluate(self) -> EvalEvent:
@@ -482,11 +482,12 @@ class Trainer:
         """A greedy continuation of the token that begins a document, at full depth; each token runs the whole
         text so far.
         """
-        ids = torch.tensor([[self.checkpoint.conventions.separator]], device=self.device)
+        ids = torch.tensor([[self.checkpoint.text_format.separator]], device=self.device)
         self.model.eval()
         for _ in range(min(num_tokens, self.recipe.model.max_positions - 1)):
             ids = torch.cat(
-                (ids, self.learner(lambda model, so_far=ids: model(so_far))[:, -1:].argmax(dim=-1)), dim=1
+                (ids, self.training_module(lambda model, so_far=ids: model(so_far))[:, -1:].argmax(dim=-1)),
+                dim=1,
             )
         return str(self.checkpoint.tokenizer.decode(ids[0, 1:].tolist()))
 
@@ -521,7 +522,7 @@ class Trainer:
         weights = self._whole_weights()
         if self.workers.first:
             changed = self.workers.sharded or self.recipe.method.lora.on
-            saved = self.best or (self._plain(weights) if changed else Kept(step, self.model))
+            saved = self.best or (self._plain(weights) if changed else ModelSnapshot(step, self.model))
             state |= {"weights": weights, "step": step} if self.best or self.recipe.method.lora.on else {}
             state |= {"best": saved.step} if self.best else {}
             save_checkpoint(
@@ -530,16 +531,16 @@ class Trainer:
         self.workers.wait()
         return SaveEvent(step, out, saved.step if self.workers.first else step)
 
-    def _plain(self, weights: Mapping[str, Tensor]) -> Kept:
+    def _plain(self, weights: Mapping[str, Tensor]) -> ModelSnapshot:
         """A copy of the model as it is now, without low-rank updates beside its matrices."""
-        return Kept.of(
+        return ModelSnapshot.of(
             self.checkpoint.step, self.recipe.model, merged(weights, self.recipe.method.lora.alpha)
         )
 
     def _whole_weights(self) -> dict[str, Tensor]:
         """The model's state dictionary, whole where the weights are in shards (every process must ask)."""
         state = (
-            self.workers.gathered(self.learner.state_dict())
+            self.workers.gathered(self.training_module.state_dict())
             if self.workers.sharded
             else self.model.state_dict()
         )

@@ -101,7 +101,7 @@ def begin_tuning(
         trained.tokenizer,
         0,
         data,
-        conventions=trained.conventions,
+        text_format=trained.text_format,
         data_sha256=dict(sums),
         base=recipe,
     )

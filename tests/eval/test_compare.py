@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from ease_common.errors import RequestError
 from ease_eval.cli.main import main
-from ease_eval.peers.compare import Peer, Plan, Worker, agreement, compare_peers
+from ease_eval.peers.compare import ComparisonSettings, Peer, PeerProcess, agreement, compare_peers
 from ease_train.convert.huggingface import export_model
 from ease_train.training.checkpoint import load_checkpoint
 
@@ -26,8 +26,8 @@ def folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-def plan(bundle: Path, folder: Path, tmp_path: Path, **fields: object) -> Plan:
-    return Plan(
+def plan(bundle: Path, folder: Path, tmp_path: Path, **fields: object) -> ComparisonSettings:
+    return ComparisonSettings(
         bundle,
         folder,
         Path(sys.executable),
@@ -122,7 +122,7 @@ def test_what_is_said_of_a_peer_that_fails(
 ) -> None:
     script(tmp_path, monkeypatch, "xllamacpp", GGUF_THAT_COUNTS.format(step=step))
     asked = {"runtime": "llama.cpp", "gguf": "model.gguf", "context": 64, "threads": 1}
-    worker = Worker(Peer("llama.cpp", "q4", sys.executable, asked), answer_seconds=2.0)
+    worker = PeerProcess(Peer("llama.cpp", "q4", sys.executable, asked), answer_seconds=2.0)
     try:
         worker.start()
         assert (worker.version, worker.error) == ("xllamacpp of unknown version", None)

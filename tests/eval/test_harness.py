@@ -255,7 +255,7 @@ def test_likelihoods_are_those_of_the_harness_own_model(
     """
     from lm_eval.models.huggingface import HFLM
 
-    import foreign_models
+    import source_models
     from ease_export.build import export_bundle
     from ease_train.convert.huggingface import export_model, import_model
     from ease_train.training.checkpoint import save_checkpoint
@@ -265,7 +265,7 @@ def test_likelihoods_are_those_of_the_harness_own_model(
     if kind == "trained here":
         export_model(load_checkpoint(checkpoint), folder)
     else:
-        foreign_models.write_model(foreign_models.make_model("llama2"), folder, start=kind == "start token")
+        source_models.write_model(source_models.make_model("llama2"), folder, start=kind == "start token")
         if kind == "no name":  # as Qwen2.5
             described = json.loads((folder / "tokenizer_config.json").read_text())
             (folder / "tokenizer_config.json").write_text(json.dumps({**described, "bos_token": None}))

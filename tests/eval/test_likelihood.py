@@ -95,7 +95,7 @@ def test_the_harness_divides_alike_where_its_ids_are_the_texts() -> None:
     llm = engine(START)
     same = 0
 
-    class Asked:
+    class Measurement:
         backend = "causal"
 
         def tok_encode(self, text: str) -> list[int]:
@@ -104,7 +104,7 @@ def test_the_harness_divides_alike_where_its_ids_are_the_texts() -> None:
     for context, continuation in pairs():
         if not context.strip():
             continue
-        theirs = TemplateLM._encode_pair(Asked(), context, continuation)  # type: ignore[arg-type]
+        theirs = TemplateLM._encode_pair(Measurement(), context, continuation)  # type: ignore[arg-type]
         if [*theirs[0], *theirs[1]] == llm.encode(context + continuation) and theirs[1]:
             assert encode_pair(llm, context, continuation) == theirs, (context, continuation)
             same += 1

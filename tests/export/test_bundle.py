@@ -19,7 +19,7 @@ import tiny_model
 from ease_common.errors import ExportError
 from ease_export import build
 from ease_export.build import export_bundle
-from ease_export.plan import Plan
+from ease_export.plan import GraphSpec
 from ease_export.verify import TOLERANCE, torch_greedy, verify_bundle
 from ease_runtime.bundle.manifest import load_manifest
 from ease_runtime.engine.engine import Engine
@@ -191,7 +191,7 @@ def test_a_bundle_that_does_not_run_does_not_replace_another(
     kept = (tmp_path / "bundle" / "manifest.json").read_bytes()
     write = build.write_graph
 
-    def broken(plan: Plan, *others: Any) -> None:
+    def broken(plan: GraphSpec, *others: Any) -> None:
         write(plan, *others)
         if plan.file == "kv_02.onnx":
             (others[1].folder / plan.file).write_bytes(b"no graph")

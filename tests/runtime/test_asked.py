@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ease_common.errors import RequestError
 from ease_runtime.options import Options
 from ease_runtime.policies.thresholds import OFF
-from ease_runtime.server.asked import EASE, SHARED, read_chat, read_completion
+from ease_runtime.server.requests import EASE, SHARED, read_chat, read_completion
 from served import text_engine
 
 LLM = text_engine()

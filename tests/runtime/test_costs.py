@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ease_runtime.engine.costs import SIZES, Costs, Pace
+from ease_runtime.engine.costs import SIZES, Costs, RequestCost
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.mock import MockStack
 from ease_runtime.engine.schedule import near, schedule
@@ -33,10 +33,10 @@ def prices(
     return costs
 
 
-def pace(
+def request_cost(
     costs: Costs, entered: tuple[float, float], catch_up: str = "recompute", policy: str = "max-prob"
-) -> Pace:
-    made = Pace(costs, make_policy(policy, [0.5], LAYERS), catch_up)
+) -> RequestCost:
+    made = RequestCost(costs, make_policy(policy, [0.5], LAYERS), catch_up)
     made.entered = list(entered)
     return made
 
@@ -55,12 +55,12 @@ def test_recompute_by_hand() -> None:
 
     Of those passes one in four has nothing pending to propagate."""
     costs = prices(MockStack(LAYERS), (1.0, 1.0), per_token=0.1, head=0.2)
-    assert pace(costs, (4, 1)).early(1) == pytest.approx(1.1 + 0.2 + (1.4 + 0.2) / 4)
-    assert pace(costs, (4, 1)).full_depth(1) == pytest.approx(1.1 + 1.1 + 0.2)
-    assert pace(costs, (4, 1), "propagate").early(1) == pytest.approx(
+    assert request_cost(costs, (4, 1)).early(1) == pytest.approx(1.1 + 0.2 + (1.4 + 0.2) / 4)
+    assert request_cost(costs, (4, 1)).full_depth(1) == pytest.approx(1.1 + 1.1 + 0.2)
+    assert request_cost(costs, (4, 1), "propagate").early(1) == pytest.approx(
         1.1 + 0.2 + (1.1 + 0.75 * 0.01 + 0.2) / 4
     )
-    assert pace(costs, (4, 1), policy="gate").early(1) == pytest.approx(
+    assert request_cost(costs, (4, 1), policy="gate").early(1) == pytest.approx(
         1.1 + 0.02 + 0.75 * 0.2 + (1.4 + 0.2) / 4
     )
 
@@ -70,11 +70,11 @@ def test_recompute_does_not_pay_once_a_pass_is_bound_by_arithmetic() -> None:
     for good.
     """
     costs = prices(MockStack(LAYERS), (0.0, 0.0), per_token=1.0, head=0.1)
-    assert not pace(costs, (4, 1)).pays(8)
-    assert pace(costs, (4, 1), "propagate").pays(8)
+    assert not request_cost(costs, (4, 1)).pays(8)
+    assert request_cost(costs, (4, 1), "propagate").pays(8)
     weights = prices(MockStack(LAYERS), (1.0, 1.0), head=0.1)
-    assert pace(weights, (4, 1)).pays(1)
-    assert not pace(weights, (4, 4)).pays(1)  # nobody leaves, and the head is asked twice
+    assert request_cost(weights, (4, 1)).pays(1)
+    assert not request_cost(weights, (4, 4)).pays(1)  # nobody leaves, and the head is asked twice
 
 
 @pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9, 0.97])
@@ -83,7 +83,7 @@ def test_draft_length_is_the_best_of_a_simulation(acceptance: float) -> None:
     lengths.
     """
     costs = prices(MockStack(LAYERS), (1.0, 1.0), per_token=0.02, head=0.1)
-    made = pace(costs, (100, 0), "verify")
+    made = request_cost(costs, (100, 0), "verify")
     made.drafted = 1.0
     made.accepted = acceptance
     dice = np.random.default_rng(0)
@@ -169,7 +169,7 @@ def test_measured_costs_are_sane(tiny_stack: OrtStack) -> None:
     engine.step()
     engine.measure()
     assert engine.costs is None
-    assert first.decision.pace is None
+    assert first.decision.request_cost is None
     list(engine.generate(first))
     engine.measure()
     costs = engine.costs
@@ -178,10 +178,11 @@ def test_measured_costs_are_sane(tiny_stack: OrtStack) -> None:
     engine.measure()
     assert engine.costs is costs
     assert (
-        engine.start([1, 2, 3], max_new_tokens=3, policy=policy).decision.pace is None
+        engine.start([1, 2, 3], max_new_tokens=3, policy=policy).decision.request_cost is None
     )  # it would change tokens
     assert (
-        engine.start([1, 2, 3], max_new_tokens=3, policy=policy, catch_up="verify").decision.pace is not None
+        engine.start([1, 2, 3], max_new_tokens=3, policy=policy, catch_up="verify").decision.request_cost
+        is not None
     )
 
 

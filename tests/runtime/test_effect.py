@@ -13,7 +13,7 @@ from ease_common.errors import RequestError
 from ease_runtime.cli.main import main
 from ease_runtime.effect import check_effect, effect_notes
 from ease_runtime.options import Options
-from ease_runtime.server.asked import read_chat, read_completion
+from ease_runtime.server.requests import read_chat, read_completion
 from served import text_engine
 
 LAYERS = (2, 4, 6)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-import foreign_models
+import source_models
 import tiny_model
 from ease_common.chat import ChatTemplate
 from ease_common.errors import TrainError
@@ -45,7 +45,7 @@ CHATS = [
     ],
 ]
 TEMPLATES = [
-    foreign_models.TEMPLATE,
+    source_models.TEMPLATE,
     "{% if tools is not none %}TOOLS{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content|trim "
     "}}{% endfor %}{{ pad_token }}",
     "{% for m in messages %}{% generation %}{{ m.content }}{{ unk_token }}{% endgeneration %}{% endfor %}",
@@ -58,7 +58,7 @@ TEMPLATES = [
 ROTARY: dict[str, dict[str, Any]] = {
     "plain": {"rope_type": "default", "rope_theta": 5e3},
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-    "llama3": {**foreign_models.ROPE3, "original_max_position_embeddings": 32},
+    "llama3": {**source_models.ROPE3, "original_max_position_embeddings": 32},
     "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32},
 }
 STARTS = {
@@ -123,7 +123,7 @@ def words(kind: str) -> str:
     has it.
     """
     if kind == "bytes":
-        return str(foreign_models.make_tokenizer(start=False).to_str())
+        return str(source_models.make_tokenizer(start=False).to_str())
     letters = sorted({*tiny_model.corpus(), "▁"} - {" ", "\n"})
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("n", "d")]
     names = ["<s>", "</s>", "<|eot|>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
@@ -219,7 +219,7 @@ def write_model(plan: dict[str, Any], vocab_size: int, folder: Path) -> None:
         fields["sliding_window"] = plan["window"]
     if plan["kind"] == "Llama" and plan["biases"]:
         fields["attention_bias"] = True
-    model = foreign_models.make_model(plan["kind"], **fields).to(plan["dtype"])
+    model = source_models.make_model(plan["kind"], **fields).to(plan["dtype"])
     model.generation_config.eos_token_id = plan["stops"]
     model.save_pretrained(folder, max_shard_size="40KB" if plan["shards"] else "1GB")
     config = json.loads((folder / "config.json").read_text())
@@ -260,12 +260,12 @@ def check(checkpoint: Checkpoint, folder: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     known = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer = checkpoint.tokenizer
-    conventions = checkpoint.conventions
+    text_format = checkpoint.text_format
     template = None
-    if (source := conventions.chat_template) is not None:
-        template = ChatTemplate(source, **conventions.special_tokens)
+    if (source := text_format.chat_template) is not None:
+        template = ChatTemplate(source, **text_format.special_tokens)
     engine = TextEngine(
-        MockStack(vocab_size=512), tokenizer, start_id=conventions.start_id, template=template
+        MockStack(vocab_size=512), tokenizer, start_id=text_format.start_id, template=template
     )
     for text in TEXTS:
         assert engine.encode(text) == known(text, truncation=False, padding=False).input_ids, text

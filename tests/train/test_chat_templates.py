@@ -9,7 +9,7 @@ import pytest
 import transformers
 from click.testing import CliRunner
 
-import foreign_models
+import source_models
 from ease_common.chat import ChatTemplate
 from ease_common.errors import SettingWarning
 from ease_export.cli import main as ease_export
@@ -78,7 +78,7 @@ SOURCES = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=foreign_models.make_tokenizer(True), **NAMES)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=source_models.make_tokenizer(True), **NAMES)
 
 
 def rendered(render: Any) -> str | None:
@@ -102,8 +102,8 @@ def test_templates_say_what_transformers_makes_them_say(tokenizer: Any, source: 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = foreign_models.make_model("llama2", num_hidden_layers=1, max_position_embeddings=32)
-    return foreign_models.write_model(model, tmp_path_factory.mktemp("llama") / "hf")
+    model = source_models.make_model("llama2", num_hidden_layers=1, max_position_embeddings=32)
+    return source_models.write_model(model, tmp_path_factory.mktemp("llama") / "hf")
 
 
 def with_template(llama: Path, folder: Path, template: Any, **settings: Any) -> Path:
@@ -161,7 +161,7 @@ def test_what_else_is_no_template(
 ) -> None:
     folder = with_template(llama, tmp_path / "hf", template)
     with pytest.warns(SettingWarning, match=message):
-        found = import_model(str(folder)).conventions
+        found = import_model(str(folder)).text_format
     assert (found.chat_template is not None) == kept
 
 

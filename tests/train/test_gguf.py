@@ -14,8 +14,8 @@ import torch
 from gguf import GGMLQuantizationType, TokenType
 from gguf.quants import quantize
 
-import foreign_models
-from ease_common.errors import ForeignError
+import source_models
+from ease_common.errors import ModelImportError
 from ease_train.convert.gguf import GGUFFile, PackedTensor, rope_scaling
 from ease_train.convert.huggingface import import_model
 
@@ -126,7 +126,7 @@ class Writer(gguf.GGUFWriter):
 
 
 def add_tokenizer(writer: gguf.GGUFWriter) -> None:
-    tokenizer = foreign_models.make_tokenizer(start=False)
+    tokenizer = source_models.make_tokenizer(start=False)
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -138,7 +138,7 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    writer.add_chat_template(foreign_models.TEMPLATE)
+    writer.add_chat_template(source_models.TEMPLATE)
 
 
 def llama3_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
@@ -166,13 +166,13 @@ def stretch(writer: gguf.GGUFWriter, factor: float, kind: str | None = "linear")
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return foreign_models.make_model("llama2")
+    return source_models.make_model("llama2")
 
 
-@pytest.mark.parametrize("family", foreign_models.FAMILIES)
+@pytest.mark.parametrize("family", source_models.FAMILIES)
 def test_what_is_read_is_the_model_that_was_written(family: str, tmp_path: Path) -> None:
-    theirs = foreign_models.make_model(family)
-    arch = ARCHITECTURES[foreign_models.FAMILIES[family][0]]
+    theirs = source_models.make_model(family)
+    arch = ARCHITECTURES[source_models.FAMILIES[family][0]]
     tensors = tensors_of(theirs, arch)
     if family == "llama3":
         tensors["rope_freqs.weight"] = llama3_factors(theirs.config.rope_parameters, theirs.config.head_dim)
@@ -190,7 +190,7 @@ def test_what_is_read_is_the_model_that_was_written(family: str, tmp_path: Path)
 
 
 def test_packed_weights_are_read_near_what_they_were(tmp_path: Path) -> None:
-    wide = foreign_models.make_model("llama2", hidden_size=96)
+    wide = source_models.make_model("llama2", hidden_size=96)
     checkpoint = import_model(
         str(write_gguf(wide, tmp_path / "model.gguf", kind=GGMLQuantizationType.Q8_0)), (2,)
     )
@@ -232,15 +232,13 @@ def test_tokens_and_conventions_come_along(model: Any, tmp_path: Path) -> None:
         writer.add_pad_token_id(1)
 
     checkpoint = import_model(str(write_gguf(model, tmp_path / "model.gguf", change=change)))
-    found = checkpoint.conventions
-    assert (found.start_id, found.stop_ids, found.chat_template) == (None, (1,), foreign_models.TEMPLATE)
+    found = checkpoint.text_format
+    assert (found.start_id, found.stop_ids, found.chat_template) == (None, (1,), source_models.TEMPLATE)
     expected = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "temperature": 0.5, "top_k": 20}
     assert found.generation == expected
     assert found.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     text = "And the king went up to the city"
-    assert (
-        checkpoint.tokenizer.encode(text).ids == foreign_models.make_tokenizer(start=False).encode(text).ids
-    )
+    assert checkpoint.tokenizer.encode(text).ids == source_models.make_tokenizer(start=False).encode(text).ids
     assert checkpoint.tokenizer.encode("a<|eot|>b").ids[1] == 2
 
 
@@ -257,7 +255,7 @@ def test_every_token_that_ends_a_turn_is_a_stop(
     model: Any, tmp_path: Path, change: Change, stops: tuple[int, ...]
 ) -> None:
     checkpoint = import_model(str(write_gguf(model, tmp_path / "model.gguf", change=change)))
-    assert checkpoint.conventions.stop_ids == stops
+    assert checkpoint.text_format.stop_ids == stops
     assert checkpoint.tokenizer.encode(checkpoint.tokenizer.id_to_token(stops[-1])).ids == [stops[-1]]
 
 
@@ -277,7 +275,7 @@ def test_a_start_token_is_the_files_word_or_its_kinds_habit(
             writer.add_add_bos_token(said)
 
     assert (
-        import_model(str(write_gguf(model, tmp_path / "m.gguf", change=change))).conventions.start_id == start
+        import_model(str(write_gguf(model, tmp_path / "m.gguf", change=change))).text_format.start_id == start
     )
 
 
@@ -364,7 +362,7 @@ REFUSED: dict[str, tuple[str, Change]] = {
 def test_what_would_be_lost_or_read_otherwise_is_refused(model: Any, tmp_path: Path, case: str) -> None:
     message, change = REFUSED[case]
     path = write_gguf(model, tmp_path / "model.gguf", change=change)
-    with pytest.raises(ForeignError, match=message) as error:
+    with pytest.raises(ModelImportError, match=message) as error:
         import_model(str(path))
     assert str(error.value).startswith(str(path))
     assert len(str(error.value).splitlines()) == 1
@@ -381,7 +379,7 @@ def test_what_would_be_lost_or_read_otherwise_is_refused(model: Any, tmp_path: P
 )
 def test_a_key_that_is_missing_is_named(model: Any, tmp_path: Path, key: str, message: str) -> None:
     path = write_gguf(model, tmp_path / "model.gguf", without=(key,))
-    with pytest.raises(ForeignError, match=message):
+    with pytest.raises(ModelImportError, match=message):
         import_model(str(path))
 
 
@@ -405,7 +403,7 @@ def test_tensors_that_lack_or_are_too_many_are_named(model: Any, tmp_path: Path)
     }
     for number, (message, tensors) in enumerate(cases.items()):
         path = write_gguf(model, tmp_path / f"{number}.gguf", tensors=tensors)
-        with pytest.raises(ForeignError, match=message):
+        with pytest.raises(ModelImportError, match=message):
             import_model(str(path))
 
 
@@ -414,14 +412,14 @@ def test_two_stretches_of_the_rotary_embedding_are_refused(model: Any, tmp_path:
         model,
         **{
             "rope_freqs.weight": llama3_factors(
-                {**foreign_models.ROPE3, "original_max_position_embeddings": 32}, 8
+                {**source_models.ROPE3, "original_max_position_embeddings": 32}, 8
             )
         },
     )
     path = write_gguf(
         model, tmp_path / "model.gguf", tensors=tensors, change=lambda writer: stretch(writer, 2.0, None)
     )
-    with pytest.raises(ForeignError, match=r"both rope_freqs.weight and llama.rope.scaling.factor = 2.0"):
+    with pytest.raises(ModelImportError, match=r"both rope_freqs.weight and llama.rope.scaling.factor = 2.0"):
         import_model(str(path))
 
 
@@ -447,7 +445,7 @@ def test_the_settings_of_llama_3_are_found_in_their_factors(
     factors = llama3_factors({**rope, "rope_theta": theta}, head_dim)
     try:
         found = rope_scaling(torch.from_numpy(factors).double(), theta)
-    except ForeignError:
+    except ModelImportError:
         assert (
             settings[2] != 4.0 or factors.max() < settings[0]
         )  # too few pairs to tell another HIGH, or FACTOR
@@ -478,7 +476,7 @@ def test_what_cannot_be_read_is_one_clear_line(model: Any, tmp_path: Path) -> No
         "endless": "an array of 1099511627776 values in the",
     }
     for name, message in messages.items():
-        with pytest.raises(ForeignError, match=message) as error:
+        with pytest.raises(ModelImportError, match=message) as error:
             import_model(str(tmp_path / f"{name}.gguf"))
         assert len(str(error.value).splitlines()) == 1
 
@@ -493,13 +491,13 @@ def test_a_type_of_block_that_gguf_cannot_dequantise(
 
     monkeypatch.setattr(gguf, "dequantize", refuse)
     with pytest.raises(
-        ForeignError, match=r"stored as F32, which gguf cannot dequantise: Quantization for Q1_X"
+        ModelImportError, match=r"stored as F32, which gguf cannot dequantise: Quantization for Q1_X"
     ):
         import_model(str(tmp_path / "model.gguf"))
 
 
 def test_a_file_is_described_without_dequantising_it(tmp_path: Path) -> None:
-    wide = foreign_models.make_model("llama2", hidden_size=96)
+    wide = source_models.make_model("llama2", hidden_size=96)
     file = GGUFFile(write_gguf(wide, tmp_path / "model.gguf", kind=GGMLQuantizationType.Q4_0))
     tensor = file.tensors["layers.0.attention.q_proj.weight"]
     assert (tensor.name, tensor.kind.name, tensor.shape) == ("blk.0.attn_q.weight", "Q4_0", (96, 96))

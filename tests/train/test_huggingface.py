@@ -12,8 +12,8 @@ import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-import foreign_models
-from ease_common.errors import ForeignError
+import source_models
+from ease_common.errors import ModelImportError
 from ease_train.cli import main
 from ease_train.convert.huggingface import export_exits, export_model, import_model
 from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -46,15 +46,15 @@ def greedy(model: Any, num_tokens: int = 24) -> list[int]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return foreign_models.write_model(
-        foreign_models.make_model("llama2"), tmp_path_factory.mktemp("llama") / "hf"
+    return source_models.write_model(
+        source_models.make_model("llama2"), tmp_path_factory.mktemp("llama") / "hf"
     )
 
 
-@pytest.mark.parametrize("family", foreign_models.FAMILIES)
+@pytest.mark.parametrize("family", source_models.FAMILIES)
 def test_an_imported_model_is_transformers_and_goes_back_as_it_came(family: str, tmp_path: Path) -> None:
-    reference = foreign_models.make_model(family)
-    folder = foreign_models.write_model(
+    reference = source_models.make_model(family)
+    folder = source_models.write_model(
         reference, tmp_path / "hf", shard_size="60KB" if family == "llama3" else "1GB"
     )
     assert (folder / "model.safetensors.index.json").exists() == (family == "llama3")
@@ -68,7 +68,7 @@ def test_an_imported_model_is_transformers_and_goes_back_as_it_came(family: str,
     assert torch.equal(logits_of(back), expected)
     again = import_model(str(tmp_path / "back"))
     assert again.recipe.model == checkpoint.recipe.model
-    assert again.conventions == checkpoint.conventions
+    assert again.text_format == checkpoint.text_format
     weights = checkpoint.model.state_dict()
     assert again.model.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
@@ -85,8 +85,8 @@ def generated(reference: Any) -> list[int]:
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_half_precision_files_are_read_as_fp32(family: str, tmp_path: Path) -> None:
-    model = foreign_models.make_model(family).to(torch.bfloat16)
-    foreign_models.write_model(model, tmp_path / "hf")
+    model = source_models.make_model(family).to(torch.bfloat16)
+    source_models.write_model(model, tmp_path / "hf")
     weights = import_model(str(tmp_path / "hf"), (1, 3)).model.state_dict()
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert torch.equal(
@@ -96,13 +96,13 @@ def test_half_precision_files_are_read_as_fp32(family: str, tmp_path: Path) -> N
 
 
 def test_conventions_come_along(llama: Path, tmp_path: Path) -> None:
-    found = import_model(str(llama)).conventions
-    assert (found.start_id, found.stop_ids, found.chat_template) == (0, (1, 2), foreign_models.TEMPLATE)
+    found = import_model(str(llama)).text_format
+    assert (found.start_id, found.stop_ids, found.chat_template) == (0, (1, 2), source_models.TEMPLATE)
     assert {
         name: found.generation[name] for name in ("temperature", "top_p", "bos_token_id", "eos_token_id")
     } == {"temperature": 0.6, "top_p": 0.9, "bos_token_id": 0, "eos_token_id": [1, 2]}
-    foreign_models.write_model(foreign_models.make_model("llama2"), tmp_path / "plain", start=False)
-    assert import_model(str(tmp_path / "plain")).conventions.start_id is None
+    source_models.write_model(source_models.make_model("llama2"), tmp_path / "plain", start=False)
+    assert import_model(str(tmp_path / "plain")).text_format.start_id is None
 
 
 def test_the_tokenizer_goes_back(llama: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def with_tokenizer(llama: Path, folder: Path, described: dict[str, Any], written
 
 
 def ids_of(checkpoint: Checkpoint, text: str) -> list[int]:
-    start = checkpoint.conventions.start_id
+    start = checkpoint.text_format.start_id
     return [
         *([] if start is None else [start]),
         *checkpoint.tokenizer.encode(text, add_special_tokens=False).ids,
@@ -186,7 +186,7 @@ def test_texts_have_transformers_ids(
     assert [back(text).input_ids for text in TEXTS] == expected
     assert (back.bos_token_id, back.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
     back.save_pretrained(tmp_path / "back")
-    assert import_model(str(tmp_path / "back")).conventions == checkpoint.conventions
+    assert import_model(str(tmp_path / "back")).text_format == checkpoint.text_format
 
 
 def test_what_transformers_does_with_an_exported_models_text(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_what_transformers_does_with_an_exported_models_text(tiny_checkpoint: Pa
 def test_a_start_token_of_its_generation_defaults_is_not_the_tokenizers(llama: Path, tmp_path: Path) -> None:
     """Qwen2.5: generation_config.json has a bos_token_id, the tokenizer none."""
     folder = with_tokenizer(llama, tmp_path / "hf", {"bos_token": None}, {"post_processor": None})
-    found = import_model(str(folder)).conventions
+    found = import_model(str(folder)).text_format
     assert json.loads((folder / "generation_config.json").read_text())["bos_token_id"] == 0
     assert (found.start_id, found.generation["bos_token_id"]) == (None, None)
 
@@ -247,7 +247,7 @@ def test_a_start_token_of_its_generation_defaults_is_not_the_tokenizers(llama: P
 def test_what_no_prompt_should_have_is_refused(
     llama: Path, tmp_path: Path, described: dict[str, Any], written: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ForeignError, match=message):
+    with pytest.raises(ModelImportError, match=message):
         import_model(str(with_tokenizer(llama, tmp_path / "hf", described, written)))
 
 
@@ -260,11 +260,11 @@ def test_without_transformers_a_tokenizer_is_its_file_or_refused(
     )
     found = import_model(str(folder))
     plain = import_model(str(llama))
-    assert found.conventions == plain.conventions
+    assert found.text_format == plain.text_format
     assert ids_of(found, TEXTS[0]) == ids_of(plain, TEXTS[0])
     folder = with_tokenizer(llama, tmp_path / "added", {"added_tokens_decoder": {"320": TAG}}, {})
     with pytest.raises(
-        ForeignError,
+        ModelImportError,
         match=r"names tokens that tokenizer.json has not \(<tag>\); adding them needs transformers: pip "
         r"install",
     ):
@@ -272,9 +272,9 @@ def test_without_transformers_a_tokenizer_is_its_file_or_refused(
 
 
 def test_a_sliding_window_cuts_the_context(tmp_path: Path) -> None:
-    model = foreign_models.make_model("mistral")
+    model = source_models.make_model("mistral")
     model.config.sliding_window = 32
-    foreign_models.write_model(model, tmp_path / "hf")
+    source_models.write_model(model, tmp_path / "hf")
     assert import_model(str(tmp_path / "hf")).recipe.model.max_positions == 32
     assert import_model(str(tmp_path / "hf"), (), 16).recipe.model.max_positions == 16
 
@@ -285,9 +285,9 @@ def test_a_model_with_trained_exits_and_untrained_tokens_round_trips(
     checkpoint = load_checkpoint(tiny_checkpoint)
     export_model(checkpoint, tmp_path / "hf")
     again = import_model(str(tmp_path / "hf"))
-    assert (again.recipe.model, again.conventions.separator) == (
+    assert (again.recipe.model, again.text_format.separator) == (
         checkpoint.recipe.model,
-        checkpoint.conventions.separator,
+        checkpoint.text_format.separator,
     )
     weights = checkpoint.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
@@ -354,18 +354,18 @@ def test_exits_alone_go_back_onto_their_model(llama: Path, tmp_path: Path) -> No
 
 def test_exits_of_another_model_are_refused(llama: Path, tmp_path: Path) -> None:
     export_exits(import_model(str(llama), (2,)), tmp_path / "exits")
-    foreign_models.write_model(foreign_models.make_model("mistral"), tmp_path / "other")
+    source_models.write_model(source_models.make_model("mistral"), tmp_path / "other")
     described = json.loads((tmp_path / "exits" / "ease.json").read_text())
     described["model"]["dim"] = 96
     (tmp_path / "exits" / "ease.json").write_text(json.dumps(described))
-    with pytest.raises(ForeignError, match=r"exits in .* belong to another model: dim = 96, but 48 in"):
+    with pytest.raises(ModelImportError, match=r"exits in .* belong to another model: dim = 96, but 48 in"):
         import_model(str(llama), with_exits=tmp_path / "exits")
     with pytest.raises(
-        ForeignError,
+        ModelImportError,
         match=r"holds no exits: expected ease.json and ease_exits.safetensors, as `ease-train export-exits`",
     ):
         import_model(str(llama), with_exits=tmp_path)
-    with pytest.raises(ForeignError, match="is there already and was not written by export-exits"):
+    with pytest.raises(ModelImportError, match="is there already and was not written by export-exits"):
         export_exits(import_model(str(llama), (2,)), llama)
 
 
@@ -407,23 +407,23 @@ def test_what_cannot_be_imported_is_one_clear_line(
 
 
 def test_missing_shards_and_damaged_files(llama: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
-    folder = foreign_models.write_model(
-        foreign_models.make_model("qwen2"), tmp_path / "sharded", shard_size="60KB"
+    folder = source_models.write_model(
+        source_models.make_model("qwen2"), tmp_path / "sharded", shard_size="60KB"
     )
     next(iter(sorted(folder.glob("model-*.safetensors")))).unlink()
-    with pytest.raises(ForeignError, match=r"lacks model-00001-of-\d+\.safetensors \(1 of \d+ shards\)"):
+    with pytest.raises(ModelImportError, match=r"lacks model-00001-of-\d+\.safetensors \(1 of \d+ shards\)"):
         import_model(str(folder))
     damaged = edited(llama, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(ForeignError, match="is no safetensors file"):
+    with pytest.raises(ModelImportError, match="is no safetensors file"):
         import_model(str(damaged))
     (damaged / "model.safetensors").unlink()
-    with pytest.raises(ForeignError, match=r"lacks model\.safetensors; weights in another form"):
+    with pytest.raises(ModelImportError, match=r"lacks model\.safetensors; weights in another form"):
         import_model(str(damaged))
     (damaged / "config.json").write_text("{")
-    with pytest.raises(ForeignError, match="is no JSON"):
+    with pytest.raises(ModelImportError, match="is no JSON"):
         import_model(str(damaged))
-    with pytest.raises(ForeignError, match="is a checkpoint of this project already"):
+    with pytest.raises(ModelImportError, match="is a checkpoint of this project already"):
         import_model(str(tiny_checkpoint))
 
 
@@ -432,15 +432,17 @@ def test_quantised_weights_are_refused(llama: Path, tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int8)
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(ForeignError, match=r"model\.norm\.weight is stored as torch\.int8"):
+    with pytest.raises(ModelImportError, match=r"model\.norm\.weight is stored as torch\.int8"):
         import_model(str(folder))
 
 
 def test_a_hub_id_without_network_and_no_id_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ForeignError, match="did not come from the Hugging Face hub"):
+    with pytest.raises(ModelImportError, match="did not come from the Hugging Face hub"):
         import_model("some-owner/some-gated-model")
     for source in ("nowhere", str(tmp_path / "not" / "there")):
-        with pytest.raises(ForeignError, match=f"no model at {source}: expected a Hugging Face directory"):
+        with pytest.raises(
+            ModelImportError, match=f"no model at {source}: expected a Hugging Face directory"
+        ):
             import_model(source)
 
 
@@ -454,7 +456,7 @@ def test_without_transformers_only_some_files_are_out_of_reach(
     (edited(llama, tmp_path / "hf") / "tokenizer.json").unlink()
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     for source in (tmp_path / "hf", tmp_path / "model.gguf"):
-        with pytest.raises(ForeignError, match=r"pip install 'ease-lm\[hf\]'"):
+        with pytest.raises(ModelImportError, match=r"pip install 'ease-lm\[hf\]'"):
             import_model(str(source))
 
 
@@ -482,10 +484,10 @@ def test_a_sentencepiece_vocabulary_is_read_as_what_it_is_or_refused(
     model = ModelProto()
     model.trainer_spec.model_type = TrainerSpec.UNIGRAM
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
-    with pytest.raises(ForeignError, match=r"tokenizer.model is a unigram vocabulary, expected BPE"):
+    with pytest.raises(ModelImportError, match=r"tokenizer.model is a unigram vocabulary, expected BPE"):
         import_model(str(folder))
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     with pytest.raises(
-        ForeignError, match=r"tokenizer.model needs sentencepiece to be read: pip install 'ease-lm\[hf\]'"
+        ModelImportError, match=r"tokenizer.model needs sentencepiece to be read: pip install 'ease-lm\[hf\]'"
     ):
         import_model(str(folder))

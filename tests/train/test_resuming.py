@@ -17,7 +17,7 @@ from ease_train.training.checkpoint import load_checkpoint
 from ease_train.training.config import Recipe
 from ease_train.training.gates import GateTrainer
 from ease_train.training.optimizer import learning_rate
-from ease_train.training.resuming import Asked
+from ease_train.training.resuming import ResumeOptions
 from ease_train.training.trainer import StepEvent, Trainer
 from ease_train.training.tune import begin_tuning
 
@@ -59,28 +59,28 @@ def test_more_steps_follow_the_longer_schedule(out: Path, begun: Recipe) -> None
     rates = [learning_rate(3, begun.train), learning_rate(4, longer)]
     said = f"those of 8 steps, not 4: the learning rate was {rates[0]:.3g}, and is {rates[1]:.3g} at step 5"
     with pytest.warns(SettingWarning, match=said):
-        trainer = Trainer.resume(out, asked=Asked({"steps": 8}))
+        trainer = Trainer.resume(out, asked=ResumeOptions({"steps": 8}))
     found = steps_of(trainer, out)
     assert [(event.step, event.learning_rate) for event in found] == [
         (step + 1, learning_rate(step, longer)) for step in range(4, 8)
     ]
     assert load_checkpoint(out).recipe == replace(load_checkpoint(out).recipe, train=longer)
-    assert Trainer.resume(out, asked=Asked({"steps": 8})).ended
+    assert Trainer.resume(out, asked=ResumeOptions({"steps": 8})).ended
     with pytest.raises(ConfigError, match=r"--steps 6: the run at .* has 8 steps already; expected more"):
-        Trainer.resume(out, asked=Asked({"steps": 6}))
+        Trainer.resume(out, asked=ResumeOptions({"steps": 6}))
 
 
 @pytest.mark.filterwarnings("ignore::ease_common.errors.SettingWarning")
 def test_a_moved_text_is_the_same_text(out: Path, text: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(out, elsewhere)
-    here = steps_of(Trainer.resume(out, asked=Asked({"steps": 6})), out)
+    here = steps_of(Trainer.resume(out, asked=ResumeOptions({"steps": 6})), out)
     moved = tmp_path / "moved.txt.gz"
     moved.write_bytes(gzip.compress(text.read_bytes()))
     text.unlink()
     with pytest.raises(DataError, match=r"no data file at .*text\.txt; say with --data where it is"):
         Trainer.resume(out)
-    there = steps_of(Trainer.resume(elsewhere, asked=Asked({"steps": 6}, str(moved))), elsewhere)
+    there = steps_of(Trainer.resume(elsewhere, asked=ResumeOptions({"steps": 6}, str(moved))), elsewhere)
     assert [(e.step, e.loss) for e in here] == [(e.step, e.loss) for e in there]
     assert load_checkpoint(elsewhere).data == str(moved)
     assert Trainer.resume(elsewhere).ended
@@ -96,7 +96,7 @@ def test_other_text_is_refused(out: Path, text: Path, tmp_path: Path) -> None:
         r"say with --data"
     )
     with pytest.raises(DataError, match=r"other\.txt " + refusal):
-        Trainer.resume(out, asked=Asked(data=str(other)))
+        Trainer.resume(out, asked=ResumeOptions(data=str(other)))
     shutil.copy(other, text)
     checkpoint = load_checkpoint(out)
     with pytest.raises(DataError, match=r"text\.txt " + refusal):
@@ -125,29 +125,29 @@ def test_an_older_checkpoint_takes_the_text_that_it_is_given(out: Path, text: Pa
         SettingWarning,
         match=r"does not know the sum of its text; .*moved\.txt is taken for what it calls .*text\.txt",
     ):
-        assert Trainer.resume(out, asked=Asked(data=str(moved))).checkpoint.data == str(moved)
+        assert Trainer.resume(out, asked=ResumeOptions(data=str(moved))).checkpoint.data == str(moved)
 
 
 def test_another_recipe_is_refused(out: Path, begun: Recipe) -> None:
-    assert Trainer.resume(out, asked=Asked(recipe=begun)).ended
+    assert Trainer.resume(out, asked=ResumeOptions(recipe=begun)).ended
     with pytest.raises(
         ConfigError, match=r"follows the recipe tiny, not small; .*: ease-train fit --out .* --resume"
     ):
-        Trainer.resume(out, asked=Asked(recipe=replace(begun, name="small")))
+        Trainer.resume(out, asked=ResumeOptions(recipe=replace(begun, name="small")))
     with pytest.raises(
         ConfigError,
         match=r"tiny has changed since .* began \(train: batch_size = 3, was 2\); leave the recipe out",
     ):
-        Trainer.resume(out, asked=Asked(recipe=begun.with_options({"batch_size": 3})))
+        Trainer.resume(out, asked=ResumeOptions(recipe=begun.with_options({"batch_size": 3})))
 
 
 def test_other_settings_are_refused_and_the_same_are_not(out: Path) -> None:
     assert Trainer.resume(
-        out, asked=Asked({"batch_size": 2, "dim": 16, "ffn_dim": 32, "exits": (2, 3), "kind": "char"})
+        out, asked=ResumeOptions({"batch_size": 2, "dim": 16, "ffn_dim": 32, "exits": (2, 3), "kind": "char"})
     ).ended
     with pytest.raises(
         ConfigError, match=r"only --steps may differ \(train: seed = 7, was 42\); leave the option out"
     ):
-        Trainer.resume(out, asked=Asked({"seed": 7, "batch_size": 2}))
+        Trainer.resume(out, asked=ResumeOptions({"seed": 7, "batch_size": 2}))
     with pytest.raises(ConfigError, match=r"model: dim = 32, was 16"):
-        Trainer.resume(out, asked=Asked({"dim": 32}))
+        Trainer.resume(out, asked=ResumeOptions({"dim": 32}))

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from tokenizers import Tokenizer
 
-from ease_common.errors import ForeignError
+from ease_common.errors import ModelImportError
 from ease_train.convert.vocabularies import (
     SPACE,
     SPLITS,
@@ -197,15 +197,15 @@ def changed(vocabulary: Vocabulary, **tokens: float) -> Vocabulary:
 
 def test_what_no_list_of_merges_can_say_is_refused() -> None:
     whole = make_vocabulary(0, with_bytes=True)
-    with pytest.raises(ForeignError, match=r"'bbbbbb' and 'cccccc'|'cccccc' and 'bbbbbb'"):
+    with pytest.raises(ModelImportError, match=r"'bbbbbb' and 'cccccc'|'cccccc' and 'bbbbbb'"):
         sentencepiece_bpe(changed(whole, bbb=5.0, ccc=6.0, bbbbbb=7.0, cccccc=7.0), 0, space_prefix=True)
-    with pytest.raises(ForeignError, match=r"'aX' holds 'X', which is no token"):
+    with pytest.raises(ModelImportError, match=r"'aX' holds 'X', which is no token"):
         sentencepiece_bpe(changed(whole, aX=1.0), 0, space_prefix=True)
-    with pytest.raises(ForeignError, match=r"lacks 256 of 256 byte tokens, the first is <0x00>"):
+    with pytest.raises(ModelImportError, match=r"lacks 256 of 256 byte tokens, the first is <0x00>"):
         sentencepiece_bpe(make_vocabulary(0, with_bytes=False), 0, space_prefix=True)
-    with pytest.raises(ForeignError, match="unigram vocabulary with byte tokens"):
+    with pytest.raises(ModelImportError, match="unigram vocabulary with byte tokens"):
         unigram(whole, 0, space_prefix=True, merge_spaces=False)
-    with pytest.raises(ForeignError, match="has the token 'a' twice"):
+    with pytest.raises(ModelImportError, match="has the token 'a' twice"):
         changed(whole, a=1.0)
-    with pytest.raises(ForeignError, match=r"tokenizer.ggml.pre = 'lama-bpe'.*did you mean 'llama-bpe'"):
+    with pytest.raises(ModelImportError, match=r"tokenizer.ggml.pre = 'lama-bpe'.*did you mean 'llama-bpe'"):
         split_of("lama-bpe")

@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 
-import foreign_models
-from ease_common.errors import ForeignError, SettingWarning
+import source_models
+from ease_common.errors import ModelImportError, SettingWarning
 from ease_train.cli import main
-from ease_train.convert.foreign import UNSAID, UNSAID_BY_KIND
 from ease_train.convert.huggingface import import_model
+from ease_train.convert.source_model import UNSAID, UNSAID_BY_KIND
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
@@ -42,8 +42,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         family = name.removesuffix("-mha")
         if not (root / name).is_dir():
             heads = 4 if name.endswith("-mha") else 2
-            foreign_models.write_model(
-                foreign_models.make_model(family, **SMALL, num_key_value_heads=heads), root / name
+            source_models.write_model(
+                source_models.make_model(family, **SMALL, num_key_value_heads=heads), root / name
             )
         return root / name
 
@@ -237,7 +237,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_disagrees_is_refused_by_name(case: str, sources: Callable[[str], Path], tmp_path: Path) -> None:
     changes, message = REFUSED[case]
-    with pytest.raises(ForeignError, match=message):
+    with pytest.raises(ModelImportError, match=message):
         import_model(str(edited(sources("llama2-mha"), tmp_path / "hf", **changes)))
 
 
@@ -258,8 +258,8 @@ def test_what_is_unsaid_is_as_transformers_takes_it(kind: str) -> None:
 
 def test_one_file_goes_before_an_index(sources: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "hf"
-    foreign_models.write_model(
-        foreign_models.make_model("llama2", **SMALL, num_key_value_heads=4), folder, shard_size="30KB"
+    source_models.write_model(
+        source_models.make_model("llama2", **SMALL, num_key_value_heads=4), folder, shard_size="30KB"
     )
     doubled = {
         name: 2 * value for name, value in load_file(sources("llama2-mha") / "model.safetensors").items()
@@ -283,17 +283,17 @@ def test_an_index_names_files_of_its_own_directory(sources: Callable[[str], Path
         ({"weight_map": [EMBEDDING]}, "is damaged: weight_map"),
     ):
         index.write_text(json.dumps(places))
-        with pytest.raises(ForeignError, match=message):
+        with pytest.raises(ModelImportError, match=message):
             import_model(str(folder))
 
 
 def test_what_is_there_in_place_of_weights_is_said(sources: Callable[[str], Path], tmp_path: Path) -> None:
     folder = edited(sources("llama2-mha"), tmp_path / "hf")
     (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
-    with pytest.raises(ForeignError, match=r"is consolidated\.safetensors meant"):
+    with pytest.raises(ModelImportError, match=r"is consolidated\.safetensors meant"):
         import_model(str(folder))
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ForeignError, match="it is an adapter of peft; merge it"):
+    with pytest.raises(ModelImportError, match="it is an adapter of peft; merge it"):
         import_model(str(folder))
 
 
@@ -320,6 +320,6 @@ def test_tokens_without_a_row_are_said_and_a_start_without_one_is_refused(
     foreign["post_processor"]["special_tokens"]["<s>"] = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
     (fewer / "tokenizer.json").write_text(json.dumps(foreign))
     with pytest.raises(
-        ForeignError, match=r"'</s>' \(id 1\) stands before every text, but the embedding has 1 rows"
+        ModelImportError, match=r"'</s>' \(id 1\) stands before every text, but the embedding has 1 rows"
     ):
         import_model(str(fewer))

@@ -152,14 +152,14 @@ JSON_FLAG = click.option(
 
 
 def measure_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What is measured, and how much of it: the arguments of `Asked.of`."""
+    """What is measured, and how much of it: the arguments of `Measurement.of`."""
     for flag in reversed(MEASURE_FLAGS):
         command = flag(command)
     return command
 
 
 @dataclass(frozen=True)
-class Asked:
+class Measurement:
     """A bundle, a corpus's documents with its ids, and what is to be measured of them."""
 
     bundle: Path
@@ -193,7 +193,7 @@ class Asked:
         rounds: int,
         threads: int,
         device: str,
-    ) -> "Asked":
+    ) -> "Measurement":
         """From the flags of a command."""
         amounts = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds)
         llm = LLM(bundle, device=device, num_threads=threads)
@@ -296,7 +296,7 @@ def table(
     tables: list[Table] = []
     with ExitStack() as open_journals:
         for bundle in bundles:
-            asked = Asked.of(bundle, **given)
+            asked = Measurement.of(bundle, **given)
             part = (
                 json_file and json_file.with_name(f"{json_file.name}.{len(tables)}")
                 if len(bundles) > 1
@@ -330,7 +330,7 @@ def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
             "note: verify says what full depth says: its perplexity is off's, and nothing is measured for it",
             err=True,
         )
-    asked = Asked.of(bundle, **given)
+    asked = Measurement.of(bundle, **given)
     rows = asked.qualities()
     warn_of_unknown(rows[0])
     write_rows(asked, rows, json_file)
@@ -359,7 +359,7 @@ def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
             "the depths of verify are those of its drafts, which are decoded, not scored: ease-eval "
             "latency or table"
         )
-    asked = Asked.of(bundle, **given)
+    asked = Measurement.of(bundle, **given)
     rows = asked.qualities()
     write_rows(asked, rows, json_file)
     layers = asked.llm.stack.exit_layers
@@ -387,7 +387,7 @@ def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
 def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """What tokens take under each threshold on the wall clock, prefill and decoding apart."""
     note_unused("scored_tokens")
-    asked = Asked.of(bundle, **given)
+    asked = Measurement.of(bundle, **given)
     settings = asked.settings()
     amounts = asked.amounts
     texts = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
@@ -425,7 +425,7 @@ def note_unused(*names: str) -> None:
         click.echo(f"note: {flag} has no effect on {click.get_current_context().info_name}", err=True)
 
 
-def write_rows(asked: Asked, rows: Sequence[Quality | TimedSetting], json_file: Path | None) -> None:
+def write_rows(asked: Measurement, rows: Sequence[Quality | TimedSetting], json_file: Path | None) -> None:
     """A command's rows as JSON, with where they come from."""
     if json_file:
         write_whole(
@@ -480,7 +480,7 @@ def report(bundle: Path, out: Path, **given: Any) -> None:
             f"the figures of {out} would go to a folder {out.with_suffix('')}; give a free name that "
             "ends in .html"
         )
-    asked = Asked.of(bundle, **given)
+    asked = Measurement.of(bundle, **given)
     shown = [ids for ids in asked.encoded if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
     if not shown:
         raise RequestError(

@@ -23,7 +23,7 @@ from ease_eval.measure.calibrate import calibrate as run_calibration
 from ease_eval.provenance import provenance
 from ease_eval.results import as_json
 from ease_eval.tasks.grading import FILTERS
-from ease_eval.tasks.task_files import Exact, TaskFile, read_tasks
+from ease_eval.tasks.task_files import ExactMatch, TaskFile, read_tasks
 from ease_eval.tasks.tasks import SEED, TaskResult, run_task
 from ease_runtime.bundle.manifest import MANIFEST_FILE
 from ease_runtime.cli.commands import DEVICE_FLAG
@@ -302,13 +302,13 @@ def without_effect(tasks: list[TaskFile], options: Options, chat: bool) -> list[
     """What to tell of flags that change nothing in the answers to some task files."""
     kinds = {type(task.items[0]) for task in tasks}
     notes = []
-    if Exact not in kinds:
+    if ExactMatch not in kinds:
         of_answers = given_flags("max_tokens", "stop", *SAMPLING, *(["chat"] if chat else []))
         notes = [
             f"{flag} has no effect: these files ask for likelihoods, and nothing is generated"
             for flag in of_answers
         ]
-    if options.catch_up == "verify" and kinds - {Exact}:
+    if options.catch_up == "verify" and kinds - {ExactMatch}:
         notes.append(
             "verify says what full depth says: likelihoods under it are full depth's, and nothing is "
             "measured for it"

@@ -14,13 +14,13 @@ from ease_common.commands import given_flags
 from ease_common.errors import RequestError
 from ease_common.files import write_whole
 from ease_common.lists import FiniteFloat, FiniteRange
-from ease_eval.cli.measure import JSON_FLAG, POLICY_FLAG, Asked, measure_flags, narrow_table
+from ease_eval.cli.measure import JSON_FLAG, POLICY_FLAG, Measurement, measure_flags, narrow_table
 from ease_eval.measure.advice import Advice
 from ease_eval.measure.advice import advise as make_advice
 from ease_eval.measure.agreement import read_prompts
 from ease_eval.measure.documents import first_tokens
 from ease_eval.measure.table import Amounts, choose_texts, quality_cells
-from ease_eval.peers.compare import Comparison, Plan, cells, compare_peers
+from ease_eval.peers.compare import Comparison, ComparisonSettings, cells, compare_peers
 from ease_eval.provenance import provenance
 from ease_eval.results import as_json
 from ease_runtime.cli.commands import ThresholdFlag
@@ -73,19 +73,29 @@ NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB"
 @click.option("--prompts", type=click.Path(path_type=Path), help="Or a file of prompts, as for agreement.")
 @click.option("--texts", default=4, show_default=True, help="Prompts.")
 @click.option("--prompt-tokens", default=32, show_default=True, help="Tokens of a prompt at most.")
-@click.option("--new-tokens", default=Plan.new_tokens, show_default=True, help="Tokens generated after each.")
-@click.option("--rounds", default=Plan.rounds, show_default=True, help="Timed rounds, after one to warm up.")
+@click.option(
+    "--new-tokens",
+    default=ComparisonSettings.new_tokens,
+    show_default=True,
+    help="Tokens generated after each.",
+)
+@click.option(
+    "--rounds",
+    default=ComparisonSettings.rounds,
+    show_default=True,
+    help="Timed rounds, after one to warm up.",
+)
 @click.option(
     "--timeout",
     type=FiniteRange(0, min_open=True),
-    default=Plan.answer_seconds,
+    default=ComparisonSettings.answer_seconds,
     show_default=True,
     help="Seconds after which a runtime that does not answer is ended.",
 )
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
-    default=Plan.work,
+    default=ComparisonSettings.work,
     show_default=True,
     help="Where peers put models that they build.",
 )
@@ -126,7 +136,7 @@ def compare(
     settings: dict[str, Any] | None = (
         {"threshold": threshold.to_json(), "policy": policy, "catch_up": catch_up} if threshold else None
     )
-    plan = Plan(bundle, settings=settings, answer_seconds=timeout, **given)
+    plan = ComparisonSettings(bundle, settings=settings, answer_seconds=timeout, **given)
     llm = LLM(bundle, device="cpu", num_threads=plan.threads)
     if settings:
         llm.engine.check(llm.policy(Options(**settings)), catch_up)
@@ -190,7 +200,7 @@ def advise(bundle: Path, tolerance: float, show: int, json_file: Path | None, **
     Give a model exits at many layers (ease-train import --exits 5,10,15,20,25) to see where it should have
     them.
     """
-    asked = Asked.of(bundle, **given)
+    asked = Measurement.of(bundle, **given)
     amounts = asked.amounts
     settings = asked.settings()
     chosen = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)

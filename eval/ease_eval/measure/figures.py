@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ease_eval.measure.reliability import Reliability
-from ease_eval.measure.table import Row
+from ease_eval.measure.table import TableRow
 
 matplotlib.use("svg")
 
@@ -74,7 +74,7 @@ def save(figures: dict[str, Draw], folder: Path) -> None:
         drawn(draw, "light").savefig(folder / f"{name}.png", format="png", dpi=200, facecolor="white")
 
 
-def pareto(rows: Sequence[Row]) -> Draw:
+def pareto(rows: Sequence[TableRow]) -> Draw:
     """Perplexity (relative to off, 95 % intervals) against measured speed-up (range over rounds), a line a
     catch-up.
     """
@@ -105,7 +105,7 @@ def pareto(rows: Sequence[Row]) -> Draw:
     return draw
 
 
-def depth_shares(rows: Sequence[Row]) -> Draw:
+def depth_shares(rows: Sequence[TableRow]) -> Draw:
     """The share of the tokens at each depth, a bar a threshold."""
 
     def draw(axes: Any, colours: tuple[str, ...]) -> None:
@@ -166,7 +166,7 @@ def reliability(found: Sequence[Reliability]) -> Draw:
     return draw
 
 
-def row_label(row: Row) -> str:
+def row_label(row: TableRow) -> str:
     """A setting in a few characters."""
     if not row.threshold:
         return "off"

@@ -24,7 +24,7 @@ from ease_eval.measure.figures import (
 )
 from ease_eval.measure.latency import Setting
 from ease_eval.measure.reliability import measure_reliability
-from ease_eval.measure.table import COLUMNS, Row, Table, cells, score_settings
+from ease_eval.measure.table import COLUMNS, Table, TableRow, cells, score_settings
 from ease_runtime.generation import TokenEvent
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
@@ -89,7 +89,7 @@ def make_report(llm: LLM, table: Table, documents: Sequence[Sequence[int]], out:
     )
 
 
-def describe(row: Row) -> str:
+def describe(row: TableRow) -> str:
     """A setting's figures in a line."""
     return (
         f"perplexity {row.ppl:.2f} ({100 * (row.ppl_ratio - 1):+.1f} %), {row.speedup:.2f}x as fast "
@@ -97,7 +97,7 @@ def describe(row: Row) -> str:
     )
 
 
-def passage(llm: LLM, prompt: Sequence[int], row: Row) -> list[TokenEvent]:
+def passage(llm: LLM, prompt: Sequence[int], row: TableRow) -> list[TokenEvent]:
     """A greedy continuation under a row's setting."""
     room = llm.stack.max_positions - len(prompt)
     options = Options(
@@ -115,7 +115,7 @@ def bin_width(documents: Sequence[Sequence[int]]) -> int:
 
 
 def depths_by_position(
-    llm: LLM, documents: Sequence[Sequence[int]], rows: Sequence[Row]
+    llm: LLM, documents: Sequence[Sequence[int]], rows: Sequence[TableRow]
 ) -> dict[str, list[float]]:
     """Mean depth in each bin of positions, for every setting but off (for off where it is alone)."""
     limit = llm.stack.max_positions

@@ -90,12 +90,12 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Row(Speed, Quality):
+class TableRow(Speed, Quality):
     """One setting: quality over the scored tokens, times over the decoded ones."""
 
 
 @dataclass(frozen=True)
-class ExitFigures:
+class ExitQuality:
     """What one exit says of every token, had all come that far: bounds that no policy over these exits can
     leave.
     """
@@ -132,14 +132,14 @@ class Table:
     num_rounds: int
     source: dict[str, Any]
     versions: dict[str, str]
-    exits: tuple[ExitFigures, ...]
+    exits: tuple[ExitQuality, ...]
     oracle_mean_depth: float  # had each token left at the first exit that says what full depth says
     precision: str
     seed: int  # of the bootstrap
     position_bin: int
     peak_memory_mb: float | None  # of the process, with the text's tokens and all
     batches: tuple[BatchFigures, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     data_sha256: str = ""  # of the split's documents, where it is known
     num_documents: int = 0  # of the split
 
@@ -183,7 +183,7 @@ def quality_cells(ppl: float, ppl_ratio: float) -> tuple[str, str]:
     return f"{ppl:.2f}", f"{(ppl_ratio - 1) * 100:+.1f} %"
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: TableRow) -> list[str]:
     """A row as the texts of COLUMNS."""
     threshold = f"{row.policy} {row.threshold}" if row.threshold else "off"
     return [
@@ -271,7 +271,7 @@ def make_table(
         num_scored_tokens=sum(len(document.ids) - 1 for document in scored),
         num_decoded_tokens=len(texts) * (amounts.new_tokens - 1),
         num_rounds=amounts.num_rounds,
-        exits=tuple(ExitFigures(**one) for one in exits),
+        exits=tuple(ExitQuality(**one) for one in exits),
         oracle_mean_depth=oracle,
         seed=SEED,
         position_bin=POSITION_BIN,
@@ -292,7 +292,7 @@ def read_batch(figures: dict[str, Any]) -> BatchFigures:
     )
 
 
-def make_row(quality: Quality, measured: tuple[Speed, dict[int, int]]) -> Row:
+def make_row(quality: Quality, measured: tuple[Speed, dict[int, int]]) -> TableRow:
     """A row of both; the depths of verify are those of its drafts."""
     speed, decoded = measured
     if quality.catch_up == "verify" and quality.threshold:
@@ -301,7 +301,7 @@ def make_row(quality: Quality, measured: tuple[Speed, dict[int, int]]) -> Row:
         quality = replace(
             quality, mean_depth=depth, depth_fraction=fraction, depth_counts=decoded, depth_by_position=[]
         )
-    return Row(**vars(quality), **vars(speed))
+    return TableRow(**vars(quality), **vars(speed))
 
 
 def measure_quality(
@@ -437,7 +437,7 @@ def exit_figures(llm: LLM, documents: Sequence[Sequence[int]]) -> tuple[list[dic
     depths = np.array(layers)[agrees.argmax(axis=0)]
     each = zip(layers, [*early, full], agrees, strict=True)
     figures = [
-        asdict(ExitFigures(layer, scores.perplexity, float(same.mean()))) for layer, scores, same in each
+        asdict(ExitQuality(layer, scores.perplexity, float(same.mean()))) for layer, scores, same in each
     ]
     return figures, float(depths.mean())
 

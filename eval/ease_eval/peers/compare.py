@@ -1,6 +1,7 @@
 """The same weights and prompts in other runtimes, each a process of its own, taking turns within one run.
 
-    comparison = compare_peers(Plan(bundle, checkpoint, python=Path(".venv-peers/bin/python")), prompts)
+    python = Path(".venv-peers/bin/python")
+    comparison = compare_peers(ComparisonSettings(bundle, checkpoint, python=python), prompts)
     print(comparison.markdown())
 
 Every runtime answers every prompt once a round, in an order that rotates; the first round warms up and is not
@@ -33,7 +34,7 @@ GENAI_PRECISION = {"int4": "int4"}  # what its builder makes for a CPU; else fp3
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonSettings:
     """What is compared. Raises RequestError for a checkpoint that is none of the bundle's model.
 
     `python` is that of the peers' environment; `settings` (options like threshold and catch_up) make a row of
@@ -147,7 +148,7 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Row:
+class PeerRow:
     """One runtime: medians over the counted answers, or an `error` and no figures."""
 
     runtime: str
@@ -184,7 +185,7 @@ class Comparison:
     num_prompts: int
     new_tokens: int
     rounds: int
-    rows: tuple[Row, ...]
+    rows: tuple[PeerRow, ...]
 
     def to_json(self, source: dict[str, Any]) -> str:
         """As JSON text, with where it comes from."""
@@ -199,7 +200,7 @@ class Comparison:
         )
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: PeerRow) -> list[str]:
     """A row as the texts of COLUMNS."""
     figures = (
         row.tokens_per_second,
@@ -214,7 +215,7 @@ def cells(row: Row) -> list[str]:
     return [row.runtime, row.precision, *shown]
 
 
-class Worker:
+class PeerProcess:
     """A peer's process. `error` says why there is none, or no longer."""
 
     def __init__(self, peer: Peer, answer_seconds: float) -> None:
@@ -291,7 +292,7 @@ def ending(code: int) -> str:
 
 
 def compare_peers(
-    plan: Plan, prompts: Sequence[Sequence[int]], tell: Callable[[str], None] = lambda _: None
+    plan: ComparisonSettings, prompts: Sequence[Sequence[int]], tell: Callable[[str], None] = lambda _: None
 ) -> Comparison:
     """Ask every runtime for every prompt (ids), in turns; `tell` takes a line on how far it is.
 
@@ -303,7 +304,7 @@ def compare_peers(
     workers = []
     try:
         for peer in plan.peers():  # one after the other: loading takes memory
-            workers.append(Worker(peer, plan.answer_seconds))
+            workers.append(PeerProcess(peer, plan.answer_seconds))
             workers[-1].start()
             tell(f"{peer.name}: {workers[-1].error or 'ready'}")
         if workers[0].error is not None:
@@ -319,7 +320,9 @@ def compare_peers(
     return Comparison(len(prompts), plan.new_tokens, plan.rounds, rows)
 
 
-def take_turns(workers: Sequence[Worker], prompts: Sequence[Sequence[int]], new: int, number: int) -> None:
+def take_turns(
+    workers: Sequence[PeerProcess], prompts: Sequence[Sequence[int]], new: int, number: int
+) -> None:
     """One round: every prompt to every runtime that still answers, each time another first.
 
     Round 0 warms up.
@@ -337,9 +340,9 @@ def take_turns(workers: Sequence[Worker], prompts: Sequence[Sequence[int]], new:
                 worker.rounds[-1].append(answer)
 
 
-def make_row(worker: Worker, ease: Worker, stops: frozenset[int], new: int) -> Row:
+def make_row(worker: PeerProcess, ease: PeerProcess, stops: frozenset[int], new: int) -> PeerRow:
     """A runtime's figures against EASE's at full depth."""
-    row = Row(worker.peer.name, worker.peer.precision, worker.version, worker.error or ease.error)
+    row = PeerRow(worker.peer.name, worker.peer.precision, worker.version, worker.error or ease.error)
     if row.error is not None:
         return row
     answers = [a for part in worker.rounds for a in part]

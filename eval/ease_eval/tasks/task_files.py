@@ -25,7 +25,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
-class Choice:
+class MultipleChoice:
     """Which of some continuations is right (`answer`, from 0)?"""
 
     line: int
@@ -41,7 +41,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Exact:
+class ExactMatch:
     """What is the answer? Text is generated, and its answer must be this one."""
 
     line: int
@@ -75,7 +75,7 @@ class LastWord:
         return f"{self.context} {self.word}"
 
 
-Item = Choice | Exact | LastWord
+Item = MultipleChoice | ExactMatch | LastWord
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,14 @@ def parse(line: bytes, number: int) -> Item:
     if not isinstance(row, dict):
         raise ValueError("expected a JSON object")
     if "choices" in row:
-        return Choice(number, _context(row), *_choices(row))
+        return MultipleChoice(number, _context(row), *_choices(row))
     if "answer" in row:
         answer = row["answer"]
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError('"answer" must be a text')
         if MARK.strip() in answer and MARK not in answer:
             raise ValueError(f'"answer" has "####" without a space behind it; expected "{MARK}42"')
-        return Exact(number, _context(row), answer)
+        return ExactMatch(number, _context(row), answer)
     parts = row["text"].rsplit(maxsplit=1) if isinstance(row.get("text"), str) else []
     if len(parts) != 2:
         raise ValueError('expected "choices", "answer", or a "text" of two words or more')

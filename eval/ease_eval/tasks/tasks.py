@@ -21,7 +21,7 @@ from ease_eval.journal import Journal
 from ease_eval.measure.perplexity import Scores, check_scorable
 from ease_eval.tasks.grading import FIRST_LINE, STRICT, is_right
 from ease_eval.tasks.likelihood import NoTokensError, encode_pair, score_continuation
-from ease_eval.tasks.task_files import Choice, Exact, Item, LastWord, TaskFile, examples
+from ease_eval.tasks.task_files import ExactMatch, Item, LastWord, MultipleChoice, TaskFile, examples
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.policies import FULL_DEPTH, ExitPolicy
@@ -116,7 +116,7 @@ def run_task(
     policy = llm.policy(options)
     llm.check(options)
     before, items = examples(task.items, shots)
-    if isinstance(items[0], Exact):
+    if isinstance(items[0], ExactMatch):
         if options.max_tokens >= llm.stack.max_positions:
             raise RequestError(
                 f"max_tokens {options.max_tokens} leaves no room for a question in this model's context "
@@ -148,12 +148,12 @@ def _asker(asking: Asking, item: Item) -> Callable[[], dict[str, Any]]:
 
 def ask(asking: Asking, item: Item) -> Answer:
     """One item's answer."""
-    if isinstance(item, Choice):
+    if isinstance(item, MultipleChoice):
         return ask_choice(asking, item)
     return ask_last_word(asking, item) if isinstance(item, LastWord) else ask_exact(asking, item)
 
 
-def ask_choice(asking: Asking, item: Choice) -> Answer:
+def ask_choice(asking: Asking, item: MultipleChoice) -> Answer:
     """Every choice is scored after the context; the likeliest is what is said."""
     scores = [asking.score(item, f" {choice}") for choice in item.choices]
     sums = np.array([[float(one.logprobs.sum()) for one in pair] for pair in scores]).T  # (2, choices)
@@ -194,7 +194,7 @@ def ask_last_word(asking: Asking, item: LastWord) -> Answer:
     )
 
 
-def ask_exact(asking: Asking, item: Exact) -> Answer:
+def ask_exact(asking: Asking, item: ExactMatch) -> Answer:
     """An answer is generated with the same sampling under the policy and at full depth."""
     said, depths = asking.generate(item, asking.options)
     full, _ = asking.generate(item, asking.options.at_full_depth())

@@ -11,7 +11,7 @@ from ease_train.data.tokens import END
 
 
 @dataclass(frozen=True)
-class Conventions:
+class TextFormat:
     """`start_id` stands before a text (None: nothing does), each of `stop_ids` ends one; the first is the one
     that stands there.
 

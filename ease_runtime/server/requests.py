@@ -49,7 +49,7 @@ Body = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """A request that was understood. `show_ease`: tell each token's depth and confidence."""
 
     prompts: list[list[int]]
@@ -60,7 +60,7 @@ class Asked:
     show_ease: bool
 
 
-def read_completion(body: Any, llm: TextEngine, base: Options) -> Asked:
+def read_completion(body: Any, llm: TextEngine, base: Options) -> GenerationRequest:
     """A body of /v1/completions. Raises RequestError."""
     check_names(body, (*SHARED, "prompt", "logprobs", "best_of", "echo", "suffix"))
     for name, default in {"best_of": body.get("n", 1), "echo": False, "suffix": ""}.items():
@@ -68,7 +68,7 @@ def read_completion(body: Any, llm: TextEngine, base: Options) -> Asked:
             raise RequestError(f"{name} is not supported; leave it away")
     logprobs = body.get("logprobs")
     more = {} if logprobs is None else {"logprobs": logprobs}
-    return _asked(
+    return _request(
         body,
         lambda: read_prompts(body.get("prompt"), llm),
         read_options(body, base, more),
@@ -76,7 +76,7 @@ def read_completion(body: Any, llm: TextEngine, base: Options) -> Asked:
     )
 
 
-def read_chat(body: Any, llm: TextEngine, base: Options) -> Asked:
+def read_chat(body: Any, llm: TextEngine, base: Options) -> GenerationRequest:
     """A body of /v1/chat/completions. Raises RequestError."""
     check_names(body, (*SHARED, "messages", "logprobs", "top_logprobs", "max_completion_tokens"))
     logprobs = read_switch(body, "logprobs")
@@ -89,7 +89,7 @@ def read_chat(body: Any, llm: TextEngine, base: Options) -> Asked:
                 "max_tokens and max_completion_tokens are two names of one option; leave one out"
             )
         more["max_tokens"] = body["max_completion_tokens"]
-    return _asked(
+    return _request(
         body,
         lambda: [llm.encode_chat(read_messages(body.get("messages")))],
         read_options(body, base, more),
@@ -97,9 +97,9 @@ def read_chat(body: Any, llm: TextEngine, base: Options) -> Asked:
     )
 
 
-def _asked(
+def _request(
     body: Body, prompts: Callable[[], list[list[int]]], options: Options, show_logprobs: bool
-) -> Asked:
+) -> GenerationRequest:
     stream = read_switch(body, "stream")
     of_stream = body.get("stream_options") or {}
     if not isinstance(of_stream, Mapping):
@@ -109,7 +109,9 @@ def _asked(
         raise RequestError(
             "stream_options has no effect without stream: true; a whole answer always has its usage"
         )
-    return Asked(prompts(), options, stream, include_usage, show_logprobs, body.get("ease") is not None)
+    return GenerationRequest(
+        prompts(), options, stream, include_usage, show_logprobs, body.get("ease") is not None
+    )
 
 
 def check_names(body: Any, known: tuple[str, ...]) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
+from ease_runtime.server.api_error import ApiError
 from ease_runtime.server.engine_thread import EngineThread, Job, Update
-from ease_runtime.server.errors import ApiError
 from ease_runtime.server.metrics import Metrics
 from ease_runtime.server.shadow import Shadow
 
@@ -48,7 +48,7 @@ class Ticket:
         self.inbox.put_nowait(updates)
 
 
-class Worker:
+class Dispatcher:
     """Takes requests for the engine's thread.
 
     At most `num_slots` completions run and `max_queued` wait; more are refused.
@@ -151,7 +151,7 @@ class Worker:
 class Messages:
     """A worker's ear in the engine's thread: whatever it hears, the event loop carries out."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Dispatcher) -> None:
         self.worker = worker
 
     def accept(self, job: Job) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ease_common.errors import ForeignError
-from ease_train.convert.conventions import Conventions
+from ease_common.errors import ModelImportError
+from ease_train.convert.text_format import TextFormat
 from ease_train.training.config import ModelConfig
 
 OUTER = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
@@ -68,7 +68,7 @@ ROTARY_BUFFER = ".rotary_emb.inv_freq"  # which old files hold beside the weight
 
 
 @dataclass(frozen=True)
-class Foreign:
+class SourceModel:
     """A Hugging Face model: the values of its config.json, its weights by their names there, and what comes
     along.
 
@@ -78,11 +78,11 @@ class Foreign:
     config: dict[str, Any]
     weights: Mapping[str, Tensor]
     tokenizer: Tokenizer
-    conventions: Conventions
+    text_format: TextFormat
     report: tuple[str, ...] = ()
 
 
-def foreign_name(name: str) -> str | None:
+def hf_name(name: str) -> str | None:
     """The Hugging Face name of a weight; None for what belongs to the exits, and to this project alone."""
     module, _, kind = name.rpartition(".")
     if module in OUTER:
@@ -99,12 +99,12 @@ def model_config(
 ) -> ModelConfig:
     """A config.json as ours; `tied` says whether embedding and LM head are one matrix.
 
-    Raises ForeignError for what would compute otherwise.
+    Raises ModelImportError for what would compute otherwise.
     """
     kind = values.get("model_type")
     _refuse_features(values, kind)
     if missing := [name for name in NEEDED if name not in values]:
-        raise ForeignError(
+        raise ModelImportError(
             f"config.json lacks {', '.join(missing)}: it describes no decoder of the Llama family"
         )
     values = {**UNSAID, **UNSAID_BY_KIND[str(kind)], **values}
@@ -114,7 +114,7 @@ def model_config(
     positions = _positions(values, kind)
     positions = min(max_positions or positions, positions)
     if positions > MOST_POSITIONS:
-        raise ForeignError(
+        raise ModelImportError(
             f"config.json has a context of {positions} tokens, expected at most {MOST_POSITIONS}; cut "
             "it: --max-positions N"
         )
@@ -134,7 +134,7 @@ def model_config(
 
 
 def _check_field(name: str, value: Any) -> None:
-    """Raise ForeignError unless a field of config.json holds what transformers would take."""
+    """Raise ModelImportError unless a field of config.json holds what transformers would take."""
     if name == "tie_word_embeddings":
         sound = type(value) is bool
         expected = "true or false"
@@ -146,13 +146,13 @@ def _check_field(name: str, value: Any) -> None:
         sound = follows or (type(value) is int and value >= 1)
         expected = "a whole number of at least 1"
     if not sound:
-        raise ForeignError(f"config.json has {name} = {value!r}, expected {expected}")
+        raise ModelImportError(f"config.json has {name} = {value!r}, expected {expected}")
 
 
 def _refuse_features(values: Mapping[str, Any], kind: Any) -> None:
-    """Raise ForeignError, in one line, for an architecture or a feature that this decoder has not."""
+    """Raise ModelImportError, in one line, for an architecture or a feature that this decoder has not."""
     if kind not in ARCHITECTURES:
-        raise ForeignError(
+        raise ModelImportError(
             f"models of the type '{kind}' cannot be imported; expected one of: {', '.join(ARCHITECTURES)}"
         )
     unsupported = {
@@ -164,7 +164,7 @@ def _refuse_features(values: Mapping[str, Any], kind: Any) -> None:
     }
     for name, found in unsupported.items():
         if found:
-            raise ForeignError(
+            raise ModelImportError(
                 f"config.json has {name} = {values[name]!r}, which this decoder does not compute"
             )
 
@@ -185,16 +185,16 @@ def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, in the form of transformers before version 5, or of 5
     (rope_parameters).
 
-    Where a file has both, transformers reads the first. Raises ForeignError.
+    Where a file has both, transformers reads the first. Raises ModelImportError.
     """
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise ForeignError(f"config.json has rope_scaling = {found!r}, expected an object")
+        raise ModelImportError(f"config.json has rope_scaling = {found!r}, expected an object")
     rope = dict(found)
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = values.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
     if kind not in ("default", "linear", "llama3") or share != 1.0:
-        raise ForeignError(
+        raise ModelImportError(
             f"rotary embeddings of the kind '{kind}' (share {share}) cannot be imported; expected: "
             "default, linear, llama3"
         )
@@ -204,7 +204,7 @@ def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rope_theta", *names):
         value: Any = rope.get(name)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ForeignError(
+            raise ModelImportError(
                 f"config.json has rotary embeddings of the kind '{kind}' with {name} = {value!r}, "
                 "expected a number above 0"
             )
@@ -214,10 +214,10 @@ def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def foreign_config(config: ModelConfig) -> dict[str, Any]:
-    """Our configuration as a config.json. Raises ForeignError for what transformers' models have not."""
+def source_config(config: ModelConfig) -> dict[str, Any]:
+    """Our configuration as a config.json. Raises ModelImportError for what transformers' models have not."""
     if not config.final_norm or config.routed_layers or (config.qk_norm and config.attention_bias):
-        raise ForeignError(
+        raise ModelImportError(
             "only models with a final norm, without routed layers, and not with both bias and q/k norm "
             "have a transformers form"
         )

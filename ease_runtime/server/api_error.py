@@ -32,8 +32,3 @@ def error_object(status: int, message: str, code: str | None = None) -> dict[str
     return {
         "error": {"message": message, "type": KINDS.get(status, "server_error"), "param": None, "code": code}
     }
-
-
-def extra_missing(error: ImportError) -> RequestError:
-    """What to say where the packages of the extra `serve` are not installed."""
-    return RequestError(f"serving needs more packages ({error}); install them: pip install 'ease-lm[serve]'")
