@@ -15,7 +15,7 @@ from ease_runtime.server.requests import GenerationRequest
 class Answer:
     """What is being said to one request. `chat` decides between the two shapes."""
 
-    asked: GenerationRequest
+    request: GenerationRequest
     model: str
     chat: bool
     token_text: Callable[[int], str]
@@ -67,7 +67,7 @@ class Answer:
         return {
             **self.head(part=True),
             "choices": choices,
-            **({"usage": None} if self.asked.include_usage else {}),
+            **({"usage": None} if self.request.include_usage else {}),
         }
 
     def closing(self, ticket: Ticket) -> dict[str, Any]:
@@ -76,14 +76,14 @@ class Answer:
 
     def usage(self, ticket: Ticket) -> dict[str, Any]:
         """Tokens of prompts and answers; with `ease`, what they cost in layers."""
-        prompt = sum(len(prompt) for prompt in self.asked.prompts)
+        prompt = sum(len(prompt) for prompt in self.request.prompts)
         completion = len(self.depths)
         usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
-        if self.asked.show_ease:
+        if self.request.show_ease:
             mean_depth = sum(self.depths) / completion if completion else None
             usage["ease"] = {
                 "mean_depth": mean_depth,
@@ -97,13 +97,15 @@ class Answer:
         """Log-probabilities and depths, as far as they were asked for. Counts the tokens."""
         self.depths += [event.depth for event in events]
         logprobs = None
-        if self.asked.show_logprobs:
+        if self.request.show_logprobs:
             logprobs = (
                 {"content": [self.chat_logprob(event) for event in events]}
                 if self.chat
                 else self.logprobs(index, events)
             )
-        ease = {"ease": {"tokens": [token_object(event) for event in events]}} if self.asked.show_ease else {}
+        ease = (
+            {"ease": {"tokens": [token_object(event) for event in events]}} if self.request.show_ease else {}
+        )
         return {"logprobs": logprobs, **ease}
 
     def logprobs(self, index: int, events: list[TokenEvent]) -> dict[str, Any]:

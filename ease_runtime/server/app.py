@@ -228,7 +228,7 @@ def stream(answer: Answer, ticket: Ticket, updates: AsyncGenerator[Update, None]
         except ApiError as error:
             yield event(error_object(error.status, str(error), error.code))
             return
-        if answer.asked.include_usage:
+        if answer.request.include_usage:
             yield event(answer.closing(ticket))
         yield "data: [DONE]\n\n"
 

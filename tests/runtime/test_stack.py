@@ -15,7 +15,7 @@ from ease_runtime.engine.engine import CATCH_UPS, Engine
 from ease_runtime.engine.layout import Span
 from ease_runtime.engine.sampling import Greedy, GumbelSampler
 from ease_runtime.engine.sequence import Token, TokenSequence
-from ease_runtime.ort import buffers, graphs
+from ease_runtime.ort import buffers, sessions
 from ease_runtime.ort.buffers import HiddenPool, RowCache
 from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import FULL_DEPTH, make_policy
@@ -452,7 +452,7 @@ def test_more_pass_sizes_than_bindings_are_kept(
     tiny_stack: OrtStack, whole: tuple[list[np.ndarray], RowCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bindings are forgotten and built again, and the tokens of a pass still land where they should."""
-    monkeypatch.setattr(graphs, "BINDINGS_KEPT", 2)
+    monkeypatch.setattr(sessions, "BINDINGS_KEPT", 2)
     for graph in tiny_stack.segments:
         graph.bindings.clear()
     for size in (5, 11, 13, 5, 11):
@@ -504,10 +504,10 @@ def test_one_thread_pool_for_the_process(
     tiny_bundle: Path, tiny_stack: OrtStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Set once, however many stacks load; every session uses it."""
-    assert graphs.start_thread_pool.cache_info().currsize == 1  # `tiny_stack` has set it for good
+    assert sessions.start_thread_pool.cache_info().currsize == 1  # `tiny_stack` has set it for good
     sizes = []
     own_threads = []
-    graphs.start_thread_pool.cache_clear()
+    sessions.start_thread_pool.cache_clear()
     monkeypatch.setattr(ort, "set_global_thread_pool_sizes", lambda *size: sizes.append(size))
     load = ort.InferenceSession
 
@@ -536,7 +536,7 @@ def test_a_graph_that_is_no_graph(tiny_bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "segment.onnx"
     path.write_bytes(b"no graph")
     with pytest.raises(BundleError) as caught:
-        graphs.load_session(path, 3)
+        sessions.load_session(path, 3)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -296,16 +296,16 @@ def table(
     tables: list[Table] = []
     with ExitStack() as open_journals:
         for bundle in bundles:
-            asked = Measurement.of(bundle, **given)
+            measurement = Measurement.of(bundle, **given)
             part = (
                 json_file and json_file.with_name(f"{json_file.name}.{len(tables)}")
                 if len(bundles) > 1
                 else json_file
             )
-            journal = open_journals.enter_context(Journal(part, asked.source | {"batches": batches}))
+            journal = open_journals.enter_context(Journal(part, measurement.source | {"batches": batches}))
             if journal.num_read:
                 click.echo(f"{journal.num_read} parts of {bundle} are there from a run before", err=True)
-            tables.append(asked.table(journal, batches))
+            tables.append(measurement.table(journal, batches))
             warn_of_unknown(tables[-1].rows[0])
             render(tables[-1], Console())
         whole = (
@@ -330,10 +330,10 @@ def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
             "note: verify says what full depth says: its perplexity is off's, and nothing is measured for it",
             err=True,
         )
-    asked = Measurement.of(bundle, **given)
-    rows = asked.qualities()
+    measurement = Measurement.of(bundle, **given)
+    rows = measurement.qualities()
     warn_of_unknown(rows[0])
-    write_rows(asked, rows, json_file)
+    write_rows(measurement, rows, json_file)
     shown = narrow_table("at", "catch-up", "ppl", "vs off", "95 %", "bits/byte", "depth")
     for row in rows:
         low, high = (quality_cells(row.ppl, ratio)[1].removesuffix(" %") for ratio in row.ppl_ratio_interval)
@@ -359,10 +359,10 @@ def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
             "the depths of verify are those of its drafts, which are decoded, not scored: ease-eval "
             "latency or table"
         )
-    asked = Measurement.of(bundle, **given)
-    rows = asked.qualities()
-    write_rows(asked, rows, json_file)
-    layers = asked.llm.stack.exit_layers
+    measurement = Measurement.of(bundle, **given)
+    rows = measurement.qualities()
+    write_rows(measurement, rows, json_file)
+    layers = measurement.llm.stack.exit_layers
     shown = narrow_table(
         "at", "catch-up", "depth", *(f"layer {layer}" for layer in layers), "first\nhalf", "second\nhalf"
     )
@@ -387,18 +387,19 @@ def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
 def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
     """What tokens take under each threshold on the wall clock, prefill and decoding apart."""
     note_unused("scored_tokens")
-    asked = Measurement.of(bundle, **given)
-    settings = asked.settings()
-    amounts = asked.amounts
-    texts = choose_texts(asked.encoded, amounts, asked.llm.stack.max_positions)
+    measurement = Measurement.of(bundle, **given)
+    settings = measurement.settings()
+    amounts = measurement.amounts
+    texts = choose_texts(measurement.encoded, amounts, measurement.llm.stack.max_positions)
     found = [
-        speed for speed, _ in measure_speed(asked.llm, settings, texts, amounts.num_rounds, Journal(None, {}))
+        speed
+        for speed, _ in measure_speed(measurement.llm, settings, texts, amounts.num_rounds, Journal(None, {}))
     ]
     rows = [
         TimedSetting(s.policy.name, s.policy.thresholds, s.catch_up, **vars(speed))
         for s, speed in zip(settings, found, strict=True)
     ]
-    write_rows(asked, rows, json_file)
+    write_rows(measurement, rows, json_file)
     shown = narrow_table(
         "at", "catch-up", "tok/s", "p50\nms", "p95\nms", "p99\nms", "prefill\nms", "speed\n-up", "depth"
     )
@@ -425,11 +426,14 @@ def note_unused(*names: str) -> None:
         click.echo(f"note: {flag} has no effect on {click.get_current_context().info_name}", err=True)
 
 
-def write_rows(asked: Measurement, rows: Sequence[Quality | TimedSetting], json_file: Path | None) -> None:
+def write_rows(
+    measurement: Measurement, rows: Sequence[Quality | TimedSetting], json_file: Path | None
+) -> None:
     """A command's rows as JSON, with where they come from."""
     if json_file:
         write_whole(
-            json_file, json.dumps({**asked.source, "rows": [as_json(row) for row in rows]}, indent=2) + "\n"
+            json_file,
+            json.dumps({**measurement.source, "rows": [as_json(row) for row in rows]}, indent=2) + "\n",
         )
 
 
@@ -480,15 +484,15 @@ def report(bundle: Path, out: Path, **given: Any) -> None:
             f"the figures of {out} would go to a folder {out.with_suffix('')}; give a free name that "
             "ends in .html"
         )
-    asked = Measurement.of(bundle, **given)
-    shown = [ids for ids in asked.encoded if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
+    measurement = Measurement.of(bundle, **given)
+    shown = [ids for ids in measurement.encoded if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
     if not shown:
         raise RequestError(
             f"no document has more than {PASSAGE_LEAST} tokens to show a passage of; give longer ones: --data"
         )
-    result = asked.table()
+    result = measurement.table()
     warn_of_unknown(result.rows[0])
-    write_whole(out, make_report(asked.llm, result, shown, out))
+    write_whole(out, make_report(measurement.llm, result, shown, out))
     click.echo(f"{out}: written, with its figures in {out.with_suffix('')}")
 
 
