@@ -86,7 +86,7 @@ from types import SimpleNamespace
 
 def CommonParams():
     fields = ("model", "cpuparams", "cpuparams_batch")
-    return SimpleNamespace(**{field: SimpleNamespace() for field in fields})
+    return SimpleNamespace(**dict((field, SimpleNamespace()) for field in fields))
 
 class Server:
     def __init__(self, parameters):
