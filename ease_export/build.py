@@ -81,7 +81,7 @@ def write_bundle(
     if precision == "fp16":
         check_finite(model.half(), f"{checkpoint_path} in fp16")
     quantizer = WeightQuantizer(model, precision) if precision in BITS else None
-    tracer = Tracer()
+    tracer = Tracer(model)
     files = WeightFiles(folder)
     for plan in plan_graphs(model):
         write_graph(plan, tracer, files, quantizer)

@@ -2,6 +2,8 @@
 corpus.
 """
 
+import contextlib
+import functools
 import os
 import platform
 from pathlib import Path
@@ -22,6 +24,16 @@ def pytest_report_header() -> str:
         f"{np.__version__}"
     )
     return f"{versions}, python {platform.python_version()}, {os.cpu_count()} CPUs"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_registry() -> None:
+    """torch.onnx makes its table of operators anew for every graph; a second or more, where one will do."""
+    with contextlib.suppress(ImportError):
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        made = functools.cache(ONNXRegistry.from_torchlib)
+        ONNXRegistry.from_torchlib = staticmethod(made)  # type: ignore[assignment, method-assign]
 
 
 @pytest.fixture(scope="session", autouse=True)
