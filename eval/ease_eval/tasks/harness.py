@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 @register_model("ease")
 class EaseLM(LM):  # type: ignore[misc]
     """`bundle` is its directory; `threshold` a number, or one an exit; other arguments are fields of Options.
-    `policy` may also be an object (docs/policies.md).
+    `policy` may also be an object (docs/contributing/policy.md).
 
     `batch_size` requests are generated together. Raises an EaseError for a bundle or a setting that cannot
     run.
