@@ -33,7 +33,7 @@ from ease_runtime.bundle.signatures import (
 from ease_runtime.engine.layout import Call, SegmentShape, Span
 from ease_runtime.ort.buffers import DeviceCache, DevicePool, HiddenPool, Int64s, RowCache
 from ease_runtime.ort.device import CPU, SILENT, Device, DeviceArray, choose_device
-from ease_runtime.ort.sessions import Binding, Clock, Graph, check_signature, load_session, start_thread_pool
+from ease_runtime.ort.sessions import Binding, Graph, check_signature, load_session, start_thread_pool
 from ease_runtime.policies import HeadOutput
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,6 @@ class OrtStack:
         self.max_positions = manifest.max_positions
         self.layout = _layout(manifest)
         self.trace: list[Call] | None = None
-        self.clock = Clock()
         self.own_threads = num_threads is None and not start_thread_pool.cache_info().currsize
         if num_threads is not None:
             start_thread_pool(num_threads)
@@ -258,7 +257,7 @@ class OrtStack:
             signature,
             "tensor(float16)" if self.dtype is np.float16 else "tensor(float)",
         )
-        return Graph(session, bind, self.device, self.clock)
+        return Graph(session, bind, self.device)
 
     def _exit(self, number: int, info: ExitInfo) -> StackExit:
         return StackExit(

@@ -233,11 +233,6 @@ def _opened(path: Path) -> Any:
         raise ModelImportError(f"{path} is no safetensors file: {error}") from None
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model directory. Raises ModelImportError."""
-    return read_named_tokenizer(folder)[0]
-
-
 def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]]:
     """The tokenizer of a model directory, and the texts of its special tokens by their names.
 
