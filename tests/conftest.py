@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before its import, as the packages do
+os.environ["HF_HUB_OFFLINE"] = "1"  # no hub is asked; its client reads this when it is imported
 
 import onnxruntime
 
@@ -38,9 +39,8 @@ def _one_registry() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_cache_outside(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """`datasets` keeps its caches with the tests' own files, and asks no hub."""
+    """`datasets` keeps its caches with the tests' own files."""
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")
