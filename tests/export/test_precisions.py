@@ -183,7 +183,8 @@ def run_all(stack: OrtStack, num_rows: int, size: int) -> tuple[np.ndarray, np.n
             inputs = np.arange(out, out + count)
         states.append(stack.pool.states[inputs].reshape(num_rows, size, -1))
         heads.append(stack.run_exit(1, inputs).logits.copy().reshape(num_rows, size, -1))
-    caches = np.array([[buffer[:, :NUM_TOKENS] for buffer in pair] for pair in cache.buffers])
+    layers = range(len(cache.segment_of))
+    caches = np.array([[cache.read(i, row, NUM_TOKENS) for i in layers] for row in range(num_rows)])
     return np.concatenate(states, axis=1), caches, np.concatenate(heads, axis=1)
 
 
