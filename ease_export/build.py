@@ -16,6 +16,7 @@ import torch
 
 from ease_common.errors import EaseError, ExportError
 from ease_common.files import written_aside
+from ease_export.layers import pack
 from ease_export.plan import (
     REDUCED_HEAD_FILE,
     SIMILARITY_FILE,
@@ -29,7 +30,6 @@ from ease_export.plan import (
     plan_graphs,
 )
 from ease_export.quantize import BITS, BLOCK_SIZE, WeightQuantizer, add_contrib_domain
-from ease_export.layers import pack
 from ease_export.trace import Tracer
 from ease_export.weights import WeightFiles
 from ease_runtime.bundle.manifest import (

@@ -231,8 +231,8 @@ class HeadSizes:
 class HeadPlacement(Placement):
     """With where each head of a token stands, which a pass computes once.
 
-    `queries`, `keys` and `values` say which rows of (N*C, P) stand at (B, heads, S), where a token has C heads
-    in all: `num_heads` of queries (none in graphs that only write), then `groups` of each other. `back` (N,
+    `queries`, `keys` and `values` say which rows of (N*C, P) stand at (B, heads, S); a token has C heads in
+    all: `num_heads` of queries (none in graphs that only write), then `groups` of each other. `back` (N,
     H) says where they stand in (B*H*S, P). `mask` is that of the form of attention for few tokens; it follows
     from where tokens are written, not from their positions, which have gaps in routed layers.
 

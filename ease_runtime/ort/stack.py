@@ -40,6 +40,7 @@ from ease_runtime.policies import HeadOutput
 
 log = logging.getLogger(__name__)
 
+PRODUCTS_LENGTH = 2000  # tokens in the cache of the pass that compares two forms of attention
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
 FEW_PLACES = 8  # new tokens of a row up to which the forms of attention for few are faster (measured)
 NOT_FINITE = (
@@ -244,7 +245,9 @@ class OrtStack:
         self.at_head: tuple[int, ...] | None = (
             None  # exit and rows whose states stand before the head, after a gate
         )
+        self.products_agree = False
         try:
+            self.products_agree = self._products_agree()
             self._self_test()
             if device.own_memory:
                 self.run_every_graph()
@@ -499,7 +502,7 @@ class OrtStack:
             few = num_places <= FEW_PLACES and not self.device.own_memory
             matrices = num_slots * self.manifest.num_kv_heads
             binding.input("few", np.array(few))
-            binding.input("products", np.array(few and 1 < self.num_threads <= matrices))
+            binding.input("products", np.array(few and self.products_agree and self.num_threads <= matrices))
 
     def _bind_index(self, binding: Binding, num_tokens: int) -> None:
         binding.input("index", np.zeros(num_tokens, np.int64))
@@ -571,6 +574,31 @@ class OrtStack:
                 f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install "
                 "'onnxruntime>=1.31'"
             )
+
+    def _products_agree(self) -> bool:
+        """Whether attention as products gives the bits of its other form for few tokens, here: with more
+        threads than matrices ONNX Runtime adds up in another order, and how many it takes is its own affair.
+
+        False for one thread, too, where the other form is the faster.
+        """
+        if self.manifest.cache_layout != "BGTP" or self.device.own_memory or self.num_threads == 1:
+            return False
+        row = self.reserve_rows(4, [])
+        cache = self.open_cache()
+        assert isinstance(cache, RowCache)
+        span = [Span(0, PRODUCTS_LENGTH, PRODUCTS_LENGTH + 1)]
+        (run,) = cache.runs(0, span)
+        noise = np.random.default_rng(0).standard_normal(run.length * cache.shape.numbers)
+        for layer in range(self.layers_cached[0]):
+            for buffer in cache.tables[run.length].layer(layer):
+                buffer[:] = noise.reshape(buffer.shape)
+        for place, products in enumerate((True, False)):
+            self.products_agree = products
+            self.segments[0].bindings.clear()
+            self.run_segment(0, cache, span, np.zeros(1, np.int64), row + 2 * place)
+        self.segments[0].bindings.clear()
+        one, other = self.pool.read(np.array([row, row + 2]))
+        return bool((one == other).all())
 
     def run_every_graph(self) -> None:
         """One token through each graph, so that one that cannot run here is found before a request is."""

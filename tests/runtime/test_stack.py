@@ -203,8 +203,8 @@ def _run_out_of_place(stack: OrtStack, ids: np.ndarray) -> None:
 
 
 def test_the_cache_grows_in_steps(tiny_stack: OrtStack) -> None:
-    """Across lengths 128, 256 and 384 up to the context's end (288, no multiple of a step), token for token as
-    without a cache.
+    """Across lengths 128, 256 and 384 up to the context's end (288, no multiple of a step), token for token
+    as without a cache.
     """
     ids = some_ids(tiny_stack, 100)
     engine = Engine(tiny_stack)
