@@ -5,8 +5,8 @@ width, H query heads, G heads of keys and values, R = H/G, P width of a head.
 
 A cache of the layout `BGTP` holds a head's positions next to each other, so that a few tokens' attention is
 two matrix products over it. `BTK` (K = G*P) holds a position's heads next to each other, which is what CUDA's
-Flash kernel reads. Both go through the same products, packed: one for queries, keys and values, one for both
-halves of the MLP.
+Flash kernel reads. Both make one product of queries, keys and values. The halves of the MLP stay apart: what
+one product saves, the Split behind it takes (more, in prompts).
 """
 
 from collections.abc import Iterator, Sequence
@@ -89,7 +89,6 @@ def pack(model: Decoder) -> None:
     """Let the weights of products that go together lie together, before anything notes where they are."""
     for block in blocks_of(model):
         packed([block.attention.q_proj, block.attention.k_proj, block.attention.v_proj])
-        packed([block.mlp.gate_proj, block.mlp.up_proj])
 
 
 def blocks_of(model: Decoder) -> Iterator[Block]:
@@ -166,8 +165,7 @@ class CachedBlock(nn.Module):
         self.k_norm = attention.k_norm
         self.o_proj = attention.o_proj
         self.mlp_norm = block.mlp_norm
-        self.gate_up = packed([block.mlp.gate_proj, block.mlp.up_proj])
-        self.down_proj = block.mlp.down_proj
+        self.mlp = block.mlp
 
     def forward(
         self, x: Tensor, past_key: Tensor, past_value: Tensor, where: Any
@@ -175,8 +173,7 @@ class CachedBlock(nn.Module):
         """Shape: x (N, D), past of the layout -> (N, D) and two of the layout."""
         mixed, key, value = self.attend(self.qkv(self.attention_norm(x)), past_key, past_value, where)
         x = x + self.o_proj(mixed)
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down_proj(F.silu(gate) * up), key, value
+        return x + self.mlp(self.mlp_norm(x)), key, value
 
     def attend(
         self, qkv: Tensor, past_key: Tensor, past_value: Tensor, where: Any
