@@ -42,6 +42,7 @@ bench: $(READY)  ## training beside transformers' Trainer; the engine on a 135M-
 	$(BIN)/python bench/training.py --json runs/bench/training.json
 	$(BIN)/python bench/llama_shape.py runs/bench/135m
 	$(BIN)/python bench/engine.py runs/bench/135m/bundle --json runs/bench/engine.json
+	$(BIN)/python bench/contexts.py runs/bench/135m/bundle --json runs/bench/contexts.json
 	$(if $(wildcard runs/demo/bundle),$(BIN)/python bench/clients.py runs/demo/bundle --json runs/bench/clients.json)
 	$(BIN)/python bench/peers.py runs/bench/135m/checkpoint runs/bench/135m/bundle --json runs/bench/peers.json
 

@@ -16,6 +16,7 @@ import torch
 
 from ease_common.errors import EaseError, ExportError
 from ease_common.files import written_aside
+from ease_export.layers import pack
 from ease_export.plan import (
     REDUCED_HEAD_FILE,
     SIMILARITY_FILE,
@@ -32,6 +33,7 @@ from ease_export.quantize import BITS, BLOCK_SIZE, WeightQuantizer, add_contrib_
 from ease_export.trace import Tracer
 from ease_export.weights import WeightFiles
 from ease_runtime.bundle.manifest import (
+    CACHE_LAYOUTS,
     FORMAT_VERSION,
     MANIFEST_FILE,
     WEIGHT_BITS,
@@ -50,19 +52,27 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def export_bundle(
-    checkpoint_path: Path, bundle: Path, precision: str = "fp32", calibration: dict[str, Any] | None = None
+    checkpoint_path: Path,
+    bundle: Path,
+    precision: str = "fp32",
+    calibration: dict[str, Any] | None = None,
+    target: str | None = None,
 ) -> Manifest:
     """Export a checkpoint in one of manifest.PRECISIONS, with a calibration that holds for it; what was
     written is loaded before it gets its name.
 
-    Raises CheckpointError; ExportError when something is at `bundle` that is no bundle, when a weight is no
-    finite number, or when onnxruntime does not run the graphs. A bundle of before is then still there.
+    `target` is one of manifest.TARGETS; without it, "cuda" for fp16 and "cpu" for all else. Raises
+    CheckpointError; ExportError when something is at `bundle` that is no bundle, when a weight is no finite
+    number, or when onnxruntime does not run the graphs. A bundle of before is then still there.
     """
+    target = target or target_of(precision)
+    if (precision, target) == ("fp16", "cpu"):
+        raise ExportError("fp16 is slow on a CPU; choose --target cuda, or --precision fp32, int8 or int4")
     if bundle.exists() and not is_bundle(bundle):
         raise ExportError(f"{bundle} is there already and is no bundle; choose another name, or remove it")
     try:
         with written_aside(bundle) as folder:
-            manifest = write_bundle(checkpoint_path, folder, precision, calibration or {})
+            manifest = write_bundle(checkpoint_path, folder, precision, target, calibration or {})
             check_runs(folder, checkpoint_path, precision)
     except OSError as error:
         raise ExportError(
@@ -71,8 +81,13 @@ def export_bundle(
     return manifest
 
 
+def target_of(precision: str) -> str:
+    """The device that a precision is for, where none is asked for."""
+    return "cuda" if precision == "fp16" else "cpu"
+
+
 def write_bundle(
-    checkpoint_path: Path, folder: Path, precision: str, calibration: dict[str, Any]
+    checkpoint_path: Path, folder: Path, precision: str, target: str, calibration: dict[str, Any]
 ) -> Manifest:
     """Write all files of a bundle into an empty folder. Raises CheckpointError, ExportError, OSError."""
     checkpoint = load_checkpoint(checkpoint_path)
@@ -80,15 +95,16 @@ def write_bundle(
     model = checkpoint.model.eval()
     if precision == "fp16":
         check_finite(model.half(), f"{checkpoint_path} in fp16")
+    pack(model)
     quantizer = WeightQuantizer(model, precision) if precision in BITS else None
     tracer = Tracer(model)
     files = WeightFiles(folder)
-    for plan in plan_graphs(model):
+    for plan in plan_graphs(model, CACHE_LAYOUTS[target]):
         write_graph(plan, tracer, files, quantizer)
     checkpoint.tokenizer.save(str(folder / TOKENIZER_FILE))
     if (template := checkpoint.text_format.chat_template) is not None:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    manifest = describe(checkpoint, checkpoint_path, folder, precision, calibration)
+    manifest = describe(checkpoint, checkpoint_path, folder, precision, target, calibration)
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -139,21 +155,27 @@ def write_graph(
 
 
 def describe(
-    checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precision: str, calibration: dict[str, Any]
+    checkpoint: Checkpoint,
+    checkpoint_path: Path,
+    folder: Path,
+    precision: str,
+    target: str,
+    calibration: dict[str, Any],
 ) -> Manifest:
     """The manifest of the files written so far."""
     model = checkpoint.model
     config = checkpoint.model.config
     return Manifest(
         format_version=FORMAT_VERSION,
-        target="cuda" if precision == "fp16" else "cpu",
+        target=target,
         precision=precision,
         weights=WeightForm(WEIGHT_BITS[precision], BLOCK_SIZE if precision in BITS else None),
-        cache_layout="BTK",
+        cache_layout=CACHE_LAYOUTS[target],
         exactness="rounding" if precision in ("fp16", "int4") else "bits",
         vocab_size=config.vocab_size,
         dim=config.dim,
         kv_dim=config.kv_dim,
+        num_kv_heads=config.num_kv_heads,
         num_layers=config.num_layers,
         max_positions=config.max_positions,
         start_id=checkpoint.text_format.start_id,

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ease_common.chat import ChatTemplate
 from ease_common.commands import CommandGroup
-from ease_runtime.bundle.manifest import FORMAT_VERSION, PRECISIONS, Manifest, load_manifest
+from ease_runtime.bundle.manifest import FORMAT_VERSION, PRECISIONS, TARGETS, Manifest, load_manifest
 from ease_runtime.cli.commands import DEVICE_FLAG, BundleName
 
 if TYPE_CHECKING:
@@ -34,7 +34,13 @@ def main(debug: bool) -> None:
     show_default=True,
     help="Of the weights; fp16 is meant for CUDA.",
 )
-def build(checkpoint: Path, bundle: Path, precision: str) -> None:
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    help="The device that the graphs are for; they run on the other, slower. "
+    "[default: cuda for fp16, cpu for all else]",
+)
+def build(checkpoint: Path, bundle: Path, precision: str, target: str | None) -> None:
     """Cut CHECKPOINT at its exits and write BUNDLE (an older bundle there is replaced once the new one is
     complete).
     """
@@ -42,10 +48,11 @@ def build(checkpoint: Path, bundle: Path, precision: str) -> None:
 
     console = Console()
     with console.status("exporting…"):
-        manifest = export_bundle(checkpoint, bundle, precision)
+        manifest = export_bundle(checkpoint, bundle, precision, target=target)
     size = sum(info.num_bytes for info in manifest.files.values())
     console.print(
-        f"{bundle}: {len(manifest.segments)} segments, {len(manifest.files)} files, {size / 1e6:.1f} MB"
+        f"{bundle}: for {manifest.target}, {len(manifest.segments)} segments, {len(manifest.files)} files, "
+        f"{size / 1e6:.1f} MB"
     )
     if manifest.chat_template and (
         problem := ChatTemplate((bundle / manifest.chat_template).read_bytes()).problem

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ease_common.errors import ExportError
+from ease_export.layers import CacheForm
 from ease_export.modules import (
     ExitHead,
     FirstSegment,
@@ -19,7 +20,6 @@ from ease_export.modules import (
     Head,
     PropagateKV,
     ReducedHead,
-    RotaryTables,
     Route,
     Routed,
     Segment,
@@ -112,25 +112,25 @@ def head_file(model: Decoder, number: int, layer: int) -> str:
     return REDUCED_HEAD_FILE if head is model.reduced_head else f"head_{number + 1:02d}.onnx"
 
 
-def plan_graphs(model: Decoder) -> Iterator[GraphSpec]:
-    """Every graph of the bundle, one after the other."""
-    rotary = RotaryTables(model)
+def plan_graphs(model: Decoder, layout: str) -> Iterator[GraphSpec]:
+    """Every graph of the bundle, one after the other, over caches of a layout."""
+    form = CacheForm(model, layout)
     yield _head_plan(HEAD_FILE, Head(model.lm_head))
     if model.reduced_head is not None:
         yield _head_plan(REDUCED_HEAD_FILE, ReducedHead(model.reduced_head))
     for cut in cut_layers(model):
         if cut.routed:
-            yield _routed_plan(model, rotary, cut)
+            yield _routed_plan(model, form, cut)
             yield _from_pool(cut.file("route"), Route(model, cut.first), model, ["goes_in"])
             continue
-        yield _segment_plan(model, rotary, cut)
+        yield _segment_plan(model, form, cut)
         if cut.number:
-            yield _kv_plan(model, rotary, cut)
+            yield _kv_plan(model, form, cut)
     yield _similarity_plan(model)
     for number, layer in enumerate(model.config.exits):
         leave = model.exit(layer)
         if (block := leave.block) is not None:
-            yield _block_plan(model, rotary, Cut(number, layer, layer, routed=False), block)
+            yield _block_plan(model, form, Cut(number, layer, layer, routed=False), block)
         yield _from_pool(exit_file(number), ExitHead(model, layer), model, ["exit_hidden"])
         if (file := head_file(model, number, layer)) not in (HEAD_FILE, REDUCED_HEAD_FILE):
             assert isinstance(leave.head, nn.Linear)
@@ -163,7 +163,7 @@ def _pool(model: Decoder) -> Inputs:
 
 
 def _over_cache(
-    cut: Cut, kind: str, modules: Many[nn.Module], model: Decoder, inputs: Inputs, outputs: list[str]
+    cut: Cut, kind: str, modules: Many[nn.Module], form: CacheForm, inputs: Inputs, outputs: list[str]
 ) -> GraphSpec:
     """A graph that reads and writes the caches of a segment's layers, after its own inputs and where its
     tokens stand.
@@ -172,54 +172,54 @@ def _over_cache(
     """
     num_layers = cut.last - cut.first + 1
     names = [f"{name}.{i}" for i in range(min(num_layers, TRACED_LAYERS)) for name in ("key", "value")]
-    past = [torch.zeros(ROWS, LENGTH, model.config.kv_dim, dtype=model.embed.weight.dtype) for _ in names]
-    spread = (
-        "spread",
-        torch.arange(ROWS * PLACES).clamp(max=TOKENS - 1).reshape(ROWS, PLACES),
-        {0: "B", 1: "S"},
-    )
-    places = ("places", torch.arange(TOKENS), {0: "N"})
-    inputs = [*inputs, spread, places, ("write_indices", torch.zeros(ROWS, dtype=torch.int64), {0: "B"})]
+    past = [torch.zeros(form.shape(ROWS, LENGTH), dtype=form.cos.dtype) for _ in names]
+    ragged: Inputs = [
+        ("spread", torch.arange(ROWS * PLACES).clamp(max=TOKENS - 1).reshape(ROWS, PLACES), {0: "B", 1: "S"}),
+        ("places", torch.arange(TOKENS), {0: "N"}),
+        ("write_indices", torch.zeros(ROWS, dtype=torch.int64), {0: "B"}),
+    ]
+    if form.by_head:
+        ragged += [(name, torch.tensor(True), {}) for name in ("few", "products")]
     return GraphSpec(
         file=cut.file(kind),
         module=modules[0],
         traced=modules[-1],
-        inputs=(*(example for _, example, _ in inputs), past),
-        input_names=[*(name for name, _, _ in inputs), *(f"past_{name}" for name in names)],
-        axes=(*(axes for _, _, axes in inputs), [{0: "B", 1: "T"} for _ in names]),
+        inputs=(*(example for _, example, _ in inputs), [example for _, example, _ in ragged], past),
+        input_names=[*(name for name, _, _ in [*inputs, *ragged]), *(f"past_{name}" for name in names)],
+        axes=(*(axes for _, _, axes in inputs), [axes for _, _, axes in ragged], [form.axes for _ in names]),
         output_names=[*outputs, *(f"present_{name}" for name in names)],
         weights=f"{cut.file('segment' if kind == 'kv' else kind)}.data",
         num_layers=num_layers,
     )
 
 
-def _segment_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> GraphSpec:
+def _segment_plan(model: Decoder, form: CacheForm, cut: Cut) -> GraphSpec:
     layers = model.layers[cut.first - 1 : cut.last]
     inputs = [_tokens("active", torch.bool)]
     if cut.number:
-        modules = [Segment(rotary, part) for part in (layers, layers[:TRACED_LAYERS])]
-        return _over_cache(cut, "segment", modules, model, [*_pool(model), *inputs], ["hidden"])
-    first = [FirstSegment(rotary, part, model.embed) for part in (layers, layers[:TRACED_LAYERS])]
-    return _over_cache(cut, "segment", first, model, [_tokens("input_ids"), *inputs], ["embedded", "hidden"])
+        modules = [Segment(form, part) for part in (layers, layers[:TRACED_LAYERS])]
+        return _over_cache(cut, "segment", modules, form, [*_pool(model), *inputs], ["hidden"])
+    first = [FirstSegment(form, part, model.embed) for part in (layers, layers[:TRACED_LAYERS])]
+    return _over_cache(cut, "segment", first, form, [_tokens("input_ids"), *inputs], ["embedded", "hidden"])
 
 
-def _kv_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> GraphSpec:
+def _kv_plan(model: Decoder, form: CacheForm, cut: Cut) -> GraphSpec:
     layers = model.layers[cut.first - 1 : cut.last]
-    modules = [PropagateKV(rotary, part) for part in (layers, layers[:TRACED_LAYERS])]
-    return _over_cache(cut, "kv", modules, model, _pool(model), [])
+    modules = [PropagateKV(form, part) for part in (layers, layers[:TRACED_LAYERS])]
+    return _over_cache(cut, "kv", modules, form, _pool(model), [])
 
 
-def _block_plan(model: Decoder, rotary: RotaryTables, cut: Cut, block: nn.Module) -> GraphSpec:
+def _block_plan(model: Decoder, form: CacheForm, cut: Cut, block: nn.Module) -> GraphSpec:
     """An exit's own layer, as a segment of one. `cut` has the exit's number."""
-    module = Segment(rotary, [block])
+    module = Segment(form, [block])
     return _over_cache(
-        cut, "block", [module], model, [*_pool(model), _tokens("active", torch.bool)], ["hidden"]
+        cut, "block", [module], form, [*_pool(model), _tokens("active", torch.bool)], ["hidden"]
     )
 
 
-def _routed_plan(model: Decoder, rotary: RotaryTables, cut: Cut) -> GraphSpec:
-    module = Routed(model, rotary, cut.first)
-    return _over_cache(cut, "segment", [module], model, [*_pool(model), _tokens("positions")], ["hidden"])
+def _routed_plan(model: Decoder, form: CacheForm, cut: Cut) -> GraphSpec:
+    module = Routed(model, form, cut.first)
+    return _over_cache(cut, "segment", [module], form, [*_pool(model), _tokens("positions")], ["hidden"])
 
 
 def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str]) -> GraphSpec:

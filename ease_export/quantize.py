@@ -66,6 +66,11 @@ class Quantized:
             bits, *DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(matrix.T))
         )
 
+    def rows(self, first: int, last: int) -> "Quantized":
+        """Outputs [first, last), in the same memory."""
+        parts = (part[first:last] for part in (self.values, self.scales, self.zero_points))
+        return Quantized(self.bits, *parts)
+
     def dequantized(self, width: int) -> NDArray[np.float32]:
         """What the kernels compute with. Shape: (O, I), where I is `width`."""
         zeros = unpacked(self.zero_points, self.bits)[:, : self.scales.shape[1], None]
@@ -90,13 +95,21 @@ class WeightQuantizer:
 
     def __init__(self, model: Decoder, precision: str) -> None:
         self.bits = {module.weight.data_ptr(): bits for module, bits in matrices(model, precision)}
-        self.done: dict[int, Quantized] = {}
+        self.done: list[tuple[int, int, Quantized]] = []  # by where a matrix begins and ends in memory
 
     def quantized(self, matrix: NDArray[np.float32]) -> Quantized:
-        """One of the model's matrices (O, I) in blocks; the same arrays whenever it is asked for."""
-        if (place := matrix.ctypes.data) not in self.done:
-            self.done[place] = Quantized.of(matrix, self.bits[place])
-        return self.done[place]
+        """One of the model's matrices (O, I) in blocks, or several of one kind that lie together; the same
+        arrays whenever it or some rows of it are asked for.
+        """
+        begin = matrix.ctypes.data
+        end = begin + matrix.nbytes
+        for first, last, found in self.done:
+            if first <= begin and end <= last:
+                row = (begin - first) // matrix.strides[0]
+                return found.rows(row, row + len(matrix))
+        found = Quantized.of(matrix, self.bits[begin])
+        self.done.append((begin, end, found))
+        return found
 
     def rewrite(self, graph: onnx.GraphProto, weights: Weights) -> Weights:
         """Let a graph use quantised matrices. Returns the weights that its nodes name now."""

@@ -22,7 +22,7 @@ from torch import nn
 from torch.export import Dim
 
 from ease_common.errors import ExportError
-from ease_export.modules import OPSET
+from ease_export.functions import DOMAIN, OPSET, add_functions
 from ease_export.plan import TRACED_LAYERS, GraphSpec
 from ease_train.model.decoder import Decoder
 
@@ -93,6 +93,7 @@ def trace(plan: GraphSpec) -> onnx.ModelProto:
     model.graph.initializer.extend(constants)
     for node in model.graph.node:
         del node.metadata_props[:]
+    add_functions(model)
     return model
 
 
@@ -158,11 +159,16 @@ def repeat_layer(graph: onnx.GraphProto, num_layers: int) -> None:
 
 
 def reached_by(graph: onnx.GraphProto, layer: int) -> list[int]:
-    """The nodes that depend on a layer's weights or caches: their indices, in order."""
+    """The nodes that depend on a layer's weights or caches: their indices, in order.
+
+    Our own functions but attention read of a cache only how long it is.
+    """
     starts = tuple(f"{kind}.{layer}." for kind in OF_A_LAYER)
     reached = set[str]()
     indices = []
     for index, node in enumerate(graph.node):
+        if node.domain == DOMAIN and node.op_type == "Mask":
+            continue
         if any(name in reached or f"{name}.".startswith(starts) for name in node.input):
             reached.update(node.output)
             indices.append(index)

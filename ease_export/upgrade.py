@@ -9,7 +9,14 @@ from typing import Any
 
 from ease_common.errors import ExportError, RequestError
 from ease_export.build import export_bundle, is_bundle
-from ease_runtime.bundle.manifest import FORMAT_VERSION, MANIFEST_FILE, PRECISIONS, Manifest, sha256_of
+from ease_runtime.bundle.manifest import (
+    CACHE_LAYOUTS,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    PRECISIONS,
+    Manifest,
+    sha256_of,
+)
 from ease_runtime.policies.thresholds import Thresholds
 
 SUMS = {"checkpoint_config_sha256": "config.json", "weights_sha256": "model.safetensors"}
@@ -17,7 +24,7 @@ SUMS = {"checkpoint_config_sha256": "config.json", "weights_sha256": "model.safe
 
 @dataclass(frozen=True)
 class Upgrade:
-    """What became of a bundle. `manifest` None: it was of this format already."""
+    """What became of a bundle. `manifest` None: it was of this format and of its target's layout already."""
 
     manifest: Manifest | None
     checkpoint: Path
@@ -36,7 +43,8 @@ def upgrade_bundle(bundle: Path, checkpoint: Path | None = None) -> Upgrade:
     values: dict[str, Any] = json.loads((bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
     source = values.get("source") or {}
     path = checkpoint or bundle.parent / str(source.get("checkpoint"))
-    if values["format_version"] == FORMAT_VERSION:
+    target = values.get("target")
+    if values["format_version"] == FORMAT_VERSION and values["cache_layout"] == CACHE_LAYOUTS.get(target):
         return Upgrade(None, path)
     if not path.is_dir():
         raise ExportError(
@@ -56,7 +64,7 @@ def upgrade_bundle(bundle: Path, checkpoint: Path | None = None) -> Upgrade:
             f"{bundle} is of the precision {precision!r}, expected one of: {', '.join(PRECISIONS)}"
         )
     calibration = _calibration(values)
-    manifest = export_bundle(path, bundle, precision, calibration)
+    manifest = export_bundle(path, bundle, precision, calibration, target)
     return Upgrade(manifest, path, lost_calibration=bool(values.get("calibration")) and not calibration)
 
 

@@ -18,12 +18,12 @@ ALIGNMENT = 4096  # of a tensor in its file: a page, so that it can be mapped
 
 class WeightFiles:
     """Writes tensors into the files of a folder, and remembers where each is; tensors are told apart by their
-    memory.
+    memory, and rows of one that is there are found in it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.places: dict[tuple[int, int], tuple[str, int]] = {}
+        self.places: list[tuple[int, int, str, int]] = []  # from, to in memory; file, offset
         self.kept: list[NDArray[Any]] = []  # so that no other tensor gets the same memory meanwhile
 
     def fill(self, graph: onnx.GraphProto, weights: Mapping[str, NDArray[Any]], file: str) -> None:
@@ -40,15 +40,25 @@ class WeightFiles:
         if array.nbytes < EXTERNAL_BYTES:
             proto.raw_data = array.tobytes()
             return proto
-        place = (array.ctypes.data, array.nbytes)
-        if place not in self.places:
-            self.places[place] = (file, self._append(np.ascontiguousarray(array), file))
+        found = self._find(array)
+        if found is None:
+            begin = array.ctypes.data
+            found = file, self._append(np.ascontiguousarray(array), file)
+            self.places.append((begin, begin + array.nbytes, *found))
             self.kept.append(array)
-        location, offset = self.places[place]
+        location, offset = found
         proto.raw_data = b""  # which onnx asks for before it marks a tensor as external
         set_external_data(proto, location, offset=offset, length=array.nbytes)
         proto.ClearField("raw_data")
         return proto
+
+    def _find(self, array: NDArray[Any]) -> tuple[str, int] | None:
+        """The file of an array that is written, or is some rows of one that is, and its offset there."""
+        begin = array.ctypes.data
+        for first, last, file, offset in self.places:
+            if first <= begin and begin + array.nbytes <= last:
+                return file, offset + begin - first
+        return None
 
     def _append(self, array: NDArray[Any], file: str) -> int:
         """Write an array at the next page of a file. Returns its offset in bytes."""

@@ -25,7 +25,10 @@ MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 TARGETS = ("cpu", "cuda")
-CACHE_LAYOUTS = ("BTK",)  # slots, positions, width of all heads
+CACHE_LAYOUTS = {
+    "cpu": "BGTP",  # slots, heads, positions, width of a head
+    "cuda": "BTK",  # slots, positions, width of all heads: what Flash reads; also older bundles for the CPU
+}  # of keys and values, by target
 EXACTNESS = ("bits", "rounding")  # of several tokens in one pass against one at a time
 WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 LONGEST_NAME = 255  # bytes: what file systems take
@@ -126,6 +129,7 @@ class Manifest:
     segments: tuple[SegmentInfo, ...]
     exits: tuple[ExitInfo, ...]
     files: dict[str, FileInfo]
+    num_kv_heads: int = 1  # of the layout BGTP: `kv_dim` is so many heads' keys
     drafting_head: str | None = None
     chat_template: str | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
@@ -189,7 +193,7 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         target=table.choice("target", TARGETS),
         precision=table.choice("precision", PRECISIONS),
         weights=_weights(table.table("weights")),
-        cache_layout=table.choice("cache_layout", CACHE_LAYOUTS),
+        cache_layout=table.choice("cache_layout", tuple(CACHE_LAYOUTS.values())),
         exactness=table.choice("exactness", EXACTNESS),
         vocab_size=table.integer("vocab_size"),
         dim=table.integer("dim"),
@@ -206,6 +210,7 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
             name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0))
             for name, t in table.named_tables("files")
         },
+        num_kv_heads=table.integer("num_kv_heads") if table.has("num_kv_heads") else 1,
         drafting_head=table.optional_file("drafting_head"),
         chat_template=table.optional_file("chat_template"),
         special_tokens=_special_tokens(table),

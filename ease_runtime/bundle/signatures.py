@@ -20,12 +20,16 @@ def _over_cache(
     manifest: Manifest, segment: SegmentInfo, inputs: dict[str, Shape], outputs: dict[str, Shape]
 ) -> Signature:
     names = [f"{name}.{i}" for i in range(segment.num_layers) for name in ("key", "value")]
-    shape = (None, None, manifest.kv_dim)
+    by_head = manifest.cache_layout == "BGTP"
+    groups = manifest.num_kv_heads
+    flat: Shape = (None, None, manifest.kv_dim)
+    shape = (None, groups, None, manifest.kv_dim // groups) if by_head else flat
     inputs = {
         **inputs,
         "spread": (None, None),
         "places": ANY,
         "write_indices": ANY,
+        **(dict.fromkeys(("few", "products"), ()) if by_head else {}),
         **{f"past_{name}": shape for name in names},
     }
     return inputs, {**outputs, **{f"present_{name}": shape for name in names}}

@@ -7,103 +7,304 @@ import itertools
 import math
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_runtime.engine.layout import Span
 from ease_runtime.ort.device import Device, DeviceArray
 
 MOST_PADS = 256  # of a row: what a pass has of other rows' prompts, schedule.CHUNK
-CACHE_STEP = 128  # Attention costs with the buffer's length, so it grows with the text, in these steps
-GROWTH = 8  # and by at least this fraction of its length: growing several rows copies them
+CACHE_STEP = 128  # attention costs with the buffer's length, so it grows with the text, in these steps
+SLACK = 0.125  # rows stay in their buffers while that costs at most so much more than in the best ones
 POOL_ROWS = 256  # rows of the hidden pool to begin with
 
 Int64s = NDArray[np.int64]
 
 
-class RowCache:
-    """K/V of several sequences, one a slot: a buffer (slots, T, kv_dim) for the keys and one for the values
-    of each layer.
+@dataclass(frozen=True)
+class CacheShape:
+    """How a layer's keys (or values) lie in a buffer: (slots, heads, T, width) by head, or (slots, T, width).
 
-    `written[k, slot]` positions of segment k have been written; nothing before them is touched by another
-    slot's pass. One slot takes its whole length at once, since the system commits memory as pages are
-    written, and a shorter T is a shorter view. Several slots share T as a stride: growing copies what is
-    written, layer by layer, and is counted in `copied_bytes`.
+    `heads` is 1 where a position's heads lie together.
+    """
+
+    heads: int
+    width: int
+    by_head: bool
+
+    def buffer(self, num_slots: int, length: int) -> tuple[int, ...]:
+        """The shape that graphs see."""
+        middle = (self.heads,) if self.by_head else ()
+        return (num_slots, *middle, length, self.width)
+
+    @property
+    def numbers(self) -> int:
+        """Of one position."""
+        return self.heads * self.width
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass over some rows: which of the spans it takes, and where in a buffer its rows lie.
+
+    `write_indices` are those of all rows from `first` on, also of those that it only steps over.
+    """
+
+    chosen: list[int]
+    spans: list[Span]
+    first: int
+    length: int
+    serial: int
+    write_indices: list[int]
+
+
+class Table:
+    """Buffers of one length T for keys and values of each layer, with a row for every slot.
+
+    The system commits memory as pages are written: a row that is not used takes none.
     """
 
     serials = itertools.count()
+
+    def __init__(self, shape: tuple[int, ...], dtype: type[np.generic], num_layers: int) -> None:
+        self.serial = next(self.serials)
+        self.shape = shape  # (slots, heads, T, width)
+        self.dtype = dtype
+        self.pages: list[list[mmap.mmap]] = [[] for _ in range(num_layers)]
+        self.buffers: list[list[NDArray[Any]]] = [[] for _ in range(num_layers)]
+
+    def layer(self, number: int) -> list[NDArray[Any]]:
+        """Keys and values of a layer (from 0), zero at first."""
+        if not self.buffers[number]:
+            size = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+            # zeros, given back at once when they are not needed; malloc would keep them
+            self.pages[number] = [mmap.mmap(-1, size, access=mmap.ACCESS_COPY) for _ in range(2)]
+            self.buffers[number] = [
+                np.frombuffer(pages, self.dtype).reshape(self.shape) for pages in self.pages[number]
+            ]
+        return self.buffers[number]
+
+    def drop(self, number: int, slot: int | None = None) -> None:
+        """Give a layer's memory back, or that of one slot, which is zero then."""
+        if slot is None:
+            self.buffers[number] = []
+            self.pages[number] = []
+            return
+        for pages, buffer in zip(self.pages[number], self.buffers[number], strict=True):
+            start, size = slot * buffer.strides[0], buffer.strides[0]
+            if hasattr(pages, "madvise") and start % mmap.PAGESIZE == 0 and size % mmap.PAGESIZE == 0:
+                pages.madvise(mmap.MADV_DONTNEED, start, size)
+            else:
+                buffer[slot] = 0.0
+
+
+class RowCache:
+    """K/V of several sequences, one a slot, in buffers of several lengths.
+
+    `written[k, slot]` positions of segment k have been written; nothing before them is touched by another
+    slot's pass. Attention costs with T, and T is a stride, so a slot lies in a table whose T is little more
+    than it needs: alone, or with others of about its length, so that they can share a pass. Rows share a
+    table where reading what is past their end costs less than reading the weights once more. Another T means
+    to copy what is written, layer by layer; `copied_bytes` counts it.
+    """
 
     def __init__(
         self,
         layers_per_segment: Sequence[int],
         num_slots: int,
-        kv_dim: int,
-        max_positions: int,
+        shape: CacheShape,
+        weight_bytes: int = 0,
         dtype: type[np.generic] = np.float32,
     ) -> None:
         self.dtype = dtype
+        self.shape = shape
         self.segment_of = [number for number, count in enumerate(layers_per_segment) for _ in range(count)]
         self.num_slots = num_slots
-        self.kv_dim = kv_dim
+        self.position_bytes = 2 * len(self.segment_of) * shape.numbers * np.dtype(dtype).itemsize
+        self.weight_positions = (
+            weight_bytes / self.position_bytes
+        )  # whose K/V are as many bytes as the weights
         self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
-        self.length = max_positions if num_slots == 1 else min(CACHE_STEP, max_positions)
-        self.serial = next(self.serials)
+        self.needed = [0] * num_slots  # T that holds a slot
+        self.lengths = [0] * num_slots  # T of the table that a slot lies in; 0 in none
+        self.tables: dict[int, Table] = {}
         self.copied_bytes = 0
-        self.buffers = [[self._empty(), self._empty()] for _ in self.segment_of]
 
-    def _empty(self) -> NDArray[Any]:
-        shape = (self.num_slots, self.length, self.kv_dim)
-        size = math.prod(shape) * np.dtype(self.dtype).itemsize
-        pages = mmap.mmap(
-            -1, size, access=mmap.ACCESS_COPY
-        )  # zeros, given back at once when the cache grows; malloc would keep them
-        return np.frombuffer(pages, self.dtype).reshape(shape)
-
-    def length_for(self, num_slots: int, needed: int) -> int:
-        """The T to bind for a pass over `num_slots` neighbours that writes up to `needed` positions of a row;
-        grows when it must.
+    def runs(self, part: int, spans: Sequence[Span]) -> list[Run]:
+        """The passes that new entries of some slots take, with room for them: one, unless rows of very
+        different lengths would pay for each other. Notes them as written.
         """
-        if needed > self.length:
-            self._resize(-(-max(needed, self.length + self.length // GROWTH) // CACHE_STEP) * CACHE_STEP)
-        return min(self.length, -(-needed // CACHE_STEP) * CACHE_STEP) if num_slots == 1 else self.length
+        num_places = max(stop - start for _, start, stop in spans)
+        written = self.written[part]
+        changed = False
+        for slot, start, _ in spans:
+            written[slot] = start
+            length = rounded(start + num_places)
+            if 2 * length <= self.needed[slot]:  # a text was cut, unless other segments still hold it
+                length = max(length, rounded(int(self.written[:, slot].max())))
+            if length > self.needed[slot] or 2 * length <= self.needed[slot]:
+                self.needed[slot] = length
+                changed = True
+        if changed:
+            self._arrange()
+        groups = self._groups(part, spans, num_places)
+        runs = [self._run(part, chosen, [spans[place] for place in chosen]) for chosen in groups]
+        for slot, _, stop in spans:
+            written[slot] = stop
+        return runs
+
+    def _groups(self, part: int, spans: Sequence[Span], num_places: int) -> list[list[int]]:
+        """Spans by table, and by gaps between their slots that cost more than another pass, or have no room
+        for pads.
+        """
+        written = self.written[part]
+        groups: list[list[int]] = []
+        last: dict[int, list[int]] = {}  # of each length, the group that may go on
+        for place, (slot, _, _) in enumerate(spans):
+            length = self.lengths[slot]
+            group = last.get(length)
+            if group is not None:
+                between = range(spans[group[-1]].slot + 1, slot)
+                dear = len(between) * length > self.weight_positions
+                full = any(self.lengths[k] == length and written[k] + num_places > length for k in between)
+                if dear or full:
+                    group = None
+            if group is None:
+                group = last[length] = []
+                groups.append(group)
+            group.append(place)
+        return groups
+
+    def _run(self, part: int, chosen: list[int], spans: list[Span]) -> Run:
+        first = spans[0].slot
+        length = self.lengths[first]
+        own = [self.lengths[slot] == length for slot in range(self.num_slots)]
+        written = self.written[part].tolist()
+        slots = range(first, spans[-1].slot + 1)
+        write_indices = [written[slot] if own[slot] else 0 for slot in slots]
+        return Run(chosen, spans, first, length, self.tables[length].serial, write_indices)
 
     def free(self, slot: int) -> None:
-        """Forget a slot. When the others need less than half of T, T shrinks to what they need."""
+        """Forget a slot, and give its memory back."""
         self.written[:, slot] = 0
-        longest = -(-(int(self.written.max()) + 1) // CACHE_STEP) * CACHE_STEP
-        if self.num_slots > 1 and longest <= self.length // 2:
-            self._resize(longest)
+        self.needed[slot] = 0
+        length = self.lengths[slot]
+        self.lengths[slot] = 0
+        if length and length not in self.lengths:
+            del self.tables[length]
+        elif length:
+            for layer in range(len(self.segment_of)):
+                self.tables[length].drop(layer, slot)
 
     def scrub(self) -> None:
         """Zero whatever lies past the written positions: a pad of a broken row may have left what is no
         number there.
         """
-        for number, pair in zip(self.segment_of, self.buffers, strict=True):
-            for buffer in pair:
+        for length, table in self.tables.items():
+            for layer, number in enumerate(self.segment_of):
                 for slot in range(self.num_slots):
-                    buffer[slot, self.written[number, slot] :] = 0.0
+                    if self.lengths[slot] != length:
+                        table.drop(layer, slot)
+                        continue
+                    for buffer in table.layer(layer):
+                        buffer[slot, :, self.written[number, slot] :] = 0.0
 
-    def _resize(self, length: int) -> None:
-        self.length, self.serial = length, next(self.serials)
-        for number, pair in zip(self.segment_of, self.buffers, strict=True):
-            for which, old in enumerate(pair):
-                pair[which] = self._empty()
-                for slot, written in enumerate(self.written[number].tolist()):
-                    pair[which][slot, :written] = old[slot, :written]
-                    self.copied_bytes += written * self.kv_dim * old.itemsize
+    def _arrange(self) -> None:
+        """Let every slot lie in a table of the right length; what is nearly right stays."""
+        slots = [slot for slot in range(self.num_slots) if self.needed[slot]]
+        best = shared_lengths([self.needed[slot] for slot in slots], self.weight_positions)
+        now = [self.lengths[slot] for slot in slots]
+        fits = all(self.needed[slot] <= length for slot, length in zip(slots, now, strict=True))
+        if fits and self._cost(now) <= self._cost(best) * (1.0 + SLACK):
+            return
+        moving = {
+            slot: length for slot, length in zip(slots, best, strict=True) if length != self.lengths[slot]
+        }
+        old = dict(self.tables)
+        for length in moving.values():
+            if length not in self.tables:
+                shape = (self.num_slots, self.shape.heads, length, self.shape.width)
+                self.tables[length] = Table(shape, self.dtype, len(self.segment_of))
+        left = {self.lengths[slot] for slot in moving} - {0}
+        before = list(self.lengths)
+        for slot, length in moving.items():
+            self.lengths[slot] = length
+        empty = left - set(self.lengths)
+        for layer, number in enumerate(self.segment_of):
+            for slot, length in moving.items():
+                if not before[slot]:
+                    continue
+                count = int(self.written[number, slot])
+                pairs = zip(self.tables[length].layer(layer), old[before[slot]].layer(layer), strict=True)
+                for new, buffer in pairs:
+                    kept = min(count, length)
+                    new[slot, :, :kept] = buffer[slot, :, :kept]
+                    self.copied_bytes += new[slot, :, :kept].nbytes
+                if before[slot] not in empty:
+                    old[before[slot]].drop(layer, slot)
+            for length in empty:
+                old[length].drop(layer)
+        for length in empty:
+            del self.tables[length]
+
+    def _cost(self, lengths: Sequence[int]) -> float:
+        """Positions that a pass over every slot reads, with the weights of a pass for each length."""
+        return sum(lengths) + len(set(lengths)) * self.weight_positions
 
     def read(self, layer: int, slot: int, count: int) -> NDArray[Any]:
         """A copy of a layer's (from 0) first `count` keys and values of a slot, for the host.
 
-        Shape: (2, count, kv_dim).
+        Shape: (2, count, heads * width).
         """
-        return np.array([buffer[slot, :count] for buffer in self.buffers[layer]])
+        if not self.lengths[slot]:
+            return np.zeros((2, count, self.shape.numbers), self.dtype)
+        pair = self.tables[self.lengths[slot]].layer(layer)
+        return np.array([_flat(buffer[slot, :, :count]) for buffer in pair])
 
-    def pointers(self, layer: int, slot: int) -> tuple[int, int]:
-        """Where a layer's (from 0) keys and values of a slot begin."""
-        key, value = self.buffers[layer]
-        return key.ctypes.data + slot * key.strides[0], value.ctypes.data + slot * value.strides[0]
+    def pointers(self, layer: int, run: Run) -> tuple[int, int]:
+        """Where a layer's (from 0) keys and values of a run's rows begin."""
+        key, value = self.tables[run.length].layer(layer)
+        offset = run.first * key.strides[0]
+        return key.ctypes.data + offset, value.ctypes.data + offset
+
+
+def rounded(length: int) -> int:
+    """The T for a length: in steps of 128, and of 1/32 of a long one, since growing copies."""
+    step = CACHE_STEP
+    while length > 32 * step:
+        step *= 2
+    return -(-length // step) * step
+
+
+def shared_lengths(needed: Sequence[int], weight_positions: float) -> list[int]:
+    """For each row the T of the table that it is to lie in, so that passes over all rows read least.
+
+    Rows of a table read its T positions each; a table more costs a pass more, which reads the weights.
+    """
+    order = sorted(range(len(needed)), key=lambda row: needed[row])
+    sizes = [needed[row] for row in order]
+    costs = [0.0]  # of the shortest rows, by their number
+    begins = []
+    for stop in range(1, len(sizes) + 1):
+        found = [costs[start] + weight_positions + (stop - start) * sizes[stop - 1] for start in range(stop)]
+        begins.append(int(np.argmin(found)))
+        costs.append(min(found))
+    lengths = [0] * len(sizes)
+    stop = len(sizes)
+    while stop:
+        start = begins[stop - 1]
+        for place in range(start, stop):
+            lengths[order[place]] = sizes[stop - 1]
+        stop = start
+    return lengths
+
+
+def _flat(rows: NDArray[Any]) -> NDArray[Any]:
+    """Shape: (heads, count, width) -> (count, heads * width)."""
+    return rows.swapaxes(0, 1).reshape(rows.shape[1], -1)
 
 
 class DeviceCache:
@@ -113,29 +314,40 @@ class DeviceCache:
         self,
         layers_per_segment: Sequence[int],
         num_slots: int,
-        kv_dim: int,
+        shape: CacheShape,
         max_positions: int,
         dtype: type[np.generic],
         device: Device,
     ) -> None:
         self.num_slots = num_slots
-        self.kv_dim = kv_dim
+        self.shape = shape
         self.copied_bytes = 0
         self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
-        self.length = (
-            max_positions if num_slots == 1 else max_positions + MOST_PADS
-        )  # with several rows, pads past the end
-        self.serial = next(RowCache.serials)
-        shape = (num_slots, self.length, kv_dim)
+        self.length = max_positions + (MOST_PADS if num_slots > 1 else 0)  # with several rows, pads past it
+        self.serial = next(Table.serials)
+        size = shape.buffer(num_slots, self.length)
         self.buffers = [
-            (DeviceArray(shape, dtype, device), DeviceArray(shape, dtype, device))
+            (DeviceArray(size, dtype, device), DeviceArray(size, dtype, device))
             for _ in range(sum(layers_per_segment))
         ]
 
-    def length_for(self, num_slots: int, needed: int) -> int:
-        """The T to bind, as `RowCache.length_for`."""
+    def runs(self, part: int, spans: Sequence[Span]) -> list[Run]:
+        """As `RowCache.runs`: one pass, always.
+
+        A row alone takes a shorter T where that is a shorter view.
+        """
+        first = spans[0].slot
+        num_slots = spans[-1].slot - first + 1
+        num_places = max(stop - start for _, start, stop in spans)
+        write_indices = self.written[part, first : first + num_slots].tolist()
+        for slot, start, stop in spans:
+            write_indices[slot - first] = start
+            self.written[part, slot] = stop
+        needed = max(write_indices) + num_places
         assert needed <= self.length, "a pass has more pads than the cache has room for"
-        return min(self.length, -(-needed // CACHE_STEP) * CACHE_STEP) if num_slots == 1 else self.length
+        view = num_slots == 1 and not self.shape.by_head
+        length = min(self.length, rounded(needed)) if view else self.length
+        return [Run(list(range(len(spans))), list(spans), first, length, self.serial, write_indices)]
 
     def free(self, slot: int) -> None:
         """Forget a slot."""
@@ -151,14 +363,17 @@ class DeviceCache:
     def read(self, layer: int, slot: int, count: int) -> NDArray[Any]:
         """A copy of a layer's (from 0) first `count` keys and values of a slot, for the host.
 
-        Shape: (2, count, kv_dim).
+        Shape: (2, count, heads * width).
         """
-        return np.array([buffer.read()[slot, :count] for buffer in self.buffers[layer]])
+        shape = (self.num_slots, self.shape.heads, self.length, self.shape.width)
+        return np.array(
+            [_flat(buffer.read().reshape(shape)[slot, :, :count]) for buffer in self.buffers[layer]]
+        )
 
-    def pointers(self, layer: int, slot: int) -> tuple[int, int]:
-        """Where a layer's (from 0) keys and values of a slot begin."""
+    def pointers(self, layer: int, run: Run) -> tuple[int, int]:
+        """Where a layer's (from 0) keys and values of a run's rows begin."""
         key, value = self.buffers[layer]
-        offset = slot * self.length * self.kv_dim * key.dtype.itemsize
+        offset = run.first * self.length * self.shape.numbers * key.dtype.itemsize
         return key.pointer + offset, value.pointer + offset
 
 
@@ -217,6 +432,10 @@ class HiddenPool:
 
     def _replace(self, num_rows: int) -> None:
         self.states = np.zeros((num_rows, self.states.shape[1]), self.states.dtype)
+
+    def reorder(self, first: int, order: Sequence[int]) -> None:
+        """Let the rows from `first` on stand where `order` says, counted from there."""
+        self.states[first + np.array(order)] = self.states[first : first + len(order)].copy()
 
     def row_pointer(self, row: int) -> int:
         """Where a row begins in memory."""

@@ -17,7 +17,7 @@ from ease_runtime.ort.device import CPU, Device
 INDICES = ("input_ids", "index", "before", "positions", "spread", "places", "write_indices", "top_id")
 TYPES = {
     **dict.fromkeys(INDICES, "tensor(int64)"),
-    **dict.fromkeys(("active", "goes_in"), "tensor(bool)"),
+    **dict.fromkeys(("active", "goes_in", "few", "products"), "tensor(bool)"),
 }  # others: float
 BINDINGS_KEPT = 128  # a graph, of different shapes; building one costs about 100 µs
 

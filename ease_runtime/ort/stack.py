@@ -8,9 +8,11 @@ of a cache buffer, M rows of the pool, D width, V vocabulary.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,14 +33,16 @@ from ease_runtime.bundle.signatures import (
     of_similarity,
 )
 from ease_runtime.engine.layout import Call, SegmentShape, Span
-from ease_runtime.ort.buffers import DeviceCache, DevicePool, HiddenPool, Int64s, RowCache
+from ease_runtime.ort.buffers import CacheShape, DeviceCache, DevicePool, HiddenPool, Int64s, RowCache, Run
 from ease_runtime.ort.device import CPU, SILENT, Device, DeviceArray, choose_device
 from ease_runtime.ort.sessions import Binding, Graph, check_signature, load_session, start_thread_pool
 from ease_runtime.policies import HeadOutput
 
 log = logging.getLogger(__name__)
 
+PRODUCTS_LENGTH = 2000  # tokens in the cache of the pass that compares two forms of attention
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
+FEW_PLACES = 8  # new tokens of a row up to which the forms of attention for few are faster (measured)
 NOT_FINITE = (
     "its weights hold NaN or infinity, or overflow: get the model's own weights again, then export them"
 )
@@ -196,6 +200,7 @@ class OrtStack:
         self.max_positions = manifest.max_positions
         self.layout = _layout(manifest)
         self.trace: list[Call] | None = None
+        self.num_threads = num_threads or os.cpu_count() or 1
         self.own_threads = num_threads is None and not start_thread_pool.cache_info().currsize
         if num_threads is not None:
             start_thread_pool(num_threads)
@@ -239,7 +244,9 @@ class OrtStack:
         self.at_head: tuple[int, ...] | None = (
             None  # exit and rows whose states stand before the head, after a gate
         )
+        self.products_agree = False
         try:
+            self.products_agree = self._products_agree()
             self._self_test()
             if device.own_memory:
                 self.run_every_graph()
@@ -276,12 +283,17 @@ class OrtStack:
         return load_session(path, self.log_level, self.device, own_threads=self.own_threads)
 
     def open_cache(self, num_slots: int = 1) -> RowCache | DeviceCache:
-        shape = (self.layers_cached, num_slots, self.manifest.kv_dim, self.max_positions)
-        return (
-            DeviceCache(*shape, self.dtype, self.device)
-            if self.device.own_memory
-            else RowCache(*shape, self.dtype)
-        )
+        manifest = self.manifest
+        by_head = manifest.cache_layout == "BGTP"
+        heads = manifest.num_kv_heads if by_head else 1
+        shape = CacheShape(heads, manifest.kv_dim // heads, by_head)
+        if self.device.own_memory:
+            return DeviceCache(
+                self.layers_cached, num_slots, shape, self.max_positions, self.dtype, self.device
+            )
+        files = [manifest.files.get(f"{segment.graph}.data") for segment in manifest.segments]
+        weight_bytes = sum(info.num_bytes for info in files if info is not None)
+        return RowCache(self.layers_cached, num_slots, shape, weight_bytes, self.dtype)
 
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         self.at_head = None
@@ -299,24 +311,20 @@ class OrtStack:
         out_row: int,
         active: NDArray[np.bool_] | None = None,
     ) -> None:
-        binding = self._place(self.segments[number], "segment", number, cache, spans, inputs)
-        binding.own["active"][:] = True if active is None else active
-        self._bind_hidden(binding, out_row, len(inputs))
-        binding.run()
+        own = {"active": np.ones(len(inputs), np.bool_) if active is None else active}
+        self._run_over(self.segments[number], "segment", number, cache, spans, inputs, out_row, own)
 
     def run_kv(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s) -> None:
         graph = self.kvs[number]
         assert graph is not None, (
             "the first segment runs for every token: there is nothing to propagate into it"
         )
-        self._place(graph, "kv", number, cache, spans, rows).run()
+        self._run_over(graph, "kv", number, cache, spans, rows)
 
     def run_block(self, number: int, cache: Cache, spans: Sequence[Span], rows: Int64s, out_row: int) -> None:
         graph = self.exit_graphs[number].block
         assert graph is not None, "whoever runs an exit's block has seen that it has one"
-        binding = self._place(graph, "block", number, cache, spans, rows)
-        self._bind_hidden(binding, out_row, len(rows))
-        binding.run()
+        self._run_over(graph, "block", number, cache, spans, rows, out_row)
 
     def run_route(self, number: int, rows: Int64s) -> NDArray[np.bool_]:
         graph = self.routes[number]
@@ -329,10 +337,8 @@ class OrtStack:
     def run_routed(
         self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int
     ) -> None:
-        binding = self._place(self.segments[number], "segment", number, cache, spans, rows)
-        binding.own["positions"][:] = positions
-        self._bind_hidden(binding, out_row, len(rows))
-        binding.run()
+        own = {"positions": positions}
+        self._run_over(self.segments[number], "segment", number, cache, spans, rows, out_row, own)
 
     def run_similarity(self, rows: Int64s, before: Int64s) -> NDArray[np.float32]:
         binding = self._look(self.similarity, rows)
@@ -384,72 +390,100 @@ class OrtStack:
         if self.trace is not None:
             self.trace.append(Call(graph, number, num_tokens, cache_length, num_slots))
 
-    def _place(
-        self, graph: Graph, kind: str, number: int, cache: Cache, spans: Sequence[Span], inputs: Int64s
-    ) -> Binding:
-        """The binding for these tokens, with the cache, the pool and the small inputs in place.
-
-        The pass covers the slots from the first to the last span. Those without new tokens, and rows with
-        fewer than the longest, write pads past what they hold: room is made for them.
+    def _run_over(
+        self,
+        graph: Graph,
+        kind: str,
+        number: int,
+        cache: Cache,
+        spans: Sequence[Span],
+        inputs: Int64s,
+        out_row: int | None = None,
+        own: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    ) -> None:
+        """Run tokens through a graph over the cache, in as many passes as the cache says, and let their
+        states stand in their own order from `out_row` on.
         """
         assert isinstance(cache, RowCache | DeviceCache)
-        first = spans[0].slot
-        num_slots = spans[-1].slot - spans[0].slot + 1
-        num_places = max(stop - start for _, start, stop in spans)
-        binding = graph.binding(first, num_slots, num_places, len(inputs))
         part = number + len(self.layout) if kind == "block" else number
-        own = binding.own
-        written = cache.written[part]
-        own["index" if part else "input_ids"][:] = inputs
-        write_indices = own["write_indices"]
-        if num_slots > 1:
-            write_indices[:] = written[first : first + num_slots]
-            _spread(own["spread"], own["places"], spans)
-        for slot, start, _ in spans:
-            write_indices[slot - first] = start
-        length = cache.length_for(num_slots, int(write_indices.max()) + num_places)
-        for slot, _, stop in spans:
-            written[slot] = stop
-        if binding.bound.get("cache") != (cache.serial, length):
-            self._bind_cache(binding, part, cache, first, num_slots, length)
-        if part:
-            self._bind_pool(binding)
-        self._note(kind, number, len(inputs), length, num_slots)
-        return binding
+        runs = cache.runs(part, spans)
+        if len(runs) == 1:
+            binding = self._place(graph, part, cache, runs[0], inputs, own)
+            self._bind_hidden(binding, out_row, len(inputs), len(inputs))
+            binding.run()
+            self._note(kind, number, len(inputs), runs[0].length, len(runs[0].write_indices))
+            return
+        starts = np.cumsum([0, *(stop - start for _, start, stop in spans)]).tolist()
+        order: list[int] = []
+        for run in runs:
+            tokens = [token for place in run.chosen for token in range(starts[place], starts[place + 1])]
+            taken = {name: values[tokens] for name, values in own.items()}
+            binding = self._place(graph, part, cache, run, inputs[tokens], taken)
+            row = None if out_row is None else out_row + len(order)
+            self._bind_hidden(binding, row, len(tokens), len(inputs))
+            binding.run()
+            self._note(kind, number, len(tokens), run.length, len(run.write_indices))
+            order += tokens
+        if out_row is not None:
+            self.pool.reorder(out_row, order)
+            if "input_ids" in graph.input_names:
+                self.pool.reorder(out_row + len(inputs), order)
 
-    def _bind_cache(
+    def _place(
         self,
-        binding: Binding,
+        graph: Graph,
         part: int,
         cache: RowCache | DeviceCache,
-        first: int,
-        num_slots: int,
-        length: int,
-    ) -> None:
-        """Past and present are one buffer, so the cache is written in place; a row alone takes a view of any
-        length.
+        run: Run,
+        inputs: Int64s,
+        own: Mapping[str, NDArray[Any]],
+    ) -> Binding:
+        """The binding for a run, with the cache, the pool and the small inputs in place.
+
+        It covers the slots from the first to the last span. Those without new tokens, and rows with fewer
+        than the longest, write pads past what they hold.
         """
+        num_slots = len(run.write_indices)
+        num_places = max(stop - start for _, start, stop in run.spans)
+        binding = graph.binding(run.first, num_slots, num_places, len(inputs))
+        binding.own["index" if part else "input_ids"][:] = inputs
+        binding.own["write_indices"][:] = run.write_indices
+        for name, values in own.items():
+            binding.own[name][:] = values
+        if num_slots > 1:
+            _spread(binding.own["spread"], binding.own["places"], run.spans)
+        if binding.bound.get("cache") != (run.serial, run.length):
+            self._bind_cache(binding, part, cache, run)
+        if part:
+            self._bind_pool(binding)
+        return binding
+
+    def _bind_cache(self, binding: Binding, part: int, cache: RowCache | DeviceCache, run: Run) -> None:
+        """Past and present are one buffer, so the cache is written in place."""
         first_layer = sum(self.layers_cached[:part])
-        shape = (num_slots, length, cache.kv_dim)
+        shape = cache.shape.buffer(len(run.write_indices), run.length)
         for i in range(self.layers_cached[part]):
-            for name, pointer in zip(("key", "value"), cache.pointers(first_layer + i, first), strict=True):
+            for name, pointer in zip(("key", "value"), cache.pointers(first_layer + i, run), strict=True):
                 binding.input_at(f"past_{name}.{i}", self.dtype, shape, pointer)
                 binding.output_at(f"present_{name}.{i}", self.dtype, shape, pointer)
-        binding.bound["cache"] = (cache.serial, length)
+        binding.bound["cache"] = (run.serial, run.length)
 
     def _bind_pool(self, binding: Binding) -> None:
         if binding.bound.get("pool") != self.pool.serial:
             binding.input_at("pool", self.dtype, self.pool.shape, self.pool.row_pointer(0))
             binding.bound["pool"] = self.pool.serial
 
-    def _bind_hidden(self, binding: Binding, out_row: int, num_tokens: int) -> None:
-        if binding.bound.get("hidden") == (self.pool.serial, out_row):
+    def _bind_hidden(self, binding: Binding, out_row: int | None, num_tokens: int, in_all: int) -> None:
+        """Let a pass write its tokens' states from a row on, and what the first segment was given, embedded,
+        `in_all` rows after.
+        """
+        if out_row is None or binding.bound.get("hidden") == (self.pool.serial, out_row, in_all):
             return
         shape = (num_tokens, self.manifest.dim)
         binding.output_at("hidden", self.dtype, shape, self.pool.row_pointer(out_row))
         if "input_ids" in binding.input_names:
-            binding.output_at("embedded", self.dtype, shape, self.pool.row_pointer(out_row + num_tokens))
-        binding.bound["hidden"] = (self.pool.serial, out_row)
+            binding.output_at("embedded", self.dtype, shape, self.pool.row_pointer(out_row + in_all))
+        binding.bound["hidden"] = (self.pool.serial, out_row, in_all)
 
     def _bind_segment(
         self, binding: Binding, first: int, num_slots: int, num_places: int, num_tokens: int
@@ -463,6 +497,11 @@ class OrtStack:
         )
         binding.input("places", np.arange(num_tokens, dtype=np.int64))
         binding.input("write_indices", np.zeros(num_slots, np.int64))
+        if "few" in binding.input_names:
+            few = num_places <= FEW_PLACES and not self.device.own_memory
+            matrices = num_slots * self.manifest.num_kv_heads
+            binding.input("few", np.array(few))
+            binding.input("products", np.array(few and self.products_agree and self.num_threads <= matrices))
 
     def _bind_index(self, binding: Binding, num_tokens: int) -> None:
         binding.input("index", np.zeros(num_tokens, np.int64))
@@ -534,6 +573,31 @@ class OrtStack:
                 f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install "
                 "'onnxruntime>=1.31'"
             )
+
+    def _products_agree(self) -> bool:
+        """Whether attention as products gives the bits of its other form for few tokens, here: with more
+        threads than matrices ONNX Runtime adds up in another order, and how many it takes is its own affair.
+
+        False for one thread, too, where the other form is the faster.
+        """
+        if self.manifest.cache_layout != "BGTP" or self.device.own_memory or self.num_threads == 1:
+            return False
+        row = self.reserve_rows(4, [])
+        cache = self.open_cache()
+        assert isinstance(cache, RowCache)
+        span = [Span(0, PRODUCTS_LENGTH, PRODUCTS_LENGTH + 1)]
+        (run,) = cache.runs(0, span)
+        noise = np.random.default_rng(0).standard_normal(run.length * cache.shape.numbers)
+        for layer in range(self.layers_cached[0]):
+            for buffer in cache.tables[run.length].layer(layer):
+                buffer[:] = noise.reshape(buffer.shape)
+        for place, products in enumerate((True, False)):
+            self.products_agree = products
+            self.segments[0].bindings.clear()
+            self.run_segment(0, cache, span, np.zeros(1, np.int64), row + 2 * place)
+        self.segments[0].bindings.clear()
+        one, other = self.pool.read(np.array([row, row + 2]))
+        return bool((one == other).all())
 
     def run_every_graph(self) -> None:
         """One token through each graph, so that one that cannot run here is found before a request is."""

@@ -90,7 +90,7 @@ def test_what_export_writes_is_true(tiny_bundle: Path) -> None:
     found = load_manifest(tiny_bundle)
     assert (found.target, found.cache_layout, found.exactness, found.drafting_head) == (
         "cpu",
-        "BTK",
+        "BGTP",
         "bits",
         None,
     )

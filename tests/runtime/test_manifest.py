@@ -289,7 +289,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an unknown target": (lambda v: v.update(target="tpu"), "target = 'tpu', expected one of: cpu, cuda"),
     "an unknown cache": (
         lambda v: v.update(cache_layout="TKB"),
-        "cache_layout = 'TKB', expected one of: BTK",
+        "cache_layout = 'TKB', expected one of: BGTP, BTK",
     ),
     "an unknown exactness": (
         lambda v: v.update(exactness="none"),
