@@ -6,6 +6,7 @@ Shapes: T length of a cache buffer, M rows of the pool, D width.
 import itertools
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,7 @@ class Table:
             return
         for pages, buffer in zip(self.pages[number], self.buffers[number], strict=True):
             start, size = slot * buffer.strides[0], buffer.strides[0]
-            if hasattr(pages, "madvise") and start % mmap.PAGESIZE == 0 and size % mmap.PAGESIZE == 0:
+            if sys.platform == "linux" and start % mmap.PAGESIZE == 0 and size % mmap.PAGESIZE == 0:
                 pages.madvise(mmap.MADV_DONTNEED, start, size)
             else:
                 buffer[slot] = 0.0
