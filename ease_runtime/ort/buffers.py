@@ -305,7 +305,7 @@ def shared_lengths(needed: Sequence[int], weight_positions: float) -> list[int]:
 
 def _flat(rows: NDArray[Any]) -> NDArray[Any]:
     """Shape: (heads, count, width) -> (count, heads * width)."""
-    return rows.swapaxes(0, 1).reshape(rows.shape[1], -1)
+    return rows.swapaxes(0, 1).reshape(rows.shape[1], rows.shape[0] * rows.shape[2])
 
 
 class DeviceCache:

@@ -191,7 +191,7 @@ def _run_out_of_place(stack: OrtStack, ids: np.ndarray) -> None:
     shape = stack.open_cache().shape.buffer(1, 128)
     places = np.arange(len(ids))
     feed = {"input_ids": ids, "active": np.ones(len(ids), np.bool_), "write_indices": np.zeros(1, np.int64)}
-    feed["few"] = np.array(True)
+    feed |= {"few": np.array(True), "products": np.array(False)}
     feed |= {"spread": places[None], "places": places}
     feed |= {i.name: np.zeros(shape, np.float32) for i in session.get_inputs() if i.name.startswith("past_")}
     io = session.io_binding()
