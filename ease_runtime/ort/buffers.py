@@ -324,7 +324,9 @@ class DeviceCache:
         self.shape = shape
         self.copied_bytes = 0
         self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
-        self.length = max_positions + (MOST_PADS if num_slots > 1 else 0)  # with several rows, pads past it
+        self.length = rounded(
+            max_positions + (MOST_PADS if num_slots > 1 else 0)
+        )  # of several rows, pads past it
         self.serial = next(Table.serials)
         size = shape.buffer(num_slots, self.length)
         self.buffers = [
