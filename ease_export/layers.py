@@ -63,7 +63,7 @@ def packed(linears: Sequence[nn.Linear]) -> nn.Linear:
     whole = _joined(weights)
     if whole is None:
         whole = torch.cat([weight.detach() for weight in weights])
-        for weight, part in zip(weights, whole.split(heights), strict=True):
+        for weight, part in zip(weights, torch.split(whole, heights), strict=True):
             weight.data = part
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     found = nn.Linear(whole.shape[1], len(whole), bias=bool(biases), device="meta")
@@ -362,7 +362,7 @@ class FlatBlock(CachedBlock):
         another path for S = 1 whose last bits differ, and with the extra one every S gives the same bits.
         """
         kv_width = self.num_kv_heads * self.head_dim
-        q, k, v = qkv.split([self.num_heads * self.head_dim, kv_width, kv_width], dim=-1)
+        q, k, v = torch.split(qkv, [self.num_heads * self.head_dim, kv_width, kv_width], dim=-1)
         q = _per_head(self.q_norm, q, self.num_heads)
         k = _per_head(self.k_norm, k, self.num_kv_heads)
         k = where.rotate(where.spread_out(k), where.positions, self.num_kv_heads)

@@ -68,8 +68,8 @@ class Quantized:
 
     def rows(self, first: int, last: int) -> "Quantized":
         """Outputs [first, last), in the same memory."""
-        parts = (part[first:last] for part in (self.values, self.scales, self.zero_points))
-        return Quantized(self.bits, *parts)
+        rows = slice(first, last)
+        return Quantized(self.bits, self.values[rows], self.scales[rows], self.zero_points[rows])
 
     def dequantized(self, width: int) -> NDArray[np.float32]:
         """What the kernels compute with. Shape: (O, I), where I is `width`."""

@@ -43,7 +43,7 @@ def upgrade_bundle(bundle: Path, checkpoint: Path | None = None) -> Upgrade:
     values: dict[str, Any] = json.loads((bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
     source = values.get("source") or {}
     path = checkpoint or bundle.parent / str(source.get("checkpoint"))
-    target = values.get("target")
+    target = str(values.get("target") or "")
     if values["format_version"] == FORMAT_VERSION and values["cache_layout"] == CACHE_LAYOUTS.get(target):
         return Upgrade(None, path)
     if not path.is_dir():
@@ -64,7 +64,7 @@ def upgrade_bundle(bundle: Path, checkpoint: Path | None = None) -> Upgrade:
             f"{bundle} is of the precision {precision!r}, expected one of: {', '.join(PRECISIONS)}"
         )
     calibration = _calibration(values)
-    manifest = export_bundle(path, bundle, precision, calibration, target)
+    manifest = export_bundle(path, bundle, precision, calibration, target or None)
     return Upgrade(manifest, path, lost_calibration=bool(values.get("calibration")) and not calibration)
 
 

@@ -6,6 +6,7 @@ Shapes: T length of a cache buffer, M rows of the pool, D width.
 import itertools
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,7 @@ class Table:
             return
         for pages, buffer in zip(self.pages[number], self.buffers[number], strict=True):
             start, size = slot * buffer.strides[0], buffer.strides[0]
-            if hasattr(pages, "madvise") and start % mmap.PAGESIZE == 0 and size % mmap.PAGESIZE == 0:
+            if sys.platform == "linux" and start % mmap.PAGESIZE == 0 and size % mmap.PAGESIZE == 0:
                 pages.madvise(mmap.MADV_DONTNEED, start, size)
             else:
                 buffer[slot] = 0.0
@@ -304,7 +305,7 @@ def shared_lengths(needed: Sequence[int], weight_positions: float) -> list[int]:
 
 def _flat(rows: NDArray[Any]) -> NDArray[Any]:
     """Shape: (heads, count, width) -> (count, heads * width)."""
-    return rows.swapaxes(0, 1).reshape(rows.shape[1], -1)
+    return rows.swapaxes(0, 1).reshape(rows.shape[1], rows.shape[0] * rows.shape[2])
 
 
 class DeviceCache:
@@ -323,7 +324,9 @@ class DeviceCache:
         self.shape = shape
         self.copied_bytes = 0
         self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
-        self.length = max_positions + (MOST_PADS if num_slots > 1 else 0)  # with several rows, pads past it
+        self.length = rounded(
+            max_positions + (MOST_PADS if num_slots > 1 else 0)
+        )  # of several rows, pads past it
         self.serial = next(Table.serials)
         size = shape.buffer(num_slots, self.length)
         self.buffers = [

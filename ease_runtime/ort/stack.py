@@ -498,7 +498,7 @@ class OrtStack:
         binding.input("places", np.arange(num_tokens, dtype=np.int64))
         binding.input("write_indices", np.zeros(num_slots, np.int64))
         if "few" in binding.input_names:
-            few = num_places <= FEW_PLACES and not self.device.own_memory
+            few = num_places <= FEW_PLACES
             matrices = num_slots * self.manifest.num_kv_heads
             binding.input("few", np.array(few))
             binding.input("products", np.array(few and self.products_agree and self.num_threads <= matrices))

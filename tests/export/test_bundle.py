@@ -6,6 +6,7 @@ import errno
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,34 +72,49 @@ def test_verify_finds_a_weight_that_differs(
 def test_graphs_hold_standard_operators_only(tiny_bundle: Path) -> None:
     for path in sorted(tiny_bundle.glob("*.onnx")):
         model = onnx.load(path, load_external_data=False)
-        assert {node.domain for node in model.graph.node} == {""}, path.name
-        assert "Shape" not in {node.op_type for node in model.graph.node}, (
+        functions = {("ease", function.name) for function in model.functions}
+        inside = [node for function in model.functions for node in every_node(function.node)]
+        nodes = [*model.graph.node, *inside]
+        assert {("", ""), *functions} >= {(n.domain, n.op_type if n.domain else "") for n in nodes}, path.name
+        assert "Shape" not in {node.op_type for node in nodes}, (
             f"{path.name}: on CUDA, what follows would run on the CPU"
         )
-        assert [(o.domain, o.version) for o in model.opset_import] == [("", 24)], path.name
+        opsets = {(o.domain, o.version) for o in model.opset_import}
+        assert opsets == {("", 24), *([("ease", 1)] if functions else [])}, path.name
     operators = Counter(
         node.op_type
         for node in onnx.load(tiny_bundle / "segment_02.onnx", load_external_data=False).graph.node
     )
-    assert operators["Attention"] == 2
+    assert operators["FewOrMany"] == 2
+    assert operators["Mask"] == 1
     assert operators["TensorScatter"] == 4
 
 
+def every_node(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Also those of subgraphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from every_node(attribute.g.node)
+
+
 def test_kv_graphs_name_their_segments_weights(tiny_bundle: Path) -> None:
-    def places(name: str) -> set[tuple[str, str]]:
+    def places(name: str) -> set[tuple[str, int, int]]:
         graph = onnx.load(tiny_bundle / name, load_external_data=False).graph
         entries = [
             {e.key: e.value for e in tensor.external_data}
             for tensor in graph.initializer
             if tensor.external_data
         ]
-        return {(e["location"], e["offset"]) for e in entries}
+        return {(e["location"], int(e["offset"]), int(e["offset"]) + int(e["length"])) for e in entries}
 
     assert not (tiny_bundle / "kv_02.onnx.data").exists()
     kv = places("kv_02.onnx")
     segment = places("segment_02.onnx")
-    assert len(kv) >= 5  # two projections a layer, and the rotary tables
-    assert kv <= segment
+    assert len(kv) == 4  # a product a layer, and the rotary tables
+    assert len(kv - segment) == 2, "rows of the segment's products"
+    for file, first, last in kv:
+        assert any(file == f and start <= first and last <= stop for f, start, stop in segment)
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,8 @@ def test_what_graphs_share_is_stored_once(bundles: dict[str, Path], precision: s
     second = external(bundle, "segment_02.onnx")
     assert f"blocks.2.kv.weight{part}" in kv
     assert kv.items() - second.items(), "keys' and values' rows of the packed product"
-    assert {file for file, _ in kv.values()} == {"segment_02.onnx.data"}
+    tables = {first["cos"][0], first["sin"][0]}
+    assert {file for file, _ in kv.values()} == {"segment_02.onnx.data", *tables}
     assert not (bundle / "kv_02.onnx.data").exists()
 
 
@@ -187,7 +188,8 @@ def run_all(stack: OrtStack, num_rows: int, size: int) -> tuple[np.ndarray, np.n
         states.append(stack.pool.states[inputs].reshape(num_rows, size, -1))
         heads.append(stack.run_exit(1, inputs).logits.copy().reshape(num_rows, size, -1))
     layers = range(len(cache.segment_of))
-    caches = np.array([[cache.read(i, row, NUM_TOKENS) for i in layers] for row in range(num_rows)])
+    rows = [[cache.read(i, row, NUM_TOKENS) for i in layers] for row in range(num_rows)]
+    caches = np.moveaxis(np.array(rows), 0, 2)  # (layers, 2, rows, tokens, K)
     return np.concatenate(states, axis=1), caches, np.concatenate(heads, axis=1)
 
 

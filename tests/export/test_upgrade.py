@@ -13,8 +13,10 @@ from click.testing import CliRunner, Result
 from ease_common.errors import BundleError
 from ease_export.cli import main
 from ease_runtime.bundle.manifest import FORMAT_VERSION, MANIFEST_FILE, load_manifest
+from ease_runtime.engine.engine import Engine
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
+from ease_runtime.ort.stack import OrtStack
 
 CANDIDATE = {"thresholds": [None, 0.25], "risk": 0.01, "p_value": 0.01, "mean_depth": 5.0}
 CALIBRATION = {
@@ -140,3 +142,30 @@ def test_no_bundle_is_one_line(tmp_path: Path) -> None:
         result.stderr
         == f"error: no bundle at {tmp_path}; make one: ease-export build CHECKPOINT {tmp_path}\n"
     )
+
+
+def test_a_bundle_of_the_layout_of_before_runs_and_is_built_again(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Version 5 began with one layout for both targets. It says what the new one says, to the bit."""
+    shutil.copytree(tiny_checkpoint, tmp_path / tiny_checkpoint.name)
+    bundle = tmp_path / "bundle"
+    built = CliRunner().invoke(
+        main, ["build", str(tmp_path / tiny_checkpoint.name), str(bundle), "--target", "cuda"]
+    )
+    assert (built.exit_code, "for cuda" in built.output) == (0, True), built.output
+    edit(bundle, target="cpu", num_kv_heads=None)
+    said = []
+    for path in (bundle, tiny_bundle):
+        engine = Engine(OrtStack(path))
+        tokens = engine.generate(engine.start([3, 5, 8], max_new_tokens=40))
+        said.append([(token.id, token.logprob) for token in tokens])
+    assert said[0] == said[1]
+    assert len({token for token, _ in said[0]}) > 3
+    assert upgrade(bundle).exit_code == 0
+    assert load_manifest(bundle).cache_layout == "BGTP"
+    refused = CliRunner().invoke(
+        main,
+        ["build", str(tiny_checkpoint), str(bundle), "--precision", "fp16", "--target", "cpu"],
+    )
+    assert (refused.exit_code, "choose --target cuda" in refused.output) == (1, True), refused.output

@@ -162,7 +162,7 @@ def test_rows_keep_what_was_written(data: st.DataObject) -> None:
         for slot, length in expected.items():
             for layer in range(NUM_LAYERS):
                 want = [content(slot, layer, which)[:, :length] for which in (0, 1)]
-                flat = np.array(want).swapaxes(1, 2).reshape(2, length, -1)
+                flat = np.array(want).swapaxes(1, 2).reshape(2, length, SHAPE.numbers)
                 np.testing.assert_array_equal(cache.read(layer, slot, length), flat)
 
 

@@ -72,7 +72,7 @@ def test_a_broken_row_is_scrubbed_there_too(tiny_bundle: Path) -> None:
     stack = OrtStack(tiny_bundle, device=ELSEWHERE)
     engine = Engine(stack, num_slots=2)
     with engine.cache.buffers[0][0].on_host() as keys:  # type: ignore[attr-defined]
-        keys[1, 3] = np.nan
+        keys[1, :, 3] = np.nan
     engine.cache.scrub()
     assert np.isfinite(engine.cache.buffers[0][0].read()).all()  # type: ignore[attr-defined]
 

@@ -191,7 +191,7 @@ def _run_out_of_place(stack: OrtStack, ids: np.ndarray) -> None:
     shape = stack.open_cache().shape.buffer(1, 128)
     places = np.arange(len(ids))
     feed = {"input_ids": ids, "active": np.ones(len(ids), np.bool_), "write_indices": np.zeros(1, np.int64)}
-    feed["few"] = np.array(True)
+    feed |= {"few": np.array(True), "products": np.array(False)}
     feed |= {"spread": places[None], "places": places}
     feed |= {i.name: np.zeros(shape, np.float32) for i in session.get_inputs() if i.name.startswith("past_")}
     io = session.io_binding()
@@ -353,9 +353,10 @@ def test_verify_says_what_full_depth_says(tiny_stack: OrtStack, seed: int | None
     assert 0 < accepted < drafted
 
 
-def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack) -> None:
+@pytest.mark.parametrize("weights", ["large", "none"])
+def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack, weights: str) -> None:
     """Rows of very different lengths, past T = 128 and 256 and up to the context's end, with pads past it:
-    tokens as alone.
+    tokens as alone, in one pass, and in passes by length, which pay where weights cost nothing.
     """
     lengths = [3, 120, 250, 60]
     limit = tiny_stack.max_positions
@@ -370,6 +371,8 @@ def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack) -> None:
         engine = Engine(tiny_stack)
         expected.append(list(engine.generate(start(engine, prompt))))
     engine = Engine(tiny_stack, num_slots=4)
+    assert isinstance(engine.cache, RowCache)
+    engine.cache.weight_positions = {"large": 1e9, "none": 0.0}[weights]
     tiny_stack.trace = []
     sequences = [start(engine, prompt) for prompt in prompts]
     nearest_end = limit
@@ -381,7 +384,8 @@ def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack) -> None:
     tiny_stack.trace = None
     assert [s.produced for s in sequences] == expected
     assert nearest_end == 0 or {len(s.tokens) for s in sequences} == {limit}
-    assert {c.cache_length for c in trace if c.num_slots > 1} >= {256, 384}
+    batched = [c for c in trace if c.graph == "segment" and c.num_slots > 1]
+    assert {c.cache_length for c in batched} >= ({256, 384} if weights == "large" else {384})
     assert not engine.cache.tables  # nobody needs it
     filled = sum(contents(engine.cache, len(s.tokens)).nbytes for s in sequences)
     assert 0 < engine.cache.copied_bytes < 2 * filled
