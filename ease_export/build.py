@@ -28,7 +28,7 @@ from ease_export.plan import (
     head_file,
     plan_graphs,
 )
-from ease_export.quantize import BITS, BLOCK_SIZE, WeightQuantizer, add_contrib_domain
+from ease_export.quantize import BITS, WeightQuantizer, add_contrib_domain
 from ease_export.trace import Tracer
 from ease_export.weights import WeightFiles
 from ease_runtime.bundle.manifest import (
@@ -80,7 +80,7 @@ def write_bundle(
     model = checkpoint.model.eval()
     if precision == "fp16":
         check_finite(model.half(), f"{checkpoint_path} in fp16")
-    quantizer = WeightQuantizer(model, precision) if precision in BITS else None
+    quantizer = WeightQuantizer(model, precision, checkpoint.grids) if precision in BITS else None
     tracer = Tracer()
     files = WeightFiles(folder)
     for plan in plan_graphs(model):
@@ -88,7 +88,8 @@ def write_bundle(
     checkpoint.tokenizer.save(str(folder / TOKENIZER_FILE))
     if (template := checkpoint.text_format.chat_template) is not None:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    manifest = describe(checkpoint, checkpoint_path, folder, precision, calibration)
+    form = quantizer.form if quantizer else WeightForm(WEIGHT_BITS[precision])
+    manifest = describe(checkpoint, checkpoint_path, folder, precision, form, calibration)
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -139,7 +140,12 @@ def write_graph(
 
 
 def describe(
-    checkpoint: Checkpoint, checkpoint_path: Path, folder: Path, precision: str, calibration: dict[str, Any]
+    checkpoint: Checkpoint,
+    checkpoint_path: Path,
+    folder: Path,
+    precision: str,
+    form: WeightForm,
+    calibration: dict[str, Any],
 ) -> Manifest:
     """The manifest of the files written so far."""
     model = checkpoint.model
@@ -148,7 +154,7 @@ def describe(
         format_version=FORMAT_VERSION,
         target="cuda" if precision == "fp16" else "cpu",
         precision=precision,
-        weights=WeightForm(WEIGHT_BITS[precision], BLOCK_SIZE if precision in BITS else None),
+        weights=form,
         cache_layout="BTK",
         exactness="rounding" if precision in ("fp16", "int4") else "bits",
         vocab_size=config.vocab_size,

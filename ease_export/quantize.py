@@ -1,168 +1,252 @@
-"""int8 and int4 weights, by ONNX Runtime's own quantizer: a scale and a zero point for every 32 numbers of a
-row.
+"""int8 and int4 weights: whole numbers in blocks along a row, with a scale each and no zero points.
 
 Products become MatMulNBits, lookups in the embedding GatherBlockQuantized. The two read the same bytes, so a
-tied embedding is stored once; where blocks of 32 do not fill its rows, the lookup cuts off what is behind
-their end. In int4, too, the embedding and the LM heads have 8 bits: with 4, SmolLM2-135M lost twice as much
+tied embedding is stored once; where blocks do not fill its rows, the lookup cuts off what is behind their
+end. In int4, too, the embedding and the LM heads have 8 bits: with 4, SmolLM2-135M lost twice as much
 perplexity. Norms, exits' adapters, gates and routers, which are small and decide, stay fp32.
+
+A matrix that a file of 4 or 8 bits brought, and that nobody has trained since, keeps that file's own numbers:
+nothing is rounded again. Where their blocks have offsets, a small product of the sums of a block is added.
 
 Shapes: O outputs (or words), I inputs, K blocks of a row.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnxruntime.quantization.matmul_nbits_quantizer import (
-    DefaultWeightOnlyQuantConfig,
-    DefaultWeightOnlyQuantizer,
-)
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from ease_runtime.bundle.manifest import WeightForm
+from ease_train.convert.grid import ROUNDED, Grid, joined, packed
 from ease_train.model.decoder import Decoder, RoutedBlock
 from ease_train.model.exits import ReducedHead
 
 BITS = {"int8": 8, "int4": 4}
+BLOCKS = {8: 64, 4: 32}  # numbers a block, by bits
 OUTER_BITS = 8  # of the embedding and the LM heads
-BLOCK_SIZE = 32
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations are rounded to int8, which is what makes it fast
+SCALES_TRIED = 12  # on either side of the one that just holds a block's largest number
+SCALE_STEP = 0.1  # between them, in steps of the grid
 CONTRIB = "com.microsoft"
+OF_CONTRIB = ("MatMulNBits", "GatherBlockQuantized")
 
 Weights = dict[str, NDArray[Any]]
 
 
-def matrices(model: Decoder, precision: str) -> Iterator[tuple[nn.Linear | nn.Embedding, int]]:
-    """The modules whose weights are quantised, with their bits: layers, LM heads and the embedding."""
+def matrices(model: Decoder, precision: str) -> Iterator[tuple[str, nn.Linear | nn.Embedding, int]]:
+    """The modules whose weights are quantised, with their names and bits: layers, LM heads, the embedding."""
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     leaves = model.early_exits.values()
     own = [leave.block for leave in leaves if leave.block is not None]
     for layer in (*model.layers, *own):
         block = layer.block if isinstance(layer, RoutedBlock) else layer
-        yield from ((module, BITS[precision]) for module in block.modules() if isinstance(module, nn.Linear))
-    heads = dict.fromkeys((model.lm_head, *(leave.head for leave in leaves)))
-    yield from ((head.known if isinstance(head, ReducedHead) else head, OUTER_BITS) for head in heads)
-    yield model.embed, OUTER_BITS
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                yield names[id(module)], module, BITS[precision]
+    for head in dict.fromkeys((model.lm_head, *(leave.head for leave in leaves))):
+        known = head.known if isinstance(head, ReducedHead) else head
+        yield names[id(known)], known, OUTER_BITS
+    yield names[id(model.embed)], model.embed, OUTER_BITS
+
+
+def rounded(matrix: NDArray[np.float32], bits: int) -> Grid:
+    """A matrix (O, I) on a symmetric grid: of the scales tried for a block, the one with the least squared
+    error.
+    """
+    block = BLOCKS[bits]
+    values = torch.from_numpy(np.ascontiguousarray(matrix))
+    values = F.pad(values, (0, -values.shape[1] % block)).unflatten(1, (-1, block))  # (O, K, block)
+    half = 1 << (bits - 1)
+    largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
+    scales = torch.ones_like(largest)
+    least = torch.full_like(largest, torch.inf)
+    tried = range(-SCALES_TRIED, SCALES_TRIED + 1) if bits == 4 else (0,)
+    for step in tried:
+        scale = largest / -(half + SCALE_STEP * step)
+        scale = torch.where(scale == 0, 1.0, scale)
+        numbers = (values / scale).round_().clamp_(-half, half - 1)
+        error = (numbers * scale - values).square_().sum(-1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        scales = torch.where(better, scale, scales)
+    numbers = (values / scales).round_().clamp_(-half, half - 1) + half
+    return Grid(ROUNDED, bits, block, packed(numbers.to(torch.uint8).numpy(), bits), scales[..., 0].numpy())
+
+
+def quantized_matrices(
+    model: Decoder, precision: str, grids: Mapping[str, Grid]
+) -> Iterator[tuple[Tensor, Grid]]:
+    """Each quantised weight once, and its grid: that of the file it came from where it still is that, or else
+    a rounded one.
+    """
+    seen = set[int]()
+    for name, module, bits in matrices(model, precision):
+        weight = module.weight
+        if id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        names = (f"{name}.weight", *(("embed.weight",) if weight is model.embed.weight else ()))
+        matrix = weight.detach().numpy()
+        kept = (grid for grid in _own(grids, names, bits) if grid.is_exactly(matrix))
+        yield weight, next(kept, None) or rounded(matrix, bits)
+
+
+def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterator[Grid]:
+    """The grids of a weight's names that kernels of so many bits hold."""
+    for grid in (grids[name] for name in names if name in grids):
+        if bits == 4:
+            yield grid
+        elif grid.offsets is None:
+            yield grid.widened()
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """A matrix (O, I) as MatMulNBits reads it: values (O, K, bytes of a block), scales (O, K), zero_points
-    (O, bytes).
+class Held:
+    """A matrix as products and lookups hold it: `offsets` (K, O) are what each block's numbers, less their
+    middle, are offset by.
     """
 
-    bits: int
-    values: NDArray[np.uint8]
-    scales: NDArray[np.float32]
-    zero_points: NDArray[np.uint8]
+    grid: Grid
+    offsets: NDArray[np.float32] | None
 
     @classmethod
-    def of(cls, matrix: NDArray[np.float32], bits: int) -> Self:
-        """A matrix (O, I), quantised."""
-        config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=False, bits=bits)
-        return cls(
-            bits, *DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(matrix.T))
-        )
-
-    def dequantized(self, width: int) -> NDArray[np.float32]:
-        """What the kernels compute with. Shape: (O, I), where I is `width`."""
-        zeros = unpacked(self.zero_points, self.bits)[:, : self.scales.shape[1], None]
-        numbers = (unpacked(self.values, self.bits).astype(np.float32) - zeros) * self.scales[
-            ..., None
-        ]  # (O, K, 32)
-        return numbers.reshape(len(numbers), -1)[:, :width]
-
-
-def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Numbers of 4 bits stand two in a byte, the first in its lower half.
-
-    Shape: (..., n) -> (..., 2n), or the same for 8 bits.
-    """
-    return (
-        packed if bits == 8 else np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
-    )
+    def of(cls, grid: Grid) -> Self:
+        """A grid; its offsets are those of a kernel that takes the middle off each number."""
+        if grid.offsets is None:
+            return cls(grid, None)
+        return cls(grid, np.ascontiguousarray((grid.offsets + (1 << (grid.bits - 1)) * grid.scales).T))
 
 
 class WeightQuantizer:
-    """Quantises a model's matrices, each once, and rewrites the nodes that use them."""
+    """A model's quantised matrices, and what rewrites the nodes that use them."""
 
-    def __init__(self, model: Decoder, precision: str) -> None:
-        self.bits = {module.weight.data_ptr(): bits for module, bits in matrices(model, precision)}
-        self.done: dict[int, Quantized] = {}
+    def __init__(self, model: Decoder, precision: str, grids: Mapping[str, Grid]) -> None:
+        self.precision = precision
+        self.held: dict[int, Held] = {}  # by the address of the weight
+        self.kept: list[Tensor | NDArray[np.float32]] = []  # so that no other weight gets the same address
+        for weight, grid in quantized_matrices(model, precision, grids):
+            self.held[weight.data_ptr()] = Held.of(grid)
+            self.kept.append(weight)
 
-    def quantized(self, matrix: NDArray[np.float32]) -> Quantized:
-        """One of the model's matrices (O, I) in blocks; the same arrays whenever it is asked for."""
-        if (place := matrix.ctypes.data) not in self.done:
-            self.done[place] = Quantized.of(matrix, self.bits[place])
-        return self.done[place]
+    @property
+    def form(self) -> WeightForm:
+        """The form of most of the products."""
+        grids = [held.grid for held in self.held.values()]
+        block = Counter(grid.block for grid in grids if grid.bits == BITS[self.precision]).most_common(1)[0][
+            0
+        ]
+        symmetric = all(grid.offsets is None for grid in grids)
+        exact = all(grid.kind != ROUNDED for grid in grids)
+        return WeightForm(BITS[self.precision], block, symmetric, exact)
+
+    def join(self, whole: NDArray[np.float32], parts: Sequence[NDArray[np.float32]]) -> bool:
+        """Let a matrix that is some of the model's below each other have their numbers.
+
+        False where they are of forms that no one product holds.
+        """
+        grids = [self.held[part.ctypes.data].grid for part in parts]
+        if len({(grid.bits, grid.block, grid.zero) for grid in grids}) > 1:
+            return False
+        self.held[whole.ctypes.data] = Held.of(joined(grids))
+        self.kept.append(whole)
+        return True
 
     def rewrite(self, graph: onnx.GraphProto, weights: Weights) -> Weights:
         """Let a graph use quantised matrices. Returns the weights that its nodes name now."""
-        added: Weights = {}
-        nodes = list[onnx.NodeProto]()
+        rewriter = _Rewriter(self.held, weights)
         for node in graph.node:
-            place = {"Gemm": 1, "Gather": 0}.get(node.op_type)
-            name = None if place is None else node.input[place]
-            if name not in weights or weights[name].ctypes.data not in self.bits:
-                nodes.append(node)
-                continue
-            found = self.quantized(weights[name])
-            width = weights[name].shape[1]
-            nodes += [_product(node, name, found, width)] if place else _lookup(node, name, found, width)
-            values = found.values if place else found.values.reshape(len(found.values), -1)
-            added |= {
-                f"{name}/values": values,
-                f"{name}/scales": found.scales,
-                f"{name}/zero_points": found.zero_points,
-            }
-            if not place:
-                added |= {
-                    f"{name}/{bound}": np.array([number])
-                    for bound, number in (("first", 0), ("width", width), ("axis", 1))
-                }
-        rewritten = onnx.GraphProto(node=nodes)
+            rewriter.rewrite(node)
         del graph.node[:]
-        graph.node.extend(rewritten.node)
-        return {**weights, **added}
+        graph.node.extend(rewriter.nodes)
+        return {**weights, **rewriter.added}
 
 
-def _product(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> onnx.NodeProto:
-    bias = ["", node.input[2]] if len(node.input) > 2 else []  # after the place of g_idx
-    inputs = [node.input[0], *(f"{name}/{part}" for part in ("values", "scales", "zero_points")), *bias]
-    sizes = {"K": width, "N": len(found.scales), "bits": found.bits, "block_size": BLOCK_SIZE}
-    attributes: Any = {**sizes, "accuracy_level": ACCURACY_LEVEL}
-    return onnx.helper.make_node(
-        "MatMulNBits", inputs, list(node.output), node.name, domain=CONTRIB, **attributes
-    )
+@dataclass
+class _Rewriter:
+    """The nodes of a graph that uses quantised matrices, and the weights that these name.
 
-
-def _lookup(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> list[onnx.NodeProto]:
-    """The lookup, whose rows are as many whole blocks; where `width` does not fill the last, the rest is cut
-    off.
+    `sums` are the names of sums of blocks, by the name of what was summed: products of one state share them.
     """
-    inputs = [f"{name}/values", node.input[1], f"{name}/scales", f"{name}/zero_points"]
-    attributes: Any = {"bits": found.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
-    full = width % BLOCK_SIZE == 0
-    rows = list(node.output) if full else [f"{node.output[0]}/blocks"]
-    lookup = onnx.helper.make_node(
-        "GatherBlockQuantized", inputs, rows, node.name, domain=CONTRIB, **attributes
-    )
-    if full:
-        return [lookup]
-    bounds = [f"{name}/{bound}" for bound in ("first", "width", "axis")]
-    return [lookup, onnx.helper.make_node("Slice", [*rows, *bounds], list(node.output), f"{node.name}/cut")]
+
+    held: Mapping[int, Held]
+    weights: Weights
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    added: Weights = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
+
+    def rewrite(self, node: onnx.NodeProto) -> None:
+        place = {"Gemm": 1, "Gather": 0}.get(node.op_type)
+        name = None if place is None else node.input[place]
+        held = self.held.get(self.weights[name].ctypes.data) if name in self.weights else None
+        if name is None or held is None:
+            self.nodes.append(node)
+            return
+        width = self.weights[name].shape[1]
+        self.added[f"{name}/scales"] = held.grid.scales
+        if place:
+            self.added[f"{name}/numbers"] = held.grid.numbers
+            self._product(node, name, held, width)
+        else:
+            self.added[f"{name}/numbers"] = held.grid.numbers.reshape(len(held.grid.numbers), -1)
+            self._lookup(node, name, held.grid, width)
+
+    def _add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        domain = CONTRIB if kind in OF_CONTRIB else None
+        self.nodes.append(onnx.helper.make_node(kind, inputs, [output], output, domain=domain, **attributes))
+
+    def _product(self, node: onnx.NodeProto, name: str, held: Held, width: int) -> None:
+        """The product with the whole numbers, and where there are offsets, that of the sums of blocks with
+        them.
+        """
+        grid = held.grid
+        output = node.output[0]
+        product = output if held.offsets is None else f"{output}/numbers"
+        bias = ["", "", node.input[2]] if len(node.input) > 2 else []  # after zero points and g_idx
+        inputs = [node.input[0], f"{name}/numbers", f"{name}/scales", *bias]
+        sizes = {"K": width, "N": len(grid.scales), "bits": grid.bits, "block_size": grid.block}
+        self._add("MatMulNBits", inputs, product, accuracy_level=ACCURACY_LEVEL, **sizes)
+        if held.offsets is not None:
+            self.added[f"{name}/offsets"] = held.offsets
+            sums = self._summed(node.input[0], grid.block)
+            self._add("MatMul", [sums, f"{name}/offsets"], f"{output}/sums")
+            self._add("Add", [product, f"{output}/sums"], output)
+
+    def _summed(self, name: str, block: int) -> str:
+        """The name of the sums of blocks of a state. Shape: (N, I) -> (N, K)."""
+        if name not in self.sums:
+            self.sums[name] = f"{name}/block_sums"
+            self.added |= {"sum/shape": np.array([0, -1, block]), "sum/axis": np.array([-1])}
+            self._add("Reshape", [name, "sum/shape"], f"{name}/blocks")
+            self._add("ReduceSum", [f"{name}/blocks", "sum/axis"], self.sums[name], keepdims=0)
+        return self.sums[name]
+
+    def _lookup(self, node: onnx.NodeProto, name: str, grid: Grid, width: int) -> None:
+        """The lookup, whose rows are as many whole blocks; where `width` does not fill the last, the rest is
+        cut off.
+        """
+        output = node.output[0]
+        full = width % grid.block == 0
+        inputs = [f"{name}/numbers", node.input[1], f"{name}/scales"]
+        sizes = {"bits": grid.bits, "block_size": grid.block, "gather_axis": 0, "quantize_axis": 1}
+        self._add("GatherBlockQuantized", inputs, output if full else f"{output}/blocks", **sizes)
+        if not full:
+            bounds = {"first": 0, "width": width, "axis": 1}
+            self.added |= {f"{name}/{bound}": np.array([number]) for bound, number in bounds.items()}
+            self._add("Slice", [f"{output}/blocks", *(f"{name}/{bound}" for bound in bounds)], output)
 
 
-def round_trip(model: Decoder, precision: str) -> None:
+def round_trip(model: Decoder, precision: str, grids: Mapping[str, Grid]) -> None:
     """Give a model, in place, the weights that its quantised bundle computes with."""
     with torch.no_grad():
-        for module, bits in {
-            id(module.weight): (module, bits) for module, bits in matrices(model, precision)
-        }.values():
-            matrix = module.weight.numpy()
-            module.weight.copy_(torch.from_numpy(Quantized.of(matrix, bits).dequantized(matrix.shape[1])))
+        for weight, grid in quantized_matrices(model, precision, grids):
+            weight.copy_(torch.from_numpy(grid.dequantized(weight.shape[1])))
 
 
 def add_contrib_domain(model: onnx.ModelProto) -> None:

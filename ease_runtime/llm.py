@@ -58,6 +58,7 @@ class TextEngine:
         num_slots: int = 1,
         cap: int = DEFAULT_CAP,
         adapt: bool = False,
+        exact: bool = False,
     ) -> None:
         self.stack = stack
         self.tokenizer = tokenizer
@@ -65,7 +66,7 @@ class TextEngine:
         self.stop_ids = stop_ids
         self.template = template
         self.special = SpecialTokens(tokenizer)
-        self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt)
+        self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt, exact=exact)
         self.choices: dict[TokenSequence, Completion] = {}
 
     @property
@@ -295,7 +296,7 @@ class LLM(TextEngine):
     """A bundle ready to generate. Raises BundleError or DeviceError when it cannot run.
 
     `num_slots`: requests that run together; `adapt`: measure what passes cost, and leave early only where it
-    pays.
+    pays; `exact`: the same bits however tokens are divided into passes, in int4 and without verify, too.
     """
 
     def __init__(
@@ -307,6 +308,7 @@ class LLM(TextEngine):
         cap: int = DEFAULT_CAP,
         num_slots: int = 1,
         adapt: bool = False,
+        exact: bool = False,
     ) -> None:
         bundle = Path(bundle)
         stack = open_stack(bundle, device=device, num_threads=num_threads)
@@ -321,6 +323,7 @@ class LLM(TextEngine):
             num_slots=num_slots,
             cap=cap,
             adapt=adapt,
+            exact=exact,
         )
 
     def prepare(self, options: Options, policy: ExitPolicy | None = None) -> Options:

@@ -14,6 +14,12 @@ DEVICE_FLAG = click.option(
     help=f"One of: {', '.join(DEVICES)}; auto is CUDA where it can run the bundle.",
 )
 
+EXACT_FLAG = click.option(
+    "--exact",
+    is_flag=True,
+    help="The same bits however tokens are divided into passes: verify's, in int4 at full depth, too.",
+)
+
 
 class ThresholdFlag(click.ParamType[Thresholds]):
     """One threshold for every early exit, or one each: 0.5 or off,0.7."""

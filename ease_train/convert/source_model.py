@@ -5,13 +5,14 @@ Llama 2 and 3, SmolLM2, Mistral (without its sliding window), Qwen2 and 2.5, Qwe
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from ease_common.errors import ModelImportError
+from ease_train.convert.grid import Grid
 from ease_train.convert.text_format import TextFormat
 from ease_train.training.config import ModelConfig
 
@@ -72,7 +73,8 @@ class SourceModel:
     """A Hugging Face model: the values of its config.json, its weights by their names there, and what comes
     along.
 
-    `report` says line by line what of the source was used, where its reader counts that.
+    `report` says line by line what of the source was used, where its reader counts that. `grids` are the
+    matrices that the source holds in whole numbers, by our names.
     """
 
     config: dict[str, Any]
@@ -80,6 +82,7 @@ class SourceModel:
     tokenizer: Tokenizer
     text_format: TextFormat
     report: tuple[str, ...] = ()
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
 
 def hf_name(name: str) -> str | None:
