@@ -98,8 +98,8 @@ def save_grids(grids: Mapping[str, Grid], path: Path) -> None:
     for name, grid in grids.items():
         parts = {"numbers": grid.numbers, "scales": grid.scales, "offsets": grid.offsets}
         arrays |= {f"{name}/{part}": array for part, array in parts.items() if array is not None}
-        forms[name] = json.dumps({"kind": grid.kind, "bits": grid.bits, "block": grid.block})
-    save_file(arrays, path, metadata=forms)
+        forms[name] = {"kind": grid.kind, "bits": grid.bits, "block": grid.block}
+    save_file(arrays, path, metadata={"forms": json.dumps(forms)})
 
 
 def load_grids(path: Path) -> dict[str, Grid]:
@@ -109,7 +109,7 @@ def load_grids(path: Path) -> dict[str, Grid]:
     """
     with safe_open(path, framework="numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        forms = {name: json.loads(form) for name, form in (file.metadata() or {}).items()}
+        forms = json.loads((file.metadata() or {})["forms"])
     return {
         name: Grid(
             **form,
