@@ -1,16 +1,18 @@
-"""int8 and int4 weights: whole numbers in blocks along a row, with a scale each and no zero points.
+"""int8 and int4 weights: whole numbers in blocks along a row, with a scale each.
 
 Products become MatMulNBits, lookups in the embedding GatherBlockQuantized. The two read the same bytes, so a
 tied embedding is stored once; where blocks do not fill its rows, the lookup cuts off what is behind their
 end. In int4, too, the embedding and the LM heads have 8 bits: with 4, SmolLM2-135M lost twice as much
 perplexity. Norms, exits' adapters, gates and routers, which are small and decide, stay fp32.
 
-A matrix that a file of 4 or 8 bits brought, and that nobody has trained since, keeps that file's own numbers:
-nothing is rounded again. Where their blocks have offsets, a small product of the sums of a block is added.
+A matrix that came in whole numbers, from a file of 4 or 8 bits or by `ease-export quantize`, and that nobody
+has trained since, keeps these: nothing is rounded again. Where blocks have offsets, a small product of the
+sums of a block is added. Others are rounded number by number, in 4 bits with a zero point for each block.
 
 Shapes: O outputs (or words), I inputs, K blocks of a row.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +34,18 @@ BITS = {"int8": 8, "int4": 4}
 BLOCKS = {8: 64, 4: 32}  # numbers a block, by bits
 OUTER_BITS = 8  # of the embedding and the LM heads
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations are rounded to int8, which is what makes it fast
-SCALES_TRIED = 12  # on either side of the one that just holds a block's largest number
-SCALE_STEP = 0.1  # between them, in steps of the grid
+SCALES_TRIED = (
+    0.0,
+    -1.2,
+    -0.9,
+    -0.6,
+    -0.3,
+    0.3,
+    0.6,
+    0.9,
+    1.2,
+)  # steps more than just hold the largest number
+RANGES_TRIED = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's largest and least number
 CONTRIB = "com.microsoft"
 OF_CONTRIB = ("MatMulNBits", "GatherBlockQuantized")
 
@@ -57,27 +69,86 @@ def matrices(model: Decoder, precision: str) -> Iterator[tuple[str, nn.Linear | 
 
 
 def rounded(matrix: NDArray[np.float32], bits: int) -> Grid:
-    """A matrix (O, I) on a symmetric grid: of the scales tried for a block, the one with the least squared
-    error.
+    """A matrix (O, I), each number rounded by itself: in 4 bits on a grid with zero points, in 8 on a
+    symmetric one.
     """
     block = BLOCKS[bits]
-    values = torch.from_numpy(np.ascontiguousarray(matrix))
-    values = F.pad(values, (0, -values.shape[1] % block)).unflatten(1, (-1, block))  # (O, K, block)
-    half = 1 << (bits - 1)
+    values = block_values(torch.from_numpy(np.ascontiguousarray(matrix)), block)
+    if bits == 4:
+        scales, zeros = searched_ranges(values)
+        numbers = (values / scales).add_(zeros).round_().clamp_(0, 15)
+        points = zeros[..., 0].to(torch.uint8).numpy()
+    else:
+        scales = searched_scales(values, bits, None)
+        middle = 1 << (bits - 1)
+        numbers = (values / scales).round_().clamp_(-middle, middle - 1).add_(middle)
+        points = None
+    whole = packed(numbers.to(torch.uint8).numpy(), bits)
+    return Grid(ROUNDED, bits, block, whole, scales[..., 0].contiguous().numpy(), zeros=points)
+
+
+def block_values(matrix: Tensor, block: int) -> Tensor:
+    """A matrix in blocks, the last one of a row filled with zeros. Shape: (O, I) -> (O, K, block)."""
+    return F.pad(matrix, (0, -matrix.shape[1] % block)).unflatten(1, (-1, block))
+
+
+def searched_scales(values: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+    """The scale of each block on a symmetric grid: the one that just holds the largest number or, with the
+    numbers' `importance` (K, block), the one of several with the least squared error so weighed.
+
+    Shape: (O, K, block) -> (O, K, 1).
+    """
+    middle = 1 << (bits - 1)
     largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
-    scales = torch.ones_like(largest)
-    least = torch.full_like(largest, torch.inf)
-    tried = range(-SCALES_TRIED, SCALES_TRIED + 1) if bits == 4 else (0,)
-    for step in tried:
-        scale = largest / -(half + SCALE_STEP * step)
-        scale = torch.where(scale == 0, 1.0, scale)
-        numbers = (values / scale).round_().clamp_(-half, half - 1)
-        error = (numbers * scale - values).square_().sum(-1, keepdim=True)
-        better = error < least
-        least = torch.where(better, error, least)
-        scales = torch.where(better, scale, scales)
-    numbers = (values / scales).round_().clamp_(-half, half - 1) + half
-    return Grid(ROUNDED, bits, block, packed(numbers.to(torch.uint8).numpy(), bits), scales[..., 0].numpy())
+    if importance is None:
+        return not_zero(largest / -middle)
+    found = _Least.of(largest)
+    for steps in SCALES_TRIED:
+        scales = not_zero(largest / -(middle + steps))
+        numbers = (values / scales).round_().clamp_(-middle, middle - 1)
+        error = numbers.mul_(scales).sub_(values).square_().mul_(importance).sum(-1, keepdim=True)
+        found.offer(error, scales)
+    return found.best[0]
+
+
+def searched_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point of each block in 4 bits: those of several ranges with the least squared
+    error.
+
+    Shape: (O, K, block) -> two of (O, K, 1).
+    """
+    high = values.amax(-1, keepdim=True).clamp(min=0)
+    low = values.amin(-1, keepdim=True).clamp(max=0)
+    found = _Least.of(high, high)
+    for above, below in itertools.product(RANGES_TRIED, RANGES_TRIED):
+        scales = not_zero((high * above - low * below) / 15)
+        zeros = (low * -below / scales).round_().clamp_(0, 15)
+        numbers = (values / scales).add_(zeros).round_().clamp_(0, 15)
+        error = numbers.sub_(zeros).mul_(scales).sub_(values).square_().sum(-1, keepdim=True)
+        found.offer(error, scales, zeros)
+    return found.best[0], found.best[1]
+
+
+@dataclass
+class _Least:
+    """Of several settings of each block, the one with the least error so far."""
+
+    error: Tensor
+    best: list[Tensor]
+
+    @classmethod
+    def of(cls, *like: Tensor) -> Self:
+        return cls(torch.full_like(like[0], torch.inf), [torch.ones_like(tensor) for tensor in like])
+
+    def offer(self, error: Tensor, *setting: Tensor) -> None:
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.best = [torch.where(better, new, old) for new, old in zip(setting, self.best, strict=True)]
+
+
+def not_zero(scales: Tensor) -> Tensor:
+    """Scales by which can be divided: 1 for a block of zeros."""
+    return torch.where(scales == 0, 1.0, scales)
 
 
 def quantized_matrices(
@@ -110,18 +181,23 @@ def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterat
 @dataclass(frozen=True)
 class Held:
     """A matrix as products and lookups hold it: `offsets` (K, O) are what each block's numbers, less their
-    middle, are offset by.
+    middle, are offset by; `zero_points` (O, bytes of a row) are packed.
     """
 
     grid: Grid
     offsets: NDArray[np.float32] | None
+    zero_points: NDArray[np.uint8] | None
 
     @classmethod
     def of(cls, grid: Grid) -> Self:
         """A grid; its offsets are those of a kernel that takes the middle off each number."""
-        if grid.offsets is None:
-            return cls(grid, None)
-        return cls(grid, np.ascontiguousarray((grid.offsets + (1 << (grid.bits - 1)) * grid.scales).T))
+        offsets = zero_points = None
+        if grid.offsets is not None:
+            offsets = np.ascontiguousarray((grid.offsets + grid.middle * grid.scales).T)
+        if grid.zeros is not None:
+            whole = np.pad(grid.zeros, ((0, 0), (0, grid.zeros.shape[1] % 2)))
+            zero_points = np.ascontiguousarray(packed(whole, grid.bits))
+        return cls(grid, offsets, zero_points)
 
 
 class WeightQuantizer:
@@ -142,7 +218,7 @@ class WeightQuantizer:
         block = Counter(grid.block for grid in grids if grid.bits == BITS[self.precision]).most_common(1)[0][
             0
         ]
-        symmetric = all(grid.offsets is None for grid in grids)
+        symmetric = all(grid.offsets is None and grid.zeros is None for grid in grids)
         exact = all(grid.kind != ROUNDED for grid in grids)
         return WeightForm(BITS[self.precision], block, symmetric, exact)
 
@@ -152,7 +228,7 @@ class WeightQuantizer:
         False where they are of forms that no one product holds.
         """
         grids = [self.held[part.ctypes.data].grid for part in parts]
-        if len({(grid.bits, grid.block, grid.zero) for grid in grids}) > 1:
+        if len({grid.form for grid in grids}) > 1:
             return False
         self.held[whole.ctypes.data] = Held.of(joined(grids))
         self.kept.append(whole)
@@ -208,10 +284,13 @@ class _Rewriter:
         grid = held.grid
         output = node.output[0]
         product = output if held.offsets is None else f"{output}/numbers"
-        bias = ["", "", node.input[2]] if len(node.input) > 2 else []  # after zero points and g_idx
-        inputs = [node.input[0], f"{name}/numbers", f"{name}/scales", *bias]
+        bias = ["", node.input[2]] if len(node.input) > 2 else []  # after the place of g_idx
+        zeros = "" if held.zero_points is None else f"{name}/zero_points"
+        inputs = [node.input[0], f"{name}/numbers", f"{name}/scales", zeros, *bias]
         sizes = {"K": width, "N": len(grid.scales), "bits": grid.bits, "block_size": grid.block}
         self._add("MatMulNBits", inputs, product, accuracy_level=ACCURACY_LEVEL, **sizes)
+        if held.zero_points is not None:
+            self.added[zeros] = held.zero_points
         if held.offsets is not None:
             self.added[f"{name}/offsets"] = held.offsets
             sums = self._summed(node.input[0], grid.block)

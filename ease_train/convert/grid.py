@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 ROUNDED = "rounded"  # the kind of a grid that no file brought
+PARTS = ("numbers", "scales", "offsets", "zeros")  # in a checkpoint's file
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Grid:
 
     `kind` is the type's name in the file that it comes from. `numbers` of `bits` bits are packed, (O, K,
     bytes of a block); the last block of a row may reach past its end. `scales` (O, K), and so are `offsets`
-    where there are some; then `zero` is 0, and otherwise the middle of the numbers.
+    or `zeros` where there are some. Without `zeros`, 0 is the number 0 where there are offsets, or else the
+    middle one.
     """
 
     kind: str
@@ -33,16 +35,26 @@ class Grid:
     numbers: NDArray[np.uint8]
     scales: NDArray[np.float32]
     offsets: NDArray[np.float32] | None = None
+    zeros: NDArray[np.uint8] | None = None
 
     @property
-    def zero(self) -> int:
-        """The number that stands for 0, before an offset."""
-        return 0 if self.offsets is not None else 1 << (self.bits - 1)
+    def middle(self) -> int:
+        """The number that stands for 0 on a symmetric grid."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def form(self) -> tuple[int, int, bool, bool]:
+        """What kernels have to know before they read any of it."""
+        return self.bits, self.block, self.offsets is None, self.zeros is None
 
     def dequantized(self, width: int) -> NDArray[np.float32]:
         """The weights. Shape: (O, I), where I is `width`."""
         numbers = unpacked(self.numbers, self.bits).astype(np.float32)
-        values = (numbers - self.zero) * self.scales[..., None]
+        if self.zeros is not None:
+            numbers -= self.zeros[..., None]
+        elif self.offsets is None:
+            numbers -= self.middle
+        values = numbers * self.scales[..., None]
         if self.offsets is not None:
             values += self.offsets[..., None]
         return values.reshape(len(values), -1)[:, :width]
@@ -57,8 +69,10 @@ class Grid:
         """The same symmetric grid in 8 bits."""
         if self.bits == 8:
             return self
-        assert self.offsets is None, "only a symmetric grid has its zero in the middle of either form"
-        numbers = unpacked(self.numbers, self.bits) + np.uint8(128 - self.zero)
+        assert self.form[2:] == (True, True), (
+            "only a symmetric grid has its zero in the middle of either form"
+        )
+        numbers = unpacked(self.numbers, self.bits) + np.uint8(128 - self.middle)
         return type(self)(self.kind, 8, self.block, numbers, self.scales)
 
 
@@ -66,6 +80,7 @@ def joined(grids: Sequence[Grid]) -> Grid:
     """Matrices of one form, one below the other: their products side by side."""
     first = grids[0]
     offsets = [grid.offsets for grid in grids if grid.offsets is not None]
+    zeros = [grid.zeros for grid in grids if grid.zeros is not None]
     return Grid(
         first.kind,
         first.bits,
@@ -73,6 +88,7 @@ def joined(grids: Sequence[Grid]) -> Grid:
         np.concatenate([grid.numbers for grid in grids]),
         np.concatenate([grid.scales for grid in grids]),
         np.concatenate(offsets) if offsets else None,
+        np.concatenate(zeros) if zeros else None,
     )
 
 
@@ -96,8 +112,7 @@ def save_grids(grids: Mapping[str, Grid], path: Path) -> None:
     arrays = dict[str, NDArray[Any]]()
     forms = {}
     for name, grid in grids.items():
-        parts = {"numbers": grid.numbers, "scales": grid.scales, "offsets": grid.offsets}
-        arrays |= {f"{name}/{part}": array for part, array in parts.items() if array is not None}
+        arrays |= {f"{name}/{part}": array for part in PARTS if (array := getattr(grid, part)) is not None}
         forms[name] = {"kind": grid.kind, "bits": grid.bits, "block": grid.block}
     save_file(arrays, path, metadata={"forms": json.dumps(forms)})
 
@@ -113,9 +128,7 @@ def load_grids(path: Path) -> dict[str, Grid]:
     return {
         name: Grid(
             **form,
-            numbers=arrays[f"{name}/numbers"],
-            scales=arrays[f"{name}/scales"],
-            offsets=arrays.get(f"{name}/offsets"),
+            **{part: arrays[f"{name}/{part}"] for part in PARTS if f"{name}/{part}" in arrays},
         )
         for name, form in forms.items()
     }

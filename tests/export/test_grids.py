@@ -15,14 +15,21 @@ from gguf import GGMLQuantizationType as Type
 from onnx import helper
 
 import tiny_model
-from ease_common.errors import CheckpointError
+from ease_common.errors import CheckpointError, DataError
 from ease_export.build import export_bundle
-from ease_export.quantize import OUTER_BITS, WeightQuantizer, add_contrib_domain, matrices, rounded
+from ease_export.gptq import calibration_ids, quantize
+from ease_export.quantize import (
+    OUTER_BITS,
+    WeightQuantizer,
+    add_contrib_domain,
+    matrices,
+    round_trip,
+    rounded,
+)
 from ease_export.verify import verify_bundle
 from ease_runtime.bundle.manifest import WeightForm, load_manifest
 from ease_runtime.ort.sessions import load_session, start_thread_pool
 from ease_train.convert.gguf import GRIDS, PackedTensor
-from ease_train.convert.grid import Grid
 from ease_train.training.checkpoint import load_checkpoint, save_checkpoint
 
 HALVES = {Type.Q4_0: (0,), Type.Q4_1: (0, 2), Type.Q4_K: (0, 2), Type.Q6_K: (208,), Type.Q8_0: (0,)}
@@ -114,7 +121,7 @@ def test_a_bundle_computes_with_the_file_s_own_numbers(on_grids: Path, tmp_path:
     assert len(sums) == len(set(sums)), "products of one state share its sums"
     plain = load_checkpoint(on_grids)
     rounded_ = WeightQuantizer(plain.model, "int4", {}).form
-    assert rounded_ == WeightForm(4, 32, symmetric=True, exact_grid=False)
+    assert rounded_ == WeightForm(4, 32, symmetric=False, exact_grid=False)
 
 
 def test_what_has_been_trained_since_is_rounded(on_grids: Path, tmp_path: Path) -> None:
@@ -195,20 +202,59 @@ def test_matrices_of_different_forms_have_no_one_product(on_grids: Path) -> None
 
 
 @pytest.mark.parametrize("width", [64, 80, 576])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_rounding_is_to_the_nearest_number_of_a_good_scale(bits: int, width: int) -> None:
-    """No worse, block by block, than the scale that just holds a block's largest number."""
+def test_rounding_to_4_bits_is_no_worse_than_by_whole_ranges(width: int) -> None:
+    """Block by block: the range that just holds its numbers is one of those tried."""
     matrix = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
-    grid = rounded(matrix, bits)
-    assert isinstance(grid, Grid)
+    grid = rounded(matrix, 4)
     found = grid.dequantized(width)
     assert found.shape == matrix.shape
-    half = 1 << (bits - 1)
-    edges = range(0, width, grid.block)
-    for block in (slice(first, first + grid.block) for first in edges):
+    for block in (slice(first, first + grid.block) for first in range(0, width, grid.block)):
         part = matrix[:, block]
-        largest = np.take_along_axis(part, np.abs(part).argmax(axis=1)[:, None], axis=1)
-        scale = largest / -half
-        plain = np.clip(np.round(part / scale), -half, half - 1) * scale
+        high = part.max(axis=1, keepdims=True).clip(min=0)
+        low = part.min(axis=1, keepdims=True).clip(max=0)
+        scale = (high - low) / 15
+        zero = np.round(-low / scale)
+        plain = (np.clip(np.round(part / scale + zero), 0, 15) - zero) * scale
         error = ((found[:, block] - part) ** 2).sum(axis=1)
         assert (error <= ((plain - part) ** 2).sum(axis=1) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("width", [64, 80, 576])
+def test_rounding_to_8_bits_is_to_the_nearest_number(width: int) -> None:
+    matrix = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
+    grid = rounded(matrix, 8)
+    assert (grid.block, grid.form[2:]) == (64, (True, True))
+    scale = np.repeat(np.abs(grid.scales), grid.block, axis=1)[:, :width]
+    cut = np.abs(matrix) > 127 * scale  # the largest, on the other side
+    error = np.abs(grid.dequantized(width) - matrix)
+    assert (error <= np.where(cut, 1.0, 0.5 + 1e-3) * scale).all()
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+def test_gptq_changes_outputs_less_than_rounding_each_number(dim: int, tmp_path: Path) -> None:
+    """For the text that it read; and what it gives is what `build` uses, as it is."""
+    tiny_model.write_checkpoint(tmp_path / "checkpoint", (3, 6), dim=dim, exit_adapter="block")
+    plain = load_checkpoint(tmp_path / "checkpoint")
+    ids = calibration_ids(plain, None, 2048)
+    with torch.no_grad():
+        expected = plain.model(ids)
+        one_by_one = load_checkpoint(tmp_path / "checkpoint").model
+        round_trip(one_by_one, "int4", {})
+        of_rounding = (one_by_one(ids) - expected).square().mean()
+    done: list[int] = []
+    quantised = quantize(plain, ids, done.append)
+    assert done == [1, 2, 3, 4, 5, 6]
+    save_checkpoint(quantised, tmp_path / "quantised")
+    again = load_checkpoint(tmp_path / "quantised")
+    quantizer = WeightQuantizer(again.model, "int4", again.grids)
+    of_layers = [held.grid for held in quantizer.held.values() if held.grid.bits == 4]
+    assert {grid.kind for grid in of_layers} == {"gptq"}
+    round_trip(again.model, "int4", again.grids)
+    with torch.no_grad():
+        assert (again.model(ids) - expected).square().mean() < 0.8 * of_rounding
+
+
+def test_too_little_text_is_said(on_grids: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text('{"text": "And"}\n' * 20, encoding="utf-8")
+    with pytest.raises(DataError, match=r"short.jsonl has \d+ tokens; calibration needs 288 at least"):
+        calibration_ids(load_checkpoint(on_grids), str(tmp_path / "short.jsonl"), 4096)
