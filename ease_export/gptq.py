@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ease_common.errors import DataError
-from ease_export.quantize import BITS, BLOCKS, block_values, searched_scales
+from ease_export.quantize import BITS, BLOCKS, block_values, searched_ranges
 from ease_train.convert.grid import Grid, packed
 from ease_train.data.corpora import load_documents
 from ease_train.data.tokens import check_rows
@@ -28,7 +28,7 @@ from ease_train.training.checkpoint import Checkpoint
 KIND = "gptq"
 TEXT_LENGTH = 512  # tokens of a calibration text
 TEXTS_AT_ONCE = 4
-DAMPING = 0.1  # of the mean of the diagonal
+DAMPING = 1.0  # times the mean of the diagonal: with less, texts unlike the one read lose more
 COLUMNS_AT_ONCE = 64  # whose effect on later columns is added up before it is passed on
 PRECISION = "int4"
 
@@ -98,13 +98,15 @@ def rounded_block(
 
     `parts` are the states, as (B, S, D), for which `run` runs it.
     """
+    bits = BITS[PRECISION]
     for linears, squares in input_squares(block, run, parts):
-        whole = torch.cat([linear.weight for linear in linears])
-        numbers, scales = rounded_columns(whole, squares)
         sizes = [len(linear.weight) for linear in linears]
-        for linear, own, scale in zip(linears, numbers.split(sizes), scales.split(sizes), strict=True):
-            bits = BITS[PRECISION]
-            grid = Grid(KIND, bits, BLOCKS[bits], packed(own.numpy(), bits), scale.contiguous().numpy())
+        rounded = rounded_columns(torch.cat([linear.weight for linear in linears]), squares)
+        parted = (part.split(sizes) for part in rounded)
+        for linear, numbers, scales, zeros in zip(linears, *parted, strict=True):
+            points = zeros.to(torch.uint8).numpy()
+            whole = packed(numbers.numpy(), bits)
+            grid = Grid(KIND, bits, BLOCKS[bits], whole, scales.numpy(), zeros=points)
             linear.weight.copy_(torch.from_numpy(grid.dequantized(linear.in_features)))
             yield linear, grid
 
@@ -138,20 +140,19 @@ def input_squares(
     return [(group, total / len(parts)) for group, total in sums]
 
 
-def rounded_columns(matrix: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+def rounded_columns(matrix: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A matrix (O, I) rounded for inputs with these mean outer products (I, I).
 
-    Shape: numbers (O, K, block) uint8, scales (O, K).
+    Shape: numbers (O, K, block) uint8, scales and zero points (O, K).
     """
-    bits = BITS[PRECISION]
-    block = BLOCKS[bits]
-    half = 1 << (bits - 1)
+    block = BLOCKS[BITS[PRECISION]]
+    most = (1 << BITS[PRECISION]) - 1
     width = matrix.shape[1]
     diagonal = squares.diagonal().clone()
     diagonal[diagonal == 0] = diagonal.mean().clamp(min=1e-9)  # of an input that is always 0
-    scales = searched_scales(block_values(matrix, block), bits, block_values(diagonal[None], block)[0])[
-        ..., 0
-    ]
+    importance = block_values(diagonal[None], block)[0]
+    ranges = searched_ranges(block_values(matrix, block), importance)
+    scales, zeros = (part[..., 0].contiguous() for part in ranges)
     order = diagonal.argsort(descending=True, stable=True)
     squares = squares.clone()
     squares.diagonal().copy_(diagonal + DAMPING * diagonal.mean())
@@ -165,11 +166,11 @@ def rounded_columns(matrix: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         for column in range(first, last):
             place = int(order[column])
             scale = scales[:, place // block]
-            rounded = (rest[column] / scale).round_().clamp_(-half, half - 1)
-            numbers[place] = rounded + half
-            error = (rest[column] - rounded * scale) / passed_on[column, column]
+            zero = zeros[:, place // block]
+            rounded = (rest[column] / scale).add_(zero).round_().clamp_(0, most)
+            numbers[place] = rounded
+            error = (rest[column] - (rounded - zero) * scale) / passed_on[column, column]
             errors[column - first] = error
             rest[column + 1 : last].addr_(passed_on[column, column + 1 : last], error, alpha=-1)
         rest[last:].addmm_(passed_on[first:last, last:].T, errors, alpha=-1)
-    numbers[width:] = half
-    return numbers.T.reshape(len(matrix), -1, block).contiguous(), scales
+    return numbers.T.reshape(len(matrix), -1, block).contiguous(), scales, zeros

@@ -34,17 +34,6 @@ BITS = {"int8": 8, "int4": 4}
 BLOCKS = {8: 64, 4: 32}  # numbers a block, by bits
 OUTER_BITS = 8  # of the embedding and the LM heads
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations are rounded to int8, which is what makes it fast
-SCALES_TRIED = (
-    0.0,
-    -1.2,
-    -0.9,
-    -0.6,
-    -0.3,
-    0.3,
-    0.6,
-    0.9,
-    1.2,
-)  # steps more than just hold the largest number
 RANGES_TRIED = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's largest and least number
 CONTRIB = "com.microsoft"
 OF_CONTRIB = ("MatMulNBits", "GatherBlockQuantized")
@@ -79,8 +68,9 @@ def rounded(matrix: NDArray[np.float32], bits: int) -> Grid:
         numbers = (values / scales).add_(zeros).round_().clamp_(0, 15)
         points = zeros[..., 0].to(torch.uint8).numpy()
     else:
-        scales = searched_scales(values, bits, None)
         middle = 1 << (bits - 1)
+        largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
+        scales = not_zero(largest / -middle)
         numbers = (values / scales).round_().clamp_(-middle, middle - 1).add_(middle)
         points = None
     whole = packed(numbers.to(torch.uint8).numpy(), bits)
@@ -92,58 +82,28 @@ def block_values(matrix: Tensor, block: int) -> Tensor:
     return F.pad(matrix, (0, -matrix.shape[1] % block)).unflatten(1, (-1, block))
 
 
-def searched_scales(values: Tensor, bits: int, importance: Tensor | None) -> Tensor:
-    """The scale of each block on a symmetric grid: the one that just holds the largest number or, with the
-    numbers' `importance` (K, block), the one of several with the least squared error so weighed.
-
-    Shape: (O, K, block) -> (O, K, 1).
-    """
-    middle = 1 << (bits - 1)
-    largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
-    if importance is None:
-        return not_zero(largest / -middle)
-    found = _Least.of(largest)
-    for steps in SCALES_TRIED:
-        scales = not_zero(largest / -(middle + steps))
-        numbers = (values / scales).round_().clamp_(-middle, middle - 1)
-        error = numbers.mul_(scales).sub_(values).square_().mul_(importance).sum(-1, keepdim=True)
-        found.offer(error, scales)
-    return found.best[0]
-
-
-def searched_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
+def searched_ranges(values: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The scale and the zero point of each block in 4 bits: those of several ranges with the least squared
-    error.
+    error, weighed by the numbers' `importance` (K, block) where it is given.
 
     Shape: (O, K, block) -> two of (O, K, 1).
     """
     high = values.amax(-1, keepdim=True).clamp(min=0)
     low = values.amin(-1, keepdim=True).clamp(max=0)
-    found = _Least.of(high, high)
+    least = torch.full_like(high, torch.inf)
+    best = torch.ones_like(high)
+    points = torch.zeros_like(high)
     for above, below in itertools.product(RANGES_TRIED, RANGES_TRIED):
         scales = not_zero((high * above - low * below) / 15)
         zeros = (low * -below / scales).round_().clamp_(0, 15)
         numbers = (values / scales).add_(zeros).round_().clamp_(0, 15)
-        error = numbers.sub_(zeros).mul_(scales).sub_(values).square_().sum(-1, keepdim=True)
-        found.offer(error, scales, zeros)
-    return found.best[0], found.best[1]
-
-
-@dataclass
-class _Least:
-    """Of several settings of each block, the one with the least error so far."""
-
-    error: Tensor
-    best: list[Tensor]
-
-    @classmethod
-    def of(cls, *like: Tensor) -> Self:
-        return cls(torch.full_like(like[0], torch.inf), [torch.ones_like(tensor) for tensor in like])
-
-    def offer(self, error: Tensor, *setting: Tensor) -> None:
-        better = error < self.error
-        self.error = torch.where(better, error, self.error)
-        self.best = [torch.where(better, new, old) for new, old in zip(setting, self.best, strict=True)]
+        errors = numbers.sub_(zeros).mul_(scales).sub_(values).square_()
+        error = (errors if importance is None else errors.mul_(importance)).sum(-1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, scales, best)
+        points = torch.where(better, zeros, points)
+    return best, points
 
 
 def not_zero(scales: Tensor) -> Tensor:

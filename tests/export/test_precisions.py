@@ -201,6 +201,8 @@ def said(bundle: Path, *, doubles: bool) -> tuple[OrtStack, list[list[tuple[int,
     """Tokens, depths and confidences of several requests at once."""
     stack = OrtStack(bundle)
     stack.doubles = doubles
+    for segment in stack.segments:
+        segment.bindings.clear()  # those of the self-test
     engine = Engine(stack, num_slots=3, exact=True)
     policy = make_policy("max-prob", (0.1,) * (len(stack.exits) - 1), stack.exit_layers)
     prompts = ([5, 9, 2], [11, 3, 7, 7, 250], [40])
