@@ -29,7 +29,7 @@ from ease_export.plan import (
     head_file,
     plan_graphs,
 )
-from ease_export.quantize import BITS, BLOCK_SIZE, WeightQuantizer, add_contrib_domain
+from ease_export.quantize import BITS, WeightQuantizer, add_contrib_domain
 from ease_export.trace import Tracer
 from ease_export.weights import WeightFiles
 from ease_runtime.bundle.manifest import (
@@ -96,7 +96,7 @@ def write_bundle(
     if precision == "fp16":
         check_finite(model.half(), f"{checkpoint_path} in fp16")
     pack(model)
-    quantizer = WeightQuantizer(model, precision) if precision in BITS else None
+    quantizer = WeightQuantizer(model, precision, checkpoint.grids) if precision in BITS else None
     tracer = Tracer(model)
     files = WeightFiles(folder)
     for plan in plan_graphs(model, CACHE_LAYOUTS[target]):
@@ -104,7 +104,8 @@ def write_bundle(
     checkpoint.tokenizer.save(str(folder / TOKENIZER_FILE))
     if (template := checkpoint.text_format.chat_template) is not None:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    manifest = describe(checkpoint, checkpoint_path, folder, precision, target, calibration)
+    form = quantizer.form if quantizer else WeightForm(WEIGHT_BITS[precision])
+    manifest = describe(checkpoint, checkpoint_path, folder, precision, target, form, calibration)
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -160,6 +161,7 @@ def describe(
     folder: Path,
     precision: str,
     target: str,
+    form: WeightForm,
     calibration: dict[str, Any],
 ) -> Manifest:
     """The manifest of the files written so far."""
@@ -169,7 +171,7 @@ def describe(
         format_version=FORMAT_VERSION,
         target=target,
         precision=precision,
-        weights=WeightForm(WEIGHT_BITS[precision], BLOCK_SIZE if precision in BITS else None),
+        weights=form,
         cache_layout=CACHE_LAYOUTS[target],
         exactness="rounding" if precision in ("fp16", "int4") else "bits",
         vocab_size=config.vocab_size,

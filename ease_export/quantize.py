@@ -1,181 +1,336 @@
-"""int8 and int4 weights, by ONNX Runtime's own quantizer: a scale and a zero point for every 32 numbers of a
-row.
+"""int8 and int4 weights: whole numbers in blocks along a row, with a scale each.
 
 Products become MatMulNBits, lookups in the embedding GatherBlockQuantized. The two read the same bytes, so a
-tied embedding is stored once; where blocks of 32 do not fill its rows, the lookup cuts off what is behind
-their end. In int4, too, the embedding and the LM heads have 8 bits: with 4, SmolLM2-135M lost twice as much
+tied embedding is stored once; where blocks do not fill its rows, the lookup cuts off what is behind their
+end. In int4, too, the embedding and the LM heads have 8 bits: with 4, SmolLM2-135M lost twice as much
 perplexity. Norms, exits' adapters, gates and routers, which are small and decide, stay fp32.
+
+A matrix that came in whole numbers, from a file of 4 or 8 bits or by `ease-export quantize`, and that nobody
+has trained since, keeps these: nothing is rounded again. Where blocks have offsets, a small product of the
+sums of a block is added. Others are rounded number by number, in 4 bits with a zero point for each block.
 
 Shapes: O outputs (or words), I inputs, K blocks of a row.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnxruntime.quantization.matmul_nbits_quantizer import (
-    DefaultWeightOnlyQuantConfig,
-    DefaultWeightOnlyQuantizer,
-)
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from ease_runtime.bundle.manifest import WeightForm
+from ease_train.convert.grid import ROUNDED, Grid, joined, packed
 from ease_train.model.decoder import Decoder, RoutedBlock
 from ease_train.model.exits import ReducedHead
 
 BITS = {"int8": 8, "int4": 4}
+BLOCKS = {8: 64, 4: 32}  # numbers a block, by bits
 OUTER_BITS = 8  # of the embedding and the LM heads
-BLOCK_SIZE = 32
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations are rounded to int8, which is what makes it fast
+RANGES_TRIED = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's largest and least number
 CONTRIB = "com.microsoft"
+OF_CONTRIB = ("MatMulNBits", "GatherBlockQuantized")
 
 Weights = dict[str, NDArray[Any]]
 
 
-def matrices(model: Decoder, precision: str) -> Iterator[tuple[nn.Linear | nn.Embedding, int]]:
-    """The modules whose weights are quantised, with their bits: layers, LM heads and the embedding."""
+def matrices(model: Decoder, precision: str) -> Iterator[tuple[str, nn.Linear | nn.Embedding, int]]:
+    """The modules whose weights are quantised, with their names and bits: layers, LM heads, the embedding."""
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     leaves = model.early_exits.values()
     own = [leave.block for leave in leaves if leave.block is not None]
     for layer in (*model.layers, *own):
         block = layer.block if isinstance(layer, RoutedBlock) else layer
-        yield from ((module, BITS[precision]) for module in block.modules() if isinstance(module, nn.Linear))
-    heads = dict.fromkeys((model.lm_head, *(leave.head for leave in leaves)))
-    yield from ((head.known if isinstance(head, ReducedHead) else head, OUTER_BITS) for head in heads)
-    yield model.embed, OUTER_BITS
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                yield names[id(module)], module, BITS[precision]
+    for head in dict.fromkeys((model.lm_head, *(leave.head for leave in leaves))):
+        known = head.known if isinstance(head, ReducedHead) else head
+        yield names[id(known)], known, OUTER_BITS
+    yield names[id(model.embed)], model.embed, OUTER_BITS
+
+
+def rounded(matrix: NDArray[np.float32], bits: int) -> Grid:
+    """A matrix (O, I), each number rounded by itself: in 4 bits on a grid with zero points, in 8 on a
+    symmetric one.
+    """
+    block = BLOCKS[bits]
+    values = block_values(torch.from_numpy(np.ascontiguousarray(matrix)), block)
+    if bits == 4:
+        scales, zeros = searched_ranges(values)
+        numbers = (values / scales).add_(zeros).round_().clamp_(0, 15)
+        points = zeros[..., 0].to(torch.uint8).numpy()
+    else:
+        middle = 1 << (bits - 1)
+        largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
+        scales = not_zero(largest / -middle)
+        numbers = (values / scales).round_().clamp_(-middle, middle - 1).add_(middle)
+        points = None
+    whole = packed(numbers.to(torch.uint8).numpy(), bits)
+    return Grid(ROUNDED, bits, block, whole, scales[..., 0].contiguous().numpy(), zeros=points)
+
+
+def block_values(matrix: Tensor, block: int) -> Tensor:
+    """A matrix in blocks, the last one of a row filled with zeros. Shape: (O, I) -> (O, K, block)."""
+    return F.pad(matrix, (0, -matrix.shape[1] % block)).unflatten(1, (-1, block))
+
+
+def searched_ranges(values: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point of each block in 4 bits: those of several ranges with the least squared
+    error, weighed by the numbers' `importance` (K, block) where it is given.
+
+    Shape: (O, K, block) -> two of (O, K, 1).
+    """
+    high = values.amax(-1, keepdim=True).clamp(min=0)
+    low = values.amin(-1, keepdim=True).clamp(max=0)
+    least = torch.full_like(high, torch.inf)
+    best = torch.ones_like(high)
+    points = torch.zeros_like(high)
+    for above, below in itertools.product(RANGES_TRIED, RANGES_TRIED):
+        scales = not_zero((high * above - low * below) / 15)
+        zeros = (low * -below / scales).round_().clamp_(0, 15)
+        numbers = (values / scales).add_(zeros).round_().clamp_(0, 15)
+        errors = numbers.sub_(zeros).mul_(scales).sub_(values).square_()
+        error = (errors if importance is None else errors.mul_(importance)).sum(-1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, scales, best)
+        points = torch.where(better, zeros, points)
+    return best, points
+
+
+def not_zero(scales: Tensor) -> Tensor:
+    """Scales by which can be divided: 1 for a block of zeros."""
+    return torch.where(scales == 0, 1.0, scales)
+
+
+def quantized_matrices(
+    model: Decoder, precision: str, grids: Mapping[str, Grid]
+) -> Iterator[tuple[Tensor, Grid]]:
+    """Each quantised weight once, and its grid: that of the file it came from where it still is that, or else
+    a rounded one.
+    """
+    seen = set[int]()
+    for name, module, bits in matrices(model, precision):
+        weight = module.weight
+        if id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        names = (f"{name}.weight", *(("embed.weight",) if weight is model.embed.weight else ()))
+        matrix = weight.detach().numpy()
+        kept = (grid for grid in _own(grids, names, bits) if grid.is_exactly(matrix))
+        yield weight, next(kept, None) or rounded(matrix, bits)
+
+
+def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterator[Grid]:
+    """The grids of a weight's names that kernels of so many bits hold."""
+    for grid in (grids[name] for name in names if name in grids):
+        if bits == 4:
+            yield grid
+        elif grid.offsets is None:
+            yield grid.widened()
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """A matrix (O, I) as MatMulNBits reads it: values (O, K, bytes of a block), scales (O, K), zero_points
-    (O, bytes).
+class Held:
+    """A matrix as products and lookups hold it: `offsets` (K, O) are what each block's numbers, less their
+    middle, are offset by; `zero_points` (O, bytes of a row) are packed.
     """
 
-    bits: int
-    values: NDArray[np.uint8]
-    scales: NDArray[np.float32]
-    zero_points: NDArray[np.uint8]
+    grid: Grid
+    offsets: NDArray[np.float32] | None
+    zero_points: NDArray[np.uint8] | None
 
     @classmethod
-    def of(cls, matrix: NDArray[np.float32], bits: int) -> Self:
-        """A matrix (O, I), quantised."""
-        config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=False, bits=bits)
-        return cls(
-            bits, *DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(matrix.T))
-        )
+    def of(cls, grid: Grid) -> Self:
+        """A grid; its offsets are those of a kernel that takes the middle off each number."""
+        offsets = zero_points = None
+        if grid.offsets is not None:
+            offsets = np.ascontiguousarray((grid.offsets + grid.middle * grid.scales).T)
+        if grid.zeros is not None:
+            whole = np.pad(grid.zeros, ((0, 0), (0, grid.zeros.shape[1] % 2)))
+            zero_points = np.ascontiguousarray(packed(whole, grid.bits))
+        return cls(grid, offsets, zero_points)
 
-    def rows(self, first: int, last: int) -> "Quantized":
-        """Outputs [first, last), in the same memory."""
-        rows = slice(first, last)
-        return Quantized(self.bits, self.values[rows], self.scales[rows], self.zero_points[rows])
-
-    def dequantized(self, width: int) -> NDArray[np.float32]:
-        """What the kernels compute with. Shape: (O, I), where I is `width`."""
-        zeros = unpacked(self.zero_points, self.bits)[:, : self.scales.shape[1], None]
-        numbers = (unpacked(self.values, self.bits).astype(np.float32) - zeros) * self.scales[
-            ..., None
-        ]  # (O, K, 32)
-        return numbers.reshape(len(numbers), -1)[:, :width]
+    def rows(self, first: int, last: int) -> "Held":
+        """Outputs [first, last), but for the offsets in the same memory."""
+        offsets = None if self.offsets is None else np.ascontiguousarray(self.offsets[:, first:last])
+        zero_points = None if self.zero_points is None else self.zero_points[first:last]
+        return Held(self.grid.rows(first, last), offsets, zero_points)
 
 
-def unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Numbers of 4 bits stand two in a byte, the first in its lower half.
-
-    Shape: (..., n) -> (..., 2n), or the same for 8 bits.
-    """
-    return (
-        packed if bits == 8 else np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
-    )
+def _rows(parts: Sequence[Held], first: int, last: int) -> list[Held]:
+    """Outputs [first, last) of the parts of a matrix."""
+    found = []
+    for part in parts:
+        count = len(part.grid.scales)
+        if first < count and last > 0:
+            found.append(part.rows(max(first, 0), min(last, count)))
+        first -= count
+        last -= count
+    return found
 
 
 class WeightQuantizer:
-    """Quantises a model's matrices, each once, and rewrites the nodes that use them."""
+    """A model's quantised matrices, and what rewrites the nodes that use them."""
 
-    def __init__(self, model: Decoder, precision: str) -> None:
-        self.bits = {module.weight.data_ptr(): bits for module, bits in matrices(model, precision)}
-        self.done: list[tuple[int, int, Quantized]] = []  # by where a matrix begins and ends in memory
+    def __init__(self, model: Decoder, precision: str, grids: Mapping[str, Grid]) -> None:
+        self.precision = precision
+        self.grids: list[tuple[int, int, Grid]] = []  # by where their weights begin and end in memory
+        self.kept: list[Tensor] = []  # so that no other weight gets the same memory
+        self.done: list[tuple[int, int, list[Held]]] = []  # likewise, of what graphs have asked for
+        for weight, grid in quantized_matrices(model, precision, grids):
+            begin = weight.data_ptr()
+            self.grids.append((begin, begin + weight.numel() * weight.element_size(), grid))
+            self.kept.append(weight)
 
-    def quantized(self, matrix: NDArray[np.float32]) -> Quantized:
-        """One of the model's matrices (O, I) in blocks, or several of one kind that lie together; the same
-        arrays whenever it or some rows of it are asked for.
+    @property
+    def form(self) -> WeightForm:
+        """The form of most of the products."""
+        grids = [grid for *_, grid in self.grids]
+        blocks = Counter(grid.block for grid in grids if grid.bits == BITS[self.precision])
+        symmetric = all(grid.offsets is None and grid.zeros is None for grid in grids)
+        exact = all(grid.kind != ROUNDED for grid in grids)
+        return WeightForm(BITS[self.precision], blocks.most_common(1)[0][0], symmetric, exact)
+
+    def held(self, matrix: NDArray[np.float32]) -> list[Held]:
+        """A matrix (O, I) of a graph, which is one of the model's or several that lie together: in as many
+        parts, one below the other, as it has forms. The same arrays whenever it or some rows of it are asked
+        for; no parts for one that is not quantised.
         """
         begin = matrix.ctypes.data
         end = begin + matrix.nbytes
         for first, last, found in self.done:
             if first <= begin and end <= last:
                 row = (begin - first) // matrix.strides[0]
-                return found.rows(row, row + len(matrix))
-        found = Quantized.of(matrix, self.bits[begin])
-        self.done.append((begin, end, found))
-        return found
+                return _rows(found, row, row + len(matrix))
+        inside = [part for part in self.grids if begin <= part[0] and part[1] <= end]
+        grids = [grid for _, _, grid in sorted(inside, key=lambda part: part[0])]
+        groups = itertools.groupby(grids, key=lambda grid: grid.form)
+        parts = [Held.of(joined(list(group))) for _, group in groups]
+        if parts:
+            self.done.append((begin, end, parts))
+        return parts
 
     def rewrite(self, graph: onnx.GraphProto, weights: Weights) -> Weights:
         """Let a graph use quantised matrices. Returns the weights that its nodes name now."""
-        added: Weights = {}
-        nodes = list[onnx.NodeProto]()
+        rewriter = _Rewriter(self.held, weights)
         for node in graph.node:
-            place = {"Gemm": 1, "Gather": 0}.get(node.op_type)
-            name = None if place is None else node.input[place]
-            if name not in weights or weights[name].ctypes.data not in self.bits:
-                nodes.append(node)
-                continue
-            found = self.quantized(weights[name])
-            width = weights[name].shape[1]
-            nodes += [_product(node, name, found, width)] if place else _lookup(node, name, found, width)
-            values = found.values if place else found.values.reshape(len(found.values), -1)
-            added |= {
-                f"{name}/values": values,
-                f"{name}/scales": found.scales,
-                f"{name}/zero_points": found.zero_points,
-            }
-            if not place:
-                added |= {
-                    f"{name}/{bound}": np.array([number])
-                    for bound, number in (("first", 0), ("width", width), ("axis", 1))
-                }
-        rewritten = onnx.GraphProto(node=nodes)
+            rewriter.rewrite(node)
         del graph.node[:]
-        graph.node.extend(rewritten.node)
-        return {**weights, **added}
+        graph.node.extend(rewriter.nodes)
+        return {**weights, **rewriter.added}
 
 
-def _product(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> onnx.NodeProto:
-    bias = ["", node.input[2]] if len(node.input) > 2 else []  # after the place of g_idx
-    inputs = [node.input[0], *(f"{name}/{part}" for part in ("values", "scales", "zero_points")), *bias]
-    sizes = {"K": width, "N": len(found.scales), "bits": found.bits, "block_size": BLOCK_SIZE}
-    attributes: Any = {**sizes, "accuracy_level": ACCURACY_LEVEL}
-    return onnx.helper.make_node(
-        "MatMulNBits", inputs, list(node.output), node.name, domain=CONTRIB, **attributes
-    )
+@dataclass
+class _Rewriter:
+    """The nodes of a graph that uses quantised matrices, and the weights that these name.
 
-
-def _lookup(node: onnx.NodeProto, name: str, found: Quantized, width: int) -> list[onnx.NodeProto]:
-    """The lookup, whose rows are as many whole blocks; where `width` does not fill the last, the rest is cut
-    off.
+    `sums` are the names of sums of blocks, by the name of what was summed: products of one state share them.
     """
-    inputs = [f"{name}/values", node.input[1], f"{name}/scales", f"{name}/zero_points"]
-    attributes: Any = {"bits": found.bits, "block_size": BLOCK_SIZE, "gather_axis": 0, "quantize_axis": 1}
-    full = width % BLOCK_SIZE == 0
-    rows = list(node.output) if full else [f"{node.output[0]}/blocks"]
-    lookup = onnx.helper.make_node(
-        "GatherBlockQuantized", inputs, rows, node.name, domain=CONTRIB, **attributes
-    )
-    if full:
-        return [lookup]
-    bounds = [f"{name}/{bound}" for bound in ("first", "width", "axis")]
-    return [lookup, onnx.helper.make_node("Slice", [*rows, *bounds], list(node.output), f"{node.name}/cut")]
+
+    held: Callable[[NDArray[np.float32]], list[Held]]
+    weights: Weights
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    added: Weights = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
+
+    def rewrite(self, node: onnx.NodeProto) -> None:
+        place = {"Gemm": 1, "Gather": 0}.get(node.op_type)
+        name = None if place is None else node.input[place]
+        held = self.held(self.weights[name]) if name in self.weights else []
+        if name is None or not held:
+            self.nodes.append(node)
+            return
+        width = self.weights[name].shape[1]
+        if place:
+            self._products(node, name, held, width)
+        else:
+            (whole,) = held
+            self.added[f"{name}/scales"] = whole.grid.scales
+            self.added[f"{name}/numbers"] = whole.grid.numbers.reshape(len(whole.grid.numbers), -1)
+            self._lookup(node, name, whole.grid, width)
+
+    def _products(self, node: onnx.NodeProto, name: str, parts: Sequence[Held], width: int) -> None:
+        """The product with each part of a matrix, side by side."""
+        output = node.output[0]
+        bias = node.input[2] if len(node.input) > 2 else None
+        if len(parts) == 1:
+            self._product(node.input[0], name, parts[0], width, bias, output)
+            return
+        outputs = []
+        row = 0
+        for number, part in enumerate(parts):
+            last = row + len(part.grid.scales)
+            own = None
+            if bias is not None:
+                own = f"{bias}/{number}"
+                self.added[own] = self.weights[bias][row:last]
+            outputs.append(f"{output}/{number}")
+            self._product(node.input[0], f"{name}/{number}", part, width, own, outputs[-1])
+            row = last
+        self._add("Concat", outputs, output, axis=-1)
+
+    def _add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        domain = CONTRIB if kind in OF_CONTRIB else None
+        self.nodes.append(onnx.helper.make_node(kind, inputs, [output], output, domain=domain, **attributes))
+
+    def _product(self, state: str, name: str, held: Held, width: int, bias: str | None, output: str) -> None:
+        """The product with the whole numbers, and where there are offsets, that of the sums of blocks with
+        them.
+        """
+        grid = held.grid
+        self.added |= {f"{name}/numbers": grid.numbers, f"{name}/scales": grid.scales}
+        product = output if held.offsets is None else f"{output}/numbers"
+        zeros = "" if held.zero_points is None else f"{name}/zero_points"
+        more = [] if bias is None else ["", bias]  # after the place of g_idx
+        inputs = [state, f"{name}/numbers", f"{name}/scales", zeros, *more]
+        sizes = {"K": width, "N": len(grid.scales), "bits": grid.bits, "block_size": grid.block}
+        self._add("MatMulNBits", inputs, product, accuracy_level=ACCURACY_LEVEL, **sizes)
+        if held.zero_points is not None:
+            self.added[zeros] = held.zero_points
+        if held.offsets is not None:
+            self.added[f"{name}/offsets"] = held.offsets
+            sums = self._summed(state, grid.block)
+            self._add("MatMul", [sums, f"{name}/offsets"], f"{output}/sums")
+            self._add("Add", [product, f"{output}/sums"], output)
+
+    def _summed(self, name: str, block: int) -> str:
+        """The name of the sums of blocks of a state. Shape: (N, I) -> (N, K)."""
+        if name not in self.sums:
+            self.sums[name] = f"{name}/block_sums"
+            self.added |= {"sum/shape": np.array([0, -1, block]), "sum/axis": np.array([-1])}
+            self._add("Reshape", [name, "sum/shape"], f"{name}/blocks")
+            self._add("ReduceSum", [f"{name}/blocks", "sum/axis"], self.sums[name], keepdims=0)
+        return self.sums[name]
+
+    def _lookup(self, node: onnx.NodeProto, name: str, grid: Grid, width: int) -> None:
+        """The lookup, whose rows are as many whole blocks; where `width` does not fill the last, the rest is
+        cut off.
+        """
+        output = node.output[0]
+        full = width % grid.block == 0
+        inputs = [f"{name}/numbers", node.input[1], f"{name}/scales"]
+        sizes = {"bits": grid.bits, "block_size": grid.block, "gather_axis": 0, "quantize_axis": 1}
+        self._add("GatherBlockQuantized", inputs, output if full else f"{output}/blocks", **sizes)
+        if not full:
+            bounds = {"first": 0, "width": width, "axis": 1}
+            self.added |= {f"{name}/{bound}": np.array([number]) for bound, number in bounds.items()}
+            self._add("Slice", [f"{output}/blocks", *(f"{name}/{bound}" for bound in bounds)], output)
 
 
-def round_trip(model: Decoder, precision: str) -> None:
+def round_trip(model: Decoder, precision: str, grids: Mapping[str, Grid]) -> None:
     """Give a model, in place, the weights that its quantised bundle computes with."""
     with torch.no_grad():
-        for module, bits in {
-            id(module.weight): (module, bits) for module, bits in matrices(model, precision)
-        }.values():
-            matrix = module.weight.numpy()
-            module.weight.copy_(torch.from_numpy(Quantized.of(matrix, bits).dequantized(matrix.shape[1])))
+        for weight, grid in quantized_matrices(model, precision, grids):
+            weight.copy_(torch.from_numpy(grid.dequantized(weight.shape[1])))
 
 
 def add_contrib_domain(model: onnx.ModelProto) -> None:

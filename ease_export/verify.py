@@ -146,7 +146,7 @@ def verify_bundle(
         )
     precision = stack.manifest.precision
     if precision in BITS:
-        round_trip(model, precision)
+        round_trip(model, precision, checkpoint.grids)
     elif precision == "fp16":
         model.half().float()  # in place
     num_generated = min(num_generated, stack.max_positions - 1)

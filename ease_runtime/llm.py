@@ -59,6 +59,7 @@ class TextEngine:
         num_slots: int = 1,
         cap: int = DEFAULT_CAP,
         adapt: bool = False,
+        exact: bool = False,
     ) -> None:
         self.stack = stack
         self.tokenizer = tokenizer
@@ -66,7 +67,7 @@ class TextEngine:
         self.stop_ids = stop_ids
         self.template = template
         self.special = SpecialTokens(tokenizer)
-        self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt)
+        self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt, exact=exact)
         self.choices: dict[TokenSequence, Completion] = {}
 
     @property
@@ -296,7 +297,7 @@ class LLM(TextEngine):
     """A bundle ready to generate. Raises BundleError or DeviceError when it cannot run.
 
     `num_slots`: requests that run together; `adapt`: measure what passes cost, and leave early only where it
-    pays.
+    pays; `exact`: the same bits however tokens are divided into passes, in int4 and without verify, too.
     """
 
     def __init__(
@@ -308,6 +309,7 @@ class LLM(TextEngine):
         cap: int = DEFAULT_CAP,
         num_slots: int = 1,
         adapt: bool = False,
+        exact: bool = False,
     ) -> None:
         bundle = find_bundle(bundle)
         stack = open_stack(bundle, device=device, num_threads=num_threads)
@@ -322,6 +324,7 @@ class LLM(TextEngine):
             num_slots=num_slots,
             cap=cap,
             adapt=adapt,
+            exact=exact,
         )
 
     def prepare(self, options: Options, policy: ExitPolicy | None = None) -> Options:

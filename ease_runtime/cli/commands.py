@@ -16,6 +16,12 @@ DEVICE_FLAG = click.option(
     help=f"One of: {', '.join(DEVICES)}; auto is CUDA where it can run the bundle.",
 )
 
+EXACT_FLAG = click.option(
+    "--exact",
+    is_flag=True,
+    help="The same bits however tokens are divided into passes: verify's, in int4 at full depth, too.",
+)
+
 
 class BundleName(click.ParamType[Path]):
     """A bundle's directory, the name of one that comes with this package, or its id on the hub."""

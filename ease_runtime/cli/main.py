@@ -21,7 +21,7 @@ from ease_common.commands import CommandGroup, given_flags
 from ease_common.errors import EaseError, RequestError
 from ease_common.lists import FiniteRange
 from ease_runtime.cli.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
-from ease_runtime.cli.commands import DEVICE_FLAG, BundleName
+from ease_runtime.cli.commands import DEVICE_FLAG, EXACT_FLAG, BundleName
 from ease_runtime.cli.flags import option_flags, read_flags
 from ease_runtime.cli.show import (
     as_object,
@@ -47,7 +47,7 @@ def main(debug: bool) -> None:
     """Run models whose tokens leave early."""
 
 
-PLACE = ("device", "num_threads", "adapt")
+PLACE = ("device", "num_threads", "adapt", "exact")
 
 
 def model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,6 +57,7 @@ def model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         "the machine)."
     )
     command = click.option("--adapt", is_flag=True, help=text)(command)
+    command = EXACT_FLAG(command)
     command = click.option("--threads", "num_threads", default=0, help="CPU threads; 0 takes all.")(command)
     return DEVICE_FLAG(command)
 

@@ -37,8 +37,8 @@ class Engine:
     `cap` bounds the pending tokens at a boundary, `chunk` the tokens of prompts in one pass, `draft_length`
     the drafts of `verify`. Once costs are known (`measure`), `verify` drafts as many tokens as pays, and none
     where that is slower; with `adapt` any request that leaving early makes slower stays at full depth from
-    then on: its tokens then depend on the machine. Both say so in the request's notes. Raises RequestError
-    for a number below 1.
+    then on: its tokens then depend on the machine. Both say so in the request's notes. `exact`: as Runner's.
+    Raises RequestError for a number below 1.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Engine:
         chunk: int = CHUNK,
         draft_length: int = DRAFT_LENGTH,
         adapt: bool = False,
+        exact: bool = False,
     ) -> None:
         for name, value in {
             "num_slots": num_slots,
@@ -60,7 +61,7 @@ class Engine:
             if value < 1:
                 raise RequestError(f"{name} {value} is below 1")
         self.stack = stack
-        self.runner = Runner(stack, num_slots)
+        self.runner = Runner(stack, num_slots, exact)
         self.cap = cap
         self.chunk = chunk
         self.draft_length = draft_length

@@ -28,10 +28,15 @@ Parts = Many[tuple[TokenSequence, int, int]]  # tokens [start, stop) of some seq
 
 
 class Runner:
-    """A stack with a cache of `num_slots` slots, and the sequences in them."""
+    """A stack with a cache of `num_slots` slots, and the sequences in them.
 
-    def __init__(self, stack: Stack, num_slots: int = 1) -> None:
+    `exact`: every pass gives the bits that any other division into passes would give, also where that takes
+    more time; those with a sequence under `verify` always do.
+    """
+
+    def __init__(self, stack: Stack, num_slots: int = 1, exact: bool = False) -> None:
         self.stack = stack
+        self.exact = exact
         self.cache = stack.open_cache(num_slots)
         self.slots = Slots(num_slots)
         self.num_early = len(stack.exits) - 1
@@ -89,6 +94,7 @@ class Runner:
         """Write K/V of tokens [start, stop) of some sequences into a segment, from the states that they left
         with.
         """
+        self._keep_bits(parts)
         with_block = self._with_block(segment, parts)
         out_row = self._reserve(_num_tokens(with_block)) if with_block else 0
         self.stack.run_kv(segment, self.cache, _spans(parts), _rows(parts))
@@ -100,6 +106,7 @@ class Runner:
 
         Shape: active (N).
         """
+        self._keep_bits(parts)
         if self.stack.layout[segment].routed:
             self._advance_routed(segment, parts)
             _mark(segment, parts)
@@ -221,6 +228,9 @@ class Runner:
         positions = np.arange(where.start, where.stop) if isinstance(where, slice) else where
         rows: Int64s = positions - counters.first + counters.block_row
         return rows
+
+    def _keep_bits(self, parts: Parts) -> None:
+        self.stack.even = self.exact or any(s.request.catch_up == "verify" for s, _, _ in parts)
 
     def _reserve(self, num_rows: int) -> int:
         """Free rows of the pool; those that are still needed keep their states."""

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 PRODUCTS_LENGTH = 2000  # tokens in the cache of the pass that compares two forms of attention
 SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
+BUFFERED = (-1, -1, -1)  # where a pass with a token named twice has its states, and no rows of the pool
 FEW_PLACES = 8  # new tokens of a row up to which the forms of attention for few are faster (measured)
 NOT_FINITE = (
     "its weights hold NaN or infinity, or overflow: get the model's own weights again, then export them"
@@ -119,7 +120,8 @@ class Stack(Protocol):
     exits: list[StackExit]
     vocab_size: int
     max_positions: int
-    exact: bool  # several tokens in one pass give the bits of one at a time
+    exact: bool  # several tokens in one pass give the bits of one at a time, with `even` where that needs it
+    even: bool  # no pass of an odd number of tokens, where kernels compute the last of them in another way
     trace: list[Call] | None
 
     @property
@@ -201,6 +203,8 @@ class OrtStack:
         self.layout = _layout(manifest)
         self.trace: list[Call] | None = None
         self.num_threads = num_threads or os.cpu_count() or 1
+        self.even = False
+        self.doubles = False  # whether `even` names the last token twice: some CPUs' 4-bit kernels need it
         self.own_threads = num_threads is None and not start_thread_pool.cache_info().currsize
         if num_threads is not None:
             start_thread_pool(num_threads)
@@ -409,8 +413,7 @@ class OrtStack:
         runs = cache.runs(part, spans)
         if len(runs) == 1:
             binding = self._place(graph, part, cache, runs[0], inputs, own)
-            self._bind_hidden(binding, out_row, len(inputs), len(inputs))
-            binding.run()
+            self._run_into_pool(binding, out_row, len(inputs), len(inputs))
             self._note(kind, number, len(inputs), runs[0].length, len(runs[0].write_indices))
             return
         starts = np.cumsum([0, *(stop - start for _, start, stop in spans)]).tolist()
@@ -420,8 +423,7 @@ class OrtStack:
             taken = {name: values[tokens] for name, values in own.items()}
             binding = self._place(graph, part, cache, run, inputs[tokens], taken)
             row = None if out_row is None else out_row + len(order)
-            self._bind_hidden(binding, row, len(tokens), len(inputs))
-            binding.run()
+            self._run_into_pool(binding, row, len(tokens), len(inputs))
             self._note(kind, number, len(tokens), run.length, len(run.write_indices))
             order += tokens
         if out_row is not None:
@@ -441,17 +443,21 @@ class OrtStack:
         """The binding for a run, with the cache, the pool and the small inputs in place.
 
         It covers the slots from the first to the last span. Those without new tokens, and rows with fewer
-        than the longest, write pads past what they hold.
+        than the longest, write pads past what they hold. Where it has to be of an even number of tokens, the
+        last one is named twice; its second place is its first.
         """
         num_slots = len(run.write_indices)
         num_places = max(stop - start for _, start, stop in run.spans)
-        binding = graph.binding(run.first, num_slots, num_places, len(inputs))
-        binding.own["index" if part else "input_ids"][:] = inputs
+        odd = self.even and self.doubles and len(inputs) % 2
+        binding = graph.binding(run.first, num_slots, num_places, len(inputs) + int(odd))
+        _fill(binding.own["index" if part else "input_ids"], inputs)
         binding.own["write_indices"][:] = run.write_indices
         for name, values in own.items():
-            binding.own[name][:] = values
+            _fill(binding.own[name], values)
         if num_slots > 1:
-            _spread(binding.own["spread"], binding.own["places"], run.spans)
+            places = binding.own["places"]
+            _spread(binding.own["spread"], places, run.spans)
+            places[len(inputs) :] = places[len(inputs) - 1]
         if binding.bound.get("cache") != (run.serial, run.length):
             self._bind_cache(binding, part, cache, run)
         if part:
@@ -485,6 +491,23 @@ class OrtStack:
             binding.output_at("embedded", self.dtype, shape, self.pool.row_pointer(out_row + in_all))
         binding.bound["hidden"] = (self.pool.serial, out_row, in_all)
 
+    def _run_into_pool(self, binding: Binding, out_row: int | None, num_tokens: int, in_all: int) -> None:
+        """Run a pass whose states, if any, go to the pool; with a token named twice, by way of a buffer."""
+        count = len(binding.own["places"])
+        if out_row is None or count == num_tokens:
+            self._bind_hidden(binding, out_row, num_tokens, in_all)
+            binding.run()
+            return
+        names = ("hidden", "embedded") if "input_ids" in binding.input_names else ("hidden",)
+        if binding.bound.get("hidden") != BUFFERED:
+            for name in names:
+                binding.output(name, np.zeros((count, self.manifest.dim), self.dtype))
+            binding.bound["hidden"] = BUFFERED
+        binding.run()
+        for place, name in enumerate(names):
+            first = out_row + place * in_all
+            self.pool.states[first : first + num_tokens] = binding.own[name][:num_tokens]
+
     def _bind_segment(
         self, binding: Binding, first: int, num_slots: int, num_places: int, num_tokens: int
     ) -> None:
@@ -495,7 +518,8 @@ class OrtStack:
         binding.input(
             "spread", np.arange(num_slots * num_places, dtype=np.int64).reshape(num_slots, num_places)
         )
-        binding.input("places", np.arange(num_tokens, dtype=np.int64))
+        places = np.arange(num_slots * num_places, dtype=np.int64)
+        binding.input("places", places[np.minimum(np.arange(num_tokens), len(places) - 1)])
         binding.input("write_indices", np.zeros(num_slots, np.int64))
         if "few" in binding.input_names:
             few = num_places <= FEW_PLACES
@@ -546,7 +570,31 @@ class OrtStack:
     def _self_test(self) -> None:
         """Three tokens in one pass on a filled cache must give what three passes give.
 
-        Builds of ONNX Runtime before 1.31 align the causal mask top-left there, and say nothing.
+        Builds of ONNX Runtime before 1.31 align the causal mask top-left there, and say nothing. Equal to the
+        bit they are by themselves, or in passes of an even number of tokens, or not at all.
+        """
+        together, apart = self._tried()
+        if not (np.isfinite(together).all() and np.isfinite(apart).all()):
+            raise BundleError(f"{self.bundle}: its first segment gives no finite numbers; {NOT_FINITE}")
+        scale = float(np.abs(apart).max())
+        difference = float(np.abs(together - apart).max())
+        if not difference <= SELF_TEST_TOLERANCE * scale * ROUNDING[self.manifest.precision]:
+            raise DeviceError(
+                f"self-test failed: several tokens in one pass differ by {difference:.2g} (of "
+                f"{scale:.2g}) from one at a time; "
+                f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install "
+                "'onnxruntime>=1.31'"
+            )
+        self.exact = difference == 0.0
+        if not self.exact and self.manifest.precision == "int4" and isinstance(self.pool, HiddenPool):
+            self.even = True
+            self.doubles = True
+            self.exact = self.doubles = bool(np.equal(*self._tried()).all())
+            self.even = False
+
+    def _tried(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The hidden states of some tokens after the first segment, in passes of three and in passes of
+        one.
         """
         length = min(6, self.max_positions)
         ids = np.arange(length, dtype=np.int64) % self.vocab_size
@@ -559,20 +607,7 @@ class OrtStack:
         for i in range(length):
             self.run_segment(0, single, [Span(0, i, i + 1)], ids[i : i + 1], first + length + i)
         states = self.pool.read(np.arange(first, first + 2 * length)).astype(np.float32)
-        together = states[:length]
-        apart = states[length:]
-        if not np.isfinite(states).all():
-            raise BundleError(f"{self.bundle}: its first segment gives no finite numbers; {NOT_FINITE}")
-        scale = float(np.abs(apart).max())
-        difference = float(np.abs(together - apart).max())
-        self.exact = bool((together == apart).all())
-        if not difference <= SELF_TEST_TOLERANCE * scale * ROUNDING[self.manifest.precision]:
-            raise DeviceError(
-                f"self-test failed: several tokens in one pass differ by {difference:.2g} (of "
-                f"{scale:.2g}) from one at a time; "
-                f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install "
-                "'onnxruntime>=1.31'"
-            )
+        return states[:length], states[length:]
 
     def _products_agree(self) -> bool:
         """Whether attention as products gives the bits of its other form for few tokens, here: with more
@@ -680,3 +715,9 @@ def _spread(spread: Int64s, places: Int64s, spans: Sequence[Span]) -> None:
         spread[row] = np.minimum(np.arange(token, token + num_places), token + count - 1)
         places[token : token + count] = np.arange(row * num_places, row * num_places + count)
         token += count
+
+
+def _fill(array: NDArray[Any], values: NDArray[Any]) -> None:
+    """Values into an array that may have room for the last of them once more."""
+    array[: len(values)] = values
+    array[len(values) :] = values[-1]

@@ -12,7 +12,7 @@ every tensor.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,13 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from ease_common.errors import ModelImportError
+from ease_train.convert.grid import Grid, packed
 from ease_train.convert.huggingface import read_template
 from ease_train.convert.source_model import FAMILIES, LLAMA3_SCALING, SourceModel, hf_name
 from ease_train.convert.text_format import TextFormat
@@ -214,6 +215,83 @@ class PackedTensor:
             ) from None
         return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(self.shape)
 
+    def grid(self) -> Grid | None:
+        """The matrix's own whole numbers and scales, whose values are those of `floats`; None for a type
+        that has no such form of 4 or 8 bits here.
+        """
+        if self.kind not in GRIDS:
+            return None
+        num_bytes = GGML_QUANT_SIZES[self.kind][1]
+        blocks = np.ascontiguousarray(self.rows()).reshape(-1, num_bytes)
+        bits, block, read = GRIDS[self.kind]
+        numbers, scales, offsets = read(blocks)
+        rows = self.shape[0]
+        return Grid(
+            self.kind.name,
+            bits,
+            block,
+            packed(numbers.reshape(rows, -1, block), bits),
+            scales.reshape(rows, -1),
+            None if offsets is None else offsets.reshape(rows, -1),
+        )
+
+
+Numbers = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32] | None]
+
+
+def _halves(blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Columns of two bytes as the fp16 numbers that they are. Shape: (n, 2m) -> (n, m)."""
+    return np.ascontiguousarray(blocks).view(np.float16).astype(np.float32)
+
+
+def _nibbles(blocks: NDArray[np.uint8], run: int) -> NDArray[np.uint8]:
+    """Numbers of 4 bits: the lower halves of `run` bytes, then their upper halves.
+
+    Shape: (n, m) -> (n, 2m).
+    """
+    parts = blocks.reshape(len(blocks), -1, 1, run) >> np.array([[0], [4]], np.uint8)
+    return (parts & np.uint8(15)).reshape(len(blocks), -1)
+
+
+def _q4_0(blocks: NDArray[np.uint8]) -> Numbers:
+    return _nibbles(blocks[:, 2:], 16), _halves(blocks[:, :2]), None
+
+
+def _q4_1(blocks: NDArray[np.uint8]) -> Numbers:
+    return _nibbles(blocks[:, 4:], 16), _halves(blocks[:, :2]), _halves(blocks[:, 2:4])
+
+
+def _q4_k(blocks: NDArray[np.uint8]) -> Numbers:
+    scale, least = gguf.quants.Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))  # (n, 8)
+    both = _halves(blocks[:, :4])
+    return (
+        _nibbles(blocks[:, 16:], 32),
+        both[:, :1] * scale.astype(np.float32),
+        -(both[:, 1:] * least.astype(np.float32)),
+    )
+
+
+def _q6_k(blocks: NDArray[np.uint8]) -> Numbers:
+    low = _nibbles(blocks[:, :128], 64)
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8)
+    numbers = low | (high & np.uint8(3)).reshape(len(blocks), -1) << np.uint8(4)
+    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
+    return numbers + np.uint8(128 - 32), _halves(blocks[:, 208:]) * scales, None
+
+
+def _q8_0(blocks: NDArray[np.uint8]) -> Numbers:
+    return blocks[:, 2:] ^ np.uint8(128), _halves(blocks[:, :2]), None
+
+
+# bits, block, and what reads packed blocks (n, bytes): numbers, scales and offsets, each (n, those in it)
+GRIDS: dict[GGMLQuantizationType, tuple[int, int, Callable[[NDArray[np.uint8]], Numbers]]] = {
+    GGMLQuantizationType.Q4_0: (4, 32, _q4_0),
+    GGMLQuantizationType.Q4_1: (4, 32, _q4_1),
+    GGMLQuantizationType.Q4_K: (4, 32, _q4_k),
+    GGMLQuantizationType.Q6_K: (8, 16, _q6_k),
+    GGMLQuantizationType.Q8_0: (8, 32, _q8_0),
+}
+
 
 class Dequantised(Mapping[str, Tensor]):
     """The tensors of a file as fp32 by their Hugging Face names, each dequantised when it is asked for."""
@@ -267,7 +345,9 @@ class GGUFFile:
         """
         tokenizer, text_format = self.tokenizer_and_text_format()
         self._check_keys()
-        return SourceModel(self.config, Dequantised(self.tensors), tokenizer, text_format, self.report())
+        grids = {name: grid for name, tensor in self.tensors.items() if (grid := tensor.grid()) is not None}
+        weights = Dequantised(self.tensors)
+        return SourceModel(self.config, weights, tokenizer, text_format, self.report(), grids)
 
     def report(self) -> tuple[str, ...]:
         """What of the file was used, line by line."""

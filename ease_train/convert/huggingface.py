@@ -471,7 +471,13 @@ def _checkpoint(
     if without := tokens_without_row(source_model.tokenizer, config.vocab_size):
         warnings.warn(without, SettingWarning, stacklevel=2)
     return Checkpoint(
-        recipe, model, source_model.tokenizer, 0, UNKNOWN_DATA, text_format=source_model.text_format
+        recipe,
+        model,
+        source_model.tokenizer,
+        0,
+        UNKNOWN_DATA,
+        text_format=source_model.text_format,
+        grids=source_model.grids,
     )
 
 

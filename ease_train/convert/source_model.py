@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ease_common.errors import ModelImportError
+from ease_train.convert.grid import Grid
 from ease_train.convert.text_format import TextFormat
 from ease_train.training.config import ModelConfig
 
@@ -98,7 +99,8 @@ class SourceModel:
     """A Hugging Face model: the values of its config.json, its weights by their names there, and what comes
     along.
 
-    `report` says line by line what of the source was used, where its reader counts that.
+    `report` says line by line what of the source was used, where its reader counts that. `grids` are the
+    matrices that the source holds in whole numbers, by our names.
     """
 
     config: dict[str, Any]
@@ -106,6 +108,7 @@ class SourceModel:
     tokenizer: Tokenizer
     text_format: TextFormat
     report: tuple[str, ...] = ()
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
 
 def hf_name(name: str) -> str | None:

@@ -3,6 +3,7 @@
     config.json         format_version, the recipe with every field, the recipe that the run began with, the
                         step, the data, the sha256 and number of its texts, the text_format, versions
     model.safetensors   the weights
+    grids.safetensors   the same matrices in whole numbers, of a model that came from a file of 4 or 8 bits
     tokenizer.json
     chat_template.jinja for models that have one
     metrics.jsonl       one line a log step or evaluation
@@ -17,6 +18,7 @@ import json
 import pickle
 import platform
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from torch import Tensor
 from ease_common.errors import CheckpointError
 from ease_common.files import restore_interrupted, written_aside
 from ease_common.tokenizers import whole_texts
+from ease_train.convert.grid import Grid, load_grids, save_grids
 from ease_train.convert.text_format import TextFormat
 from ease_train.model.blocks import rotary_tables
 from ease_train.model.decoder import Decoder
@@ -40,6 +43,7 @@ from ease_train.training.renames import renamed
 FORMAT_VERSION = 2  # 1: renames.py
 UNKNOWN_DATA = "unknown"  # what another project's model was trained on
 TEMPLATE_FILE = "chat_template.jinja"
+GRIDS_FILE = "grids.safetensors"
 STATE_FILE = Path("train_state") / "state.pt"
 
 
@@ -51,7 +55,8 @@ class Checkpoint:
 
     `text_format` are by default those of a tokenizer trained here. `data_sha256` are the sums of the splits
     trained on (`sum_of`), by name, and `num_documents` their counts; none where they are unknown. `base` is
-    the recipe as it was before the run's own options.
+    the recipe as it was before the run's own options. `grids` are, by the names of the weights, the matrices
+    of the file that the model was imported from; one that has been trained since is no longer the model's.
     """
 
     recipe: Recipe
@@ -65,6 +70,7 @@ class Checkpoint:
     data_sha256: dict[str, str] = field(default_factory=dict)
     base: Recipe | None = None
     num_documents: dict[str, int] = field(default_factory=dict)
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.text_format is None:
@@ -92,6 +98,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
                 config["base"] = checkpoint.base.to_dict()
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_model(checkpoint.model, str(folder / "model.safetensors"))
+            if checkpoint.grids:
+                save_grids(checkpoint.grids, folder / GRIDS_FILE)
             checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
             if checkpoint.text_format.chat_template is not None:
                 (folder / TEMPLATE_FILE).write_text(checkpoint.text_format.chat_template, encoding="utf-8")
@@ -137,6 +145,7 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
         state = _load_state(path / STATE_FILE) if resume else None
         text_format = _read_text_format(config, path) or TextFormat.of(tokenizer)
         metrics = read_metrics(path)
+        grids = load_grids(path / GRIDS_FILE) if (path / GRIDS_FILE).is_file() else {}
     except (
         KeyError,
         OSError,
@@ -160,6 +169,7 @@ def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
         data_sha256=config.get("data_sha256", {}),
         num_documents=config.get("num_documents", {}),
         base=base,
+        grids=grids,
     )
 
 

@@ -104,6 +104,7 @@ def begin_tuning(
         text_format=trained.text_format,
         data_sha256=dict(sums),
         base=recipe,
+        grids=trained.grids,
     )
     if model.reduced_head is not None and has_new_reduced_head(trained.model, model):
         text = replace(tuned, data=counted, data_sha256={}, num_documents={}) if counted else tuned

@@ -22,6 +22,7 @@ def provenance(bundle: Path, llm: LLM, num_threads: int) -> dict[str, Any]:
         "precision": llm.manifest.precision,
         "device": llm.stack.device.name,  # type: ignore[attr-defined]
         "num_threads": num_threads,
+        "exact": llm.engine.runner.exact,
         "source": llm.manifest.source,
         "versions": versions(),
     }

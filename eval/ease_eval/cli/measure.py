@@ -37,7 +37,7 @@ from ease_eval.measure.table import (
 )
 from ease_eval.provenance import provenance
 from ease_eval.results import as_json
-from ease_runtime.cli.commands import DEVICE_FLAG, BundleName, ThresholdFlag, ThresholdRows
+from ease_runtime.cli.commands import DEVICE_FLAG, EXACT_FLAG, BundleName, ThresholdFlag, ThresholdRows
 from ease_runtime.engine.engine import CATCH_UPS
 from ease_runtime.llm import LLM
 from ease_runtime.policies import POLICIES
@@ -143,6 +143,7 @@ MEASURE_FLAGS = (
     ),
     click.option("--threads", default=0, help="CPU threads; 0 takes all."),
     DEVICE_FLAG,
+    EXACT_FLAG,
 )
 
 
@@ -193,10 +194,11 @@ class Measurement:
         rounds: int,
         threads: int,
         device: str,
+        exact: bool,
     ) -> "Measurement":
         """From the flags of a command."""
         amounts = Amounts(scored_tokens, texts, prompt_tokens, new_tokens, rounds)
-        llm = LLM(bundle, device=device, num_threads=threads)
+        llm = LLM(bundle, device=device, num_threads=threads, exact=exact)
         corpus = load_documents(data, split)
         documents = [Document.of(llm, text, parse_special=parse_special) for text in corpus]
         rows = [

@@ -26,7 +26,7 @@ from ease_eval.tasks.grading import FILTERS
 from ease_eval.tasks.task_files import ExactMatch, TaskFile, read_tasks
 from ease_eval.tasks.tasks import SEED, TaskResult, run_task
 from ease_runtime.bundle.manifest import MANIFEST_FILE
-from ease_runtime.cli.commands import DEVICE_FLAG, BundleName
+from ease_runtime.cli.commands import DEVICE_FLAG, EXACT_FLAG, BundleName
 from ease_runtime.cli.flags import option_flags, read_flags
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
@@ -200,7 +200,7 @@ def agreement(
     Exit code 1 when verify differs.
     """
     options = read_flags(flags)
-    llm = LLM(bundle, device=device, num_threads=threads)
+    llm = LLM(bundle, device=device, num_threads=threads, exact=True)
     texts = read_prompts(prompts, limit)
     llm.check(llm.prepare(options))
     if not llm.leaves_early(options):
@@ -243,6 +243,7 @@ def agreement(
 )
 @click.option("--threads", default=0, help="CPU threads; 0 takes all.")
 @DEVICE_FLAG
+@EXACT_FLAG
 @option_flags(without=("n", "logprobs"))
 def tasks(
     bundle: Path,
@@ -253,6 +254,7 @@ def tasks(
     json_file: Path | None,
     threads: int,
     device: str,
+    exact: bool,
     **flags: Any,
 ) -> None:
     """Answer local task files through the exit policy, beside full depth: multiple choice, exact match, last
@@ -266,7 +268,7 @@ def tasks(
     found = [read_tasks(file, limit) for file in dict.fromkeys(files)]
     for fault in (fault for task in found for fault in task.faults):
         click.echo(f"warning: {fault}; left out", err=True)
-    llm = LLM(bundle, device=device, num_threads=threads)
+    llm = LLM(bundle, device=device, num_threads=threads, exact=exact)
     asked = {
         **provenance(bundle, llm, threads),
         "options": as_json(options),
