@@ -29,6 +29,7 @@ EASE = (
     "policy",
     "threshold",
     "catch_up",
+    "draft",
     "min_exit",
     "patience",
     "decay",
