@@ -156,8 +156,8 @@ class Options:
         """Raises RequestError for a catch-up that was asked for, and under which drafts cannot be judged."""
         if self.drafts_from_text and self.catch_up != "verify":
             raise RequestError(
-                f"draft '{self.draft}' needs full depth to judge it, which catch-up '{self.catch_up}' does not "
-                "do; use verify (--catch-up verify), or draft nothing (--draft off)"
+                f"draft '{self.draft}' needs full depth to judge it, which catch-up '{self.catch_up}' does "
+                "not do; use verify (--catch-up verify), or draft nothing (--draft off)"
             )
 
     def make_sampler(self, num_prompt: int, choice: int = 0) -> Sampler:

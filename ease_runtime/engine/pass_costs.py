@@ -1,39 +1,44 @@
 """What passes cost by their tokens and the length of the cache, learnt while decoding.
 
 The table of `Costs` is where it starts: made once, in a quiet moment, at one length, and without the engine's
-own share. What passes really take is divided by it, and a line through these ratios, by tokens, is kept for
-each segment and power of two of the length; what is long ago counts less.
+own share. What passes really take is divided by it. For each segment and power of two of the length there is
+a mean of these ratios for each number of tokens, and a line through all of them for numbers that were seldom
+seen; what is long ago counts less.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ease_runtime.engine.costs import CACHE_LENGTH, Costs
 
 DECAY = 0.98  # of what is known, a pass
-STEADY = 4.0  # passes that speak for the same ratio at any number of tokens
+STEADY = 4.0  # passes that a line speaks for, and among those of a line the same ratio at any number
 FURTHEST = 2.0  # a pass counts at most this factor beside what was expected, whatever else the machine did
 GUESS = 0.25  # of a pass, what a token more costs where nothing was measured
 
 
 @dataclass
-class Line:
-    """A ratio by the number of tokens: a line through what was seen, fitted by least squares."""
+class Ratios:
+    """A ratio by the number of tokens: means, drawn towards a line that is fitted by least squares."""
 
-    weight: float = 2.0
+    weight: float = 0.0
     tokens: float = 1.0  # mean
     ratio: float = 1.0  # mean
     variance: float = 0.0  # of the tokens
     covariance: float = 0.0
+    means: dict[int, tuple[float, float]] = field(default_factory=dict)  # weight and mean, by tokens
 
     def at(self, num_tokens: int) -> float:
-        """The expected ratio, never below a tenth of the mean."""
-        slope = self.covariance / (self.variance + STEADY / self.weight)
-        return max(self.ratio + slope * (num_tokens - self.tokens), 0.1 * self.ratio)
+        """The expected ratio."""
+        slope = self.covariance / (self.variance + STEADY / max(self.weight, 1.0))
+        line = max(self.ratio + slope * (num_tokens - self.tokens), 0.1 * self.ratio)
+        weight, mean = self.means.get(num_tokens, (0.0, 0.0))
+        return (weight * mean + STEADY * line) / (weight + STEADY)
 
     def note(self, num_tokens: int, ratio: float) -> None:
         """Take in one pass."""
         expected = self.at(num_tokens)
-        ratio = min(max(ratio, expected / FURTHEST), expected * FURTHEST)
+        if self.weight:
+            ratio = min(max(ratio, expected / FURTHEST), expected * FURTHEST)
         self.weight = DECAY * self.weight + 1.0
         share = 1.0 / self.weight
         aside = num_tokens - self.tokens
@@ -42,6 +47,14 @@ class Line:
         self.ratio += share * above
         self.variance = (1.0 - share) * (self.variance + share * aside * aside)
         self.covariance = (1.0 - share) * (self.covariance + share * aside * above)
+        weight, mean = self.means.get(num_tokens, (0.0, 0.0))
+        weight = DECAY * weight + 1.0
+        self.means[num_tokens] = (weight, mean + (ratio - mean) / weight)
+
+    def start(self) -> "Ratios":
+        """Where another length starts from: the same, less surely."""
+        means = {count: (min(weight, STEADY), mean) for count, (weight, mean) in self.means.items()}
+        return replace(self, weight=min(self.weight, STEADY), means=means)
 
 
 class PassCosts:
@@ -53,36 +66,34 @@ class PassCosts:
     def __init__(self, num_segments: int, costs: Costs | None) -> None:
         self.num_segments = num_segments
         self.costs = costs
-        self.lines: dict[tuple[int, int], Line] = {}
-        self.newest: dict[int, Line] = {}  # of each segment
-        self.tables: dict[
-            tuple[int, int], float
-        ] = {}  # what the table says of one row, by segment and tokens
+        self.ratios: dict[tuple[int, int], Ratios] = {}
+        self.newest: dict[int, Ratios] = {}  # of each segment
+        self.tables: dict[tuple[int, int], float] = {}  # of one row, by segment and tokens
 
     def note(self, segment: int, num_tokens: int, num_rows: int, length: int, seconds: float) -> None:
         """A pass through a segment took so long."""
-        line = self._line(segment, length)
-        line.note(num_tokens, seconds / self._table(segment, num_tokens, num_rows, length))
-        self.newest[segment] = line
+        ratios = self._ratios(segment, length)
+        ratios.note(num_tokens, seconds / self._table(segment, num_tokens, num_rows, length))
+        self.newest[segment] = ratios
 
     def curve(self, num_tokens: int, more: int, num_rows: int, length: int) -> list[float]:
         """Seconds through all segments for `num_tokens` tokens, one more, and so on: `more` + 1 numbers."""
-        lines = [self._line(segment, length) for segment in range(self.num_segments)]
+        learnt = [self._ratios(segment, length) for segment in range(self.num_segments)]
         found: list[float] = []
         for count in range(num_tokens, num_tokens + more + 1):
             seconds = sum(
-                line.at(count) * self._table(segment, count, num_rows, length)
-                for segment, line in enumerate(lines)
+                ratios.at(count) * self._table(segment, count, num_rows, length)
+                for segment, ratios in enumerate(learnt)
             )
             found.append(max([seconds, *found[-1:]]))  # more tokens take no less time
         return found
 
-    def _line(self, segment: int, length: int) -> Line:
+    def _ratios(self, segment: int, length: int) -> Ratios:
         key = (segment, (length // CACHE_LENGTH).bit_length())
-        if key not in self.lines:
+        if key not in self.ratios:
             known = self.newest.get(segment)
-            self.lines[key] = replace(known) if known else Line()
-        return self.lines[key]
+            self.ratios[key] = known.start() if known else Ratios()
+        return self.ratios[key]
 
     def _table(self, segment: int, num_tokens: int, num_rows: int, length: int) -> float:
         """What the table says; a row and a length more cost attention over them."""

@@ -27,7 +27,7 @@ from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import make_policy
-from tests.runtime.test_engine import Case, Forced, cases, finish, mixes, reference
+from engine_cases import Case, Forced, cases, finish, mixes, reference
 
 texts = st.integers(2, 5).flatmap(lambda size: st.lists(st.integers(0, size - 1), max_size=30))
 
@@ -172,8 +172,9 @@ def test_mixed_drafts_are_full_depth(case: Case, seed: int, draft_length: int, c
 
 def test_every_drafter_is_accepted_and_refused() -> None:
     case = Case((2, 4, 6), None, (1, 2), 300, (0.4, 0.4), "max-prob", 3, vocab=3)
-    off = reference(replace(case, thresholds=None), "recompute").tokens
     engine = Engine(case.stack(), draft_length=4)
+    plain = replace(case, thresholds=None).start(engine, "recompute")
+    off = [*case.prompt, *(token.id for token in engine.generate(plain))]
     for drafter in (NgramLookup(), CorpusLookup([off[:100]]), Dice(1, 3), Knowing(off)):
         sequence = start(engine, case, [drafter])
         finish(engine, sequence)
@@ -182,7 +183,7 @@ def test_every_drafter_is_accepted_and_refused() -> None:
         count = sequence.drafts.counts[drafter.name]
         assert 0 < count.accepted < count.judged
         exits = sequence.drafts.counts["exit"]
-        assert drafter.name == "knowing" or 0 < exits.accepted < exits.judged
+        assert drafter.name != "dice" or 0 < exits.accepted < exits.judged
 
 
 @settings(max_examples=60, deadline=None)
@@ -268,6 +269,7 @@ def plain_and_drafted(
 
 
 def test_a_drafted_stop_token_ends_the_drafts_and_the_answer() -> None:
+    most = 0
     for stop in range(5):
         case = Case((2, 4), None, (1, 2), 60, None, "max-prob", None, vocab=5)
         answer = reference(case, "recompute").tokens
@@ -277,7 +279,8 @@ def test_a_drafted_stop_token_ends_the_drafts_and_the_answer() -> None:
         list(engine.generate(sequence))
         end = answer.index(stop, 2) + 1 if stop in answer[2:] else len(answer)
         assert sequence.tokens == answer[:end]
-        assert max(call.num_tokens for call in stack_calls) > 2
+        most = max(most, *(call.num_tokens for call in stack_calls))
+    assert most > 5
 
 
 def test_drafts_leave_room_for_full_depth_s_own_token() -> None:
