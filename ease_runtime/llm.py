@@ -245,7 +245,8 @@ class TextEngine:
             raise RequestError("the prompt is empty; give at least one character")
         options = self.prepare(options, policy, drafter)
         drafters = [*([drafter] if drafter else []), *self.drafters(options)]
-        self.check(options)
+        # A drafter beside the options is reason enough for verify.
+        self.check(replace(options, catch_up=Options.catch_up) if drafter else options)
         notes = self.notes(options) if policy is None else []
         policy = policy or self.policy(options)
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ease_common.errors import RequestError
+from ease_runtime.cli.batch import answer_lines
 from ease_runtime.cli.main import main as run_main
+from ease_runtime.conversation import Conversation
 from ease_runtime.drafters import CorpusLookup, Drafter, NgramLookup, Proposal, read_corpus
 from ease_runtime.drafters.ngram import SuffixIndex
 from ease_runtime.engine.engine import Engine
@@ -150,7 +152,7 @@ def start(engine: Engine, case: Case, drafters: Sequence[Drafter], **more: Any) 
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(case=cases(), seed=st.integers(0, 999), draft_length=st.integers(1, 9), chunk=st.integers(1, 7))
 def test_mixed_drafts_are_full_depth(case: Case, seed: int, draft_length: int, chunk: int) -> None:
     off = reference(replace(case, thresholds=None), "recompute")
@@ -171,11 +173,11 @@ def test_mixed_drafts_are_full_depth(case: Case, seed: int, draft_length: int, c
 
 
 def test_every_drafter_is_accepted_and_refused() -> None:
-    case = Case((2, 4, 6), None, (1, 2), 300, (0.4, 0.4), "max-prob", 3, vocab=3)
+    case = Case((2, 4, 6), None, (1, 2), 150, (0.4, 0.4), "max-prob", 3, vocab=3)
     engine = Engine(case.stack(), draft_length=4)
     plain = replace(case, thresholds=None).start(engine, "recompute")
     off = [*case.prompt, *(token.id for token in engine.generate(plain))]
-    for drafter in (NgramLookup(), CorpusLookup([off[:100]]), Dice(1, 3), Knowing(off)):
+    for drafter in (NgramLookup(), CorpusLookup([off[:60]]), Dice(1, 3), Knowing(off)):
         sequence = start(engine, case, [drafter])
         finish(engine, sequence)
         engine.release(sequence)
@@ -186,7 +188,7 @@ def test_every_drafter_is_accepted_and_refused() -> None:
         assert drafter.name != "dice" or 0 < exits.accepted < exits.judged
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(requests=mixes(), num_slots=st.integers(1, 5), seed=st.integers(0, 2**32))
 def test_rows_draft_each_for_itself(requests: list[tuple[Case, str]], num_slots: int, seed: int) -> None:
     """Rows with drafts from text, from exits, and without, beside each other."""
@@ -499,14 +501,14 @@ def random_pair(
 ) -> tuple[TokenSequence, TokenSequence]:
     """One request at full depth, and with drafts; few tokens to choose from: some guesses are right."""
     few = tuple((token, 50.0) for token in dice.sample(range(20, 60), dice.randint(2, 4)))
-    prompt = [dice.choice(few)[0] for _ in range(dice.choice([1, 3, 20, 90, 257]))]
+    prompt = [dice.choice(few)[0] for _ in range(dice.choice([1, 3, 20, 20, 90, 257]))]
     adjustments = Adjustments(dice.choice([1.0, 1.2]), 0.0, dice.choice([0.0, 0.3]), few, len(prompt))
     seed = dice.randrange(1000)
     sampler = dice.choice(
         [Greedy(), AdjustedGreedy(adjustments), GumbelSampler(2.0, 0, 1.0, seed, 0.0, adjustments)]
     )
     request = {
-        "max_new_tokens": dice.randint(1, 30),
+        "max_new_tokens": dice.randint(1, 20),
         "sampler": sampler,
         "num_logprobs": dice.choice([0, 3]),
         "stop_ids": frozenset(dice.sample([token for token, _ in few], dice.choice([0, 0, 1]))),
@@ -606,6 +608,20 @@ def test_calibrated_thresholds_ask_no_exit_under_drafts(tiny_bundle: Path) -> No
         assert (choice.sequence.drafts.lookups is not None) == (not asked)
     (choice,) = llm.submit([1, 2, 3], Options(draft="auto", threshold=(0.3,))).choices
     assert choice.sequence.counters.asked
+
+
+def test_batches_and_chats_draft_from_text(tiny_bundle: Path) -> None:
+    llm = LLM(tiny_bundle, num_slots=3)
+    lines = [{"prompt": "the king the king the"}, {"prompt": "the king the king the", "draft": "ngram"}]
+    source = [(number, json.dumps(line).encode()) for number, line in enumerate(lines, 1)]
+    plain, drafted = map(json.loads, answer_lines(llm, source, Options(max_tokens=20), 3))
+    assert drafted["choices"] == plain["choices"]
+    assert drafted["usage"]["drafters"]["ngram"]["drafted"] > 0
+    assert "drafters" not in plain["usage"]
+    chats = [Conversation(llm, Options(max_tokens=12, draft=draft)) for draft in ("off", "ngram")]
+    for text in ("the king", "the king and the king"):
+        first, second = ([event.id for event in chat.say(text)] for chat in chats)
+        assert first == second
 
 
 def test_a_drafter_of_one_s_own_as_an_object(tiny_bundle: Path) -> None:
