@@ -167,7 +167,8 @@ def _judge(sequence: TokenSequence, said: ExitOutput, layout: Layout, num_runnin
         drafts.lookups.judged(judged[TEXT], accepted[TEXT])
     request_cost = sequence.decision.request_cost
     if request_cost and drafts.length and sequence.finish_reason is None:
-        request_cost.judged(judged[EXIT], accepted[EXIT])
+        if judged[EXIT]:
+            request_cost.judged(judged[EXIT], accepted[EXIT])
         _adapt_drafting(sequence, request_cost, num_running)
     return True
 
