@@ -24,12 +24,15 @@ def wants_drafts(sequence: TokenSequence) -> bool:
 
 
 def load_of(sequence: TokenSequence, running: Sequence[TokenSequence]) -> Load:
-    """What may share a sequence's next pass: the others that decode, with their newest tokens and drafts."""
+    """What a sequence's next pass may have: the others that decode, with their newest tokens and drafts."""
+    cost = sequence.decision.request_cost
     others = [other for other in running if other is not sequence and not other.prefilling]
     return Load(
         len(others),
         sum(1 + len(other.drafts.tokens) for other in others),
         max(len(other.tokens) for other in (sequence, *others)),
+        len(sequence.produced),
+        cost.gain if cost and sequence.counters.asked else 1.0,
     )
 
 
@@ -41,12 +44,10 @@ def draft(sequence: TokenSequence, running: Sequence[TokenSequence], most: int, 
     lookups = sequence.drafts.lookups
     assert lookups is not None, "only of a sequence that drafts from text"
     room = sequence.request.max_length - len(sequence.tokens) - 1
-    if room < 1 or not lookups.may_spend(len(sequence.produced)):
+    if room < 1:
         return False
-    cost = sequence.decision.request_cost
-    gain = cost.gain if cost and sequence.counters.asked else 1.0
     limit = min(room, most) if lookups.pass_costs is None else room
-    choice = lookups.choose(sequence.tokens, limit, load_of(sequence, running), gain)
+    choice = lookups.choose(sequence.tokens, limit, load_of(sequence, running))
     if choice is None:
         return False
     for token in choice.tokens:

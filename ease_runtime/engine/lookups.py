@@ -15,7 +15,7 @@ LOWEST = (1, 2, 3, 4, 8)  # length of match from which each bucket counts
 PRIORS = (0.4, 0.6, 0.7, 0.8, 0.9)  # share of the drafts that is accepted, by bucket, before any is judged
 PRIOR_WEIGHT = 4.0  # drafts that a prior stands for
 DECAY = 0.95  # of what is known, a judgement
-FLOOR = 0.98  # of the speed without drafts, which drafts that turn out wrong may cost
+FLOOR = 0.98  # of the speed without drafts, which an answer keeps if every draft is refused
 FIRST_TOKENS = 64  # whose share of that may be spent at once
 LONGEST_DRAFT = 16
 
@@ -44,11 +44,17 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Load:
-    """What shares a row's pass: rows and tokens of others, and the length that the cache has."""
+    """What a row's next pass has besides its drafts: rows and tokens of others, and the length of the cache.
+
+    `num_produced`: tokens of the row's answer so far; `other_gain`: the speed that its other way to draft is
+    expected to give, full depth being 1.
+    """
 
     other_rows: int
     other_tokens: int
     cache_length: int
+    num_produced: int = 0
+    other_gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,8 @@ class Lookups:
         self.asked_at = 0
         self.pending = None
 
-    def choose(
-        self, tokens: Sequence[int], limit: int, load: Load, others_gain: float = 1.0
-    ) -> Choice | None:
-        """The drafts that give most tokens a second; None where none do.
-
-        All of `tokens` stand. `others_gain`: what other ways to draft give, 1 for none.
-        """
+    def choose(self, tokens: Sequence[int], limit: int, load: Load) -> Choice | None:
+        """The drafts that give most tokens a second; None where none do. All of `tokens` stand."""
         self.asked_at = len(tokens)
         if self.pass_costs is not None:
             limit = min(limit, LONGEST_DRAFT)
@@ -101,13 +102,11 @@ class Lookups:
             name, longest = max(proposals, key=lambda named: named[1].match)
             self.pending = Choice(name, bucket_of(longest.match), longest.tokens[:limit])
         else:
-            self.pending = self._best(proposals, limit, load, others_gain)
+            self.pending = self._best(proposals, limit, load)
         return self.pending
 
-    def _best(
-        self, proposals: Sequence[tuple[str, Proposal]], limit: int, load: Load, others_gain: float
-    ) -> Choice | None:
-        """The drafter and the number of its tokens with the highest expected speed.
+    def _best(self, proposals: Sequence[tuple[str, Proposal]], limit: int, load: Load) -> Choice | None:
+        """The drafter and the number of its tokens with the highest expected speed, of those that may fail.
 
         j drafts give (1 - a^(j+1)) / (1 - a) tokens at acceptance a (Leviathan et al. 2023, arXiv 2211.17192,
         equation 1), and the rows that share the pass one each.
@@ -116,22 +115,23 @@ class Lookups:
         rows = load.other_rows + 1
         most = min(limit, max(len(proposal.tokens) for _, proposal in proposals))
         seconds = self.pass_costs.curve(load.other_tokens + 1, most, rows, load.cache_length)
-        best = others_gain * rows / seconds[0]
+        best = load.other_gain * rows / seconds[0]
+        spare = self.spare(load.num_produced)
         found = None
         for name, proposal in proposals:
             bucket = bucket_of(proposal.match)
             rate = self.acceptance[name].rate(bucket)
             for count in range(1, min(most, len(proposal.tokens)) + 1):
                 tokens = (1.0 - rate ** (count + 1)) / (1.0 - rate) + load.other_rows
-                if tokens / seconds[count] > best:
+                price = rows * (seconds[count] / seconds[0] - 1.0)
+                if price <= spare and tokens / seconds[count] > best:
                     best = tokens / seconds[count]
-                    price = rows * (seconds[count] / seconds[0] - 1.0)
                     found = Choice(name, bucket, proposal.tokens[:count], price)
         return found
 
-    def may_spend(self, num_produced: int) -> bool:
-        """Whether drafts have not cost more than FLOOR allows by now; then it waits until they have."""
-        return self.pass_costs is None or self.balance >= -(1.0 - FLOOR) * max(num_produced, FIRST_TOKENS)
+    def spare(self, num_produced: int) -> float:
+        """What drafts may still cost if all of them are refused, in tokens, for the answer to keep FLOOR."""
+        return self.balance + (1.0 - FLOOR) * max(num_produced, FIRST_TOKENS)
 
     def judged(self, drafted: int, accepted: int) -> None:
         """Note what became of the pending drafts: `drafted` of them were judged."""

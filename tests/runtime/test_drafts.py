@@ -413,7 +413,7 @@ def test_one_slow_pass_changes_little() -> None:
 @pytest.mark.parametrize("match", [1, 2, 5, 9])
 def test_the_length_gives_most_tokens_a_second(a_token: float, match: int) -> None:
     lookups = Lookups([Fixed(match)], costs := priced(a_token))
-    choice = lookups.choose([1, 2, 3], 100, Load(0, 0, 100))
+    choice = lookups.choose([1, 2, 3], 100, Load(0, 0, 100, num_produced=10_000))
     rate = Acceptance().rate({1: 0, 2: 1, 5: 3, 9: 4}[match])
     seconds = costs.curve(1, LONGEST_DRAFT, 1, 100)
     speeds = [sum(rate**i for i in range(k + 1)) / seconds[k] for k in range(LONGEST_DRAFT + 1)]
@@ -435,7 +435,9 @@ def test_rows_beside_it_shorten_drafts_where_a_pass_is_bound_by_arithmetic() -> 
     costs = PassCosts(1, None)
     costs.curve = lambda first, more, rows, length: [max(1.0, n / 8) for n in range(first, first + more + 1)]
     lengths = [
-        len(choice.tokens) if (choice := Lookups([Fixed(3)], costs).choose([1], 99, Load(n, n, 9))) else 0
+        len(choice.tokens)
+        if (choice := Lookups([Fixed(3)], costs).choose([1], 99, Load(n, n, 9, 10_000)))
+        else 0
         for n in (0, 4, 7)
     ]
     assert lengths[0] >= 7 > lengths[1] > lengths[2]
@@ -446,13 +448,12 @@ def test_what_wrong_drafts_may_cost_is_bounded() -> None:
     lookups = Lookups([Fixed(9)], priced(0.25))
     spent = 0.0
     for produced in range(1, 400):
-        if lookups.may_spend(produced):
-            choice = lookups.choose([1, 2, 3], 100, Load(0, 0, 100))
-            if choice:
-                spent += choice.price
-                lookups.judged(1, 0)
+        choice = lookups.choose([1, 2, 3], 100, Load(0, 0, 100, produced))
+        if choice:
+            spent += choice.price
+            lookups.judged(1, 0)
             lookups.acceptance["fixed"] = Acceptance()  # nothing is learnt: the worst case
-        assert spent <= (1.0 - FLOOR) * max(produced, FIRST_TOKENS) + 0.25 * LONGEST_DRAFT
+        assert spent <= (1.0 - FLOOR) * max(produced, FIRST_TOKENS)
     assert spent > 4.0
     assert lookups.balance == pytest.approx(-spent)
 
