@@ -27,7 +27,9 @@ def check_effect(options: Options, exit_layers: Sequence[int]) -> None:
     """
     if options.threshold is not None and not options.threshold:
         return
-    unused = given(options, OF_EXITS)
+    check_drafts(options)
+    of_exits = [name for name in OF_EXITS if name != "catch_up" or not options.drafts_from_text]
+    unused = given(options, of_exits)
     if unused and options.threshold is None and options.exit_layer is None and options.depth_budget is None:
         verb = "has" if len(unused) == 1 else "have"
         remedy = "give one (--threshold 0.7), or say that it is off (--threshold off)"
@@ -50,6 +52,19 @@ def check_effect(options: Options, exit_layers: Sequence[int]) -> None:
     ):
         raise RequestError(
             f"min_exit {options.min_exit} leaves no early exit: the last one is after layer {exit_layers[-2]}"
+        )
+
+
+def check_drafts(options: Options) -> None:
+    """Raises RequestError for drafts from text alone, beside which exits are asked for: none would be."""
+    asked = [
+        name for name in ("threshold", "exit_layer", "depth_budget") if getattr(options, name) is not None
+    ]
+    if options.drafts_from_text and options.draft != "auto" and asked:
+        what = f"{asked[0]} {getattr(options, asked[0])}"
+        raise RequestError(
+            f"{what} has no effect with draft '{options.draft}', which asks no exit; take both (--draft "
+            "auto), or say that exits are off (--threshold off)"
         )
 
 

@@ -1,8 +1,9 @@
 """What becomes of a request: its tokens as events, its completions as they grow, and how long they took."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ease_runtime.engine.sequence import TokenSequence
+from ease_runtime.engine.sequence import DraftCount, TokenSequence
 from ease_runtime.text.streaming import Piece, TextWriter
 
 
@@ -12,9 +13,9 @@ class TokenEvent:
 
     `text` is what became printable with it: '' while a character is incomplete, or past a stop string.
 
-    `depth` counts layers; `drafted`: an early exit said it and full depth agreed. `finish_reason` is set on
-    the last event of a choice: 'stop' (the end token, whose text is '', or a stop string), 'length' or
-    'error'.
+    `depth` counts layers; `drafter` ("exit", "ngram" and so on) said it before full depth, which agreed.
+    `finish_reason` is set on the last event of a choice: 'stop' (the end token, whose text is '', or a stop
+    string), 'length' or 'error'.
     """
 
     id: int
@@ -24,8 +25,34 @@ class TokenEvent:
     logprob: float
     finish_reason: str | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    drafted: bool = False
+    drafter: str = ""
     choice: int = 0  # which of the `n` completions
+
+    @property
+    def drafted(self) -> bool:
+        """Whether somebody said it before full depth, which agreed."""
+        return bool(self.drafter)
+
+
+def add_drafts(total: dict[str, DraftCount], more: Mapping[str, DraftCount]) -> None:
+    """Add the counts of some drafters to others."""
+    for name, count in more.items():
+        known = total.setdefault(name, DraftCount())
+        known.judged += count.judged
+        known.accepted += count.accepted
+
+
+def drafter_shares(drafts: Mapping[str, DraftCount], num_tokens: int) -> dict[str, dict[str, float | None]]:
+    """Of each drafter what it drafted, how much was accepted, and its share of the tokens: for reports."""
+    return {
+        name: {
+            "drafted": count.judged,
+            "accepted": count.accepted,
+            "acceptance": count.accepted / count.judged if count.judged else None,
+            "share": count.accepted / num_tokens if num_tokens else None,
+        }
+        for name, count in drafts.items()
+    }
 
 
 @dataclass
@@ -42,14 +69,23 @@ class Timing:
     token_seconds: list[float] = field(
         default_factory=list
     )  # of every token after the first; 0 for those that came with another
-    num_drafted: int = 0  # drafts that full depth has judged (verify)
-    num_accepted: int = 0
+    drafts: dict[str, DraftCount] = field(default_factory=dict)  # by drafter (verify)
     notes: list[str] = field(default_factory=list)  # what the engine decided by itself
 
     @property
     def tokens_per_second(self) -> float:
         """Decoding speed: tokens after the first, over their time."""
         return len(self.token_seconds) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def num_drafted(self) -> int:
+        """Drafts that full depth has judged."""
+        return sum(count.judged for count in self.drafts.values())
+
+    @property
+    def num_accepted(self) -> int:
+        """Those that it agreed with."""
+        return sum(count.accepted for count in self.drafts.values())
 
     def add(self, seconds: float, num_tokens: int) -> None:
         """Note how long the next tokens took, one or more that came together."""
@@ -63,8 +99,7 @@ class Timing:
 
     def note_end(self, sequence: TokenSequence) -> None:
         """Take over what a sequence that has ended tells of itself."""
-        self.num_drafted += sequence.drafts.judged
-        self.num_accepted += sequence.drafts.accepted
+        add_drafts(self.drafts, sequence.drafts.counts)
         self.notes += sequence.notes
 
 
@@ -115,7 +150,7 @@ class Completion:
             logprob=token.logprob,
             finish_reason=finish_reason,
             top_logprobs=token.top_logprobs,
-            drafted=token.drafted,
+            drafter=token.drafter,
             choice=self.index,
         )
 

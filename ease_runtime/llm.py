@@ -28,6 +28,7 @@ from ease_common.own import is_own
 from ease_common.tokenizers import whole_texts
 from ease_runtime.bundle.manifest import Manifest
 from ease_runtime.bundle.names import find_bundle
+from ease_runtime.drafters import CorpusLookup, Drafter, NgramLookup, own_drafter, read_corpus
 from ease_runtime.effect import check_effect, effect_notes
 from ease_runtime.engine.costs import DEFAULT_CAP
 from ease_runtime.engine.engine import Engine
@@ -69,6 +70,7 @@ class TextEngine:
         self.special = SpecialTokens(tokenizer)
         self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt, exact=exact)
         self.choices: dict[TokenSequence, Completion] = {}
+        self.corpora: dict[str, CorpusLookup] = {}
 
     @property
     def busy(self) -> bool:
@@ -93,8 +95,7 @@ class TextEngine:
         """
         if parse_special:
             return self.encode(text)
-        ids = self.special.encode_text(text)
-        self._check_rows(ids)
+        ids = self.encode_part(text)
         return ids if self.start_id is None else [self.start_id, *ids]
 
     def _check_rows(self, ids: list[int]) -> None:
@@ -158,9 +159,56 @@ class TextEngine:
         """Whether a token may leave before the last layer. Raises RequestError."""
         return bool(self.policy(self.prepare(options)).thresholds)
 
-    def prepare(self, options: Options, policy: ExitPolicy | None = None) -> Options:
-        """What a request's options become before it starts, with a policy of one's own or without."""
+    def drafts_or_leaves(self, options: Options) -> bool:
+        """Whether anything but full depth says a token first. Raises RequestError."""
+        return options.drafts_from_text or self.leaves_early(options)
+
+    def prepare(
+        self, options: Options, policy: ExitPolicy | None = None, drafter: Drafter | None = None
+    ) -> Options:
+        """What a request's options become before it starts, with a policy or a drafter of one's own or
+        without: drafts from text imply verify, and verify without drafts is full depth.
+
+        Reads a corpus where there is one. Raises RequestError.
+        """
+        if options.draft == "off" and options.catch_up == "verify":
+            options = options.at_full_depth()
+        if drafter or options.drafts_from_text:
+            if options.catch_up == "propagate":
+                options.check_catch_up()
+            options = replace(options, catch_up="verify")
+        if options.draft_corpus is not None:
+            self.corpus(options.draft_corpus)
+        elif options.draft == "corpus":
+            raise RequestError("draft 'corpus' needs texts to draft from; give --draft-corpus FILE|DIR")
         return options
+
+    def corpus(self, path: str) -> CorpusLookup:
+        """A corpus, indexed once. Raises RequestError."""
+        if path not in self.corpora:
+            self.corpora[path] = read_corpus(path, self.encode_part)
+        return self.corpora[path]
+
+    def encode_part(self, text: str) -> list[int]:
+        """The ids of a text that does not begin an input. Raises RequestError."""
+        ids = self.special.encode_text(text)
+        self._check_rows(ids)
+        return ids
+
+    def drafters(self, options: Options) -> list[Drafter]:
+        """Who drafts from text, of prepared options. Raises RequestError."""
+        corpus = [self.corpus(options.draft_corpus)] if options.draft_corpus is not None else []
+        match options.draft:
+            case "exit" | "off":
+                return []
+            case "ngram":
+                return [NgramLookup()]
+            case "corpus":
+                return [*corpus]
+            case "auto":
+                return [NgramLookup(), *corpus]
+            case own:
+                return [own_drafter(own)]
 
     def check(self, options: Options) -> None:
         """Raises RequestError for options that this bundle cannot run, or under which none could leave early
@@ -184,19 +232,23 @@ class TextEngine:
         *,
         policy: ExitPolicy | None = None,
         sampler: Sampler | None = None,
+        drafter: Drafter | None = None,
         after: Generation | None = None,
         keep: bool = False,
     ) -> Generation:
         """Queue a request for a text or for ids. Raises RequestError when it cannot run.
 
-        A `policy` or `sampler` of one's own stands in place of what the options say; all completions share
-        it. With `keep` what it has computed stays, for a request `after` it whose prompt begins alike.
+        A `policy` or `sampler` of one's own stands in place of what the options say, a `drafter` beside it;
+        all completions share them. With `keep` what it has computed stays, for a request `after` it whose
+        prompt begins alike.
         """
         options = options or Options()
         if not prompt:
             raise RequestError("the prompt is empty; give at least one character")
-        options = self.prepare(options, policy)
-        self.check(options)
+        options = self.prepare(options, policy, drafter)
+        drafters = [*([drafter] if drafter else []), *self.drafters(options)]
+        # A drafter beside the options is reason enough for verify.
+        self.check(replace(options, catch_up=Options.catch_up) if drafter else options)
         notes = self.notes(options) if policy is None else []
         policy = policy or self.policy(options)
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -213,6 +265,7 @@ class TextEngine:
                 policy=policy,
                 catch_up=options.catch_up,
                 sampler=sampler or options.make_sampler(len(ids), index),
+                drafters=drafters,
                 stop_ids=self.stop_ids,
                 num_logprobs=options.logprobs,
                 keep=keep,
@@ -253,15 +306,16 @@ class TextEngine:
         *,
         policy: ExitPolicy | None = None,
         sampler: Sampler | None = None,
+        drafter: Drafter | None = None,
     ) -> Iterator[TokenEvent]:
         """Continue a prompt, token by token; fills `timing` when given.
 
         Raises RequestError before the first token.
 
-        `policy` and `sampler` are as for `submit`. Meant for one request at a time: what others get
-        meanwhile is lost. Raises DeviceError when the model's logits are no numbers.
+        `policy`, `sampler` and `drafter` are as for `submit`. Meant for one request at a time: what others
+        get meanwhile is lost. Raises DeviceError when the model's logits are no numbers.
         """
-        generation = self.submit(prompt, options, policy=policy, sampler=sampler)
+        generation = self.submit(prompt, options, policy=policy, sampler=sampler, drafter=drafter)
         timing = timing or Timing()
         timing.num_prompt_tokens = len(generation.prompt)
         try:
@@ -327,18 +381,24 @@ class LLM(TextEngine):
             exact=exact,
         )
 
-    def prepare(self, options: Options, policy: ExitPolicy | None = None) -> Options:
+    def prepare(
+        self, options: Options, policy: ExitPolicy | None = None, drafter: Drafter | None = None
+    ) -> Options:
         """Calibrated thresholds where the bundle has some and none are given; costs measured where they are
         needed.
         """
+        options = super().prepare(options, policy, drafter)
         found = self.manifest.calibration
-        if found and policy is None and self._may_use(found, options):
+        if found and policy is None and drafter is None and self._may_use(found, options):
             catch_up = "verify" if options.catch_up == "verify" else found["catch_up"]
             options = replace(
                 options, policy=found["policy"], threshold=found["thresholds"], catch_up=catch_up
             )
-        if (policy or self.policy(options)).thresholds and (
-            self.engine.adapt or options.catch_up == "verify"
+        early = (policy or self.policy(options)).thresholds
+        if (
+            (early and (self.engine.adapt or options.catch_up == "verify"))
+            or drafter
+            or options.drafts_from_text
         ):
             self.engine.measure()
         return options

@@ -13,6 +13,7 @@ from typing import Any
 from ease_common.errors import RequestError, did_you_mean
 from ease_common.own import is_own, load_own
 from ease_common.settings import setting
+from ease_runtime.drafters import DRAFTS, check_draft
 from ease_runtime.engine.sampling import AdjustedGreedy, Adjustments, Greedy, GumbelSampler, Sampler, seed_of
 from ease_runtime.fields import leaving, read_value
 from ease_runtime.policies import POLICIES, ExitPolicy, make_policy
@@ -30,8 +31,8 @@ class Options:
     """How to continue a prompt. Raises RequestError for a value outside its range.
 
     `threshold` takes whatever `Thresholds.of` takes; None is full depth, or what a bundle was calibrated to.
-    `policy` and `sampler` may name a class of one's own, `module:Class`. temperature 0 is greedy. Completion
-    i of `n` draws from a stream of its own, made from the seed and i.
+    `policy`, `draft` and `sampler` may name a class of one's own, `module:Class`. temperature 0 is greedy.
+    Completion i of `n` draws from a stream of its own, made from the seed and i.
     """
 
     max_tokens: int = setting(128, "Longest answer, in tokens.")
@@ -43,6 +44,14 @@ class Options:
     )
     catch_up: str = leaving(
         "recompute", "How tokens that left pay their K/V: propagate, recompute or verify."
+    )
+    draft: str = leaving(
+        "exit",
+        f"Who drafts under verify: {', '.join(DRAFTS)}, or your own module:Class. ngram and corpus draft "
+        "from text, auto from whatever pays.",
+    )
+    draft_corpus: str | None = setting(
+        None, "A text file, or a directory of them, for --draft corpus and auto to draft from."
     )
     sampler: str | None = setting(None, "Choose tokens with your own module:Class instead.")
     temperature: float = setting(0.0, "0 is greedy.")
@@ -79,6 +88,7 @@ class Options:
         if self.threshold is not None:
             object.__setattr__(self, "threshold", Thresholds.of(self.threshold))
         self.make_sampler(0)
+        check_draft(self.draft)
         if self.max_tokens < 1:
             raise RequestError(f"max_tokens {self.max_tokens} is below 1")
         if not 1 <= self.n <= MAX_CHOICES:
@@ -106,7 +116,13 @@ class Options:
             and self.exit_layer is None
             and self.depth_budget is None
             and self.policy == Options.policy
+            and not self.drafts_from_text
         )
+
+    @property
+    def drafts_from_text(self) -> bool:
+        """Whether others than exits may draft, which `verify` judges."""
+        return self.draft not in ("exit", "off")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], base: "Options | None" = None) -> "Options":
@@ -124,12 +140,25 @@ class Options:
                 raise RequestError(f"unknown option {name[:80]!r}; {did_you_mean(name[:80], hints)}")
             off = name == "threshold" and value is None
             merged[name] = OFF if off else read_value(name, hints[name], value)
-            if name in ("policy", "sampler") and is_own(str(value)):
+            if name in ("policy", "sampler", "draft") and is_own(str(value)):
                 raise RequestError(
                     f"{name} {str(value)[:80]!r}: only who runs the command can name code of their own "
                     f"(--{name})"
                 )
-        return cls(**merged)
+            if name == "draft_corpus":
+                raise RequestError("draft_corpus: only who runs the command can name files (--draft-corpus)")
+        asked = cls(**merged)
+        if "catch_up" in values:
+            asked.check_catch_up()
+        return asked
+
+    def check_catch_up(self) -> None:
+        """Raises RequestError for a catch-up that was asked for, and under which drafts cannot be judged."""
+        if self.drafts_from_text and self.catch_up != "verify":
+            raise RequestError(
+                f"draft '{self.draft}' needs full depth to judge it, which catch-up '{self.catch_up}' does "
+                "not do; use verify (--catch-up verify), or draft nothing (--draft off)"
+            )
 
     def make_sampler(self, num_prompt: int, choice: int = 0) -> Sampler:
         """What picks the tokens of a completion, from 0, of a prompt of `num_prompt` tokens.

@@ -317,6 +317,24 @@ def precision_tables() -> dict[str, str]:
     }
 
 
+def drafts_tables() -> dict[str, str]:
+    columns = {
+        "weights": "{name}",
+        "prompts": "{kind}",
+        "number": "{prompts}",
+        "same texts": "{same}",
+        "tokens": "{tokens}",
+        "before a loop": "{before}",
+        "speed-up": "{speedup:.2f}",
+        "before a loop, too": "{speedup_before:.2f}",
+        "range over prompts": "{lowest:.2f}–{highest:.2f}",
+        "accepted": "{acceptance:.2f}",
+        "share of the tokens": "{share:.2f}",
+        "off, tokens/s": "{off_tokens_per_second:.1f}",
+    }
+    return {"drafts": figures(load("verify.json")["rows"], columns, 2)}
+
+
 def along_the_sequence(rows: Sequence[Row]) -> str:
     """Perplexity over full depth's in each stretch of the sequences, and mean depth."""
     rows = [named(row) for row in rows]
@@ -381,6 +399,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "../pretrained.md": lambda: only(smollm2_tables(), "answers"),
     "scale.md": scale_tables,
     "precisions.md": precision_tables,
+    "verify.md": drafts_tables,
     "original.md": original_tables,
     "smollm2-exits.md": smollm2_tables,
     "methods.md": methods_tables,

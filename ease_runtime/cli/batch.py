@@ -20,7 +20,8 @@ from typing import Any
 
 from ease_common.errors import RequestError
 from ease_runtime.cli.show import token_object
-from ease_runtime.generation import Completion, Generation
+from ease_runtime.engine.sequence import DraftCount
+from ease_runtime.generation import Completion, Generation, add_drafts, drafter_shares
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 
@@ -63,6 +64,11 @@ class Item:
             "completion_tokens": len(self.depths),
             "mean_depth": mean(self.depths),
         }
+        drafts: dict[str, DraftCount] = {}
+        for completion in self.generation.choices:
+            add_drafts(drafts, completion.sequence.drafts.counts)
+        if drafts:
+            usage["drafters"] = drafter_shares(drafts, len(self.depths))
         return {**named, "choices": choices, "usage": usage, **({"notes": self.notes} if self.notes else {})}
 
 

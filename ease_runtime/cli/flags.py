@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ease_common.commands import given_flags
 from ease_common.lists import FiniteFloat
 from ease_runtime.cli.commands import ThresholdFlag
 from ease_runtime.options import FLAGS, Options
@@ -72,4 +73,7 @@ def _flag(field: "Field[Any]", hint: Any) -> Callable[[Command], Command]:
 
 def read_flags(given: Mapping[str, Any]) -> Options:
     """The options that the flags say. Raises RequestError for a value outside its range."""
-    return Options(**{**given, "logit_bias": dict(given.get("logit_bias", ()))})
+    options = Options(**{**given, "logit_bias": dict(given.get("logit_bias", ()))})
+    if given_flags("catch_up"):
+        options.check_catch_up()
+    return options

@@ -83,9 +83,10 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
     llm = LLM(bundle, num_slots=options.n, **place)
     timing = Timing()
     llm.check(llm.prepare(options))
-    if compare and not llm.leaves_early(options):
+    if compare and not llm.drafts_or_leaves(options):
         raise RequestError(
-            "--compare has nothing to compare: no token leaves early; give a threshold (--threshold 0.7)"
+            "--compare has nothing to compare: no token leaves early or is drafted; give a threshold "
+            "(--threshold 0.7) or a drafter (--draft ngram)"
         )
     for flag in without_effect(llm, options, show_exits=show_exits, as_json=as_json):
         click.echo(f"note: {flag}", err=True)
@@ -120,6 +121,10 @@ def without_effect(
     notes = []
     if llm.engine.adapt and not llm.leaves_early(options):
         notes.append("--adapt has no effect at full depth; give a threshold (--threshold 0.7)")
+    if options.draft_corpus and options.draft not in ("corpus", "auto"):
+        notes.append(
+            f"--draft-corpus has no effect with --draft {options.draft}; give --draft corpus, or auto"
+        )
     if show_exits and as_json:
         notes.append("--show-exits has no effect with --json, which tells each token's depth")
     if options.logprobs and not as_json:

@@ -1,7 +1,7 @@
 """Generated tokens on a terminal and as JSON: what the commands print."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from ease_runtime.generation import Timing, TokenEvent
+from ease_runtime.engine.sequence import DraftCount
+from ease_runtime.generation import Timing, TokenEvent, drafter_shares
 
 DEPTH_COLOURS = (
     "green",
@@ -107,7 +108,7 @@ def print_summary(
         style="dim",
     )
     if timing.num_drafted:
-        console.print(f"{timing.num_accepted} of {timing.num_drafted} drafts accepted", style="dim")
+        console.print(drafts_line(timing.drafts, len(events)), style="dim")
     console.print(
         f"prefill {timing.prefill_seconds * 1000:.1f} ms, then {timing.tokens_per_second:.0f} tokens/s",
         style="dim",
@@ -117,6 +118,17 @@ def print_summary(
         console.print(
             f"full depth: {full_depth.tokens_per_second:.0f} tokens/s, so {ratio:.2f}x as fast", style="dim"
         )
+
+
+def drafts_line(drafts: Mapping[str, DraftCount], num_tokens: int) -> str:
+    """What became of drafts, of each drafter where there are several."""
+    drafted = sum(count.judged for count in drafts.values())
+    accepted = sum(count.accepted for count in drafts.values())
+    parts = [
+        f"{name} {count.accepted} of {count.judged}, {count.accepted / max(1, num_tokens):.0%} of the tokens"
+        for name, count in drafts.items()
+    ]
+    return f"{accepted} of {drafted} drafts accepted" + (f" ({'; '.join(parts)})" if parts else "")
 
 
 def as_object(
@@ -140,6 +152,7 @@ def as_object(
             "mean_depth": mean_depth(events),
             "drafted": timing.num_drafted,
             "accepted": timing.num_accepted,
+            "drafters": drafter_shares(timing.drafts, len(events)),
         },
         "notes": timing.notes,
         "timing": {
@@ -160,6 +173,8 @@ def token_object(event: TokenEvent, token_text: Callable[[int], str]) -> dict[st
         "confidence": event.confidence,
     }
     token |= {"logprob": event.logprob, "drafted": event.drafted}
+    if event.drafter:
+        token["drafter"] = event.drafter
     if event.top_logprobs:
         token["top_logprobs"] = [
             {"id": i, "text": token_text(i), "logprob": logprob} for i, logprob in event.top_logprobs

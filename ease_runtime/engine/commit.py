@@ -8,6 +8,7 @@ of it.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from ease_runtime.engine.costs import FIRST_LOOK, RequestCost
 from ease_runtime.engine.layout import SegmentShape
 from ease_runtime.engine.schedule import Work
-from ease_runtime.engine.sequence import Leaving, Token, TokenSequence
+from ease_runtime.engine.sequence import EXIT, Leaving, Token, TokenSequence
 from ease_runtime.policies import FULL_DEPTH, ExitOutput, HeadOutput
 
 Layout = Sequence[SegmentShape]
+TEXT = "text"  # every drafter but an exit
 
 
 def commit(
@@ -104,7 +106,8 @@ def _token(
     """The token that the sampler takes for `position` from a head's output for one token, after a segment."""
     logits = output.logits[0]
     top_id = int(output.top_id[0])
-    chosen = sequence.request.sampler.pick(logits, top_id, sequence.tokens, position)
+    before = sequence.tokens if len(sequence.tokens) == position else sequence.tokens[:position]
+    chosen = sequence.request.sampler.pick(logits, top_id, before, position)
     base = math.log(output.top_prob[0]) - float(logits[top_id])
     depth = int(depths(sequence, segment, np.array([position - 1]), layout)[0])
     best = _largest(logits, sequence.request.num_logprobs)
@@ -121,7 +124,7 @@ def _emit(sequence: TokenSequence, token: Token, num_running: int) -> bool:
     """Append a token: as a draft under verify, else for good."""
     sequence.tokens.append(token.id)
     if sequence.request.catch_up == "verify":
-        sequence.drafts.tokens.append(token)
+        sequence.drafts.tokens.append(replace(token, drafter=EXIT))
         sequence.decision.set_out()
         return False
     _keep(sequence, token, len(sequence.tokens), num_running)
@@ -137,32 +140,35 @@ def _judge(sequence: TokenSequence, said: ExitOutput, layout: Layout, num_runnin
     drafts = sequence.drafts
     last = len(layout) - 1
     tokens = drafts.tokens
-    judged = drafts.judged
-    accepted = drafts.accepted
+    judged = {EXIT: 0, TEXT: 0}
+    accepted = {EXIT: 0, TEXT: 0}
     for i, before in enumerate(said.positions.tolist()):
         token = _token(sequence, last, output.tokens(i, i + 1), before + 1, float(output.top_prob[i]), layout)
         drafted = i < len(tokens)
         agrees = drafted and tokens[i].id == token.id
-        drafts.judged += drafted
-        drafts.accepted += agrees
+        if drafted:
+            kind = EXIT if tokens[i].drafter == EXIT else TEXT
+            judged[kind] += 1
+            accepted[kind] += agrees
+            count = drafts.count(tokens[i].drafter)
+            count.judged += 1
+            count.accepted += agrees
         if not agrees:
             sequence.crop(before + 1)
             sequence.tokens.append(token.id)
+        elif tokens[i].drafter == EXIT:
+            token = replace(token, depth=tokens[i].depth, confidence=tokens[i].confidence, drafter=EXIT)
         else:
-            token = Token(
-                token.id,
-                tokens[i].depth,
-                tokens[i].confidence,
-                token.logprob,
-                token.top_logprobs,
-                drafted=True,
-            )
+            token = replace(token, drafter=tokens[i].drafter)
         _keep(sequence, token, before + 2, num_running)
         if not agrees or sequence.finish_reason is not None:
             break
+    if drafts.lookups:
+        drafts.lookups.judged(judged[TEXT], accepted[TEXT])
     request_cost = sequence.decision.request_cost
     if request_cost and drafts.length and sequence.finish_reason is None:
-        request_cost.judged(drafts.judged - judged, drafts.accepted - accepted)
+        if judged[EXIT]:
+            request_cost.judged(judged[EXIT], accepted[EXIT])
         _adapt_drafting(sequence, request_cost, num_running)
     return True
 
@@ -175,10 +181,10 @@ def _adapt_drafting(sequence: TokenSequence, request_cost: RequestCost, num_runn
     drafts.length = request_cost.draft_length(num_running)
     if drafts.length == 0:
         sequence.counters.asked = frozenset()
-        share = f"{drafts.accepted} of {drafts.judged} drafts accepted"
-        sequence.notes.append(
-            f"verify turned itself off after {len(sequence.produced)} tokens: it does not pay here ({share})"
-        )
+        count = drafts.count(EXIT)
+        what = "exits stopped drafting" if drafts.lookups else "verify turned itself off"
+        share = f"{count.accepted} of {count.judged} drafts accepted"
+        sequence.notes.append(f"{what} after {len(sequence.produced)} tokens: it does not pay here ({share})")
 
 
 def _adapt_leaving(sequence: TokenSequence, request_cost: RequestCost, num_running: int) -> None:
@@ -203,7 +209,8 @@ def _keep(sequence: TokenSequence, token: Token, length: int, num_running: int) 
     decision = sequence.decision
     request = sequence.request
     decision.set_out()
-    decision.policy.note_depth(token.depth, decision.state)
+    if token.drafter in ("", EXIT):  # of a draft from text no exit was asked: a depth budget is not about it
+        decision.policy.note_depth(token.depth, decision.state)
     if token.id in request.stop_ids:
         sequence.finish_reason = "stop"
     elif length >= request.max_length:

@@ -168,6 +168,7 @@ class RequestCost:
     entered: list[float] = field(default_factory=list)
     drafted: float = 4.0  # two numbers to begin with: three of four drafts are accepted
     accepted: float = 3.0
+    gain: float = 1.0  # speed that drafts are expected to give, full depth being 1
 
     def __post_init__(self) -> None:
         self.entered = [0.0] * len(self.costs.layout)
@@ -204,7 +205,8 @@ class RequestCost:
         """
         accepted = min(self.accepted / self.drafted, 0.999)
         leaves = 1.0 - self.reach()[-1]
-        best = 1.0 / self.full_depth(num_rows)
+        full_depth = self.full_depth(num_rows)
+        best = 1.0 / full_depth
         length = 0
         for limit in range(1, LONGEST_DRAFT + 1):
             chances = [(1.0 - leaves) * leaves**j for j in range(limit)] + [leaves**limit]
@@ -215,6 +217,7 @@ class RequestCost:
             if tokens / seconds > best:
                 best = tokens / seconds
                 length = limit
+        self.gain = best * full_depth
         return length
 
     def cycle(self, num_drafts: int, num_rows: int) -> float:

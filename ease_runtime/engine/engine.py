@@ -13,15 +13,20 @@ would have alone. slots.py knows who sits where, runner.py runs (and it alone), 
 nothing about text.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 
 from ease_common.errors import RequestError, did_you_mean
+from ease_runtime.drafters.protocol import Drafter
 from ease_runtime.engine.commit import commit
 from ease_runtime.engine.costs import DEFAULT_CAP, Costs, RequestCost
+from ease_runtime.engine.drafting import draft, wants_drafts
+from ease_runtime.engine.lookups import Lookups
+from ease_runtime.engine.pass_costs import PassCosts
 from ease_runtime.engine.probe import measure_costs
 from ease_runtime.engine.runner import Runner
 from ease_runtime.engine.sampling import Greedy, Sampler
-from ease_runtime.engine.schedule import CHUNK, choose, near, schedule
+from ease_runtime.engine.schedule import CHUNK, Batch, choose, near, schedule
 from ease_runtime.engine.sequence import Request, Token, TokenSequence
 from ease_runtime.ort.stack import Cache, Stack
 from ease_runtime.policies import FULL_DEPTH, ExitPolicy
@@ -35,10 +40,10 @@ class Engine:
     served.
 
     `cap` bounds the pending tokens at a boundary, `chunk` the tokens of prompts in one pass, `draft_length`
-    the drafts of `verify`. Once costs are known (`measure`), `verify` drafts as many tokens as pays, and none
-    where that is slower; with `adapt` any request that leaving early makes slower stays at full depth from
-    then on: its tokens then depend on the machine. Both say so in the request's notes. `exact`: as Runner's.
-    Raises RequestError for a number below 1.
+    the drafts of `verify`, from exits or text. Once costs are known (`measure`), `verify` drafts as many
+    tokens as pays, and none where that is slower; with `adapt` any request that leaving early makes slower
+    stays at full depth from then on: its tokens then depend on the machine. Both say so in the request's
+    notes. `exact`: as Runner's. Raises RequestError for a number below 1.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Engine:
         self.prefill_turn = True
         self.num_rows = 0  # of the last pass
         self.costs: Costs | None = None
+        self.pass_costs: PassCosts | None = None
 
     @property
     def cache(self) -> Cache:
@@ -104,6 +110,7 @@ class Engine:
         policy: ExitPolicy | None = None,
         catch_up: str = "recompute",
         sampler: Sampler | None = None,
+        drafters: Sequence[Drafter] = (),
         stop_ids: frozenset[int] = frozenset(),
         num_logprobs: int = 0,
         keep: bool = False,
@@ -111,6 +118,8 @@ class Engine:
         notes: Sequence[str] = (),
     ) -> TokenSequence:
         """A new sequence, in the queue for a slot, with what its request should be told (`notes`).
+
+        `drafters` draft from text, which needs the catch-up 'verify'.
 
         With `keep` its slot stays its own when it has finished, until it is released or another sequence
         comes `after` it, which takes the slot over and runs only what its prompt does not share with it.
@@ -131,11 +140,17 @@ class Engine:
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens {max_new_tokens} is below 1")
         self.check(policy, catch_up)
+        if drafters and catch_up != "verify":
+            raise RequestError(
+                f"drafts from text are judged by full depth: catch-up '{catch_up}' takes none; use verify"
+            )
         max_length = min(limit, len(prompt) + max_new_tokens)
         request = Request(max_length, catch_up, sampler or Greedy(), stop_ids, num_logprobs, keep)
         asked = frozenset(k for k in range(self.runner.num_early) if policy.thresholds.at(k) is not None)
         sequence = self.runner.new(prompt, policy, request, asked)
         sequence.drafts.length = self.draft_length if asked else 0
+        if drafters:
+            sequence.drafts.lookups = Lookups(drafters, self.pass_costs)
         if catch_up == "verify" and not self.stack.exact:
             sequence.notes.append(
                 "verify holds up to rounding here: passes of several tokens differ from single ones in "
@@ -154,9 +169,14 @@ class Engine:
     def measure(self) -> None:
         """Measure what passes cost, once, when nothing is running: the passes that are timed run over the
         pool.
+
+        From then on what drafts cost is learnt from every pass; while something runs, from a guess.
         """
         if self.costs is None and not self.sequences:
             self.costs = measure_costs(self.stack)
+            self.pass_costs = None
+        if self.pass_costs is None:
+            self.pass_costs = PassCosts(len(self.stack.layout), self.costs)
 
     def check_ids(self, tokens: Sequence[int]) -> None:
         """Raises RequestError for an id that the model has no row for: not every kernel would refuse it."""
@@ -232,19 +252,40 @@ class Engine:
             )
         if not running:
             return []
+        began = time.perf_counter()
+        changed = [
+            sequence
+            for sequence in running
+            if wants_drafts(sequence) and draft(sequence, running, self.draft_length, self.stack.vocab_size)
+        ]
+        running = slots.running
+        if not running:
+            return self._release(changed)
         works = [(sequence, schedule(sequence, self.cap, self.chunk)) for sequence in running]
         batch = near(choose(works, self.prefill_turn, self.chunk), self.costs)
-        self.prefill_turn = not batch[0][0].prefilling
+        prefilling = batch[0][0].prefilling
+        self.prefill_turn = not prefilling
         self.num_rows = len(batch)
         for sequence in running:
             sequence.waited += 1
-        changed = []
         for (sequence, work), said in zip(batch, self.runner.run(batch), strict=True):
             sequence.waited = 0
             if commit(sequence, work, said, self.stack.layout, num_running=len(slots.running)):
                 changed.append(sequence)
             elif said is not None and sequence.decision.leaving is not None:
                 self.runner.hold(sequence, said.exit_index)
+        if self.pass_costs and not prefilling and batch[0][1].kind == "segment":
+            self._note_costs(self.pass_costs, batch, time.perf_counter() - began)
+        return self._release(changed)
+
+    def _note_costs(self, pass_costs: PassCosts, batch: Batch, seconds: float) -> None:
+        """Learn what a pass took, all of its step."""
+        num_tokens = sum(work.stop - work.start for _, work in batch)
+        length = max(work.stop for _, work in batch)
+        pass_costs.note(batch[0][1].segment, num_tokens, len(batch), length, seconds)
+
+    def _release(self, changed: list[TokenSequence]) -> list[TokenSequence]:
+        """Give up those of the sequences that changed that have ended and are not kept."""
         for sequence in changed:
             if sequence.finish_reason is not None and not (sequence.request.keep and sequence.error is None):
                 self.release(sequence)

@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ease_runtime.engine.costs import RequestCost
+from ease_runtime.engine.lookups import Lookups
 from ease_runtime.engine.sampling import Sampler
 from ease_runtime.policies import ExitPolicy
 
 Int64s = NDArray[np.int64]
 NO_ROWS: Int64s = np.zeros(0, np.int64)
+EXIT = "exit"  # an early exit, as a drafter
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,12 @@ class Token:
     confidence: float
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    drafted: bool = False  # said by an early exit, and accepted by full depth
+    drafter: str = ""  # who said it before full depth did: EXIT, or a drafter from text; "" nobody
+
+    @property
+    def drafted(self) -> bool:
+        """Whether somebody said it before full depth, which accepted it."""
+        return bool(self.drafter)
 
 
 @dataclass(frozen=True)
@@ -108,13 +115,38 @@ class Decision:
 
 
 @dataclass
-class Drafts:
-    """The last tokens, until full depth has judged them (verify), and what became of those before."""
+class DraftCount:
+    """Drafts of one drafter that full depth has judged, and those that it agreed with."""
 
-    length: int = 0  # drafts before full depth is asked; 0: none
-    tokens: list[Token] = field(default_factory=list)
     judged: int = 0
     accepted: int = 0
+
+
+@dataclass
+class Drafts:
+    """The last tokens, until full depth has judged them (verify), and what became of those before.
+
+    Those from text come first, before what exits say.
+    """
+
+    length: int = 0  # drafts before exits are asked no more; 0: none
+    tokens: list[Token] = field(default_factory=list)
+    counts: dict[str, DraftCount] = field(default_factory=dict)  # by drafter
+    lookups: Lookups | None = None  # who drafts from text
+
+    @property
+    def judged(self) -> int:
+        """Drafts of all drafters that full depth has judged."""
+        return sum(count.judged for count in self.counts.values())
+
+    @property
+    def accepted(self) -> int:
+        """Those that it agreed with."""
+        return sum(count.accepted for count in self.counts.values())
+
+    def count(self, drafter: str) -> DraftCount:
+        """A drafter's."""
+        return self.counts.setdefault(drafter, DraftCount())
 
 
 @dataclass(eq=False)
@@ -171,6 +203,8 @@ class TokenSequence:
         The token that takes the place of the first of them is appended to `tokens` before the next step. The
         prompt must have run.
         """
+        if self.drafts.lookups and length < self.num_final:
+            self.drafts.lookups.restart()
         del self.tokens[length:]
         del self.produced[max(0, length - self.num_prompt) :]
         self.num_prompt = min(self.num_prompt, length)

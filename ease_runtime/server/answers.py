@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ease_runtime.generation import TokenEvent
+from ease_runtime.generation import TokenEvent, drafter_shares
 from ease_runtime.server.dispatcher import Ticket
 from ease_runtime.server.requests import GenerationRequest
 
@@ -87,8 +87,9 @@ class Answer:
             mean_depth = sum(self.depths) / completion if completion else None
             usage["ease"] = {
                 "mean_depth": mean_depth,
-                "drafted": ticket.drafted,
-                "accepted": ticket.accepted,
+                "drafted": sum(count.judged for count in ticket.drafts.values()),
+                "accepted": sum(count.accepted for count in ticket.drafts.values()),
+                "drafters": drafter_shares(ticket.drafts, completion),
                 "notes": ticket.notes,
             }
         return usage
@@ -138,11 +139,12 @@ class Answer:
 
 
 def token_object(event: TokenEvent) -> dict[str, Any]:
-    """A token's text, depth in layers and confidence, and whether an early exit drafted it."""
+    """A token's text, depth in layers and confidence, and who drafted it, if anybody."""
     return {
         "id": event.id,
         "text": event.text,
         "depth": event.depth,
         "confidence": event.confidence,
         "drafted": event.drafted,
+        **({"drafter": event.drafter} if event.drafter else {}),
     }

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ease_runtime.engine.sequence import DraftCount
+from ease_runtime.generation import add_drafts
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 from ease_runtime.server.api_error import ApiError
@@ -32,8 +34,7 @@ class Ticket:
     begun: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     since: float = field(default_factory=time.monotonic)
     num_ended: int = 0  # completions
-    drafted: int = 0  # of these
-    accepted: int = 0
+    drafts: dict[str, DraftCount] = field(default_factory=dict)  # of these, by drafter
     notes: list[str] = field(default_factory=list)
     closed: bool = False  # whether it has left the server
     on_close: list[Callable[[], object]] = field(default_factory=list)
@@ -42,8 +43,7 @@ class Ticket:
         """Count what has ended, and pass the updates on."""
         for update in updates:
             self.num_ended += update.finish_reason is not None
-            self.drafted += update.drafted
-            self.accepted += update.accepted
+            add_drafts(self.drafts, update.drafts)
             self.notes += update.notes
         self.inbox.put_nowait(updates)
 

@@ -9,12 +9,12 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ease_common.errors import EaseError
-from ease_runtime.engine.sequence import TokenSequence
+from ease_runtime.engine.sequence import DraftCount, TokenSequence
 from ease_runtime.generation import Completion, Generation, TokenEvent
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
@@ -34,8 +34,7 @@ class Update:
     events: list[TokenEvent]
     finish_reason: str | None = None
     error: str | None = None
-    drafted: int = 0
-    accepted: int = 0
+    drafts: Mapping[str, DraftCount] = field(default_factory=dict)  # by drafter
     notes: tuple[str, ...] = ()
 
 
@@ -175,15 +174,20 @@ class EngineThread:
         if choice.finish_reason is None:
             return Update(index, events)
         self._note_end(choice.sequence)
-        drafts = choice.sequence.drafts
-        notes = tuple(choice.sequence.notes)
+        sequence = choice.sequence
         return Update(
-            index, events, choice.finish_reason, choice.error, drafts.judged, drafts.accepted, notes
+            index,
+            events,
+            choice.finish_reason,
+            choice.error,
+            drafts=sequence.drafts.counts,
+            notes=tuple(sequence.notes),
         )
 
     def _note_end(self, sequence: TokenSequence) -> None:
-        self.metrics.drafted.inc(sequence.drafts.judged)
-        self.metrics.accepted.inc(sequence.drafts.accepted)
+        for drafter, count in sequence.drafts.counts.items():
+            self.metrics.drafted.labels(drafter).inc(count.judged)
+            self.metrics.accepted.labels(drafter).inc(count.accepted)
         if self.shadow:
             self.shadow.consider(sequence)
 

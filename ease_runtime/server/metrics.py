@@ -18,10 +18,16 @@ class Metrics:
         self.prompt_tokens = Counter("ease_prompt_tokens", "Tokens of prompts.", registry=registry)
         self.generated_tokens = Counter("ease_generated_tokens", "Tokens generated.", registry=registry)
         self.drafted = Counter(
-            "ease_drafted_tokens", "Drafts that full depth has judged (verify).", registry=registry
+            "ease_drafted_tokens",
+            "Drafts that full depth has judged (verify).",
+            ["drafter"],
+            registry=registry,
         )
         self.accepted = Counter(
-            "ease_accepted_tokens", "Drafts that full depth agreed with (verify).", registry=registry
+            "ease_accepted_tokens",
+            "Drafts that full depth agreed with (verify).",
+            ["drafter"],
+            registry=registry,
         )
         self.queue = Gauge("ease_queue_length", "Completions that wait for a slot.", registry=registry)
         self.running = Gauge("ease_running", "Completions that have a slot.", registry=registry)

@@ -13,7 +13,11 @@ from ease_common.errors import RequestError, did_you_mean
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import FLAGS, LEAVING, SAMPLING, Options
 
-OTHERWISE = ("logprobs", "sampler")  # each route has its own word for it; only flags name code
+OTHERWISE = (
+    "logprobs",
+    "sampler",
+    "draft_corpus",
+)  # each route has its own word; only flags name code, files
 IN_BODY = tuple(name for name in SAMPLING if name not in OTHERWISE)
 EASE = (*LEAVING, *FLAGS)
 SHARED = ("model", "stream", "stream_options", "ease", *IN_BODY)

@@ -283,6 +283,12 @@ def test_agreement_of_verify_and_of_the_others(tiny_bundle: Path, tmp_path: Path
     assert result.exit_code == 0, result.output
     assert "3 of 3 texts are those of full depth; mean ROUGE-L 1.000" in result.output
     assert "drafts accepted" in result.output
+    drafted = CliRunner().invoke(main, [*command, "--draft", "auto", "--json", str(tmp_path / "drafts.json")])
+    assert drafted.exit_code == 0, drafted.output
+    assert "3 of 3 texts are those of full depth" in drafted.output
+    of_all = [one["drafters"] for one in json.loads((tmp_path / "drafts.json").read_text())]
+    assert {name for one in of_all for name in one} <= {"exit", "ngram"}
+    assert sum(count["judged"] for one in of_all for count in one.values()) > 0
     lossy = CliRunner().invoke(main, [*command, "--json", str(tmp_path / "out.json")])
     assert lossy.exit_code == 0
     found = json.loads((tmp_path / "out.json").read_text())

@@ -18,6 +18,7 @@ from ease_eval.measure.perplexity import score_documents
 from ease_export.cli import render_manifest
 from ease_export.verify import TOLERANCE, verify_bundle
 from ease_runtime.bundle.manifest import load_manifest, parse_manifest
+from ease_runtime.drafters import NgramLookup
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.sampling import Given, GumbelSampler
 from ease_runtime.engine.sequence import TokenSequence
@@ -239,8 +240,8 @@ def test_keys_and_values_are_written_only_for_routed_tokens(routed: Made) -> Non
 
 @pytest.mark.parametrize("name", ["routed", "routed_with_exits"])
 def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRequest) -> None:
-    """Rows with routes, lengths and catch-ups of their own, verify too: tokens, depths and figures
-    as alone.
+    """Rows with routes, lengths and catch-ups of their own, verify and drafts from text too: tokens, depths
+    and figures as alone.
     """
     stack = OrtStack(request.getfixturevalue(name)[1])
     policy = make_policy("max-prob", [0.4], stack.exit_layers) if len(stack.exit_layers) > 1 else FULL_DEPTH
@@ -249,7 +250,12 @@ def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRe
         prompt = text(10 + 9 * i, seed=i)
         catch_up = ("recompute", "verify")[i % 2]
         return engine.start(
-            prompt, max_new_tokens=50, policy=policy, catch_up=catch_up, sampler=GumbelSampler(0.8, 0, 1.0, i)
+            prompt,
+            max_new_tokens=50,
+            policy=policy,
+            catch_up=catch_up,
+            sampler=GumbelSampler(0.8, 0, 1.0, i),
+            drafters=[NgramLookup()] if i == 3 else [],
         )
 
     alone = []
@@ -266,6 +272,10 @@ def test_routed_rows_of_a_batch_do_not_meet(name: str, request: pytest.FixtureRe
         call.num_tokens > 1 for call in stack.trace[50:] if call.graph == "segment" and call.number in routed
     )
     assert [s.produced for s in sequences] == alone
+    plain = Engine(stack)
+    off = plain.start(text(37, seed=3), max_new_tokens=50, sampler=GumbelSampler(0.8, 0, 1.0, 3))
+    assert [t.id for t in plain.generate(off)] == [t.id for t in sequences[3].produced]
+    assert sequences[3].drafts.counts["ngram"].judged > 0
 
 
 def test_what_a_bundle_cannot_do_is_said(routed_with_exits: Made, tiny_bundle: Path) -> None:

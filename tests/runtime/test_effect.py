@@ -105,8 +105,8 @@ def test_flags_without_effect_are_told(tiny_bundle: Path, tmp_path: Path) -> Non
     )
     assert run("--compare") == (
         1,
-        "error: --compare has nothing to compare: no token leaves early; give a threshold (--threshold "
-        "0.7)\n",
+        "error: --compare has nothing to compare: no token leaves early or is drafted; give a threshold "
+        "(--threshold 0.7) or a drafter (--draft ngram)\n",
     )
     (tmp_path / "in").write_text('{"prompt": "a"}\n')
     arguments = ["batch", str(tiny_bundle), str(tmp_path / "in"), str(tmp_path / "out"), "--ray-workers", "3"]

@@ -200,6 +200,25 @@ def test_a_stream_says_what_the_whole_says(toy: Served) -> None:
     assert len({event["id"] for event in events}) == 1
 
 
+def test_drafts_from_text_are_told_and_change_nothing(toy: Served) -> None:
+    body = {"prompt": "abcabcabc", "max_tokens": 30, "seed": 1}
+    plain = post(toy, COMPLETIONS, body).json()["choices"][0]["text"]
+    answer = post(toy, COMPLETIONS, {**body, "ease": {"draft": "ngram"}}).json()
+    assert answer["choices"][0]["text"] == plain
+    usage = answer["usage"]["ease"]
+    assert usage["drafted"] == usage["drafters"]["ngram"]["drafted"] > 0
+    assert 'ease_drafted_tokens_total{drafter="ngram"}' in httpx.get(f"{toy.url}/metrics").text
+    for values, message in (
+        ({"draft": "corpus"}, "draft 'corpus' needs texts to draft from"),
+        ({"draft": "mine:Mine"}, "only who runs the command can name code"),
+        ({"draft": "ngram", "catch_up": "propagate"}, "needs full depth to judge it"),
+        ({"draft": "ngram", "threshold": 0.5}, "threshold 0.5 has no effect with draft 'ngram'"),
+    ):
+        refused = post(toy, COMPLETIONS, {**body, "ease": values})
+        assert refused.status_code == 400
+        assert message in refused.json()["error"]["message"]
+
+
 def test_without_ease_nothing_is_told(toy: Served) -> None:
     answer = post(toy, COMPLETIONS, {"prompt": "abc", "max_tokens": 2}).json()
     assert "ease" not in answer["choices"][0]

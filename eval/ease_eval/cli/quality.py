@@ -28,6 +28,9 @@ from ease_eval.tasks.tasks import SEED, TaskResult, run_task
 from ease_runtime.bundle.manifest import MANIFEST_FILE
 from ease_runtime.cli.commands import DEVICE_FLAG, EXACT_FLAG, BundleName
 from ease_runtime.cli.flags import option_flags, read_flags
+from ease_runtime.cli.show import drafts_line
+from ease_runtime.engine.sequence import DraftCount
+from ease_runtime.generation import add_drafts
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_train.data.corpora import load_documents, sum_of
@@ -203,9 +206,10 @@ def agreement(
     llm = LLM(bundle, device=device, num_threads=threads, exact=True)
     texts = read_prompts(prompts, limit)
     llm.check(llm.prepare(options))
-    if not llm.leaves_early(options):
+    if not llm.drafts_or_leaves(options):
         raise RequestError(
-            "no token leaves early: both sides would be full depth; give a threshold (--threshold 0.7)"
+            "no token leaves early or is drafted: both sides would be full depth; give a threshold "
+            "(--threshold 0.7) or a drafter (--draft ngram)"
         )
     found = compare(llm, texts, options)
     if json_file:
@@ -218,9 +222,12 @@ def agreement(
     for one in found:
         if one.first_difference is not None:
             click.echo(f"  parts at token {one.first_difference} of {one.num_tokens}: {one.prompt[:60]!r}")
-    if drafted := sum(one.drafted for one in found):
-        click.echo(f"{sum(one.accepted for one in found)} of {drafted} drafts accepted")
-    if options.catch_up == "verify" and same < len(found):
+    drafts: dict[str, DraftCount] = {}
+    for one in found:
+        add_drafts(drafts, one.drafters)
+    if drafts:
+        click.echo(drafts_line(drafts, sum(one.num_tokens for one in found)))
+    if llm.prepare(options).catch_up == "verify" and same < len(found):
         raise RequestError(f"verify differs from full depth on {len(found) - same} of {len(found)} prompts")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ease_common.errors import RequestError
+from ease_runtime.engine.sequence import DraftCount
 from ease_runtime.generation import Timing
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
@@ -34,6 +35,7 @@ class Agreement:
     mean_depth: float
     drafted: int
     accepted: int
+    drafters: dict[str, DraftCount]  # the same of each
 
 
 def read_prompts(path: Path, limit: int) -> list[str]:
@@ -89,6 +91,7 @@ def compare(llm: LLM, prompts: Sequence[str], options: Options) -> list[Agreemen
                 mean_depth=sum(e.depth for e in early) / max(1, len(early)),
                 drafted=sequence.drafts.judged,
                 accepted=sequence.drafts.accepted,
+                drafters=sequence.drafts.counts,
             )
         )
     return found
