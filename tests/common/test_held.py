@@ -2,12 +2,7 @@
 something is on the disk first.
 """
 
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,26 +11,7 @@ from click.testing import CliRunner
 from ease_common.errors import RequestError
 from ease_common.files import held, write_whole, written_aside
 from ease_eval.journal import Journal
-from ease_runtime.cli.main import main as run_main
-
-HOLD = """
-import sys
-from pathlib import Path
-from ease_common.files import held
-
-with held(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def another_run(path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """Another process that writes `path`, until the block ends."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], **pipes) as other:
-        assert other.stdout.readline() == "held\n"
-        yield other
+from other_run import another_run
 
 
 def test_the_second_run_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
@@ -59,18 +35,12 @@ def test_a_killed_run_holds_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_commands_that_are_refused(tmp_path: Path, tiny_bundle: Path) -> None:
-    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    prompts.write_text(json.dumps({"prompt": "And", "max_tokens": 1}) + "\n")
-    command = ["batch", str(tiny_bundle), str(prompts), str(out)]
-    with another_run(out):
-        refused = CliRunner().invoke(run_main, command)
-        with pytest.raises(RequestError, match="another run is writing"), Journal(out, {"a": 1}):
-            pytest.fail("two runs note their parts in one file")
-    assert (refused.exit_code, refused.stderr.count("\n"), out.exists()) == (1, 1, False)
-    assert "another run is writing" in refused.stderr
-    assert CliRunner().invoke(run_main, command).exit_code == 0
-    assert len(out.read_text().splitlines()) == 1
+def test_two_measurements_with_one_journal(tmp_path: Path) -> None:
+    with another_run(tmp_path / "a.json"), pytest.raises(RequestError, match="another run is writing"):
+        Journal(tmp_path / "a.json", {}).__enter__()
+    with Journal(tmp_path / "a.json", {}) as journal:
+        assert journal.once("part", lambda: 7) == 7
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_training_is_refused_before_it_begins(tmp_path: Path) -> None:

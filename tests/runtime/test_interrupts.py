@@ -5,40 +5,11 @@ The moments are given by what the process does (its n-th import, the n-th file i
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-HIT = """
-import os, signal, sys
-
-event, part, count, number = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-seen = 0
-
-def hit(name, arguments):
-    global seen
-    if name == event and part in str(arguments[0]):
-        seen += 1
-        if seen == count:
-            os.kill(os.getpid(), number)
-
-sys.addaudithook(hit)
-from ease_common import interrupts
-script, sys.argv = sys.argv[5], ["ease", *sys.argv[6:]]
-getattr(interrupts, script)()
-"""
-
-
-def interrupted(
-    moment: tuple[str, str, int], number: int, script: str, *arguments: str
-) -> tuple[int, list[str]]:
-    """Run a command that gets a signal at a moment: its exit code, and the lines on stderr."""
-    event, part, count = moment
-    told = [event, part, str(count), str(int(number)), script, *arguments]
-    done = subprocess.run([sys.executable, "-c", HIT, *told], capture_output=True, text=True)
-    return done.returncode, [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+from hit import interrupted
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -64,19 +35,6 @@ def test_a_batch_goes_on(tiny_bundle: Path, tmp_path: Path) -> None:
     )
     assert not any("Traceback" in line for line in lines)
     assert not (tmp_path / ".out.jsonl.lock").exists()
-
-
-@pytest.mark.parametrize(
-    "moment", [("import", "torch", 3), ("import", "torch._C", 1), ("open", "config.json", 1)]
-)
-def test_an_export_leaves_nothing(
-    tiny_checkpoint: Path, tmp_path: Path, moment: tuple[str, str, int]
-) -> None:
-    command = ["build", str(tiny_checkpoint), str(tmp_path / "bundle")]
-    code, lines = interrupted(moment, signal.SIGINT, "ease_export", *command)
-    assert (code, lines[-1]) == (130, "interrupted; run the command again")
-    assert not any("Traceback" in line for line in lines)
-    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_command_that_is_asked_for_help_is_not_touched() -> None:
