@@ -1,11 +1,12 @@
 """ease-train: train models that can stop early."""
 
-import signal
+import os
 import typing
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -20,8 +21,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ease_common.commands import CommandGroup
+from ease_common.commands import CommandGroup, say_how_to_go_on
 from ease_common.errors import SettingWarning, TrainError
+from ease_common.files import held
+from ease_common.interrupts import handled, raise_it
 from ease_common.lists import FiniteFloat, list_of
 from ease_common.settings import Section
 from ease_train.data.corpora import SOURCES
@@ -211,17 +214,30 @@ def fit_once(
     from ease_train.training.trainer import Trainer
 
     base = load_recipe(recipe) if recipe else None
-    if resume:
-        trainer = Trainer.resume(out, **place, asked=ResumeOptions(options, data, base))
-    elif base is None:
-        raise TrainError("no recipe is named; list them: ease-train recipes")
-    elif out.exists():
-        raise TrainError(f"{out} is there already; go on with it (--resume) or choose another --out")
-    else:
-        chosen = base.with_options(options)
-        warn_of_idle(options, chosen)
-        trainer = Trainer.begin(chosen, data or "kjv", **place, base=base)
-    run_with_progress(trainer, trainer.recipe, out)
+    with alone_at(out):
+        if resume:
+            trainer = Trainer.resume(out, **place, asked=ResumeOptions(options, data, base))
+        elif base is None:
+            raise TrainError("no recipe is named; list them: ease-train recipes")
+        elif out.exists():
+            raise TrainError(f"{out} is there already; go on with it (--resume) or choose another --out")
+        else:
+            chosen = base.with_options(options)
+            warn_of_idle(options, chosen)
+            trainer = Trainer.begin(chosen, data or "kjv", **place, base=base)
+        run_with_progress(trainer, trainer.recipe, out)
+
+
+@contextmanager
+def alone_at(out: Path) -> Iterator[None]:
+    """Keep `out` to this run, of several processes to the first. Raises an EaseError where another has it."""
+    with ExitStack() as stack:
+        if os.environ.get("RANK", "0") == "0":
+            try:
+                stack.enter_context(held(out))
+            except OSError as error:
+                raise TrainError(f"could not write {out}: {error.strerror or error}") from None
+        yield
 
 
 @main.command()
@@ -265,11 +281,12 @@ def tune(
         raise TrainError(f"{out} is there already; choose another --out")
     place = run_place(fields)
     options = given_options(fields)
-    trainer = begin_tuning(
-        load_checkpoint(checkpoint), load_recipe(recipe), options, data, counted=counted, **place
-    )
-    warn_of_idle(options, trainer.recipe)
-    run_with_progress(trainer, trainer.recipe, out)
+    with alone_at(out):
+        trainer = begin_tuning(
+            load_checkpoint(checkpoint), load_recipe(recipe), options, data, counted=counted, **place
+        )
+        warn_of_idle(options, trainer.recipe)
+        run_with_progress(trainer, trainer.recipe, out)
 
 
 @main.command()
@@ -304,9 +321,10 @@ def gates(
     if out.exists():
         raise TrainError(f"{out} is there already; choose another --out")
     settings = GateConfig.from_dict(given_options(fields), "gates")
-    trainer = GateTrainer(load_checkpoint(checkpoint), settings, data, device, cache)
-    show_gates(trainer)
-    save_checkpoint(trainer.checkpoint, out)
+    with alone_at(out):
+        trainer = GateTrainer(load_checkpoint(checkpoint), settings, data, device, cache)
+        show_gates(trainer)
+        save_checkpoint(trainer.checkpoint, out)
 
 
 @main.command("import")
@@ -345,8 +363,9 @@ def import_(
             f"--exits {layers[0]} and --with-exits {with_exits}: trained exits are where they were "
             "trained; leave one out"
         )
-    checkpoint = import_model(source, layers, max_positions, with_exits, report=click.echo)
-    save_checkpoint(checkpoint, out)
+    with alone_at(out):
+        checkpoint = import_model(source, layers, max_positions, with_exits, report=click.echo)
+        save_checkpoint(checkpoint, out)
     config = checkpoint.recipe.model
     parameters = sum(p.numel() for p in checkpoint.model.parameters())
     shape = (
@@ -433,8 +452,9 @@ def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
                 show(event, progress, task)
                 if interrupted and trainer.workers.count == 1:
                     trainer.save(out)
-                    remedy = f"ease-train fit --out {out} --resume"
-                    raise TrainError(f"interrupted at step {trainer.checkpoint.step}, saved; go on: {remedy}")
+                    step = trainer.checkpoint.step
+                    say_how_to_go_on(f"step {step} is saved; go on: ease-train fit --out {out} --resume")
+                    raise_it(interrupted[0], None)
 
 
 def why_ended(trainer: "Trainer") -> str:
@@ -448,20 +468,18 @@ def why_ended(trainer: "Trainer") -> str:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of raising it, so that a step is finished before the run is saved; a second one
-    raises.
+    """Collect Ctrl-C and SIGTERM instead of raising them, so that a step is finished before the run is saved;
+    a second one raises.
     """
     caught: list[int] = []
 
-    def note(number: int, _: object) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise_it(number, frame)
         caught.append(number)
-        signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with handled(note):
         yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def show(event: "Event", progress: Progress, task: Any) -> None:

@@ -17,8 +17,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ease_common.commands import CommandGroup, given_flags
+from ease_common.commands import CommandGroup, given_flags, say_how_to_go_on
 from ease_common.errors import EaseError, RequestError
+from ease_common.files import held
+from ease_common.interrupts import Terminated
 from ease_common.lists import FiniteRange
 from ease_runtime.cli.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
 from ease_runtime.cli.commands import DEVICE_FLAG, EXACT_FLAG, BundleName
@@ -143,6 +145,8 @@ def read_prompt(prompt: str) -> str:
     """The prompt, or standard input for '-'. Raises RequestError when it is no UTF-8."""
     if prompt != "-":
         return prompt
+    if sys.stdin is None:
+        raise RequestError("standard input is closed; pipe the prompt into it, or say --prompt TEXT")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -159,6 +163,7 @@ def read_prompt(prompt: str) -> str:
 @model_flags
 def chat(bundle: Path, system: str | None, show_exits: bool, **given: Any) -> None:
     """Talk to a model; what was said stays in its cache. /reset forgets it, /quit or Ctrl-D ends."""
+    say_how_to_go_on("nothing of the conversation is kept")
     place = take_place(given)
     options = read_flags(given)
     llm = LLM(bundle, **place)
@@ -174,6 +179,8 @@ def chat(bundle: Path, system: str | None, show_exits: bool, **given: Any) -> No
         )
     if show_exits:
         print_legend(llm.stack.exit_layers, console)
+    if sys.stdin is None:
+        raise RequestError("standard input is closed, and a chat reads its lines there")
     while (line := read_line()) not in (None, "/quit"):
         if line == "/reset":
             conversation.reset()
@@ -185,7 +192,7 @@ def read_line() -> str | None:
     """What the user says; None at the end of the input."""
     try:
         return input("> ").strip()
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         click.echo(err=True)
         return None
 
@@ -193,13 +200,18 @@ def read_line() -> str | None:
 def answer(
     conversation: Conversation, line: str, exit_layers: tuple[int, ...] | None, console: Console
 ) -> None:
-    """One turn. An error ends the turn, not the chat."""
+    """One turn. An error or Ctrl-C ends the turn, not the chat."""
     timing = Timing()
     events = conversation.say(line, timing)
     try:
         shown = print_plain(events) if exit_layers is None else print_coloured(events, exit_layers, console)
     except EaseError as error:
         click.echo(f"error: {error}; /reset forgets the conversation", err=True)
+        return
+    except Terminated:
+        raise
+    except KeyboardInterrupt:
+        click.echo(" [interrupted]", err=True)
         return
     finally:
         events.close()
@@ -328,25 +340,27 @@ def batch(
         raise RequestError(f"{out.parent}, where {out.name} should go, is no directory; make it first")
     if out.exists() and out.samefile(prompts):
         raise RequestError(f"{out} is the file of the prompts; give another file for the answers")
-    total = count_lines(prompts)
-    num_done = count_answers(out)
-    if num_done > total:
-        raise RequestError(
-            f"{out} has {num_done} answers, but {prompts} only {total} lines; give another file"
-        )
-    lines = numbered_lines(prompts, num_done + 1)
-    if num_done == total:
-        answers: Iterable[str] = ()
-    elif ray is None:
-        answers = answer_lines(LLM(bundle, num_slots=batch_size, **place), lines, options, batch_size)
-    else:
-        from ease_runtime.cli.cluster import Cluster
+    with held(out):
+        say_how_to_go_on(f"{out} keeps the answers so far; run the command again to go on")
+        total = count_lines(prompts)
+        num_done = count_answers(out)
+        if num_done > total:
+            raise RequestError(
+                f"{out} has {num_done} answers, but {prompts} only {total} lines; give another file"
+            )
+        lines = numbered_lines(prompts, num_done + 1)
+        if num_done == total:
+            answers: Iterable[str] = ()
+        elif ray is None:
+            answers = answer_lines(LLM(bundle, num_slots=batch_size, **place), lines, options, batch_size)
+        else:
+            from ease_runtime.cli.cluster import Cluster
 
-        answers = Cluster(ray, ray_workers).answer_lines(bundle, lines, options, batch_size, place)
-    with progress_bar() as bar:
-        task = bar.add_task("answered", total=total, completed=num_done)
-        for number in write_answers(out, answers):
-            bar.update(task, completed=num_done + number)
+            answers = Cluster(ray, ray_workers).answer_lines(bundle, lines, options, batch_size, place)
+        with progress_bar() as bar:
+            task = bar.add_task("answered", total=total, completed=num_done)
+            for number in write_answers(out, answers):
+                bar.update(task, completed=num_done + number)
 
 
 def progress_bar() -> Progress:

@@ -1,8 +1,7 @@
 """Generated tokens on a terminal and as JSON: what the commands print."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import click
@@ -22,23 +21,13 @@ DEPTH_COLOURS = (
 )  # shallow exits first; the last layer has none
 
 
-@contextmanager
-def quiet_interrupt() -> Iterator[None]:
-    """Ctrl-C ends a text that is being printed; what is there stays."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(" [interrupted]", err=True)
-
-
 def print_plain(events: Iterable[TokenEvent]) -> list[TokenEvent]:
     """Stream the text."""
     shown: list[TokenEvent] = []
-    with quiet_interrupt():
-        for event in events:
-            click.echo(event.text, nl=False)
-            sys.stdout.flush()
-            shown.append(event)
+    for event in events:
+        click.echo(event.text, nl=False)
+        sys.stdout.flush()
+        shown.append(event)
     click.echo()
     return shown
 
@@ -64,10 +53,9 @@ def print_coloured(
 ) -> list[TokenEvent]:
     """Stream the text, each token in the colour of its exit."""
     shown: list[TokenEvent] = []
-    with quiet_interrupt():
-        for event in events:
-            console.print(Text(event.text, style=depth_style(event.depth, exit_layers)), end="")
-            shown.append(event)
+    for event in events:
+        console.print(Text(event.text, style=depth_style(event.depth, exit_layers)), end="")
+        shown.append(event)
     console.print()
     return shown
 

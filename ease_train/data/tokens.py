@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ease_common.errors import DataError
+from ease_common.files import settle
 from ease_train.training.config import TokenizerConfig
 
 END = "<|end|>"  # stands before every document, so that a document's first token is predicted too
@@ -139,6 +140,7 @@ def _write_stream(path: Path, parts: Iterable[NDArray[np.int32]]) -> None:
         with partial.open("wb") as file:
             for part in parts:
                 file.write(part.data)
+        settle(partial)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_common.errors import DataError
+from ease_common.files import held, settle
 from ease_train.model.decoder import Decoder
 
 BLOCKS_AT_ONCE = 4
@@ -112,8 +113,11 @@ class StateCache:
 
         Raises DataError when it does not fit on the disk.
         """
-        if self.full:
-            return
+        if not self.full:
+            with held(self.path):
+                yield from self._fill(ask)
+
+    def _fill(self, ask: Ask) -> Iterator[int]:
         partial = self.path.with_suffix(".partial")
         partial.mkdir(parents=True, exist_ok=True)
         done = self._done(partial)
@@ -136,6 +140,7 @@ class StateCache:
             raise DataError(
                 f"could not write hidden states to {partial}: {error}; what is there is kept"
             ) from None
+        settle(partial)
         partial.rename(self.path)
         yield len(self.blocks)
 

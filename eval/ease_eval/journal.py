@@ -10,17 +10,20 @@ Lines of a run that asked for something else are not used.
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ease_common.errors import RequestError
+from ease_common.files import held
 
 
 class Journal:
     """The finished parts of one run, by name.
 
-    `file` is where the run's result goes; None keeps nothing for another run.
+    `file` is where the run's result goes, which no other run may write meanwhile; None keeps nothing for
+    another run.
     """
 
     def __init__(self, file: Path | None, asked: dict[str, Any]) -> None:
@@ -28,12 +31,23 @@ class Journal:
         self.path = None if file is None else file.with_name(f".{file.name}.journal")
         self.asked: dict[str, Any] = json.loads(json.dumps(asked))
         self.found: dict[str, Any] = {}
+        self.hold = ExitStack()
         self.num_read = 0  # parts that the run before had finished
 
     def __enter__(self) -> Self:
-        if self.path is None:
+        if self.path is None or self.file is None:
             return self
+        with ExitStack() as stack:
+            self._begin(stack)
+            self.hold = stack.pop_all()
+        return self
+
+    def _begin(self, stack: ExitStack) -> None:
+        """Keep other runs away, and write what an earlier one has left down again. Raises RequestError."""
+        assert self.path is not None, "a journal that is kept has a file"
+        assert self.file is not None, "a journal that is kept has a file"
         try:
+            stack.enter_context(held(self.file))
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
             parts = list(_whole(lines))
             if parts and parts[0] == {"asked": self.asked}:
@@ -47,7 +61,6 @@ class Journal:
             self.path.write_text("".join(json.dumps(part) + "\n" for part in again), encoding="utf-8")
         except OSError as error:
             raise RequestError(f"could not write {self.file}: {error.strerror}") from None
-        return self
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """A part's value, as JSON gives it back: from the run before, or computed now and noted."""
@@ -61,8 +74,9 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.path is not None and kind is None:
-            self.path.unlink(missing_ok=True)
+        with self.hold:
+            if self.path is not None and kind is None:
+                self.path.unlink(missing_ok=True)
 
 
 def _whole(lines: list[str]) -> Any:

@@ -5,6 +5,7 @@ leaves.
 import errno
 import re
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ from ease_runtime.ort.device import Device
 from ease_runtime.ort.stack import OrtStack
 from ease_train.model.decoder import Decoder
 from ease_train.training.checkpoint import load_checkpoint, save_checkpoint
+from hit import interrupted
 
 NUM_GREEDY = 200
 
@@ -257,3 +259,16 @@ def test_verify_runs_where_buffers_are_bound_by_address(
     elsewhere = Device("cpu", "CPUExecutionProvider", own_memory=True)
     monkeypatch.setattr(stack_module, "choose_device", lambda name: elsewhere)
     assert verify_bundle(tiny_bundle, tiny_checkpoint, 8, "cuda").ok
+
+
+@pytest.mark.parametrize(
+    "moment", [("import", "torch", 3), ("import", "torch._C", 1), ("open", "config.json", 1)]
+)
+def test_an_interrupted_export_leaves_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, moment: tuple[str, str, int]
+) -> None:
+    command = ["build", str(tiny_checkpoint), str(tmp_path / "bundle")]
+    code, lines = interrupted(moment, signal.SIGINT, "ease_export", *command)
+    assert (code, lines[-1]) == (130, "interrupted; run the command again")
+    assert not any("Traceback" in line for line in lines)
+    assert not (tmp_path / "bundle").exists()

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import toy_text
 from ease_common.errors import RequestError
 from ease_runtime.cli.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
+from ease_runtime.cli.main import main
 from ease_runtime.engine.mock import MockStack
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
+from other_run import another_run
 
 LETTERS = "abcdefghijklmnopqrstuv"
 OPTIONS = Options(max_tokens=6)
@@ -144,3 +147,17 @@ def test_a_late_line_does_not_hold_up_the_others_and_is_not_run_away_from() -> N
     first = json.loads(next(source))
     assert first["line"] == 1
     assert 2 < len(read) <= 17
+
+
+def test_a_second_run_on_one_file_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "in.jsonl"
+    out = tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps({"prompt": "And", "max_tokens": 1}) + "\n")
+    command = ["batch", str(tiny_bundle), str(prompts), str(out)]
+    with another_run(out):
+        refused = CliRunner().invoke(main, command)
+    assert (refused.exit_code, refused.stderr.count("\n"), out.exists()) == (1, 1, False)
+    assert f"another run is writing {out}; wait for it, or choose another name" in refused.stderr
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert len(out.read_text().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

@@ -163,8 +163,9 @@ def test_an_interrupted_run_is_saved_and_goes_on_bit_for_bit(
         return step(trainer, batch)
 
     monkeypatch.setattr(Trainer, "train_step", step_with_ctrl_c)
-    message = one_line(fit(tmp_path / "cut", small_corpus))
-    assert f"interrupted at step 3, saved; go on: ease-train fit --out {tmp_path}/cut --resume" in message
+    cut = fit(tmp_path / "cut", small_corpus)
+    how = f"interrupted; step 3 is saved; go on: ease-train fit --out {tmp_path}/cut --resume"
+    assert (cut.exit_code, cut.stderr.strip().splitlines()) == (130, [how])
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "cut").step == 3
     assert run("fit", "demo", "--out", str(tmp_path / "cut"), "--resume", "--threads", "1").exit_code == 0
