@@ -31,8 +31,9 @@ from ease_train.model.decoder import Decoder, RoutedBlock
 from ease_train.model.exits import ReducedHead
 
 BITS = {"int8": 8, "int4": 4}
-BLOCKS = {8: 64, 4: 32}  # numbers a block, by bits
+BLOCK = 32  # numbers; activations are rounded by the same blocks, so that larger ones cost more than time
 OUTER_BITS = 8  # of the embedding and the LM heads
+OUTER_BLOCK = 64
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations are rounded to int8, which is what makes it fast
 RANGES_TRIED = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's largest and least number
 CONTRIB = "com.microsoft"
@@ -51,17 +52,21 @@ def matrices(model: Decoder, precision: str) -> Iterator[tuple[str, nn.Linear | 
         for module in block.modules():
             if isinstance(module, nn.Linear):
                 yield names[id(module)], module, BITS[precision]
-    for head in dict.fromkeys((model.lm_head, *(leave.head for leave in leaves))):
-        known = head.known if isinstance(head, ReducedHead) else head
-        yield names[id(known)], known, OUTER_BITS
-    yield names[id(model.embed)], model.embed, OUTER_BITS
+    for outer in outer_modules(model):
+        yield names[id(outer)], outer, OUTER_BITS
 
 
-def rounded(matrix: NDArray[np.float32], bits: int) -> Grid:
+def outer_modules(model: Decoder) -> Iterator[nn.Linear | nn.Embedding]:
+    """The LM heads, and the embedding."""
+    for head in dict.fromkeys((model.lm_head, *(leave.head for leave in model.early_exits.values()))):
+        yield head.known if isinstance(head, ReducedHead) else head
+    yield model.embed
+
+
+def rounded(matrix: NDArray[np.float32], bits: int, block: int = BLOCK) -> Grid:
     """A matrix (O, I), each number rounded by itself: in 4 bits on a grid with zero points, in 8 on a
     symmetric one.
     """
-    block = BLOCKS[bits]
     values = block_values(torch.from_numpy(np.ascontiguousarray(matrix)), block)
     if bits == 4:
         scales, zeros = searched_ranges(values)
@@ -118,6 +123,7 @@ def quantized_matrices(
     a rounded one.
     """
     seen = set[int]()
+    outer = {id(module) for module in outer_modules(model)}
     for name, module, bits in matrices(model, precision):
         weight = module.weight
         if id(weight) in seen:
@@ -126,7 +132,8 @@ def quantized_matrices(
         names = (f"{name}.weight", *(("embed.weight",) if weight is model.embed.weight else ()))
         matrix = weight.detach().numpy()
         kept = (grid for grid in _own(grids, names, bits) if grid.is_exactly(matrix))
-        yield weight, next(kept, None) or rounded(matrix, bits)
+        block = OUTER_BLOCK if id(module) in outer else BLOCK
+        yield weight, next(kept, None) or rounded(matrix, bits, block)
 
 
 def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterator[Grid]:

@@ -222,8 +222,8 @@ def test_rounding_to_4_bits_is_no_worse_than_by_whole_ranges(width: int) -> None
 @pytest.mark.parametrize("width", [64, 80, 576])
 def test_rounding_to_8_bits_is_to_the_nearest_number(width: int) -> None:
     matrix = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
-    grid = rounded(matrix, 8)
-    assert (grid.block, grid.form[2:]) == (64, (True, True))
+    grid = rounded(matrix, 8, 64)
+    assert grid.form == (8, 64, True, True)
     scale = np.repeat(np.abs(grid.scales), grid.block, axis=1)[:, :width]
     cut = np.abs(matrix) > 127 * scale  # the largest, on the other side
     error = np.abs(grid.dequantized(width) - matrix)
