@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_runtime.bundle.manifest import WeightForm
-from ease_train.convert.grid import ROUNDED, Grid, joined, packed
+from ease_train.convert.grid import ROUNDED, SYMMETRIC, Grid, joined, packed
 from ease_train.model.decoder import Decoder, RoutedBlock
 from ease_train.model.exits import ReducedHead
 
@@ -63,23 +63,25 @@ def outer_modules(model: Decoder) -> Iterator[nn.Linear | nn.Embedding]:
     yield model.embed
 
 
-def rounded(matrix: NDArray[np.float32], bits: int, block: int = BLOCK) -> Grid:
-    """A matrix (O, I), each number rounded by itself: in 4 bits on a grid with zero points, in 8 on a
-    symmetric one.
-    """
-    values = block_values(torch.from_numpy(np.ascontiguousarray(matrix)), block)
-    if bits == 4:
-        scales, zeros = searched_ranges(values)
-        numbers = (values / scales).add_(zeros).round_().clamp_(0, 15)
-        points = zeros[..., 0].to(torch.uint8).numpy()
-    else:
-        middle = 1 << (bits - 1)
-        largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
-        scales = not_zero(largest / -middle)
-        numbers = (values / scales).round_().clamp_(-middle, middle - 1).add_(middle)
-        points = None
+def rounded(matrix: NDArray[np.float32], bits: int) -> Grid:
+    """A layer's matrix (O, I), each number rounded by itself; blocks have zero points."""
+    values = block_values(torch.from_numpy(np.ascontiguousarray(matrix)), BLOCK)
+    scales, zeros = searched_ranges(values, bits)
+    numbers = (values / scales).add_(zeros).round_().clamp_(0, (1 << bits) - 1)
     whole = packed(numbers.to(torch.uint8).numpy(), bits)
-    return Grid(ROUNDED, bits, block, whole, scales[..., 0].contiguous().numpy(), zeros=points)
+    points = zeros[..., 0].to(torch.uint8).numpy()
+    return Grid(ROUNDED, bits, BLOCK, whole, scales[..., 0].contiguous().numpy(), zeros=points)
+
+
+def rounded_outer(matrix: NDArray[np.float32]) -> Grid:
+    """A head's or the embedding's matrix (O, I) in 8 bits, symmetric, in larger blocks."""
+    values = block_values(torch.from_numpy(np.ascontiguousarray(matrix)), OUTER_BLOCK)
+    middle = 1 << (OUTER_BITS - 1)
+    largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
+    scales = not_zero(largest / -middle)
+    numbers = (values / scales).round_().clamp_(-middle, middle - 1).add_(middle)
+    whole = numbers.to(torch.uint8).numpy()
+    return Grid(ROUNDED, OUTER_BITS, OUTER_BLOCK, whole, scales[..., 0].contiguous().numpy())
 
 
 def block_values(matrix: Tensor, block: int) -> Tensor:
@@ -87,9 +89,9 @@ def block_values(matrix: Tensor, block: int) -> Tensor:
     return F.pad(matrix, (0, -matrix.shape[1] % block)).unflatten(1, (-1, block))
 
 
-def searched_ranges(values: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The scale and the zero point of each block in 4 bits: those of several ranges with the least squared
-    error, weighed by the numbers' `importance` (K, block) where it is given.
+def searched_ranges(values: Tensor, bits: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point of each block: in 8 bits those of its whole range, in 4 those of several
+    with the least squared error, weighed by the numbers' `importance` (K, block) where it is given.
 
     Shape: (O, K, block) -> two of (O, K, 1).
     """
@@ -98,10 +100,12 @@ def searched_ranges(values: Tensor, importance: Tensor | None = None) -> tuple[T
     least = torch.full_like(high, torch.inf)
     best = torch.ones_like(high)
     points = torch.zeros_like(high)
-    for above, below in itertools.product(RANGES_TRIED, RANGES_TRIED):
-        scales = not_zero((high * above - low * below) / 15)
-        zeros = (low * -below / scales).round_().clamp_(0, 15)
-        numbers = (values / scales).add_(zeros).round_().clamp_(0, 15)
+    most = (1 << bits) - 1
+    tried = RANGES_TRIED if bits == 4 else RANGES_TRIED[:1]
+    for above, below in itertools.product(tried, tried):
+        scales = not_zero((high * above - low * below) / most)
+        zeros = (low * -below / scales).round_().clamp_(0, most)
+        numbers = (values / scales).add_(zeros).round_().clamp_(0, most)
         errors = numbers.sub_(zeros).mul_(scales).sub_(values).square_()
         error = (errors if importance is None else errors.mul_(importance)).sum(-1, keepdim=True)
         better = error < least
@@ -132,8 +136,10 @@ def quantized_matrices(
         names = (f"{name}.weight", *(("embed.weight",) if weight is model.embed.weight else ()))
         matrix = weight.detach().numpy()
         kept = (grid for grid in _own(grids, names, bits) if grid.is_exactly(matrix))
-        block = OUTER_BLOCK if id(module) in outer else BLOCK
-        yield weight, next(kept, None) or rounded(matrix, bits, block)
+        found = next(kept, None)
+        if found is None:
+            found = rounded_outer(matrix) if id(module) in outer else rounded(matrix, bits)
+        yield weight, found
 
 
 def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterator[Grid]:
@@ -141,7 +147,7 @@ def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterat
     for grid in (grids[name] for name in names if name in grids):
         if bits == 4:
             yield grid
-        elif grid.offsets is None:
+        elif grid.form[2:] == SYMMETRIC:
             yield grid.widened()
 
 
@@ -162,7 +168,7 @@ class Held:
         if grid.offsets is not None:
             offsets = np.ascontiguousarray((grid.offsets + grid.middle * grid.scales).T)
         if grid.zeros is not None:
-            whole = np.pad(grid.zeros, ((0, 0), (0, grid.zeros.shape[1] % 2)))
+            whole = np.pad(grid.zeros, ((0, 0), (0, grid.zeros.shape[1] % (8 // grid.bits))))
             zero_points = np.ascontiguousarray(packed(whole, grid.bits))
         return cls(grid, offsets, zero_points)
 
