@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ease_common.errors import DataError
-from ease_export.quantize import BITS, BLOCKS, block_values, searched_ranges
+from ease_export.quantize import BITS, BLOCK, block_values, searched_ranges
 from ease_train.convert.grid import Grid, packed
 from ease_train.data.corpora import load_documents
 from ease_train.data.tokens import check_rows
@@ -106,7 +106,7 @@ def rounded_block(
         for linear, numbers, scales, zeros in zip(linears, *parted, strict=True):
             points = zeros.to(torch.uint8).numpy()
             whole = packed(numbers.numpy(), bits)
-            grid = Grid(KIND, bits, BLOCKS[bits], whole, scales.numpy(), zeros=points)
+            grid = Grid(KIND, bits, BLOCK, whole, scales.numpy(), zeros=points)
             linear.weight.copy_(torch.from_numpy(grid.dequantized(linear.in_features)))
             yield linear, grid
 
@@ -145,13 +145,12 @@ def rounded_columns(matrix: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Te
 
     Shape: numbers (O, K, block) uint8, scales and zero points (O, K).
     """
-    block = BLOCKS[BITS[PRECISION]]
     most = (1 << BITS[PRECISION]) - 1
     width = matrix.shape[1]
     diagonal = squares.diagonal().clone()
     diagonal[diagonal == 0] = diagonal.mean().clamp(min=1e-9)  # of an input that is always 0
-    importance = block_values(diagonal[None], block)[0]
-    ranges = searched_ranges(block_values(matrix, block), importance)
+    importance = block_values(diagonal[None], BLOCK)[0]
+    ranges = searched_ranges(block_values(matrix, BLOCK), BITS[PRECISION], importance)
     scales, zeros = (part[..., 0].contiguous() for part in ranges)
     order = diagonal.argsort(descending=True, stable=True)
     squares = squares.clone()
@@ -159,18 +158,18 @@ def rounded_columns(matrix: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Te
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(squares[order][:, order]))
     passed_on = torch.linalg.cholesky(inverse, upper=True)  # (I, I): what a column's error does to later ones
     rest = matrix.T[order].contiguous()  # (I, O)
-    numbers = torch.zeros(-(-width // block) * block, len(matrix), dtype=torch.uint8)
+    numbers = torch.zeros(-(-width // BLOCK) * BLOCK, len(matrix), dtype=torch.uint8)
     for first in range(0, width, COLUMNS_AT_ONCE):
         last = min(first + COLUMNS_AT_ONCE, width)
         errors = torch.empty(last - first, len(matrix))
         for column in range(first, last):
             place = int(order[column])
-            scale = scales[:, place // block]
-            zero = zeros[:, place // block]
+            scale = scales[:, place // BLOCK]
+            zero = zeros[:, place // BLOCK]
             rounded = (rest[column] / scale).add_(zero).round_().clamp_(0, most)
             numbers[place] = rounded
             error = (rest[column] - (rounded - zero) * scale) / passed_on[column, column]
             errors[column - first] = error
             rest[column + 1 : last].addr_(passed_on[column, column + 1 : last], error, alpha=-1)
         rest[last:].addmm_(passed_on[first:last, last:].T, errors, alpha=-1)
-    return numbers.T.reshape(len(matrix), -1, block).contiguous(), scales, zeros
+    return numbers.T.reshape(len(matrix), -1, BLOCK).contiguous(), scales, zeros

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_runtime.bundle.manifest import WeightForm
-from ease_train.convert.grid import ROUNDED, Grid, joined, packed
+from ease_train.convert.grid import ROUNDED, SYMMETRIC, Grid, joined, packed
 from ease_train.model.decoder import Decoder, RoutedBlock
 from ease_train.model.exits import ReducedHead
 
 BITS = {"int8": 8, "int4": 4}
-BLOCKS = {8: 64, 4: 32}  # numbers a block, by bits
+BLOCK = 32  # numbers; activations are rounded by the same blocks, so that larger ones cost more than time
 OUTER_BITS = 8  # of the embedding and the LM heads
+OUTER_BLOCK = 64
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations are rounded to int8, which is what makes it fast
 RANGES_TRIED = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's largest and least number
 CONTRIB = "com.microsoft"
@@ -51,30 +52,36 @@ def matrices(model: Decoder, precision: str) -> Iterator[tuple[str, nn.Linear | 
         for module in block.modules():
             if isinstance(module, nn.Linear):
                 yield names[id(module)], module, BITS[precision]
-    for head in dict.fromkeys((model.lm_head, *(leave.head for leave in leaves))):
-        known = head.known if isinstance(head, ReducedHead) else head
-        yield names[id(known)], known, OUTER_BITS
-    yield names[id(model.embed)], model.embed, OUTER_BITS
+    for outer in outer_modules(model):
+        yield names[id(outer)], outer, OUTER_BITS
+
+
+def outer_modules(model: Decoder) -> Iterator[nn.Linear | nn.Embedding]:
+    """The LM heads, and the embedding."""
+    for head in dict.fromkeys((model.lm_head, *(leave.head for leave in model.early_exits.values()))):
+        yield head.known if isinstance(head, ReducedHead) else head
+    yield model.embed
 
 
 def rounded(matrix: NDArray[np.float32], bits: int) -> Grid:
-    """A matrix (O, I), each number rounded by itself: in 4 bits on a grid with zero points, in 8 on a
-    symmetric one.
-    """
-    block = BLOCKS[bits]
-    values = block_values(torch.from_numpy(np.ascontiguousarray(matrix)), block)
-    if bits == 4:
-        scales, zeros = searched_ranges(values)
-        numbers = (values / scales).add_(zeros).round_().clamp_(0, 15)
-        points = zeros[..., 0].to(torch.uint8).numpy()
-    else:
-        middle = 1 << (bits - 1)
-        largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
-        scales = not_zero(largest / -middle)
-        numbers = (values / scales).round_().clamp_(-middle, middle - 1).add_(middle)
-        points = None
+    """A layer's matrix (O, I), each number rounded by itself; blocks have zero points."""
+    values = block_values(torch.from_numpy(np.ascontiguousarray(matrix)), BLOCK)
+    scales, zeros = searched_ranges(values, bits)
+    numbers = (values / scales).add_(zeros).round_().clamp_(0, (1 << bits) - 1)
     whole = packed(numbers.to(torch.uint8).numpy(), bits)
-    return Grid(ROUNDED, bits, block, whole, scales[..., 0].contiguous().numpy(), zeros=points)
+    points = zeros[..., 0].to(torch.uint8).numpy()
+    return Grid(ROUNDED, bits, BLOCK, whole, scales[..., 0].contiguous().numpy(), zeros=points)
+
+
+def rounded_outer(matrix: NDArray[np.float32]) -> Grid:
+    """A head's or the embedding's matrix (O, I) in 8 bits, symmetric, in larger blocks."""
+    values = block_values(torch.from_numpy(np.ascontiguousarray(matrix)), OUTER_BLOCK)
+    middle = 1 << (OUTER_BITS - 1)
+    largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
+    scales = not_zero(largest / -middle)
+    numbers = (values / scales).round_().clamp_(-middle, middle - 1).add_(middle)
+    whole = numbers.to(torch.uint8).numpy()
+    return Grid(ROUNDED, OUTER_BITS, OUTER_BLOCK, whole, scales[..., 0].contiguous().numpy())
 
 
 def block_values(matrix: Tensor, block: int) -> Tensor:
@@ -82,9 +89,9 @@ def block_values(matrix: Tensor, block: int) -> Tensor:
     return F.pad(matrix, (0, -matrix.shape[1] % block)).unflatten(1, (-1, block))
 
 
-def searched_ranges(values: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The scale and the zero point of each block in 4 bits: those of several ranges with the least squared
-    error, weighed by the numbers' `importance` (K, block) where it is given.
+def searched_ranges(values: Tensor, bits: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point of each block: in 8 bits those of its whole range, in 4 those of several
+    with the least squared error, weighed by the numbers' `importance` (K, block) where it is given.
 
     Shape: (O, K, block) -> two of (O, K, 1).
     """
@@ -93,10 +100,12 @@ def searched_ranges(values: Tensor, importance: Tensor | None = None) -> tuple[T
     least = torch.full_like(high, torch.inf)
     best = torch.ones_like(high)
     points = torch.zeros_like(high)
-    for above, below in itertools.product(RANGES_TRIED, RANGES_TRIED):
-        scales = not_zero((high * above - low * below) / 15)
-        zeros = (low * -below / scales).round_().clamp_(0, 15)
-        numbers = (values / scales).add_(zeros).round_().clamp_(0, 15)
+    most = (1 << bits) - 1
+    tried = RANGES_TRIED if bits == 4 else RANGES_TRIED[:1]
+    for above, below in itertools.product(tried, tried):
+        scales = not_zero((high * above - low * below) / most)
+        zeros = (low * -below / scales).round_().clamp_(0, most)
+        numbers = (values / scales).add_(zeros).round_().clamp_(0, most)
         errors = numbers.sub_(zeros).mul_(scales).sub_(values).square_()
         error = (errors if importance is None else errors.mul_(importance)).sum(-1, keepdim=True)
         better = error < least
@@ -118,6 +127,7 @@ def quantized_matrices(
     a rounded one.
     """
     seen = set[int]()
+    outer = {id(module) for module in outer_modules(model)}
     for name, module, bits in matrices(model, precision):
         weight = module.weight
         if id(weight) in seen:
@@ -126,7 +136,10 @@ def quantized_matrices(
         names = (f"{name}.weight", *(("embed.weight",) if weight is model.embed.weight else ()))
         matrix = weight.detach().numpy()
         kept = (grid for grid in _own(grids, names, bits) if grid.is_exactly(matrix))
-        yield weight, next(kept, None) or rounded(matrix, bits)
+        found = next(kept, None)
+        if found is None:
+            found = rounded_outer(matrix) if id(module) in outer else rounded(matrix, bits)
+        yield weight, found
 
 
 def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterator[Grid]:
@@ -134,7 +147,7 @@ def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterat
     for grid in (grids[name] for name in names if name in grids):
         if bits == 4:
             yield grid
-        elif grid.offsets is None:
+        elif grid.form[2:] == SYMMETRIC:
             yield grid.widened()
 
 
@@ -155,7 +168,7 @@ class Held:
         if grid.offsets is not None:
             offsets = np.ascontiguousarray((grid.offsets + grid.middle * grid.scales).T)
         if grid.zeros is not None:
-            whole = np.pad(grid.zeros, ((0, 0), (0, grid.zeros.shape[1] % 2)))
+            whole = np.pad(grid.zeros, ((0, 0), (0, grid.zeros.shape[1] % (8 // grid.bits))))
             zero_points = np.ascontiguousarray(packed(whole, grid.bits))
         return cls(grid, offsets, zero_points)
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 ROUNDED = "rounded"  # the kind of a grid that no file brought
+SYMMETRIC = (True, True)  # the end of a form: without offsets, without zero points
 PARTS = ("numbers", "scales", "offsets", "zeros")  # in a checkpoint's file
 
 
@@ -74,9 +75,7 @@ class Grid:
         """The same symmetric grid in 8 bits."""
         if self.bits == 8:
             return self
-        assert self.form[2:] == (True, True), (
-            "only a symmetric grid has its zero in the middle of either form"
-        )
+        assert self.form[2:] == SYMMETRIC, "only a symmetric grid has its zero in the middle of either form"
         numbers = unpacked(self.numbers, self.bits) + np.uint8(128 - self.middle)
         return type(self)(self.kind, 8, self.block, numbers, self.scales)
 

@@ -25,6 +25,7 @@ from ease_export.quantize import (
     matrices,
     round_trip,
     rounded,
+    rounded_outer,
 )
 from ease_export.verify import verify_bundle
 from ease_runtime.bundle.manifest import WeightForm, load_manifest
@@ -139,9 +140,12 @@ def test_what_has_been_trained_since_is_rounded(on_grids: Path, tmp_path: Path) 
     assert not quantizer.form.exact_grid
 
 
-def test_int8_keeps_what_has_no_offsets(on_grids: Path) -> None:
+def test_int8_keeps_what_is_symmetric(on_grids: Path) -> None:
     checkpoint = load_checkpoint(on_grids)
-    quantizer = WeightQuantizer(checkpoint.model, "int8", checkpoint.grids)
+    name, grid = next((name, grid) for name, grid in checkpoint.grids.items() if grid.kind == "Q4_0")
+    middle = np.full(grid.scales.shape, grid.middle, np.uint8)
+    grids = {**checkpoint.grids, name: replace(grid, kind="with zero points", zeros=middle)}
+    quantizer = WeightQuantizer(checkpoint.model, "int8", grids)
     kinds = {held.grid.kind for held in quantizer.held.values()}
     assert kinds == {"rounded", "Q4_0", "Q6_K", "Q8_0"}
     assert {held.grid.bits for held in quantizer.held.values()} == {8}
@@ -202,28 +206,30 @@ def test_matrices_of_different_forms_have_no_one_product(on_grids: Path) -> None
 
 
 @pytest.mark.parametrize("width", [64, 80, 576])
-def test_rounding_to_4_bits_is_no_worse_than_by_whole_ranges(width: int) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_is_no_worse_than_by_whole_ranges(width: int, bits: int) -> None:
     """Block by block: the range that just holds its numbers is one of those tried."""
     matrix = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
-    grid = rounded(matrix, 4)
+    grid = rounded(matrix, bits)
+    most = (1 << bits) - 1
     found = grid.dequantized(width)
     assert found.shape == matrix.shape
     for block in (slice(first, first + grid.block) for first in range(0, width, grid.block)):
         part = matrix[:, block]
         high = part.max(axis=1, keepdims=True).clip(min=0)
         low = part.min(axis=1, keepdims=True).clip(max=0)
-        scale = (high - low) / 15
+        scale = (high - low) / most
         zero = np.round(-low / scale)
-        plain = (np.clip(np.round(part / scale + zero), 0, 15) - zero) * scale
+        plain = (np.clip(np.round(part / scale + zero), 0, most) - zero) * scale
         error = ((found[:, block] - part) ** 2).sum(axis=1)
         assert (error <= ((plain - part) ** 2).sum(axis=1) * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("width", [64, 80, 576])
-def test_rounding_to_8_bits_is_to_the_nearest_number(width: int) -> None:
+def test_heads_are_rounded_to_the_nearest_number(width: int) -> None:
     matrix = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
-    grid = rounded(matrix, 8)
-    assert (grid.block, grid.form[2:]) == (64, (True, True))
+    grid = rounded_outer(matrix)
+    assert grid.form == (8, 64, True, True)
     scale = np.repeat(np.abs(grid.scales), grid.block, axis=1)[:, :width]
     cut = np.abs(matrix) > 127 * scale  # the largest, on the other side
     error = np.abs(grid.dequantized(width) - matrix)
