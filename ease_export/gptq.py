@@ -79,11 +79,17 @@ def quantize(
     hidden = model.embed(ids)
     for layer, block in enumerate(model.layers, start=1):
         parts = torch.split(hidden, TEXTS_AT_ONCE)
-        run = lambda part, layer=layer: model.run_layers(part, layer, layer)  # noqa: E731
+
+        def run(part: Tensor, layer: int = layer) -> Tensor:
+            return model.run_layers(part, layer, layer)
+
         grids |= {f"{names[id(linear)]}.weight": grid for linear, grid in rounded_block(block, run, parts)}
         hidden = torch.cat([run(part) for part in parts])
         if layer in own:
-            run_own = lambda part, layer=layer: model.exit_hidden(part, layer)  # noqa: E731
+
+            def run_own(part: Tensor, layer: int = layer) -> Tensor:
+                return model.exit_hidden(part, layer)
+
             rounded_own = rounded_block(own[layer], run_own, torch.split(hidden, TEXTS_AT_ONCE))
             grids |= {f"{names[id(linear)]}.weight": grid for linear, grid in rounded_own}
         if progress:
