@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.sampling import Given
+from ease_runtime.ort import sessions
 from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import make_policy
 
@@ -31,11 +33,29 @@ SETTINGS = (
 )
 
 
+class Clock:
+    """What has passed inside `run_with_iobinding` of every session, from here on."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.calls = 0
+        session_type = sessions.ort.InferenceSession
+        inside = session_type.run_with_iobinding
+
+        def timed(session: Any, binding: Any) -> None:
+            began = time.perf_counter()
+            inside(session, binding)
+            self.seconds += time.perf_counter() - began
+            self.calls += 1
+
+        session_type.run_with_iobinding = timed
+
+
 def measure(bundle: Path, num_threads: int) -> list[dict[str, object]]:
     """The figures of every setting, medians over rounds."""
     stack = OrtStack(bundle, num_threads=num_threads)
     engine = Engine(stack)
-    inside = stack.clock
+    inside = Clock()
     length = min(NUM_TOKENS + 16, stack.max_positions)
     text = [(7 * i * i + 3 * i) % stack.vocab_size for i in range(length)]
     results = []

@@ -97,7 +97,7 @@ def write_bundle(
         check_finite(model.half(), f"{checkpoint_path} in fp16")
     pack(model)
     quantizer = WeightQuantizer(model, precision) if precision in BITS else None
-    tracer = Tracer()
+    tracer = Tracer(model)
     files = WeightFiles(folder)
     for plan in plan_graphs(model, CACHE_LAYOUTS[target]):
         write_graph(plan, tracer, files, quantizer)

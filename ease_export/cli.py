@@ -11,7 +11,7 @@ from rich.table import Table
 from ease_common.chat import ChatTemplate
 from ease_common.commands import CommandGroup
 from ease_runtime.bundle.manifest import FORMAT_VERSION, PRECISIONS, TARGETS, Manifest, load_manifest
-from ease_runtime.cli.commands import DEVICE_FLAG
+from ease_runtime.cli.commands import DEVICE_FLAG, BundleName
 
 if TYPE_CHECKING:
     from ease_export.verify import Report
@@ -141,10 +141,26 @@ def upgrade(bundle: Path, checkpoint: Path | None) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 def inspect(bundle: Path) -> None:
     """Show a bundle's segments, exits, sizes and origin (every file's sum is checked)."""
     render_manifest(load_manifest(bundle), bundle, Console())
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("name", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="A repository that is made for it is shown to nobody else.")
+@click.option(
+    "--card",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A README.md for it; without one a short card is written.",
+)
+def push(bundle: Path, name: str, private: bool, card: Path | None) -> None:
+    """Put BUNDLE on the Hugging Face hub, where OWNER/NAME is its name for every command."""
+    from ease_export.push import push_bundle
+
+    click.echo(push_bundle(bundle, name, private=private, card=card))
 
 
 def render_manifest(manifest: Manifest, bundle: Path, console: Console) -> None:

@@ -1,9 +1,9 @@
 """A module becomes an ONNX graph: torch.onnx traces it, weights are left out, and its second layer is
 repeated to the depth asked for.
 
-    graph = Tracer().graph(plan)      # its nodes name the module's weights, which are written and added later
+    graph = Tracer(model).graph(plan)  # its nodes name the module's weights, which are written later
 
-A trace takes seconds, so modules of one form are traced once, whatever their depth and weights.
+A trace takes seconds, so modules of one form are traced once in a process, whatever their depth and weights.
 """
 
 import logging
@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import asdict
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -22,23 +24,28 @@ from torch.export import Dim
 from ease_common.errors import ExportError
 from ease_export.functions import DOMAIN, OPSET, add_functions
 from ease_export.plan import TRACED_LAYERS, GraphSpec
+from ease_train.model.decoder import Decoder
 
 COMPARED_SIZE = 1024  # numbers: torch.onnx looks for equal weights up to this size
 LARGEST_CONSTANT = (
     1024  # bytes; what is larger came of a weight, and would be the same in every graph of that form
 )
+OF_DEPTH = ("num_layers", "exits", "gates", "routed_layers")  # which layers there are, not how they are made
 OF_A_LAYER = ("blocks", "past_key", "past_value", "present_key", "present_value")
 
 
 class Tracer:
-    """Traces plans, each form once."""
+    """Traces the plans of a model, each form once for all models whose layers are alike."""
 
-    def __init__(self) -> None:
-        self.traced: dict[tuple[str, ...], onnx.ModelProto] = {}
+    traced: ClassVar[dict[tuple[str, ...], onnx.ModelProto]] = {}
+
+    def __init__(self, model: Decoder) -> None:
+        fields = {name: value for name, value in asdict(model.config).items() if name not in OF_DEPTH}
+        self.layers = f"{next(model.parameters()).dtype} {fields}"
 
     def graph(self, plan: GraphSpec) -> onnx.ModelProto:
         """The graph of a plan, all its layers, without weights."""
-        form = (repr(plan.traced), *plan.input_names, *plan.output_names)
+        form = (self.layers, repr(plan.traced), *plan.input_names, *plan.output_names)
         if form not in self.traced:
             self.traced[form] = trace(plan)
         model = onnx.ModelProto()

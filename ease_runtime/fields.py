@@ -2,6 +2,7 @@
 
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import field
 from typing import Any, NoReturn
 
 from ease_common.errors import RequestError
@@ -9,6 +10,11 @@ from ease_runtime.policies.thresholds import Thresholds
 
 LONGEST_NAME = 80  # characters
 LONGEST_ID = 20  # digits of a token
+
+
+def leaving(default: Any, help: str) -> Any:  # noqa: A002 - the command line's word
+    """A field that says when tokens leave; a request has it in its object `ease`."""
+    return field(default=default, metadata={"help": help, "leaving": True})
 
 
 def read_value(name: str, kind: Any, value: Any) -> Any:

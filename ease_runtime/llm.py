@@ -27,6 +27,7 @@ from ease_common.errors import BundleError, DeviceError, RequestError
 from ease_common.own import is_own
 from ease_common.tokenizers import whole_texts
 from ease_runtime.bundle.manifest import Manifest
+from ease_runtime.bundle.names import find_bundle
 from ease_runtime.effect import check_effect, effect_notes
 from ease_runtime.engine.costs import DEFAULT_CAP
 from ease_runtime.engine.engine import Engine
@@ -308,7 +309,7 @@ class LLM(TextEngine):
         num_slots: int = 1,
         adapt: bool = False,
     ) -> None:
-        bundle = Path(bundle)
+        bundle = find_bundle(bundle)
         stack = open_stack(bundle, device=device, num_threads=num_threads)
         self.manifest = stack.manifest
         tokenizer = load_tokenizer(bundle / self.manifest.tokenizer)

@@ -14,7 +14,7 @@ from ease_common.errors import RequestError, did_you_mean
 from ease_common.own import is_own, load_own
 from ease_common.settings import setting
 from ease_runtime.engine.sampling import AdjustedGreedy, Adjustments, Greedy, GumbelSampler, Sampler, seed_of
-from ease_runtime.fields import read_value
+from ease_runtime.fields import leaving, read_value
 from ease_runtime.policies import POLICIES, ExitPolicy, make_policy
 from ease_runtime.policies.thresholds import OFF, Thresholds
 
@@ -35,13 +35,13 @@ class Options:
     """
 
     max_tokens: int = setting(128, "Longest answer, in tokens.")
-    policy: str = setting("max-prob", f"What confidence is: {', '.join(POLICIES)}, or your own module:Class.")
-    threshold: Thresholds | None = setting(
+    policy: str = leaving("max-prob", f"What confidence is: {', '.join(POLICIES)}, or your own module:Class.")
+    threshold: Thresholds | None = leaving(
         None,
         "A token leaves at this confidence: 0.7, or one an early exit, off,0.7 (off: not asked). Without "
         "it none leaves.",
     )
-    catch_up: str = setting(
+    catch_up: str = leaving(
         "recompute", "How tokens that left pay their K/V: propagate, recompute or verify."
     )
     sampler: str | None = setting(None, "Choose tokens with your own module:Class instead.")
@@ -67,11 +67,11 @@ class Options:
         "Also give this many most probable tokens with their log-probabilities (in JSON), up to "
         f"{MAX_LOGPROBS}.",
     )
-    min_exit: int | None = setting(None, "First layer after which a token may leave.")
-    patience: int | None = setting(None, "Agreeing exits that policy 'patience' waits for; 1 by default.")
-    decay: float | None = setting(None, "Lower the thresholds along the answer, this fast (CALM's tau).")
-    exit_layer: int | None = setting(None, "The layer after which policy 'fixed' lets every token leave.")
-    depth_budget: float | None = setting(
+    min_exit: int | None = leaving(None, "First layer after which a token may leave.")
+    patience: int | None = leaving(None, "Agreeing exits that policy 'patience' waits for; 1 by default.")
+    decay: float | None = leaving(None, "Lower the thresholds along the answer, this fast (CALM's tau).")
+    exit_layer: int | None = leaving(None, "The layer after which policy 'fixed' lets every token leave.")
+    depth_budget: float | None = leaving(
         None, "Layers a token may use in the mean; moves the thresholds to hold it."
     )
 
@@ -95,8 +95,8 @@ class Options:
 
     def at_full_depth(self) -> "Options":
         """The same request with no early exit, calibrated or not."""
-        names = ("policy", "min_exit", "patience", "decay", "exit_layer", "depth_budget", "catch_up")
-        return replace(self, threshold=OFF, **{name: getattr(Options, name) for name in names})
+        unsaid = {name: getattr(Options, name) for name in LEAVING}
+        return replace(self, **{**unsaid, "threshold": OFF})
 
     @property
     def leaves_unsaid(self) -> bool:
@@ -164,3 +164,7 @@ class Options:
         if self.patience is not None:
             given["patience"] = self.patience
         return make_policy(self.policy, self.threshold, exit_layers, **given)  # type: ignore[arg-type]
+
+
+LEAVING = tuple(f.name for f in fields(Options) if f.metadata.get("leaving"))
+SAMPLING = tuple(f.name for f in fields(Options) if f.name not in LEAVING)

@@ -40,7 +40,8 @@ OPTION_KINDS: dict[Any, dict[str, Any]] = {
     bool: {"type": bool},
     tuple[int, ...]: list_of(click.INT, "N[,N...]"),
     tuple[float, ...]: list_of(FiniteFloat(), "X[,X...]"),
-    dict[int, float]: {"type": (int, FiniteFloat()), "multiple": True},
+    dict[int, float]: {"type": (int, FiniteFloat()), "multiple": True, "metavar": "LAYER NUMBER"},
+    dict[str, float]: {"type": (str, FiniteFloat()), "multiple": True, "metavar": "NAME NUMBER"},
 }
 
 
@@ -59,11 +60,10 @@ def section_options(
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for path, field, hint in reversed(list(section.settings())):
             name = "_".join(path)
-            metavar = "LAYER NUMBER" if hint == dict[int, float] else None
             spellings = [name, *(old for old, new in METHOD.items() if new == path and old != name)]
             flags = [f"--{spelling.replace('_', '-')}" for spelling in spellings]
             text = f"{prefix}{field.metadata['help']}"
-            command = click.option(*flags, name, help=text, metavar=metavar, **OPTION_KINDS[hint])(command)
+            command = click.option(*flags, name, help=text, **OPTION_KINDS[hint])(command)
         return command
 
     return decorate

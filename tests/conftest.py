@@ -2,6 +2,8 @@
 corpus.
 """
 
+import contextlib
+import functools
 import os
 import platform
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before its import, as the packages do
+os.environ["HF_HUB_OFFLINE"] = "1"  # no hub is asked; its client reads this when it is imported
 
 import onnxruntime
 
@@ -25,10 +28,19 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _one_registry() -> None:
+    """torch.onnx makes its table of operators anew for every graph; a second or more, where one will do."""
+    with contextlib.suppress(ImportError):
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        made = functools.cache(ONNXRegistry.from_torchlib)
+        ONNXRegistry.from_torchlib = staticmethod(made)  # type: ignore[assignment, method-assign]
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _no_cache_outside(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """`datasets` keeps its caches with the tests' own files, and asks no hub."""
+    """`datasets` keeps its caches with the tests' own files."""
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

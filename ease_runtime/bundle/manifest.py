@@ -331,7 +331,7 @@ def _check_calibration(manifest: Manifest, table: "_Table") -> None:
 def _check_file(bundle: Path, name: str, info: FileInfo) -> None:
     path = bundle / name
     remedy = _remedy(bundle)
-    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(bundle):
+    if os.path.dirname(os.path.realpath(path)) not in (os.path.realpath(bundle), _hub_blobs(bundle)):
         raise BundleError(f"{path} points outside the bundle; {remedy}")
     if not path.is_file():
         raise BundleError(f"{path} is missing; {remedy}")
@@ -339,6 +339,13 @@ def _check_file(bundle: Path, name: str, info: FileInfo) -> None:
         raise BundleError(f"{path} has {path.stat().st_size} bytes, expected {info.num_bytes}; {remedy}")
     if sha256_of(path) != info.sha256:
         raise BundleError(f"{path} is altered (its sha256 sum differs); {remedy}")
+
+
+def _hub_blobs(bundle: Path) -> str | None:
+    """Where a snapshot in the hub's cache has its files, to which it holds links; None for other bundles."""
+    snapshots = Path(os.path.realpath(bundle)).parent
+    blobs = snapshots.parent / "blobs"
+    return str(blobs) if snapshots.name == "snapshots" and blobs.is_dir() else None
 
 
 def sha256_of(path: Path) -> str:

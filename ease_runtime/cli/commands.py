@@ -1,9 +1,11 @@
 """Options that several commands which run a bundle share."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
+from ease_runtime.bundle.names import find_bundle
 from ease_runtime.ort.device import DEVICES
 from ease_runtime.policies.thresholds import Thresholds
 
@@ -13,6 +15,15 @@ DEVICE_FLAG = click.option(
     show_default=True,
     help=f"One of: {', '.join(DEVICES)}; auto is CUDA where it can run the bundle.",
 )
+
+
+class BundleName(click.ParamType[Path]):
+    """A bundle's directory, the name of one that comes with this package, or its id on the hub."""
+
+    name = "bundle"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return find_bundle(value)
 
 
 class ThresholdFlag(click.ParamType[Thresholds]):

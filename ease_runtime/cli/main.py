@@ -21,7 +21,7 @@ from ease_common.commands import CommandGroup, given_flags
 from ease_common.errors import EaseError, RequestError
 from ease_common.lists import FiniteRange
 from ease_runtime.cli.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
-from ease_runtime.cli.commands import DEVICE_FLAG
+from ease_runtime.cli.commands import DEVICE_FLAG, BundleName
 from ease_runtime.cli.flags import option_flags, read_flags
 from ease_runtime.cli.show import (
     as_object,
@@ -67,7 +67,7 @@ def take_place(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @click.option("--prompt", required=True, help="The text to continue; - reads it from standard input.")
 @option_flags()
 @click.option("--show-exits", is_flag=True, help="Colour each token by its depth, with a legend and figures.")
@@ -146,7 +146,7 @@ def read_prompt(prompt: str) -> str:
 
 
 @main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @click.option("--system", help="What the model is told first.")
 @option_flags(without=("n", "logprobs"))
 @click.option("--show-exits", is_flag=True, help="Colour each token by its depth, with a legend and figures.")
@@ -203,7 +203,7 @@ def answer(
 
 
 @main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one."
 )
@@ -287,7 +287,7 @@ def serve(
 
 
 @main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @click.argument("prompts", metavar="IN.jsonl", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("out", metavar="OUT.jsonl", type=click.Path(path_type=Path, dir_okay=False))
 @option_flags()

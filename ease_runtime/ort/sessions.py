@@ -1,10 +1,8 @@
 """ONNX Runtime sessions, and IOBindings over numpy buffers that are kept from pass to pass."""
 
 import functools
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,28 +122,17 @@ def _compare_signature(session: ort.InferenceSession, path: Path, signature: Sig
                 )
 
 
-@dataclass
-class Clock:
-    """What has passed inside ONNX Runtime."""
-
-    seconds: float = 0.0
-    calls: int = 0
-
-
 class Binding:
     """An IOBinding.
 
     Small inputs and outputs are numpy arrays of its own; the rest is bound by address in the device's memory.
     """
 
-    def __init__(
-        self, session: ort.InferenceSession, input_names: frozenset[str], device: Device, clock: Clock
-    ) -> None:
+    def __init__(self, session: ort.InferenceSession, input_names: frozenset[str], device: Device) -> None:
         self.session = session
         self.io = session.io_binding()
         self.input_names = input_names
         self.device = device
-        self.clock = clock
         self.bound: dict[
             str, Any
         ] = {}  # what the changing names are bound to, so that only changes are bound again
@@ -178,15 +165,12 @@ class Binding:
     def run(self) -> None:
         for name, array in self.sent.items():
             self.io.bind_cpu_input(name, array)
-        began = time.perf_counter()
         try:
             self.session.run_with_iobinding(self.io)
         except RuntimeError as error:
             raise DeviceError(
                 f"a graph of this bundle fails on {self.device.name}: {str(error).splitlines()[0]}"
             ) from None
-        self.clock.seconds += time.perf_counter() - began
-        self.clock.calls += 1
 
 
 class Graph:
@@ -195,20 +179,17 @@ class Graph:
     `bind` fills a new one.
     """
 
-    def __init__(
-        self, session: ort.InferenceSession, bind: Callable[..., None], device: Device, clock: Clock
-    ) -> None:
+    def __init__(self, session: ort.InferenceSession, bind: Callable[..., None], device: Device) -> None:
         self.session = session
         self.bind = bind
         self.device = device
-        self.clock = clock
         self.input_names = frozenset(i.name for i in session.get_inputs())
         self.bindings: OrderedDict[Hashable, Binding] = OrderedDict()
 
     def binding(self, *shape: int) -> Binding:
         """The binding for a shape, which is passed to `bind` when it is new."""
         if (binding := self.bindings.get(shape)) is None:
-            binding = self.bindings[shape] = Binding(self.session, self.input_names, self.device, self.clock)
+            binding = self.bindings[shape] = Binding(self.session, self.input_names, self.device)
             self.bind(binding, *shape)
             if len(self.bindings) > BINDINGS_KEPT:
                 self.bindings.popitem(last=False)

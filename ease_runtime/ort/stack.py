@@ -35,7 +35,7 @@ from ease_runtime.bundle.signatures import (
 from ease_runtime.engine.layout import Call, SegmentShape, Span
 from ease_runtime.ort.buffers import CacheShape, DeviceCache, DevicePool, HiddenPool, Int64s, RowCache, Run
 from ease_runtime.ort.device import CPU, SILENT, Device, DeviceArray, choose_device
-from ease_runtime.ort.sessions import Binding, Clock, Graph, check_signature, load_session, start_thread_pool
+from ease_runtime.ort.sessions import Binding, Graph, check_signature, load_session, start_thread_pool
 from ease_runtime.policies import HeadOutput
 
 log = logging.getLogger(__name__)
@@ -200,7 +200,6 @@ class OrtStack:
         self.max_positions = manifest.max_positions
         self.layout = _layout(manifest)
         self.trace: list[Call] | None = None
-        self.clock = Clock()
         self.num_threads = num_threads or os.cpu_count() or 1
         self.own_threads = num_threads is None and not start_thread_pool.cache_info().currsize
         if num_threads is not None:
@@ -265,7 +264,7 @@ class OrtStack:
             signature,
             "tensor(float16)" if self.dtype is np.float16 else "tensor(float)",
         )
-        return Graph(session, bind, self.device, self.clock)
+        return Graph(session, bind, self.device)
 
     def _exit(self, number: int, info: ExitInfo) -> StackExit:
         return StackExit(

@@ -5,7 +5,7 @@
 Every policy turns what an exit says of a token into a confidence in [0, 1]; most let a token leave at a
 confidence of at least the exit's threshold, so threshold 0 leaves at the first exit. Confidences come from
 raw logits, before temperature, filters or penalties. A policy of one's own is a class like these:
-`module:Class` where a name is expected, or an object in Python (docs/policies.md).
+`module:Class` where a name is expected, or an object in Python (docs/contributing/policy.md).
 """
 
 import math

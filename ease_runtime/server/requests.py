@@ -11,32 +11,12 @@ from typing import Any
 
 from ease_common.errors import RequestError, did_you_mean
 from ease_runtime.llm import TextEngine
-from ease_runtime.options import Options
+from ease_runtime.options import FLAGS, LEAVING, SAMPLING, Options
 
-SAMPLING = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "n",
-    "stop",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-)
-MORE_SAMPLING = ("top_k", "min_p", "repetition_penalty")  # as other servers have them
-EASE = (
-    "policy",
-    "threshold",
-    "catch_up",
-    "min_exit",
-    "patience",
-    "decay",
-    "exit_layer",
-    "exit",
-    "depth_budget",
-)
-SHARED = ("model", "stream", "stream_options", "ease", *SAMPLING, *MORE_SAMPLING)
+OTHERWISE = ("logprobs", "sampler")  # each route has its own word for it; only flags name code
+IN_BODY = tuple(name for name in SAMPLING if name not in OTHERWISE)
+EASE = (*LEAVING, *FLAGS)
+SHARED = ("model", "stream", "stream_options", "ease", *IN_BODY)
 IGNORED = (
     "user",
     "metadata",
@@ -138,7 +118,7 @@ def read_options(body: Body, base: Options, more: Body) -> Options:
 
     Without a seed, one is drawn. Raises RequestError.
     """
-    given = {name: body[name] for name in (*SAMPLING, *MORE_SAMPLING) if body.get(name) is not None}
+    given = {name: body[name] for name in IN_BODY if body.get(name) is not None}
     ease = body.get("ease") or {}
     if not isinstance(ease, Mapping):
         raise RequestError('ease must be an object like {"threshold": 0.7}')

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ease_common.errors import ModelImportError
 from ease_train.convert.huggingface import read_template
-from ease_train.convert.source_model import LLAMA3_SCALING, SourceModel, hf_name
+from ease_train.convert.source_model import FAMILIES, LLAMA3_SCALING, SourceModel, hf_name
 from ease_train.convert.text_format import TextFormat
 from ease_train.convert.vocabularies import (
     Split,
@@ -402,9 +402,9 @@ class GGUFFile:
 
     @cached_property
     def _in_block(self) -> dict[str, str]:
-        inner = IN_BLOCK | (HEAD_NORMS if self.architecture == "qwen3" else {})
+        inner = IN_BLOCK | (HEAD_NORMS if FAMILIES[self.architecture].normed else {})
         names = {f"{theirs}.weight": f"{name}.weight" for theirs, name in inner.items()}
-        if self.architecture == "qwen2":
+        if FAMILIES[self.architecture].biased:
             names |= {f"{theirs}.bias": f"{IN_BLOCK[theirs]}.bias" for theirs in BIASED}
         return names
 

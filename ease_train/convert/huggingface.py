@@ -31,6 +31,7 @@ from torch import Tensor
 from ease_common.chat import SPECIAL_TOKENS, ChatTemplate
 from ease_common.errors import CheckpointError, ModelImportError, SettingWarning
 from ease_common.files import written_aside
+from ease_common.hub import hub_failure, is_hub_id
 from ease_common.tokenizers import whole_texts
 from ease_train.convert.source_model import ROTARY_BUFFER, SourceModel, hf_name, model_config, source_config
 from ease_train.convert.text_format import TextFormat
@@ -108,7 +109,7 @@ def download(name: str) -> Path:
     """A model's files from the hub, or from its cache. Raises ModelImportError."""
     from huggingface_hub import snapshot_download
 
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         raise ModelImportError(
             f"no model at {name}: expected a Hugging Face directory, a hub id like OWNER/NAME, or a "
             ".gguf file"
@@ -116,14 +117,8 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(NEEDED_OF_HUB)))
     except Exception as error:  # the hub's client lets through whatever its transport raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = (
-            "is it spelt right, is it gated (hf auth login), is the hub in reach? A directory on this "
-            "machine needs no hub"
-        )
-        raise ModelImportError(
-            f"{name} did not come from the Hugging Face hub: {reason} ({remedy})"
-        ) from None
+        said = f"{hub_failure(name, error)} A directory on this machine needs no hub)"
+        raise ModelImportError(said) from None
 
 
 def read_directory(folder: Path) -> SourceModel:
@@ -236,11 +231,6 @@ def _opened(path: Path) -> Any:
         return safetensors.safe_open(path, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
         raise ModelImportError(f"{path} is no safetensors file: {error}") from None
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model directory. Raises ModelImportError."""
-    return read_named_tokenizer(folder)[0]
 
 
 def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]]:

@@ -5,7 +5,7 @@ Llama 2 and 3, SmolLM2, Mistral (without its sliding window), Qwen2 and 2.5, Qwe
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -50,20 +50,46 @@ UNSAID = {  # what transformers takes where config.json does not name a field; N
     "tie_word_embeddings": False,
     "sliding_window": 4096,
 }
-UNSAID_BY_KIND: dict[str, dict[str, int]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
-    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model_type of config.json: its class in transformers, and where it is not Llama.
+
+    unsaid   its values of fields that a config.json does not name
+    refused  fields that ask for what this decoder has not, unless they are false
+    biased   queries, keys and values have biases
+    normed   query and key heads have norms
+    slides   attention has a window: "always", where it is "asked" for, or "never"
+    """
+
+    architecture: str
+    unsaid: Mapping[str, int] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    biased: bool = False
+    normed: bool = False
+    slides: str = "asked"
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", refused=("attention_bias", "mlp_bias"), slides="never"),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        slides="always",
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", {"num_key_value_heads": 32, "max_position_embeddings": 32768}, biased=True
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+        refused=("attention_bias",),
+        normed=True,
+    ),
 }
 MOST_POSITIONS = 1 << 22  # whose rotary tables take 2 GB
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 ROTARY_BUFFER = ".rotary_emb.inv_freq"  # which old files hold beside the weights
 
 
@@ -101,17 +127,16 @@ def model_config(
 
     Raises ModelImportError for what would compute otherwise.
     """
-    kind = values.get("model_type")
-    _refuse_features(values, kind)
+    family = _known_family(values)
     if missing := [name for name in NEEDED if name not in values]:
         raise ModelImportError(
             f"config.json lacks {', '.join(missing)}: it describes no decoder of the Llama family"
         )
-    values = {**UNSAID, **UNSAID_BY_KIND[str(kind)], **values}
+    values = {**UNSAID, **family.unsaid, **values}
     for name in CONFIG.values():
         _check_field(name, values[name])
     given = {ours: values[theirs] for ours, theirs in CONFIG.items() if values[theirs] is not None}
-    positions = _positions(values, kind)
+    positions = _positions(values, family)
     positions = min(max_positions or positions, positions)
     if positions > MOST_POSITIONS:
         raise ModelImportError(
@@ -125,8 +150,8 @@ def model_config(
             **rotary_settings(values),
             "tie_embeddings": tied,
             "max_positions": positions,
-            "attention_bias": kind == "qwen2",
-            "qk_norm": kind == "qwen3",
+            "attention_bias": family.biased,
+            "qk_norm": family.normed,
             "exits": exits,
         },
         "config.json",
@@ -149,32 +174,36 @@ def _check_field(name: str, value: Any) -> None:
         raise ModelImportError(f"config.json has {name} = {value!r}, expected {expected}")
 
 
-def _refuse_features(values: Mapping[str, Any], kind: Any) -> None:
-    """Raise ModelImportError, in one line, for an architecture or a feature that this decoder has not."""
-    if kind not in ARCHITECTURES:
+def _known_family(values: Mapping[str, Any]) -> Family:
+    """The family of a config.json.
+
+    Raises ModelImportError, in one line, for an architecture or a feature that this decoder has not.
+    """
+    kind = values.get("model_type")
+    if kind not in FAMILIES:
         raise ModelImportError(
-            f"models of the type '{kind}' cannot be imported; expected one of: {', '.join(ARCHITECTURES)}"
+            f"models of the type '{kind}' cannot be imported; expected one of: {', '.join(FAMILIES)}"
         )
+    family = FAMILIES[kind]
     unsupported = {
         "hidden_act": values.get("hidden_act", "silu") not in ("silu", "swish"),  # two names of one function
-        "attention_bias": kind in ("llama", "qwen3")
-        and bool(values.get("attention_bias")),  # on the output projection, too
-        "mlp_bias": kind == "llama" and bool(values.get("mlp_bias")),
         "quantization_config": values.get("quantization_config") is not None,
+        **{name: bool(values.get(name)) for name in family.refused},
     }
     for name, found in unsupported.items():
         if found:
             raise ModelImportError(
                 f"config.json has {name} = {values[name]!r}, which this decoder does not compute"
             )
+    return family
 
 
-def _positions(values: Mapping[str, Any], kind: Any) -> int:
+def _positions(values: Mapping[str, Any], family: Family) -> int:
     """The longest text that this model attends to as a whole: past its sliding window, where it has one, it
     would not.
     """
     longest: int = values["max_position_embeddings"]
-    slides = kind == "mistral" or (kind != "llama" and values.get("use_sliding_window"))
+    slides = family.slides == "always" or (family.slides == "asked" and values.get("use_sliding_window"))
     window = values["sliding_window"] if slides else None
     if window is not None:
         _check_field("sliding_window", window)
@@ -228,7 +257,7 @@ def source_config(config: ModelConfig) -> dict[str, Any]:
     if "original_max_position_embeddings" in rope:
         rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
     return {
-        "architectures": [ARCHITECTURES[kind]],
+        "architectures": [FAMILIES[kind].architecture],
         "model_type": kind,
         **values,
         "hidden_act": "silu",

@@ -337,13 +337,6 @@ def _exit_rows(model: Decoder, input_ids: Tensor, objective: Objective) -> dict[
     return rows
 
 
-def exit_cross_entropy(
-    model: Decoder, input_ids: Tensor, targets: Tensor, layer_weights: Mapping[int, float]
-) -> tuple[Tensor, dict[int, float]]:
-    """`exit_loss` for nothing but weights: the sum over exits of weight times mean cross-entropy."""
-    return exit_loss(model, input_ids, targets, Objective(weights=layer_weights))
-
-
 @dataclass(frozen=True)
 class ExitMetrics:
     """An exit on some text: mean cross-entropy in nats a token, and the share of tokens on which it says what

@@ -215,10 +215,14 @@ class MethodConfig(Section, table="method"):
         },
     )
     objective: str = setting(
-        "", "a method of your own, 'module:function': what a step minimises (docs/algorithms.md)"
+        "", "a method of your own, 'module:function': what a step minimises (docs/contributing/method.md)"
     )
     loss: str = setting(
         "", "a loss of your own, 'module:function', in the place of the exits' cross-entropies"
+    )
+    own: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "a setting of your own method, by the name it reads there", "allowed": Bounds()},
     )
 
     @classmethod
@@ -247,6 +251,9 @@ class MethodConfig(Section, table="method"):
             raise ConfigError(
                 "method: with routing a token has one exit and nothing to distil from; leave one out"
             )
+        if self.own and not (self.objective or self.loss):
+            message = f"method: own sets {', '.join(self.own)}, which has no effect without objective or loss"
+            warnings.warn(message, SettingWarning, stacklevel=2)
 
     @property
     def for_early_exits(self) -> list[str]:

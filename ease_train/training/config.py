@@ -341,7 +341,7 @@ def set_option(values: dict[str, Any], name: str, value: Any) -> None:
     *tables, last = OPTIONS[name]
     for table in tables:
         values = values[table]
-    values[last] = value
+    values[last] = {**values[last], **value} if name == "own" else value
 
 
 def cut_warmup(values: dict[str, Any], options: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from ease_eval.tasks.likelihood import encode_pair
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.sampling import Given
 from ease_runtime.llm import LLM
-from ease_runtime.options import Options
+from ease_runtime.options import SAMPLING, Options
 from ease_runtime.policies import FULL_DEPTH, make_policy
 from ease_train.training.checkpoint import load_checkpoint
 
@@ -152,6 +152,16 @@ def test_generation_arguments(tiny_bundle: Path, caplog: pytest.LogCaptureFixtur
     )
     assert one._read({"do_sample": True}).temperature == 1.0
     assert one._read({"max_tokens": 10**6}).max_tokens == 287
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "logit_bias": {"7": -1.0}, "seed": 3}
+    asked = Options(max_tokens=9, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={7: -1.0}, seed=3)
+    assert one._read(penalties) == asked
+
+
+def test_every_option_of_sampling_is_a_tasks_or_the_models() -> None:
+    """A field of Options needs no second list: a task may say it, or it is said why it may not."""
+    from ease_eval.tasks.harness import OF_REQUESTS, OF_TASKS
+
+    assert {*OF_REQUESTS, *OF_TASKS} == {*SAMPLING} - {"sampler"}
 
 
 @pytest.mark.parametrize(

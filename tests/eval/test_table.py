@@ -97,32 +97,33 @@ def settings(*thresholds: float | None) -> list[Setting]:
     ]
 
 
-def test_a_slow_deep_segment_shows_in_measured_and_ideal_speed(tiny_bundle: Path) -> None:
-    """With the last segment made slower by 40 ms, leaving at the first exit is more than five times as fast,
-    and so is the ideal.
-    """
+def test_a_slow_deep_segment_shows_in_measured_and_ideal_speed(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a segment takes a millisecond and the last one, later, forty."""
     stack = OrtStack(tiny_bundle)
     texts = [Text(tuple(range(1, 31)), 10)]
+    milliseconds = [1, 1, 1]
+    now = 0.0
+    plain_run = stack.run_segment
+
+    def run(number: int, *arguments: object) -> None:
+        nonlocal now
+        now += milliseconds[number] / 1000
+        plain_run(number, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    stack.run_segment = run  # type: ignore[assignment, method-assign]
 
     def speedups() -> tuple[float, float]:
         (off, early), seconds = measure(Engine(stack), settings(None, 0.0), texts, 3)
         assert (set(off.depths), set(early.depths)) == ({6}, {2})
-        return off.rounds[1] / early.rounds[1], ideal_seconds(off.calls, seconds) / ideal_seconds(
-            early.calls, seconds
-        )
+        ideal = ideal_seconds(off.calls, seconds) / ideal_seconds(early.calls, seconds)
+        return off.rounds[1] / early.rounds[1], ideal
 
-    plain_measured, plain_ideal = speedups()
-    plain_run = stack.run_segment
-
-    def slowed(number: int, *arguments: object) -> None:
-        if number == 2:
-            time.sleep(0.04)
-        plain_run(number, *arguments)  # type: ignore[arg-type]
-
-    stack.run_segment = slowed  # type: ignore[assignment, method-assign]
-    slow_measured, slow_ideal = speedups()
-    assert slow_measured > 5 > plain_measured
-    assert slow_ideal > 5 > plain_ideal
+    assert speedups() == pytest.approx((3.0, 3.0))
+    milliseconds[2] = 40
+    assert speedups() == pytest.approx((42.0, 42.0))
 
 
 def test_calls_of_a_setting_are_those_its_depths_need(tiny_bundle: Path) -> None:

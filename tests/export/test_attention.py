@@ -73,7 +73,7 @@ def one_layer(num_heads: int, groups: int, width: int, folder: Path) -> OneLayer
             parameter.mul_(3.0)
     pack(model)
     (plan,) = (plan for plan in plan_graphs(model, "BGTP") if plan.file == "segment_01.onnx")
-    graph = Tracer().graph(plan)
+    graph = Tracer(model).graph(plan)
     files = WeightFiles(folder)
     files.fill(
         graph.graph, {k: v.detach().numpy() for k, v in plan.module.state_dict().items()}, plan.weights

@@ -1,5 +1,6 @@
 """Bodies of requests, whatever is in them: understood, or refused in one line."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -49,6 +50,28 @@ BODIES = st.fixed_dictionaries(
     {"prompt": st.just("abc") | VALUES, "messages": MESSAGES | VALUES},
     optional=dict.fromkeys(NAMES, VALUES) | {"ease": EASES | VALUES},
 )
+
+
+@pytest.mark.parametrize("field", fields(Options), ids=lambda field: field.name)
+def test_every_option_can_be_said(field: Any) -> None:
+    """A field of Options needs no second list: a request has it in its body or in `ease`."""
+    value = {
+        "threshold": 0.5,
+        "min_exit": 2,
+        "patience": 1,
+        "decay": 1.0,
+        "exit_layer": 2,
+        "depth_budget": 3.0,
+    }
+    default = {} if field.name == "logit_bias" else field.default
+    said = {field.name: value.get(field.name, default)}
+    body = {"prompt": "abc", "ease": said} if field.metadata.get("leaving") else {"prompt": "abc", **said}
+    if field.name == "sampler":
+        with pytest.raises(RequestError, match="unknown or unsupported field 'sampler'"):
+            read_completion({"prompt": "abc", "sampler": "mine:Sampler"}, LLM, Options())
+        return
+    found = getattr(read_completion(body, LLM, Options()).options, field.name)
+    assert found == getattr(Options(**said), field.name)
 
 
 def what_is_wrong(body: Any, chat: bool) -> str:

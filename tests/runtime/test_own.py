@@ -1,5 +1,5 @@
-"""Code of one's own: the policy of docs/policies.md, word for word, from a file outside the packages; a
-sampler; what is refused.
+"""Code of one's own: the policies and the sampler of docs/contributing, word for word, from files outside
+the packages; what is refused.
 """
 
 import json
@@ -20,20 +20,23 @@ from ease_runtime.cli.main import main as run_main
 from ease_runtime.engine.sampling import Greedy
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.policies import ThresholdPolicy, find_policy
+from ease_runtime.policies import ExitOutput, HeadOutput, ThresholdPolicy, find_policy
 from ease_runtime.policies.thresholds import Thresholds
 
-PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
+PAGES = Path(__file__).parents[2] / "docs" / "contributing"
 
 
 @pytest.fixture
 def own_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The page's file, in the working directory and nowhere else."""
-    (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "top_two.py").write_text(source, encoding="utf-8")
+    """The pages' files, in the working directory and nowhere else; the name of the policy with state."""
+    for page, module in {"policy": "collision", "stateful-policy": "top_two", "sampler": "epsilon"}.items():
+        (source,) = re.findall(
+            r"```python\n(.*?)```", (PAGES / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL
+        )
+        (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "top_two", raising=False)
     return "top_two:TopTwo"
 
 
@@ -138,22 +141,26 @@ def test_objects_in_a_table_and_a_calibration(tiny_bundle: Path) -> None:
     assert found.policy == table.rows[1].policy
 
 
-SAMPLER = """
-class Second:
-    def __init__(self, options):
-        self.seed = options.seed
+def test_the_pages_policy_without_state(own_policy: str, tiny_bundle: Path) -> None:
+    """Its confidence is the sum of the squared probabilities: between 1 / V and the largest of them."""
+    flags = ["--policy", "collision:Collision", "--threshold"]
+    assert {depth for _, depth in generated(tiny_bundle, *flags, "0.0")} == {2}
+    assert {depth for _, depth in generated(tiny_bundle, *flags, "1.0")} == {6}
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]], np.float32))
+    said = ExitOutput(0, np.arange(2), HeadOutput(logits, *[np.zeros(2)] * 4))
+    found = find_policy("collision:Collision")().confidence(said, None)
+    assert found == pytest.approx([0.375, 1 / 3])
 
-    def pick(self, logits, top_id, tokens, position):
-        return int(logits.argsort()[-2 - self.seed % 2])
-"""
 
-
-def test_a_sampler_of_ones_own(own_policy: str, tiny_bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "second.py").write_text(SAMPLER, encoding="utf-8")
+def test_the_pages_sampler(own_policy: str, tiny_bundle: Path) -> None:
+    """With probability 1 every token is a draw from (seed, position); under verify the same."""
+    flags = ["--sampler", "epsilon:Epsilon", "--temperature", "1.0"]
+    found = generated(tiny_bundle, *flags)
+    assert found != generated(tiny_bundle, *flags, "--seed", "1")
+    verified = generated(tiny_bundle, *flags, "--threshold", "0.0", "--catch-up", "verify")
+    assert [token for token, _ in verified] == [token for token, _ in found]
     greedy = generated(tiny_bundle)
-    found = generated(tiny_bundle, "--sampler", "second:Second")
-    assert found[0] != greedy[0]
-    assert found != generated(tiny_bundle, "--sampler", "second:Second", "--seed", "1")
+    assert found != greedy
     same = LLM(tiny_bundle).generate(
         "And the king", Options(max_tokens=20, temperature=1.0), sampler=Greedy()
     )

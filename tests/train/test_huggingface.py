@@ -1,6 +1,7 @@
 """Pretrained models: what is imported computes what transformers computes, and goes back as it came."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import source_models
 from ease_common.errors import ModelImportError
 from ease_train.cli import main
 from ease_train.convert.huggingface import export_exits, export_model, import_model
+from ease_train.convert.source_model import FAMILIES
 from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ease_train.training.config import load_recipe
 from ease_train.training.tune import tuned_recipe, with_exits
@@ -72,6 +74,21 @@ def test_an_imported_model_is_transformers_and_goes_back_as_it_came(family: str,
     weights = checkpoint.model.state_dict()
     assert again.model.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
+
+
+def test_the_pages_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/contributing/family.md adds one in a few lines."""
+    page = Path(__file__).parents[2] / "docs" / "contributing" / "family.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.setitem(FAMILIES, "seed_oss", FAMILIES["llama"])  # taken out again afterwards
+    exec(code, {})
+    reference = source_models.make_model("SeedOss", head_dim=16)
+    model = import_model(str(source_models.write_model(reference, tmp_path / "hf"))).model
+    expected = logits_of(reference)
+    assert ((logits_of(model) - expected).abs().max() / expected.abs().max()).item() <= TOLERANCE
+    assert greedy(model) == greedy(reference)
+    unsaid = transformers.SeedOssConfig().to_dict()
+    assert all(unsaid[name] == value for name, value in FAMILIES["seed_oss"].unsaid.items())
 
 
 def generated(reference: Any) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_train.methods import losses
-from ease_train.methods.losses import exit_cross_entropy, exit_losses
+from ease_train.methods.losses import Objective, exit_loss, exit_losses
 from ease_train.model.decoder import Decoder
 from ease_train.training.config import Recipe
 
@@ -45,7 +45,7 @@ def test_value_and_gradients(recipe: Recipe, tied: bool, chunk: int, monkeypatch
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    loss, by_exit = exit_cross_entropy(model, inputs, targets, weights)
+    loss, by_exit = exit_loss(model, inputs, targets, Objective(weights=weights))
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert loss.item() == pytest.approx(sum(weights[layer] * by_exit[layer] for layer in weights), rel=1e-6)
@@ -57,16 +57,16 @@ def test_value_and_gradients(recipe: Recipe, tied: bool, chunk: int, monkeypatch
 
 def test_the_gradient_scales_with_what_follows(recipe: Recipe) -> None:
     model, inputs, targets = model_and_batch(recipe)
-    exit_cross_entropy(model, inputs, targets, {4: 1.0})[0].backward()
+    exit_loss(model, inputs, targets, Objective(weights={4: 1.0}))[0].backward()
     once = model.embed.weight.grad.clone()
     model.zero_grad()
-    (exit_cross_entropy(model, inputs, targets, {4: 1.0})[0] * 3.0).backward()
+    (exit_loss(model, inputs, targets, Objective(weights={4: 1.0}))[0] * 3.0).backward()
     torch.testing.assert_close(model.embed.weight.grad, once * 3.0)
 
 
 def test_an_exit_without_weight_gets_no_gradient(recipe: Recipe) -> None:
     model, inputs, targets = model_and_batch(recipe)
-    exit_cross_entropy(model, inputs, targets, {2: 0.0, 3: 1.0, 4: 0.0})[0].backward()
+    exit_loss(model, inputs, targets, Objective(weights={2: 0.0, 3: 1.0, 4: 0.0}))[0].backward()
     assert model.exit(2).norm.weight.grad is None
     assert model.norm.weight.grad is None
     assert all(
@@ -88,5 +88,5 @@ def test_each_exits_own_loss(recipe: Recipe) -> None:
 def test_in_a_model_without_final_norm(make_recipe: Callable[..., Recipe]) -> None:
     model, inputs, targets = model_and_batch(make_recipe(model={"final_norm": False}))
     weights = {2: 0.5, 4: 0.5}
-    loss, _ = exit_cross_entropy(model, inputs, targets, weights)
+    loss, _ = exit_loss(model, inputs, targets, Objective(weights=weights))
     torch.testing.assert_close(loss, naive(model, inputs, targets, weights))

@@ -1,22 +1,23 @@
-"""A loss and a method of the user's own, named in a recipe: those of docs/algorithms.md, as they
-stand there.
+"""A loss and a method of the user's own, named in a recipe: those of
+docs/contributing/method.md, as they stand there.
 """
 
 import math
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ease_common.errors import ConfigError
+from ease_common.errors import ConfigError, SettingWarning
 from ease_train.methods.losses import exit_losses
 from ease_train.training.checkpoint import load_checkpoint
 from ease_train.training.config import Recipe
 from ease_train.training.trainer import EvalEvent, StepEvent, Trainer
 
 Maker = Callable[..., Recipe]
-PAGE = Path(__file__).parents[2] / "docs" / "algorithms.md"
+PAGE = Path(__file__).parents[2] / "docs" / "contributing" / "method.md"
 
 
 @pytest.fixture
@@ -29,10 +30,16 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
+def page_recipe(make_recipe: Maker, mine: str) -> Recipe:
+    """The tiny recipe with the page's own tables."""
+    (text,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    return make_recipe(method=tomllib.loads(text.replace('"mine:', f'"{mine}:'))["method"])
+
+
 def test_a_method_and_a_loss_of_ones_own_train(
     make_recipe: Maker, small_corpus: str, tmp_path: Path, mine: str
 ) -> None:
-    recipe = make_recipe(method={"objective": f"{mine}:objective", "loss": f"{mine}:loss"})
+    recipe = page_recipe(make_recipe, mine)
     trainer = Trainer.begin(recipe, small_corpus)
     events = list(trainer.fit(tmp_path / "c"))
     steps = [event for event in events if isinstance(event, StepEvent)]
@@ -49,7 +56,7 @@ def test_a_method_and_a_loss_of_ones_own_train(
 
 
 def test_a_loss_of_ones_own_is_what_is_minimised(make_recipe: Maker, small_corpus: str, mine: str) -> None:
-    own = Trainer.begin(make_recipe(method={"loss": f"{mine}:loss"}), small_corpus)
+    own = Trainer.begin(page_recipe(make_recipe, mine), small_corpus)
     model = own.model
     batch = own.next_batch()
     ids = own._ask(lambda _, inputs, targets: (inputs, targets), batch)
@@ -60,6 +67,24 @@ def test_a_loss_of_ones_own_is_what_is_minimised(make_recipe: Maker, small_corpu
     )  # an untrained model is near uniform, where smoothing changes little
     assert smoothed.keys() == plain.keys()
     assert all(0 < abs(smoothed[layer] - plain[layer]) < 0.1 * rows for layer in plain)
+
+
+def test_settings_of_ones_own(make_recipe: Maker, mine: str, small_corpus: str) -> None:
+    """The command line sets one and leaves the others; the loss sees it."""
+    recipe = page_recipe(make_recipe, mine)
+    changed = recipe.with_options({"own": {"smoothing": 0.5}})
+    assert changed.method.own == {"every": 2.0, "smoothing": 0.5}
+    found = []
+    for one in (recipe, changed):
+        trainer = Trainer.begin(one, small_corpus)
+        found.append(trainer.train_step(trainer.next_batch()).loss)
+    assert found[0] != found[1]
+    with pytest.raises(ConfigError, match=r"own = 'much' is not of the type float"):
+        make_recipe(method={"loss": f"{mine}:loss", "own": {"smoothing": "much"}})
+    with pytest.warns(
+        SettingWarning, match="method: own sets smoothing, which has no effect without objective"
+    ):
+        make_recipe(method={"own": {"smoothing": 0.5}})
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import source_models
 from ease_common.errors import ModelImportError, SettingWarning
 from ease_train.cli import main
 from ease_train.convert.huggingface import import_model
-from ease_train.convert.source_model import UNSAID, UNSAID_BY_KIND
+from ease_train.convert.source_model import FAMILIES, UNSAID
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
@@ -241,12 +241,12 @@ def test_what_disagrees_is_refused_by_name(case: str, sources: Callable[[str], P
         import_model(str(edited(sources("llama2-mha"), tmp_path / "hf", **changes)))
 
 
-@pytest.mark.parametrize("kind", UNSAID_BY_KIND)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_what_is_unsaid_is_as_transformers_takes_it(kind: str) -> None:
     config = transformers.AutoConfig.for_model(
         kind, **({"use_sliding_window": True} if kind.startswith("qwen") else {})
     )
-    taken = {**UNSAID, **UNSAID_BY_KIND[kind]}
+    taken = {**UNSAID, **FAMILIES[kind].unsaid}
     follows = {
         "num_key_value_heads": config.num_attention_heads,
         "head_dim": config.hidden_size // config.num_attention_heads,

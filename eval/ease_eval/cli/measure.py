@@ -37,7 +37,7 @@ from ease_eval.measure.table import (
 )
 from ease_eval.provenance import provenance
 from ease_eval.results import as_json
-from ease_runtime.cli.commands import DEVICE_FLAG, ThresholdFlag, ThresholdRows
+from ease_runtime.cli.commands import DEVICE_FLAG, BundleName, ThresholdFlag, ThresholdRows
 from ease_runtime.engine.engine import CATCH_UPS
 from ease_runtime.llm import LLM
 from ease_runtime.policies import POLICIES
@@ -264,7 +264,7 @@ class Measurement:
 
 
 @click.command()
-@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, type=BundleName())
 @measure_flags
 @click.option(
     "--batch", "batches", **list_of(click.INT, "N[,N...]"), help="Also decode this many texts at once."
@@ -319,7 +319,7 @@ def table(
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @measure_flags
 @JSON_FLAG
 def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
@@ -348,7 +348,7 @@ def ppl(bundle: Path, json_file: Path | None, **given: Any) -> None:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @measure_flags
 @JSON_FLAG
 def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
@@ -381,7 +381,7 @@ def depth(bundle: Path, json_file: Path | None, **given: Any) -> None:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @measure_flags
 @JSON_FLAG
 def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
@@ -467,7 +467,7 @@ def narrow_table(*columns: str, title: str | None = None) -> RichTable:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @measure_flags
 @click.option(
     "--out",

@@ -26,7 +26,7 @@ from ease_eval.tasks.grading import FILTERS
 from ease_eval.tasks.task_files import ExactMatch, TaskFile, read_tasks
 from ease_eval.tasks.tasks import SEED, TaskResult, run_task
 from ease_runtime.bundle.manifest import MANIFEST_FILE
-from ease_runtime.cli.commands import DEVICE_FLAG
+from ease_runtime.cli.commands import DEVICE_FLAG, BundleName
 from ease_runtime.cli.flags import option_flags, read_flags
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
@@ -178,7 +178,7 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
@@ -225,7 +225,7 @@ def agreement(
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--limit", default=1000, show_default=True, help="Items of each file at most.")
 @click.option(

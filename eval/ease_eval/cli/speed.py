@@ -23,7 +23,7 @@ from ease_eval.measure.table import Amounts, choose_texts, quality_cells
 from ease_eval.peers.compare import Comparison, ComparisonSettings, cells, compare_peers
 from ease_eval.provenance import provenance
 from ease_eval.results import as_json
-from ease_runtime.cli.commands import ThresholdFlag
+from ease_runtime.cli.commands import BundleName, ThresholdFlag
 from ease_runtime.engine.engine import CATCH_UPS
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
@@ -35,7 +35,7 @@ NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB"
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -180,7 +180,7 @@ def show_comparison(result: Comparison, console: Console) -> None:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundleName())
 @measure_flags
 @click.option(
     "--tolerance",

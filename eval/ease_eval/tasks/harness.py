@@ -24,7 +24,7 @@ from ease_eval.measure.perplexity import Scores, check_scorable, score_documents
 from ease_eval.provenance import provenance
 from ease_eval.tasks.likelihood import NoTokensError, encode_pair, prefix_id, score_continuation
 from ease_runtime.llm import LLM
-from ease_runtime.options import Options
+from ease_runtime.options import SAMPLING, Options
 from ease_runtime.policies.thresholds import Thresholds
 
 LENGTHS = (
@@ -33,7 +33,6 @@ LENGTHS = (
     "max_tokens",
     "max_completion_tokens",
 )  # names of one thing, the first counts
-SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
 OF_TASKS = {  # options of a request that are not this model's to set
     "temperature": "tasks say how they sample; say it with --gen_kwargs do_sample=true,temperature=...",
     "stop": "tasks say where an answer ends; say it with --gen_kwargs until=...",
@@ -41,6 +40,7 @@ OF_TASKS = {  # options of a request that are not this model's to set
     "n": "the harness asks for one answer; it repeats requests by itself",
     "logprobs": "the harness takes no log-probabilities of what is generated",
 }
+OF_REQUESTS = tuple(name for name in SAMPLING if name not in OF_TASKS and name != "sampler")
 UNASKED = "cuda:0"  # the device that the harness's command names when nobody asked for one
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 @register_model("ease")
 class EaseLM(LM):  # type: ignore[misc]
     """`bundle` is its directory; `threshold` a number, or one an exit; other arguments are fields of Options.
-    `policy` may also be an object (docs/policies.md).
+    `policy` may also be an object (docs/contributing/policy.md).
 
     `batch_size` requests are generated together. Raises an EaseError for a bundle or a setting that cannot
     run.
@@ -179,11 +179,11 @@ class EaseLM(LM):  # type: ignore[misc]
 
         What cannot be done is warned of.
         """
-        known = {"until", "do_sample", "temperature", *LENGTHS, *SAMPLING}
+        known = {"until", "do_sample", "temperature", *LENGTHS, *OF_REQUESTS}
         if unknown := sorted(wanted.keys() - known):
             logger.warning("generation arguments without effect here: %s", ", ".join(unknown))
         until = wanted.get("until") or ()
-        values = {name: wanted[name] for name in SAMPLING if wanted.get(name) is not None}
+        values = {name: wanted[name] for name in OF_REQUESTS if wanted.get(name) is not None}
         if wanted.get("do_sample", bool(wanted.get("temperature"))):
             values["temperature"] = wanted.get("temperature", 1.0)
         else:
