@@ -2,6 +2,7 @@
 buffers and number of rows, whatever the heads.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from ease_export.layers import pack
 from ease_export.plan import plan_graphs
 from ease_export.trace import Tracer
 from ease_export.weights import WeightFiles
+from ease_runtime.ort.sessions import load_session, start_thread_pool
 from ease_train.model.decoder import Decoder
 from ease_train.training.config import ModelConfig
 
 STARTS = (100, 700, 3, 5, 0, 390, 640, 64)  # tokens in the cache, of eight rows
 MANY = 256
-NUM_THREADS = 4
+NUM_THREADS = os.cpu_count() or 1  # at most, of a session
 SKIPPED = 5  # of the many tokens: the others are compared from there
 SHAPES = ((4, 4, 64), (4, 2, 80), (3, 1, 64), (8, 2, 96), (8, 1, 128))  # heads, of keys and values, width
 
@@ -73,7 +75,7 @@ def one_layer(num_heads: int, groups: int, width: int, folder: Path) -> OneLayer
             parameter.mul_(3.0)
     pack(model)
     (plan,) = (plan for plan in plan_graphs(model, "BGTP") if plan.file == "segment_01.onnx")
-    graph = Tracer().graph(plan)
+    graph = Tracer(model).graph(plan)
     files = WeightFiles(folder)
     files.fill(
         graph.graph, {k: v.detach().numpy() for k, v in plan.module.state_dict().items()}, plan.weights
@@ -83,10 +85,9 @@ def one_layer(num_heads: int, groups: int, width: int, folder: Path) -> OneLayer
     shape = (len(STARTS), groups, 1408, width)
     caches = [dice.standard_normal(shape).astype(np.float32) for _ in range(2)]
     ids = dice.integers(0, config.vocab_size, (len(STARTS), MANY))
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = NUM_THREADS
-    options.log_severity_level = 3
-    return OneLayer(ort.InferenceSession(str(folder / plan.file), options), config, ids, *caches)
+    alone = not start_thread_pool.cache_info().currsize  # no other test has given the process its threads
+    session = load_session(folder / plan.file, 3, own_threads=alone)
+    return OneLayer(session, config, ids, *caches)
 
 
 def test_every_pass_gives_the_same_bits(layer: OneLayer) -> None:
