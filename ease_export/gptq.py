@@ -12,6 +12,7 @@ Shapes: O outputs, I inputs, K blocks of a row, B texts, S tokens of each, D wid
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -78,13 +79,13 @@ def quantize(
     own = {layer: leave.block for layer, leave in model.early_exits.items() if leave.block is not None}
     hidden = model.embed(ids)
     for layer, block in enumerate(model.layers, start=1):
-        parts = hidden.split(TEXTS_AT_ONCE)
-        run = lambda part, layer=layer: model.run_layers(part, layer, layer)  # noqa: E731
+        parts = torch.split(hidden, TEXTS_AT_ONCE)
+        run = partial(model.run_layers, first=layer, last=layer)
         grids |= {f"{names[id(linear)]}.weight": grid for linear, grid in rounded_block(block, run, parts)}
         hidden = torch.cat([run(part) for part in parts])
         if layer in own:
-            run_own = lambda part, layer=layer: model.exit_hidden(part, layer)  # noqa: E731
-            rounded_own = rounded_block(own[layer], run_own, hidden.split(TEXTS_AT_ONCE))
+            run_own = partial(model.exit_hidden, layer=layer)
+            rounded_own = rounded_block(own[layer], run_own, torch.split(hidden, TEXTS_AT_ONCE))
             grids |= {f"{names[id(linear)]}.weight": grid for linear, grid in rounded_own}
         if progress:
             progress(layer)
@@ -102,7 +103,7 @@ def rounded_block(
     for linears, squares in input_squares(block, run, parts):
         sizes = [len(linear.weight) for linear in linears]
         rounded = rounded_columns(torch.cat([linear.weight for linear in linears]), squares)
-        parted = (part.split(sizes) for part in rounded)
+        parted = (torch.split(part, sizes) for part in rounded)
         for linear, numbers, scales, zeros in zip(linears, *parted, strict=True):
             points = zeros.to(torch.uint8).numpy()
             whole = packed(numbers.numpy(), bits)
