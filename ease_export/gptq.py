@@ -12,6 +12,7 @@ Shapes: O outputs, I inputs, K blocks of a row, B texts, S tokens of each, D wid
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -79,17 +80,11 @@ def quantize(
     hidden = model.embed(ids)
     for layer, block in enumerate(model.layers, start=1):
         parts = torch.split(hidden, TEXTS_AT_ONCE)
-
-        def run(part: Tensor, layer: int = layer) -> Tensor:
-            return model.run_layers(part, layer, layer)
-
+        run = partial(model.run_layers, first=layer, last=layer)
         grids |= {f"{names[id(linear)]}.weight": grid for linear, grid in rounded_block(block, run, parts)}
         hidden = torch.cat([run(part) for part in parts])
         if layer in own:
-
-            def run_own(part: Tensor, layer: int = layer) -> Tensor:
-                return model.exit_hidden(part, layer)
-
+            run_own = partial(model.exit_hidden, layer=layer)
             rounded_own = rounded_block(own[layer], run_own, torch.split(hidden, TEXTS_AT_ONCE))
             grids |= {f"{names[id(linear)]}.weight": grid for linear, grid in rounded_own}
         if progress:

@@ -86,8 +86,8 @@ def rounded_outer(matrix: NDArray[np.float32]) -> Grid:
 
 def block_values(matrix: Tensor, block: int) -> Tensor:
     """A matrix in blocks, the last one of a row filled with zeros. Shape: (O, I) -> (O, K, block)."""
-    padded = F.pad(matrix, (0, -matrix.shape[1] % block))
-    return padded.reshape(len(padded), -1, block)
+    whole = F.pad(matrix, (0, -matrix.shape[1] % block))
+    return whole.reshape(len(whole), -1, block)
 
 
 def searched_ranges(values: Tensor, bits: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

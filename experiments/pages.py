@@ -314,6 +314,7 @@ def precision_tables() -> dict[str, str]:
             ({**row, "change": 100 * (row["ppl"] / full[row["model"]] - 1)} for row in rows), columns, 3
         ),
         "tried": figures(load("precisions-tried.json")["rows"], tried, 2),
+        **weight_tables(),
     }
 
 
@@ -333,6 +334,61 @@ def drafts_tables() -> dict[str, str]:
         "off, tokens/s": "{off_tokens_per_second:.1f}",
     }
     return {"drafts": figures(load("verify.json")["rows"], columns, 2)}
+
+
+def weight_tables() -> dict[str, str]:
+    """Forms of weights and ways to round, by perplexity and time."""
+    found = load("weight-rounding.json")
+    full = found["rows"][0]["ppl"]
+    forms = {
+        "weights": "{weights}",
+        "perplexity": "{ppl:.2f}",
+        "vs fp32": "{change:+.1f} %",
+        "MB": "{bundle_mb:.0f}",
+    }
+    forms |= {f"{count} tokens, ms": f"{{n{count}}}" for count in ("1", "2", "8", "64", "256")}
+    rows = [
+        {**row, "change": 100 * (row["ppl"] / full - 1), **PENDING, **in_ms(row["milliseconds"] or {})}
+        for row in found["rows"]
+    ]
+    roundings = {
+        "rounding": "{rounding}",
+        "text": "{text}",
+        "perplexity": "{ppl:.2f}",
+        "vs fp32": "{change:+.1f} %",
+    }
+    products = load("weight-forms.json")["rows"]
+    today = {tuple(row["shape"]): row["microseconds"] for row in products if row["form"] == "4 32 zeros"}
+    columns = {"inputs, outputs": "{place}", "bits, block": "{form}"}
+    columns |= {f"{count} rows": f"{{n{count}}}" for count in ("1", "2", "4", "8", "64", "256")}
+    return {
+        "forms": figures(rows, forms, 1),
+        "roundings": figures(found["tried"], roundings, 2),
+        "products": figures(
+            (
+                {
+                    **row,
+                    "place": f"{row['shape'][0]}, {row['shape'][1]}",
+                    **{
+                        f"n{n}": f"{us / today[tuple(row['shape'])][n]:.2f}"
+                        for n, us in row["microseconds"].items()
+                    },
+                    "bits": ", ".join(str(n) for n in row["other_bits_at"]) or "–",
+                }
+                for row in products
+            ),
+            {**columns, "other bits at": "{bits}"},
+            2,
+        ),
+    }
+
+
+PENDING = {f"n{count}": "–" for count in (1, 2, 8, 64, 256)}  # of what was not timed
+
+
+def in_ms(found: Row) -> Row:
+    """Milliseconds by number of tokens, as a table's row has them."""
+    return {f"n{count}": f"{ms:.1f}" for count, ms in found.items()}
 
 
 def along_the_sequence(rows: Sequence[Row]) -> str:
