@@ -9,12 +9,12 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ease_common.errors import EaseError
-from ease_runtime.engine.sequence import TokenSequence
+from ease_runtime.engine.sequence import Token, TokenSequence
 from ease_runtime.generation import Completion, Generation, TokenEvent
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
@@ -37,6 +37,7 @@ class Update:
     drafted: int = 0
     accepted: int = 0
     notes: tuple[str, ...] = ()
+    prompt_scores: Sequence[Token] = ()  # where they were asked for; with the first news
 
 
 @dataclass(eq=False)
@@ -45,6 +46,7 @@ class Job:
 
     prompts: list[list[int]]
     options: Options
+    score_prompt: bool = False
     generations: list[Generation] = field(default_factory=list)
 
 
@@ -126,7 +128,8 @@ class EngineThread:
     def _begin(self, job: Job) -> None:
         try:
             for prompt in job.prompts:
-                job.generations.append(self.llm.submit(prompt, job.options))
+                generation = self.llm.submit(prompt, job.options, score_prompt=job.score_prompt)
+                job.generations.append(generation)
         except EaseError as error:
             self._withdraw(job)
             self.listener.refuse(job, ApiError(400, str(error)))
@@ -172,13 +175,22 @@ class EngineThread:
             self.metrics.note_shadow(self.shadow.risk or 0.0, bool(self.shadow.drift))
 
     def _update(self, index: int, choice: Completion, events: list[TokenEvent]) -> Update:
+        scores = choice.sequence.prompt_scores
+        choice.sequence.prompt_scores = []
         if choice.finish_reason is None:
-            return Update(index, events)
+            return Update(index, events, prompt_scores=scores)
         self._note_end(choice.sequence)
         drafts = choice.sequence.drafts
         notes = tuple(choice.sequence.notes)
         return Update(
-            index, events, choice.finish_reason, choice.error, drafts.judged, drafts.accepted, notes
+            index,
+            events,
+            choice.finish_reason,
+            choice.error,
+            drafts.judged,
+            drafts.accepted,
+            notes,
+            prompt_scores=scores,
         )
 
     def _note_end(self, sequence: TokenSequence) -> None:

@@ -236,7 +236,7 @@ def test_a_request_without_a_seed_draws_one(toy: Served) -> None:
             "unknown or unsupported field 'modle'; did you mean 'model'?",
         ),
         (COMPLETIONS, {"prompt": "a", "model": "other"}, 404, "this server has 'toy'"),
-        (COMPLETIONS, {"prompt": "a", "echo": True}, 400, "echo is not supported"),
+        (COMPLETIONS, {"prompt": "a", "echo": "yes"}, 400, "echo must be true or false"),
         (COMPLETIONS, {"prompt": "a", "stream": "yes"}, 400, "stream must be true or false"),
         (COMPLETIONS, {"prompt": "a", "stream_options": 1}, 400, "stream_options must be an object"),
         (COMPLETIONS, {"prompt": "a", "n": 10**9}, 400, "n 1000000000 is outside"),
@@ -276,7 +276,7 @@ def test_a_request_without_a_seed_draws_one(toy: Served) -> None:
             CHAT,
             {"messages": [{"role": "user", "content": "a"}], "tools": [{}]},
             400,
-            "unknown or unsupported field 'tools'",
+            "tools is supported as [] only; leave it away",
         ),
     ],
 )
