@@ -70,7 +70,7 @@ def _flag(field: "Field[Any]", hint: Any) -> Callable[[Command], Command]:
     kind = KINDS[choices[0] if type(None) in choices else hint]
     name = NAMES.get(field.name, f"--{field.name.replace('_', '-')}")
     unsaid = hint is bool or field.default in (MISSING, None, ())
-    default = {} if unsaid else {"default": field.default, "show_default": True}
+    default: dict[str, Any] = {} if unsaid else {"default": field.default, "show_default": True}
     return click.option(name, field.name, help=field.metadata["help"], **kind, **default)
 
 
