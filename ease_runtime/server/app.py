@@ -42,14 +42,14 @@ class Settings:
 
     model: str  # the name that clients see
     options: Options = field(default_factory=Options)  # where a request says nothing
-    max_chat_tokens: int = TO_THE_END  # the `max_tokens` of a chat that says nothing
-    clamp_max_tokens: bool = False  # shorten what is past the context instead of refusing it
     api_key: str | None = None
     max_body_bytes: int = 2**20
     max_prompt_tokens: int | None = None  # None: as many as the model's context takes
     max_queued: int = 64  # completions that wait for a slot
     shadow: float = 0.0  # share of the early answers that run again at full depth
     certificate: dict[str, Any] | None = None  # what such answers are held against
+    max_chat_tokens: int = TO_THE_END  # the `max_tokens` of a chat that says nothing
+    clamp_max_tokens: bool = False  # shorten what is past the context instead of refusing it
 
 
 class Service:
