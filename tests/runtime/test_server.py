@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ease_common.errors import RequestError
+from ease_common.errors import MissingExtraError
 from ease_runtime.generation import Timing
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
@@ -332,7 +332,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fastapi", "prometheus_client"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            with pytest.raises(RequestError, match=r"pip install 'ease-lm\[serve\]'"):
+            with pytest.raises(MissingExtraError, match=r"pip install 'ease-lm\[serve\]'"):
                 create_app(text_engine(), Settings("toy"))
 
 
