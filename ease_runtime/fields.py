@@ -24,8 +24,10 @@ def read_value(name: str, kind: Any, value: Any) -> Any:
         return None if value is None else read_value(name, choices[0], value)
     if kind in READERS:
         return READERS[kind](name, value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)  # 5.0: some languages' JSON has no other numbers
     if type(value) is not kind:
-        _refuse(name, value, {int: "a whole number", str: "a text"}[kind])
+        _refuse(name, value, {int: "a whole number", str: "a text", bool: "true or false"}[kind])
     if kind is str and (len(value) > LONGEST_NAME or not value.isprintable()):
         _refuse(name, value, "a name")
     return value
@@ -52,6 +54,12 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        _refuse(name, value, "a list of token ids")
+    return tuple(read_value(name, int, token) for token in value)
+
+
 def _bias(name: str, value: Any) -> dict[int, float]:
     expected = 'an object of token ids and numbers, like {"42": -100}'
     if not isinstance(value, Mapping):
@@ -67,6 +75,7 @@ def _bias(name: str, value: Any) -> dict[int, float]:
 READERS: dict[Any, Callable[[str, Any], Any]] = {
     float: _float,
     tuple[str, ...]: _texts,
+    tuple[int, ...]: _ids,
     Thresholds: lambda name, value: Thresholds.of(value),
     Mapping[int, float]: _bias,
 }

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from ease_runtime.ort.stack import Stack, open_stack
 from ease_runtime.policies import ExitPolicy, make_policy
 from ease_runtime.text.special import SpecialTokens, check_unicode
 from ease_runtime.text.streaming import StopPattern, TextWriter
+from ease_runtime.text.token_bytes import TokenBytes
 from ease_runtime.text.unknown import unknown_id
 
 
@@ -119,6 +121,11 @@ class TextEngine:
         ids = self.special.encode_chat(self.template, messages)
         self._check_rows(ids)
         return ids
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of a token by itself, which may be a part of a character."""
+        return TokenBytes(self.tokenizer)
 
     def token_text(self, token: int) -> str:
         """A token by itself, special tokens too."""
@@ -219,11 +226,12 @@ class TextEngine:
         if options.threshold is None or options.threshold:
             self.engine.check_asks(policy)
         check_effect(options, self.stack.exit_layers)
-        for token in options.logit_bias:
-            if token >= self.stack.vocab_size:
-                raise RequestError(
-                    f"logit_bias has the token id {token}, outside the vocabulary of {self.stack.vocab_size}"
-                )
+        for name, tokens in (("logit_bias", options.logit_bias), ("stop_token_ids", options.stop_token_ids)):
+            for token in tokens:
+                if not 0 <= token < self.stack.vocab_size:
+                    raise RequestError(
+                        f"{name} has the token id {token}, outside the vocabulary of {self.stack.vocab_size}"
+                    )
 
     def submit(
         self,
@@ -235,12 +243,14 @@ class TextEngine:
         drafter: Drafter | None = None,
         after: Generation | None = None,
         keep: bool = False,
+        score_prompt: bool = False,
     ) -> Generation:
         """Queue a request for a text or for ids. Raises RequestError when it cannot run.
 
         A `policy` or `sampler` of one's own stands in place of what the options say, a `drafter` beside it;
         all completions share them. With `keep` what it has computed stays, for a request `after` it whose
-        prompt begins alike.
+        prompt begins alike. `score_prompt`: its sequences have `prompt_scores`, how likely full depth makes
+        the prompt.
         """
         options = options or Options()
         if not prompt:
@@ -257,24 +267,27 @@ class TextEngine:
             for stop in options.stop
             for form in dict.fromkeys((tuple(stop), self.special.split(stop)))
         ]
+        end_ids = options.end_ids(self.stop_ids)
         choices = []
         for index in range(options.n):
             sequence = self.engine.start(
                 ids,
-                max_new_tokens=options.max_tokens,
+                max_new_tokens=options.max_tokens if options.max_tokens >= 0 else self.stack.max_positions,
                 policy=policy,
                 catch_up=options.catch_up,
-                sampler=sampler or options.make_sampler(len(ids), index),
+                sampler=sampler or options.make_sampler(len(ids), index, end_ids),
                 drafters=drafters,
-                stop_ids=self.stop_ids,
+                stop_ids=end_ids,
                 num_logprobs=options.logprobs,
                 keep=keep,
                 after=after.choices[0].sequence if after else None,
+                score_prompt=score_prompt,
                 notes=[*notes, *self.remarks(options, ids)],
             )
-            choices.append(
-                Completion(index, sequence, TextWriter(self.tokenizer, ids, patterns, self.special.tokens))
+            writer = TextWriter(
+                self.tokenizer, ids, patterns, self.special.tokens, min_tokens=options.min_tokens
             )
+            choices.append(Completion(index, sequence, writer))
             self.choices[sequence] = choices[-1]
         return Generation(ids, choices)
 

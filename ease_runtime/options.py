@@ -22,6 +22,8 @@ from ease_runtime.policies.thresholds import OFF, Thresholds
 MAX_CHOICES = 64  # completions of one request
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_STOP_IDS = 256
+TO_THE_END = -1  # as `max_tokens`
 FLAGS = {"exit": "exit_layer"}  # a flag whose name is not the field's, which JSON may say, too
 MAX_STOP_LENGTH = 2**16  # characters of all stop strings together
 
@@ -30,12 +32,15 @@ MAX_STOP_LENGTH = 2**16  # characters of all stop strings together
 class Options:
     """How to continue a prompt. Raises RequestError for a value outside its range.
 
+    `max_tokens` -1 goes on to the end of the text, or of the model's context; 0 only reads the prompt.
     `threshold` takes whatever `Thresholds.of` takes; None is full depth, or what a bundle was calibrated to.
     `policy`, `draft` and `sampler` may name a class of one's own, `module:Class`. temperature 0 is greedy.
     Completion i of `n` draws from a stream of its own, made from the seed and i.
     """
 
-    max_tokens: int = setting(128, "Longest answer, in tokens.")
+    max_tokens: int = setting(
+        128, "Longest answer, in tokens; -1 goes on to the end of the text, or of the model's context."
+    )
     policy: str = leaving("max-prob", f"What confidence is: {', '.join(POLICIES)}, or your own module:Class.")
     threshold: Thresholds | None = leaving(
         None,
@@ -55,7 +60,7 @@ class Options:
     )
     sampler: str | None = setting(None, "Choose tokens with your own module:Class instead.")
     temperature: float = setting(0.0, "0 is greedy.")
-    top_k: int = setting(0, "Keep the k most probable tokens; 0 keeps all.")
+    top_k: int = setting(0, "Keep the k most probable tokens; 0 (or -1) keeps all.")
     top_p: float = setting(1.0, "Keep the most probable tokens up to this mass.")
     seed: int = setting(0, "Seed of the sampling.")
     min_p: float = setting(0.0, "Keep tokens with at least this share of the largest probability.")
@@ -70,6 +75,13 @@ class Options:
         default_factory=dict, metadata={"help": "Added to the logit of a token id; may be repeated."}
     )
     stop: tuple[str, ...] = setting((), "End before this text; may be repeated.")
+    stop_token_ids: tuple[int, ...] = setting(
+        (), "End with one of these tokens, too, as with the model's own end tokens."
+    )
+    ignore_eos: bool = setting(False, "Go on past the model's end tokens: every answer has its full length.")
+    min_tokens: int = setting(
+        0, "Say no end token and look for no stop string before this many tokens have been said."
+    )
     n: int = setting(1, "Completions of the prompt.")
     logprobs: int = setting(
         0,
@@ -87,10 +99,22 @@ class Options:
     def __post_init__(self) -> None:
         if self.threshold is not None:
             object.__setattr__(self, "threshold", Thresholds.of(self.threshold))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        if -(2**63) <= self.seed < 0:
+            object.__setattr__(self, "seed", self.seed + 2**64)
         self.make_sampler(0)
         check_draft(self.draft)
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens {self.max_tokens} is below 1")
+        if self.max_tokens < 0 and self.max_tokens != TO_THE_END:
+            raise RequestError(
+                f"max_tokens {self.max_tokens} is below 0 (-1: to the end of the text or of the context)"
+            )
+        if self.min_tokens < 0 or 0 <= self.max_tokens < self.min_tokens:
+            raise RequestError(f"min_tokens {self.min_tokens} is outside 0..max_tokens ({self.max_tokens})")
+        if len(self.stop_token_ids) > MAX_STOP_IDS:
+            raise RequestError(
+                f"{len(self.stop_token_ids)} stop_token_ids; up to {MAX_STOP_IDS} are looked for"
+            )
         if not 1 <= self.n <= MAX_CHOICES:
             raise RequestError(f"n {self.n} is outside 1..{MAX_CHOICES}")
         if not 0 <= self.logprobs <= MAX_LOGPROBS:
@@ -160,16 +184,28 @@ class Options:
                 "not do; use verify (--catch-up verify), or draft nothing (--draft off)"
             )
 
-    def make_sampler(self, num_prompt: int, choice: int = 0) -> Sampler:
+    def end_ids(self, stop_ids: frozenset[int]) -> frozenset[int]:
+        """The tokens that end an answer, of a model that has these."""
+        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else stop_ids)
+
+    def make_sampler(
+        self, num_prompt: int, choice: int = 0, end_ids: frozenset[int] = frozenset()
+    ) -> Sampler:
         """What picks the tokens of a completion, from 0, of a prompt of `num_prompt` tokens.
 
-        Raises RequestError.
+        With `min_tokens` it says none of `end_ids` before. Raises RequestError.
 
         A class of one's own is called with these options, their seed the completion's.
         """
         bias = tuple(self.logit_bias.items())
         adjustments = Adjustments(
-            self.repetition_penalty, self.presence_penalty, self.frequency_penalty, bias, num_prompt
+            self.repetition_penalty,
+            self.presence_penalty,
+            self.frequency_penalty,
+            bias,
+            num_prompt,
+            min_tokens=self.min_tokens,
+            end_ids=tuple(sorted(end_ids)) if self.min_tokens else (),
         )
         seed = seed_of(self.seed, choice) if 0 <= self.seed < 2**64 else self.seed
         if self.sampler is not None:

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from ease_common.commands import given_flags
-from ease_common.lists import FiniteFloat
+from ease_common.errors import RequestError
+from ease_common.lists import FiniteFloat, list_of
 from ease_runtime.cli.commands import ThresholdFlag
 from ease_runtime.options import FLAGS, Options
 from ease_runtime.policies.thresholds import Thresholds
@@ -43,7 +44,9 @@ KINDS: dict[Any, dict[str, Any]] = {
     float: {"type": FiniteFloat()},
     str: {"type": str},
     Thresholds: {"type": ThresholdFlag()},
+    bool: {"is_flag": True},
     tuple[str, ...]: {"type": str, "multiple": True},
+    tuple[int, ...]: list_of(click.INT, "ID[,ID...]"),
     Mapping[int, float]: {"type": IdBias(), "multiple": True},
 }
 
@@ -67,7 +70,8 @@ def _flag(field: "Field[Any]", hint: Any) -> Callable[[Command], Command]:
     choices = typing.get_args(hint)
     kind = KINDS[choices[0] if type(None) in choices else hint]
     name = NAMES.get(field.name, f"--{field.name.replace('_', '-')}")
-    default = {} if field.default in (MISSING, None, ()) else {"default": field.default, "show_default": True}
+    unsaid = hint is bool or field.default in (MISSING, None, ())
+    default: dict[str, Any] = {} if unsaid else {"default": field.default, "show_default": True}
     return click.option(name, field.name, help=field.metadata["help"], **kind, **default)
 
 
@@ -76,4 +80,6 @@ def read_flags(given: Mapping[str, Any]) -> Options:
     options = Options(**{**given, "logit_bias": dict(given.get("logit_bias", ()))})
     if given_flags("catch_up"):
         options.check_catch_up()
+    if options.max_tokens == 0:
+        raise RequestError("max_tokens 0 is below 1: nothing would be said")
     return options

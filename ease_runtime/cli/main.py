@@ -257,6 +257,11 @@ def answer(
     "--max-prompt", type=click.IntRange(1), help="Longest prompt, in tokens; what the model takes by default."
 )
 @click.option(
+    "--clamp-max-tokens",
+    is_flag=True,
+    help="Shorten a request's max_tokens to what the context has left, instead of refusing it.",
+)
+@click.option(
     "--grace",
     type=FiniteRange(0, 86400),
     default=30.0,
@@ -269,7 +274,9 @@ def answer(
     default=0.0,
     help="Share of the early answers to compare with full depth.",
 )
-@option_flags(without=("seed", "n", "stop", "logprobs", "logit_bias"))
+@option_flags(
+    without=("seed", "n", "stop", "logprobs", "logit_bias", "stop_token_ids", "min_tokens", "ignore_eos")
+)
 @model_flags
 def serve(
     bundle: Path,
@@ -290,9 +297,12 @@ def serve(
         "max_body_bytes": given.pop("max_body"),
         "max_prompt_tokens": given.pop("max_prompt"),
         "max_queued": given.pop("max_queued"),
+        "clamp_max_tokens": given.pop("clamp_max_tokens"),
     }
     place = take_place(given)
     options = read_flags(given)
+    if given_flags("max_tokens"):
+        limits["max_chat_tokens"] = options.max_tokens
     name = model_name or bundle.resolve().name
     llm = LLM(bundle, num_slots=batch_size, **place)
     llm.check(llm.prepare(options))

@@ -31,15 +31,21 @@ def commit(
     newest = work.stop == len(sequence.tokens) and work.start >= sequence.num_prompt
     if decision.request_cost and work.kind == "segment" and newest and sequence.may_draft:
         decision.request_cost.entered[work.segment] += 1
-    if work.kind == "kv" or work.stop < len(sequence.tokens):
-        return False
+    last = work.segment == len(layout) - 1
     if said is not None and said.head is not None and not np.isfinite(said.head.top_prob).all():
         return fail(sequence, f"the model's logits are no finite numbers at position {work.stop - 1}")
+    if sequence.request.score_prompt and last and work.stop <= sequence.num_prompt:
+        assert said is not None, "full depth scores the prompt"
+        said = _score_prompt(sequence, said, layout)
+    if work.kind == "kv" or work.stop < len(sequence.tokens):
+        return False
+    if last and sequence.num_prompt >= sequence.request.max_length:
+        sequence.finish_reason = "length"
+        return True
     if said is not None:
         _decide(sequence, work.segment, said, layout)
     if decision.leaving is not None:
         return False
-    last = work.segment == len(layout) - 1
     if sequence.request.catch_up == "verify" and last:
         assert said is not None, "full depth judges the drafts"
         return _judge(sequence, said, layout, num_running)
@@ -104,10 +110,49 @@ def _token(
     layout: Layout,
 ) -> Token:
     """The token that the sampler takes for `position` from a head's output for one token, after a segment."""
-    logits = output.logits[0]
     top_id = int(output.top_id[0])
     before = sequence.tokens if len(sequence.tokens) == position else sequence.tokens[:position]
-    chosen = sequence.request.sampler.pick(logits, top_id, before, position)
+    chosen = sequence.request.sampler.pick(output.logits[0], top_id, before, position)
+    return _scored(sequence, segment, output, position, chosen, confidence, layout)
+
+
+def _score_prompt(sequence: TokenSequence, said: ExitOutput, layout: Layout) -> ExitOutput | None:
+    """Note how likely full depth makes the tokens of the prompt that follow some of its positions.
+
+    Returns what is left to say of the newest position; None where an exit has said it.
+    """
+    output = said.head
+    assert output is not None, "full depth has a head"
+    for i, before in enumerate(said.positions.tolist()):
+        if before + 1 < sequence.num_prompt:
+            given = sequence.tokens[before + 1]
+            sure = float(output.top_prob[i])
+            token = _scored(
+                sequence, len(layout) - 1, output.tokens(i, i + 1), before + 1, given, sure, layout
+            )
+            sequence.prompt_scores.append(token)
+    if sequence.decision.token is not None:
+        return None
+    count = len(said.positions)
+    return ExitOutput(
+        said.exit_index, said.positions[-1:], head=output.tokens(count - 1, count), early=said.early
+    )
+
+
+def _scored(
+    sequence: TokenSequence,
+    segment: int,
+    output: HeadOutput,
+    position: int,
+    chosen: int,
+    confidence: float,
+    layout: Layout,
+) -> Token:
+    """A token at `position`, with its depth and log-probabilities, from a head's output for the token before
+    it.
+    """
+    logits = output.logits[0]
+    top_id = int(output.top_id[0])
     base = math.log(output.top_prob[0]) - float(logits[top_id])
     depth = int(depths(sequence, segment, np.array([position - 1]), layout)[0])
     best = _largest(logits, sequence.request.num_logprobs)

@@ -115,11 +115,13 @@ class Engine:
         num_logprobs: int = 0,
         keep: bool = False,
         after: TokenSequence | None = None,
+        score_prompt: bool = False,
         notes: Sequence[str] = (),
     ) -> TokenSequence:
         """A new sequence, in the queue for a slot, with what its request should be told (`notes`).
 
-        `drafters` draft from text, which needs the catch-up 'verify'.
+        `drafters` draft from text, which needs the catch-up 'verify'. One of no new tokens ends when its
+        prompt has run. With `score_prompt` it has `prompt_scores`.
 
         With `keep` its slot stays its own when it has finished, until it is released or another sequence
         comes `after` it, which takes the slot over and runs only what its prompt does not share with it.
@@ -131,21 +133,23 @@ class Engine:
         policy = policy or FULL_DEPTH
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
-        if len(prompt) >= limit:
+        if len(prompt) + min(1, max_new_tokens) > limit:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens; this model's context of {limit} leaves no room "
                 "for an answer"
             )
         self.check_ids(prompt)
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens {max_new_tokens} is below 1")
+        if max_new_tokens < 0:
+            raise RequestError(f"max_new_tokens {max_new_tokens} is below 0")
         self.check(policy, catch_up)
         if drafters and catch_up != "verify":
             raise RequestError(
                 f"drafts from text are judged by full depth: catch-up '{catch_up}' takes none; use verify"
             )
         max_length = min(limit, len(prompt) + max_new_tokens)
-        request = Request(max_length, catch_up, sampler or Greedy(), stop_ids, num_logprobs, keep)
+        request = Request(
+            max_length, catch_up, sampler or Greedy(), stop_ids, num_logprobs, keep, score_prompt
+        )
         asked = frozenset(k for k in range(self.runner.num_early) if policy.thresholds.at(k) is not None)
         sequence = self.runner.new(prompt, policy, request, asked)
         sequence.drafts.length = self.draft_length if asked else 0

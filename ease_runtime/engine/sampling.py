@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ease_common.errors import RequestError
 
 LARGEST = 1e6  # penalty or bias: beyond any logit, and far from where arithmetic overflows
+UNSAYABLE = 1e9  # taken off a logit: finite, so that where nothing else is left the best is said
 COLDEST = 1e-100  # temperatures below are greedy, too, and would overflow
 SORTED_AT_FIRST = 256  # tokens that top-p looks at, before it looks at more
 
@@ -59,7 +60,7 @@ class Adjustments:
     `repetition_penalty` divides the positive and multiplies the negative logits of every token of the
     history, the prompt included (1 changes nothing). `presence_penalty` is taken off once,
     `frequency_penalty` once an occurrence, of the tokens after the prompt, as OpenAI has it. `logit_bias` is
-    added: pairs of id and bias.
+    added: pairs of id and bias. None of `end_ids` is said as one of the first `min_tokens` tokens.
     """
 
     repetition_penalty: float = 1.0
@@ -67,6 +68,8 @@ class Adjustments:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_prompt: int = 0  # tokens of the history that are the prompt
+    min_tokens: int = 0
+    end_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 / LARGEST <= self.repetition_penalty <= LARGEST:
@@ -89,12 +92,8 @@ class Adjustments:
     @property
     def change_nothing(self) -> bool:
         """Whether the logits stay as they are."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.logit_bias) == (
-            1.0,
-            0.0,
-            0.0,
-            (),
-        )
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties == (1.0, 0.0, 0.0) and not self.logit_bias and not self.end_ids
 
     def apply(self, logits: NDArray[np.float32], tokens: Sequence[int], position: int) -> NDArray[np.float64]:
         """The adjusted logits for `position`. Shape: (V) -> (V)."""
@@ -111,6 +110,8 @@ class Adjustments:
             adjusted[said] -= self.presence_penalty + self.frequency_penalty * times
         for token, bias in self.logit_bias:
             adjusted[token] += bias
+        if position < self.num_prompt + self.min_tokens:
+            adjusted[list(self.end_ids)] -= UNSAYABLE
         return adjusted
 
 

@@ -68,6 +68,8 @@ def question(sequence: TokenSequence, work: Work, exit_index: int, early: bool) 
     """
     newest = len(sequence.tokens) - 1
     decision = sequence.decision
+    if not early and sequence.request.score_prompt and work.stop <= sequence.num_prompt:
+        return "head", work.start
     if work.stop <= newest or decision.token:
         return None
     if not early and sequence.request.catch_up == "verify":

@@ -53,6 +53,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     num_logprobs: int = 0
     keep: bool = False  # its slot stays its own when it has finished, for a request that goes on from there
+    score_prompt: bool = False  # also say how likely full depth makes each token of the prompt
 
 
 @dataclass
@@ -161,6 +162,7 @@ class TokenSequence:
     drafts: Drafts
     slot: int | None = None
     waited: int = 0  # passes of others since its own last
+    prompt_scores: list[Token] = field(default_factory=list)  # of the prompt's tokens from the second on
     produced: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None

@@ -2,13 +2,17 @@
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+from ease_runtime.engine.sequence import Token
 from ease_runtime.generation import TokenEvent, drafter_shares
 from ease_runtime.server.dispatcher import Ticket
-from ease_runtime.server.requests import GenerationRequest
+from ease_runtime.server.engine_thread import Update
+from ease_runtime.server.requests import Echo, GenerationRequest
+from ease_runtime.text.token_bytes import token_name
 
 
 @dataclass
@@ -18,11 +22,13 @@ class Answer:
     request: GenerationRequest
     model: str
     chat: bool
-    token_text: Callable[[int], str]
+    token_bytes: Callable[[int], bytes]
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     depths: list[int] = field(default_factory=list)
-    lengths: dict[int, int] = field(default_factory=dict)  # characters so far of each completion
+    lengths: dict[int, int] = field(
+        default_factory=dict
+    )  # characters so far of each completion that has begun
 
     def head(self, part: bool) -> dict[str, Any]:
         """What stands in every object."""
@@ -30,19 +36,18 @@ class Answer:
         name = f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}"
         return {"id": name, "object": kind, "created": self.created, "model": self.model}
 
-    def whole(
-        self, completions: list[list[TokenEvent]], reasons: list[str | None], ticket: Ticket
-    ) -> dict[str, Any]:
-        """A complete answer."""
+    def whole(self, completions: Sequence[Update], ticket: Ticket) -> dict[str, Any]:
+        """A complete answer, of all the news of each completion."""
         choices = []
-        for index, (events, reason) in enumerate(zip(completions, reasons, strict=True)):
-            text = "".join(event.text for event in events)
+        for index, all_of_it in enumerate(completions):
+            details = self.details(all_of_it)
+            text = details.pop("text")
             said = (
                 {"message": {"role": "assistant", "content": text, "refusal": None}}
                 if self.chat
                 else {"text": text}
             )
-            choices.append({"index": index, **said, **self.details(index, events), "finish_reason": reason})
+            choices.append({"index": index, **said, **details, "finish_reason": all_of_it.finish_reason})
         return {**self.head(part=False), "choices": choices, "usage": self.usage(ticket)}
 
     def opening(self, num_choices: int) -> list[dict[str, Any]]:
@@ -54,13 +59,14 @@ class Answer:
         ]
         return [self.part([choice]) for choice in choices] if self.chat else []
 
-    def more(self, index: int, events: list[TokenEvent], reason: str | None) -> dict[str, Any]:
+    def more(self, news: Update) -> dict[str, Any]:
         """The part that new tokens make; the last of a completion has its finish reason."""
-        text = "".join(event.text for event in events)
+        details = self.details(news)
+        text = details.pop("text")
         said: dict[str, Any] = {"text": text}
         if self.chat:
-            said = {"delta": {"content": text} if events else {}}
-        return self.part([{"index": index, **said, **self.details(index, events), "finish_reason": reason}])
+            said = {"delta": {"content": text} if news.events else {}}
+        return self.part([{"index": news.index, **said, **details, "finish_reason": news.finish_reason}])
 
     def part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """An event of a stream."""
@@ -94,48 +100,79 @@ class Answer:
             }
         return usage
 
-    def details(self, index: int, events: list[TokenEvent]) -> dict[str, Any]:
-        """Log-probabilities and depths, as far as they were asked for. Counts the tokens."""
+    def details(self, news: Update) -> dict[str, Any]:
+        """The text with log-probabilities and depths, as far as they were asked for. Counts the tokens."""
+        events = news.events
         self.depths += [event.depth for event in events]
+        text = "".join(event.text for event in events)
+        echo = None
+        if self.request.echoes and news.index not in self.lengths:
+            echo = self.request.echoes[news.index // self.request.options.n]
+            text = echo.text + text
         logprobs = None
-        if self.request.show_logprobs:
-            logprobs = (
-                {"content": [self.chat_logprob(event) for event in events]}
-                if self.chat
-                else self.logprobs(index, events)
-            )
+        if self.request.show_logprobs and self.chat:
+            logprobs = {"content": [self.chat_logprob(event) for event in events]}
+        elif self.request.show_logprobs:
+            logprobs = self.logprobs(news, echo)
+        self.lengths[news.index] = self.lengths.get(news.index, 0) + len(text)
         ease = (
             {"ease": {"tokens": [token_object(event) for event in events]}} if self.request.show_ease else {}
         )
-        return {"logprobs": logprobs, **ease}
+        return {"text": text, "logprobs": logprobs, **ease}
 
-    def logprobs(self, index: int, events: list[TokenEvent]) -> dict[str, Any]:
-        """As /v1/completions has them: lists side by side. Offsets are in characters of the completion."""
-        offsets = []
-        end = self.lengths.get(index, 0)
-        for event in events:
-            offsets.append(end)
-            end += len(event.text)
-        self.lengths[index] = end
+    def logprobs(self, news: Update, echo: Echo | None) -> dict[str, Any]:
+        """As /v1/completions has them: lists side by side, a prompt that is repeated first. Offsets are in
+        characters of the completion.
+        """
+        ids = [event.id for event in news.events]
+        scores: list[Token | TokenEvent | None] = list(news.events)
+        offsets = offsets_of([event.text for event in news.events], self.lengths.get(news.index, 0))
+        if echo is not None:
+            ids = [*self.request.prompts[news.index // self.request.options.n], *ids]
+            scores = [None, *news.prompt_scores, *scores]  # nothing comes before the first
+            offsets = [*offsets_of(echo.pieces, 0), *(len(echo.text) + offset for offset in offsets)]
         return {
-            "tokens": [self.token_text(event.id) for event in events],
-            "token_logprobs": [event.logprob for event in events],
-            "top_logprobs": [
-                {self.token_text(token): logprob for token, logprob in event.top_logprobs} for event in events
-            ],
+            "tokens": [self.name(token) for token in ids],
+            "token_logprobs": [score and score.logprob for score in scores],
+            "top_logprobs": [score and self.by_name(score) for score in scores],
             "text_offset": offsets,
         }
 
+    def name(self, token: int) -> str:
+        """What a token is called: its text, or its bytes where they are no whole characters."""
+        return token_name(self.token_bytes(token))
+
+    def by_name(self, score: Token | TokenEvent) -> dict[str, float]:
+        """The most probable tokens, and the one that was said; those that are called alike by their ids."""
+        named: dict[str, float] = {}
+        for token, logprob in with_chosen(score):
+            name = self.name(token)
+            named[f"token_id:{token}" if name in named else name] = logprob
+        return named
+
     def chat_logprob(self, event: TokenEvent) -> dict[str, Any]:
         """As /v1/chat/completions has them: an object a token."""
+        best = with_chosen(event) if event.top_logprobs else ()
         return {
             **self._logprob(event.id, event.logprob),
-            "top_logprobs": [self._logprob(*pair) for pair in event.top_logprobs],
+            "top_logprobs": [self._logprob(*pair) for pair in best],
         }
 
     def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": self.name(token), "logprob": logprob, "bytes": list(self.token_bytes(token))}
+
+
+def with_chosen(score: Token | TokenEvent) -> list[tuple[int, float]]:
+    """The most probable tokens with their log-probabilities, and the one that was said where it is none of
+    them.
+    """
+    best = list(score.top_logprobs)
+    return best if any(token == score.id for token, _ in best) else [*best, (score.id, score.logprob)]
+
+
+def offsets_of(pieces: Sequence[str], start: int) -> list[int]:
+    """Where each of some texts in a row begins."""
+    return [start + offset for offset in accumulate(map(len, pieces), initial=0)][: len(pieces)]
 
 
 def token_object(event: TokenEvent) -> dict[str, Any]:

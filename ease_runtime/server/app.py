@@ -12,21 +12,20 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ease_common.errors import RequestError
 from ease_common.extras import missing_extra
-from ease_runtime.generation import TokenEvent
 from ease_runtime.llm import TextEngine
-from ease_runtime.options import Options
+from ease_runtime.options import TO_THE_END, Options
 from ease_runtime.server.answers import Answer
 from ease_runtime.server.api_error import ApiError, error_object
 from ease_runtime.server.dispatcher import Dispatcher, Ticket
 from ease_runtime.server.engine_thread import Update
 from ease_runtime.server.metrics import Metrics
-from ease_runtime.server.requests import GenerationRequest, read_chat, read_completion
+from ease_runtime.server.requests import GenerationRequest, check_length, read_chat, read_completion
 from ease_runtime.server.shadow import Shadow
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ class Settings:
     max_queued: int = 64  # completions that wait for a slot
     shadow: float = 0.0  # share of the early answers that run again at full depth
     certificate: dict[str, Any] | None = None  # what such answers are held against
+    max_chat_tokens: int = TO_THE_END  # the `max_tokens` of a chat that says nothing
+    clamp_max_tokens: bool = False  # shorten what is past the context instead of refusing it
 
 
 class Service:
@@ -92,8 +93,8 @@ class Service:
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is no JSON: {error}") from None
 
-    async def read(self, request: "Request", reader: Reader) -> GenerationRequest:
-        """What a request asks for. Raises RequestError."""
+    async def read(self, request: "Request", reader: Reader, base: Options) -> GenerationRequest:
+        """What a request asks for, over the options where it says nothing. Raises RequestError."""
         self.check_key(request)
         self.worker.check_room(1)  # before anything is done for it
         body = await self.read_body(request)
@@ -103,25 +104,29 @@ class Service:
                 f"no model {str(body['model'])[:80]!r} here; this server has '{self.settings.model}'",
                 code="model_not_found",
             )
-        asked = await asyncio.to_thread(reader, body, self.llm, self.settings.options)
-        limit = self.settings.max_prompt_tokens
-        for prompt in asked.prompts:
-            if limit is not None and len(prompt) > limit:
-                message = f"the prompt has {len(prompt)} tokens; this server takes up to {limit}"
-                raise ApiError(400, message, code="context_length_exceeded")
+        asked = await asyncio.to_thread(reader, body, self.llm, base)
+        check_length(
+            asked,
+            context=self.llm.stack.max_positions,
+            max_prompt=self.settings.max_prompt_tokens,
+            clamp=self.settings.clamp_max_tokens,
+        )
         return asked
 
     async def answer(self, request: "Request", endpoint: str, reader: Reader) -> "Response":
         """One request from its body to its last token."""
+        base = self.settings.options
+        if endpoint == "chat":
+            base = replace(base, max_tokens=self.settings.max_chat_tokens)
         try:
-            asked = await self.read(request, reader)
-            ticket = await self.worker.submit(asked.prompts, asked.options)
+            asked = await self.read(request, reader, base)
+            ticket = await self.worker.submit(asked.prompts, asked.options, score_prompt=asked.score_prompt)
         except RequestError as error:
             status = error.status if isinstance(error, ApiError) else 400
             self.metrics.requests.labels(endpoint, "refused" if status in (429, 503) else "invalid").inc()
             raise
         self.watch(request, ticket)
-        answer = Answer(asked, self.settings.model, endpoint == "chat", self.llm.token_text)
+        answer = Answer(asked, self.settings.model, endpoint == "chat", self.llm.token_bytes)
         events = self.follow(ticket, endpoint)
         return stream(answer, ticket, events) if asked.stream else await collect(answer, ticket, events)
 
@@ -200,16 +205,19 @@ async def collect(answer: Answer, ticket: Ticket, updates: AsyncGenerator[Update
     from fastapi import Response
     from fastapi.responses import JSONResponse
 
-    completions: list[list[TokenEvent]] = [[] for _ in range(ticket.size)]
-    reasons: list[str | None] = [None] * ticket.size
+    completions = [Update(index, []) for index in range(ticket.size)]
     try:
         async with aclosing(updates):
             async for update in updates:
-                completions[update.index] += update.events
-                reasons[update.index] = update.finish_reason
+                so_far = completions[update.index]
+                completions[update.index] = replace(
+                    update,
+                    events=so_far.events + update.events,
+                    prompt_scores=so_far.prompt_scores or update.prompt_scores,
+                )
     except ClientGone:
         return Response(status_code=HANG_UP)
-    return JSONResponse(answer.whole(completions, reasons, ticket))
+    return JSONResponse(answer.whole(completions, ticket))
 
 
 def stream(answer: Answer, ticket: Ticket, updates: AsyncGenerator[Update, None]) -> "Response":
@@ -222,7 +230,7 @@ def stream(answer: Answer, ticket: Ticket, updates: AsyncGenerator[Update, None]
         try:
             async with aclosing(updates):
                 async for update in updates:
-                    yield event(answer.more(update.index, update.events, update.finish_reason))
+                    yield event(answer.more(update))
         except ClientGone:
             return
         except ApiError as error:

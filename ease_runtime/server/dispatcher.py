@@ -88,9 +88,11 @@ class Dispatcher:
         self.draining = True
         self.engine.cut_at(time.monotonic() + grace_seconds)
 
-    async def submit(self, prompts: list[list[int]], options: Options) -> Ticket:
+    async def submit(
+        self, prompts: list[list[int]], options: Options, *, score_prompt: bool = False
+    ) -> Ticket:
         """Queue a request. Raises ApiError when there is no room or the engine cannot run it."""
-        ticket = Ticket(Job(prompts, options), len(prompts) * options.n)
+        ticket = Ticket(Job(prompts, options, score_prompt), len(prompts) * options.n)
         self.check_room(ticket.size)
         self.num_taken += ticket.size
         self.tickets[ticket.job] = ticket

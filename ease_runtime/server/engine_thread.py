@@ -9,12 +9,12 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ease_common.errors import EaseError
-from ease_runtime.engine.sequence import DraftCount, TokenSequence
+from ease_runtime.engine.sequence import DraftCount, Token, TokenSequence
 from ease_runtime.generation import Completion, Generation, TokenEvent
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
@@ -36,6 +36,7 @@ class Update:
     error: str | None = None
     drafts: Mapping[str, DraftCount] = field(default_factory=dict)  # by drafter
     notes: tuple[str, ...] = ()
+    prompt_scores: Sequence[Token] = ()  # where they were asked for; with the first news
 
 
 @dataclass(eq=False)
@@ -44,6 +45,7 @@ class Job:
 
     prompts: list[list[int]]
     options: Options
+    score_prompt: bool = False
     generations: list[Generation] = field(default_factory=list)
 
 
@@ -125,7 +127,8 @@ class EngineThread:
     def _begin(self, job: Job) -> None:
         try:
             for prompt in job.prompts:
-                job.generations.append(self.llm.submit(prompt, job.options))
+                generation = self.llm.submit(prompt, job.options, score_prompt=job.score_prompt)
+                job.generations.append(generation)
         except EaseError as error:
             self._withdraw(job)
             self.listener.refuse(job, ApiError(400, str(error)))
@@ -171,8 +174,10 @@ class EngineThread:
             self.metrics.note_shadow(self.shadow.risk or 0.0, bool(self.shadow.drift))
 
     def _update(self, index: int, choice: Completion, events: list[TokenEvent]) -> Update:
+        scores = choice.sequence.prompt_scores
+        choice.sequence.prompt_scores = []
         if choice.finish_reason is None:
-            return Update(index, events)
+            return Update(index, events, prompt_scores=scores)
         self._note_end(choice.sequence)
         sequence = choice.sequence
         return Update(
@@ -182,6 +187,7 @@ class EngineThread:
             choice.error,
             drafts=sequence.drafts.counts,
             notes=tuple(sequence.notes),
+            prompt_scores=scores,
         )
 
     def _note_end(self, sequence: TokenSequence) -> None:

@@ -4,14 +4,18 @@ The object `ease` of a request holds what OpenAI has no word for; where it is th
 depth.
 """
 
+import json
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 from ease_common.errors import RequestError, did_you_mean
 from ease_runtime.llm import TextEngine
-from ease_runtime.options import FLAGS, LEAVING, SAMPLING, Options
+from ease_runtime.options import FLAGS, LEAVING, SAMPLING, TO_THE_END, Options
+from ease_runtime.server.api_error import ApiError
+from ease_runtime.server.no_effect import NO_EFFECT, with_effect
+from ease_runtime.text.streaming import Detokenizer
 
 OTHERWISE = (
     "logprobs",
@@ -21,20 +25,25 @@ OTHERWISE = (
 IN_BODY = tuple(name for name in SAMPLING if name not in OTHERWISE)
 EASE = (*LEAVING, *FLAGS)
 SHARED = ("model", "stream", "stream_options", "ease", *IN_BODY)
-IGNORED = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-)  # they change no answer
+LENGTHS = ("max_tokens", "max_completion_tokens")
 Body = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Echo:
+    """A prompt that an answer repeats: its text, and what each of its tokens adds to that."""
+
+    text: str
+    pieces: list[str]
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
-    """A request that was understood. `show_ease`: tell each token's depth and confidence."""
+    """A request that was understood.
+
+    `show_ease`: tell each token's depth and confidence. `names_length`: whether the client said how long an
+    answer may be. `echoes`: the prompts as their answers repeat them, none where they do not.
+    """
 
     prompts: list[list[int]]
     options: Options
@@ -42,27 +51,34 @@ class GenerationRequest:
     include_usage: bool
     show_logprobs: bool
     show_ease: bool
+    names_length: bool = False
+    echoes: Sequence[Echo] = ()
+
+    @property
+    def score_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are asked for."""
+        return self.show_logprobs and bool(self.echoes)
 
 
 def read_completion(body: Any, llm: TextEngine, base: Options) -> GenerationRequest:
     """A body of /v1/completions. Raises RequestError."""
-    check_names(body, (*SHARED, "prompt", "logprobs", "best_of", "echo", "suffix"))
-    for name, default in {"best_of": body.get("n", 1), "echo": False, "suffix": ""}.items():
-        if body.get(name) not in (None, default):
-            raise RequestError(f"{name} is not supported; leave it away")
+    body = read_fields(body, (*SHARED, "prompt", "logprobs", "echo"))
     logprobs = body.get("logprobs")
     more = {} if logprobs is None else {"logprobs": logprobs}
-    return _request(
+    asked = _request(
         body,
         lambda: read_prompts(body.get("prompt"), llm),
         read_options(body, base, more),
         logprobs is not None,
     )
+    if not read_switch(body, "echo"):
+        return asked
+    return replace(asked, echoes=read_echoes(body.get("prompt"), asked.prompts, llm))
 
 
 def read_chat(body: Any, llm: TextEngine, base: Options) -> GenerationRequest:
     """A body of /v1/chat/completions. Raises RequestError."""
-    check_names(body, (*SHARED, "messages", "logprobs", "top_logprobs", "max_completion_tokens"))
+    body = read_fields(body, (*SHARED, "messages", "logprobs", "top_logprobs", "max_completion_tokens"))
     logprobs = read_switch(body, "logprobs")
     more = {"logprobs": body["top_logprobs"]} if body.get("top_logprobs") is not None else {}
     if more and not logprobs:
@@ -94,19 +110,56 @@ def _request(
             "stream_options has no effect without stream: true; a whole answer always has its usage"
         )
     return GenerationRequest(
-        prompts(), options, stream, include_usage, show_logprobs, body.get("ease") is not None
+        prompts(),
+        options,
+        stream,
+        include_usage,
+        show_logprobs,
+        show_ease=body.get("ease") is not None,
+        names_length=any(body.get(name) is not None for name in LENGTHS),
     )
 
 
-def check_names(body: Any, known: tuple[str, ...]) -> None:
-    """Raises RequestError unless the body is an object of known fields."""
+def read_fields(body: Any, known: tuple[str, ...]) -> Body:
+    """The fields of a body that may change the answer.
+
+    Raises RequestError unless it is an object and these are known.
+    """
     if not isinstance(body, Mapping):
         raise RequestError("the body must be a JSON object")
-    for name, value in body.items():
-        if name not in known and name not in IGNORED and value is not None:
-            raise RequestError(
-                f"unknown or unsupported field {name[:80]!r}; {did_you_mean(name[:80], known)}"
+    fields = with_effect(body)
+    for name in fields:
+        if name in known:
+            continue
+        if name == "best_of":
+            raise RequestError("best_of must be n: every completion is given back")
+        if name in NO_EFFECT:
+            values = " or ".join(json.dumps(value) for value in NO_EFFECT[name])
+            raise RequestError(f"{name} is supported as {values} only; leave it away")
+        raise RequestError(f"unknown or unsupported field {name[:80]!r}; {did_you_mean(name[:80], known)}")
+    return fields
+
+
+def check_length(asked: GenerationRequest, *, context: int, max_prompt: int | None, clamp: bool) -> None:
+    """Raises ApiError for prompts that are too long, or leave no room in the model's context for the answer
+    that is asked for; with `clamp` that may be shorter.
+    """
+    length = asked.options.max_tokens if asked.names_length else TO_THE_END
+    for size in map(len, asked.prompts):
+        if max_prompt is not None and size > max_prompt:
+            _refuse_length(f"the prompt has {size} tokens; this server takes up to {max_prompt}")
+        limit = f"this model's maximum context length is {context} tokens"
+        if size + (length != 0) > context:
+            _refuse_length(f"{limit}: the prompt has {size} tokens, which leaves no room for an answer")
+        if size + length > context and not clamp:
+            _refuse_length(
+                f"{limit}: the prompt has {size}, and max_tokens {length} is more than the {context - size} "
+                "that are left; -1 takes what there is"
             )
+
+
+def _refuse_length(message: str) -> NoReturn:
+    raise ApiError(400, message, code="context_length_exceeded")
 
 
 def read_switch(values: Body, name: str) -> bool:
@@ -139,6 +192,23 @@ def read_prompts(prompt: Any, llm: TextEngine) -> list[list[int]]:
     if not isinstance(prompt, list) or not prompt:
         raise RequestError("prompt must be a text, a list of token ids, or a list of either")
     return [_ids(part, llm) for part in prompt]
+
+
+def read_echoes(prompt: Any, prompts: Sequence[list[int]], llm: TextEngine) -> list[Echo]:
+    """How answers repeat these prompts: texts as they came, ids as their text, special tokens written out."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    echoes = []
+    for place, ids in enumerate(prompts):
+        detokenizer = Detokenizer(llm.tokenizer, [])
+        special = llm.special.tokens
+        pieces = [special[i].content if i in special else detokenizer.step(i) for i in ids]
+        text = texts[place]
+        if not isinstance(text, str):
+            text = "".join(pieces)
+        elif ids[:1] == [llm.start_id] and not text.startswith(pieces[0]):
+            pieces[0] = ""  # the server has put it there
+        echoes.append(Echo(text, pieces))
+    return echoes
 
 
 def _is_ids(part: Any) -> bool:

@@ -39,7 +39,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        steps = list(_steps(tokenizer))
+        steps = list(decoder_steps(tokenizer))
         self.byte_tokens = any(step["type"] == "ByteFallback" for step in steps)
         self.at_once = _rewrites(steps)
         spoken = [token for token in context if not self._silent(token)]
@@ -99,7 +99,7 @@ def num_shared(first: str, second: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
-def _steps(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+def decoder_steps(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """What the decoder does, step by step, as tokenizer.json says it."""
     waiting = [] if tokenizer.decoder is None else [json.loads(tokenizer.decoder.__getstate__())]
     while waiting:
@@ -208,10 +208,14 @@ class TextWriter:
         context: Sequence[int],
         patterns: Sequence[StopPattern] = (),
         special: Container[int] = (),
+        *,
+        min_tokens: int = 0,
     ) -> None:
         self.detokenizer = Detokenizer(tokenizer, context)
         self.matcher = StopMatcher(patterns)
         self.special = special  # the ids of the tokens that have no text
+        self.min_tokens = min_tokens  # from the first, in which no stop string is looked for
+        self.num_tokens = 0
         self.held: deque[Piece] = deque()
         self.num_out = 0  # characters given away
         self.stopped = False
@@ -223,7 +227,12 @@ class TextWriter:
             text += self.detokenizer.flush()
         seen = (*text, token.id) if token.id in self.special else text
         self.held.append(Piece(token, text, len(seen)))
-        start = self.matcher.feed(seen)
+        self.num_tokens += 1
+        start = None
+        if self.num_tokens > self.min_tokens:
+            start = self.matcher.feed(seen)
+        else:
+            self.matcher.length += len(seen)
         if start is not None:
             self.stopped = True
             return self._cut(start)

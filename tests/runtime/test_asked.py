@@ -24,6 +24,7 @@ NAMES = (
     "suffix",
     "user",
     "tools",
+    "response_format",
 )
 SCALARS = (
     st.none()

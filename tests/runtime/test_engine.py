@@ -657,7 +657,7 @@ def test_logprob_is_that_of_the_chosen_token_under_its_head() -> None:
         ({"prompt": [1, VOCAB]}, f"outside the vocabulary of {VOCAB}"),
         ({"prompt": [-1]}, f"outside the vocabulary of {VOCAB}"),
         ({"catch_up": "propogate"}, "unknown catch-up 'propogate'; did you mean 'propagate'?"),
-        ({"max_new_tokens": 0}, "max_new_tokens 0 is below 1"),
+        ({"max_new_tokens": -1}, "max_new_tokens -1 is below 0"),
     ],
 )
 def test_requests_that_cannot_be_run(change: dict[str, object], message: str) -> None:

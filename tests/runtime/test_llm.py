@@ -322,7 +322,7 @@ def test_a_chat_keeps_its_history_in_the_cache(stop: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens 0 is below 1"),
+        ({"max_tokens": -2}, "max_tokens -2 is below 0"),
         ({"max_tokens": "7"}, "max_tokens '7' is not a whole number"),
         ({"max_tokens": True}, "max_tokens True is not a whole number"),
         ({"max_token": 7}, "unknown option 'max_token'; did you mean 'max_tokens'"),
@@ -346,7 +346,7 @@ def test_a_chat_keeps_its_history_in_the_cache(stop: tuple[str, ...]) -> None:
         ({"depth_budget": "4"}, "depth_budget '4' is not a number"),
         ({"patience": 1.5}, "patience 1.5 is not a whole number"),
         ({"policy": None}, "policy None is not a text"),
-        ({"seed": -1}, "seed -1 is outside"),
+        ({"seed": 2**64}, "is outside"),
         ({"threshold": 10**400}, "threshold 10+... is not a number in"),
         ({"logit_bias": {"1" * 5000: 1.0}}, "is not an object of token ids"),
     ],

@@ -195,6 +195,8 @@ class EaseLM(LM):  # type: ignore[misc]
             {**values, "stop": [text for text in ([until] if isinstance(until, str) else until) if text]},
             self.options,
         )
+        if options.max_tokens < 1:
+            raise RequestError(f"max_gen_toks {options.max_tokens} is below 1")
         room = self.llm.stack.max_positions - 1
         return replace(options, max_tokens=room) if options.max_tokens > room else options
 

@@ -117,6 +117,8 @@ def run_task(
     llm.check(options)
     before, items = examples(task.items, shots)
     if isinstance(items[0], ExactMatch):
+        if options.max_tokens < 1:
+            raise RequestError(f"max_tokens {options.max_tokens} is below 1")
         if options.max_tokens >= llm.stack.max_positions:
             raise RequestError(
                 f"max_tokens {options.max_tokens} leaves no room for a question in this model's context "
