@@ -39,7 +39,7 @@ from ease_runtime.generation import Completion, Generation, Timing, TokenEvent
 from ease_runtime.options import Options
 from ease_runtime.ort.stack import Stack, open_stack
 from ease_runtime.policies import ExitPolicy, make_policy
-from ease_runtime.text.special import SpecialTokens, check_unicode
+from ease_runtime.text.special import SpecialTokens, check_unicode, encode_ids
 from ease_runtime.text.streaming import StopPattern, TextWriter
 from ease_runtime.text.token_bytes import TokenBytes
 from ease_runtime.text.unknown import unknown_id
@@ -86,7 +86,7 @@ class TextEngine:
         Raises RequestError.
         """
         check_unicode(text)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = encode_ids(self.tokenizer, text)
         self._check_rows(ids)
         start = [] if self.start_id is None else [self.start_id]
         return ids if ids[:1] == start else [*start, *ids]
@@ -126,6 +126,11 @@ class TextEngine:
     def token_bytes(self) -> TokenBytes:
         """The bytes of a token by itself, which may be a part of a character."""
         return TokenBytes(self.tokenizer)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def token_text(self, token: int) -> str:
         """A token by itself, special tokens too."""
@@ -233,6 +238,14 @@ class TextEngine:
                         f"{name} has the token id {token}, outside the vocabulary of {self.stack.vocab_size}"
                     )
 
+    def stop_patterns(self, options: Options) -> list[StopPattern]:
+        """What stop strings are looked for with: their tables take a step a character."""
+        return [
+            StopPattern(form)
+            for stop in options.stop
+            for form in dict.fromkeys((tuple(stop), self.special.split(stop)))
+        ]
+
     def submit(
         self,
         prompt: str | Many[int],
@@ -244,13 +257,15 @@ class TextEngine:
         after: Generation | None = None,
         keep: bool = False,
         score_prompt: bool = False,
+        patterns: Many[StopPattern] | None = None,
     ) -> Generation:
         """Queue a request for a text or for ids. Raises RequestError when it cannot run.
 
         A `policy` or `sampler` of one's own stands in place of what the options say, a `drafter` beside it;
         all completions share them. With `keep` what it has computed stays, for a request `after` it whose
-        prompt begins alike. `score_prompt`: its sequences have `prompt_scores`, how likely full depth makes
-        the prompt.
+        prompt begins alike. `patterns` are what `stop_patterns` makes, for who asks for several prompts with
+        the same options. `score_prompt`: its sequences have `prompt_scores`, how likely full depth makes the
+        prompt.
         """
         options = options or Options()
         if not prompt:
@@ -262,11 +277,8 @@ class TextEngine:
         notes = self.notes(options) if policy is None else []
         policy = policy or self.policy(options)
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        patterns = [
-            StopPattern(form)
-            for stop in options.stop
-            for form in dict.fromkeys((tuple(stop), self.special.split(stop)))
-        ]
+        if patterns is None:
+            patterns = self.stop_patterns(options)
         end_ids = options.end_ids(self.stop_ids)
         choices = []
         for index in range(options.n):

@@ -23,7 +23,7 @@ from ease_runtime.options import TO_THE_END, Options
 from ease_runtime.server.answers import Answer
 from ease_runtime.server.api_error import ApiError, error_object
 from ease_runtime.server.dispatcher import Dispatcher, Ticket
-from ease_runtime.server.engine_thread import Update
+from ease_runtime.server.engine_thread import Job, Update
 from ease_runtime.server.metrics import Metrics
 from ease_runtime.server.requests import GenerationRequest, check_length, read_chat, read_completion
 from ease_runtime.server.shadow import Shadow
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).parent / "page.html"
 HANG_UP = 499  # as nginx counts requests whose client has gone
-Reader = Callable[[Any, TextEngine, Options], GenerationRequest]
+Reader = Callable[[Any, TextEngine, Options, int | None], GenerationRequest]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Service:
                 f"no model {str(body['model'])[:80]!r} here; this server has '{self.settings.model}'",
                 code="model_not_found",
             )
-        asked = await asyncio.to_thread(reader, body, self.llm, base)
+        asked = await asyncio.to_thread(reader, body, self.llm, base, self.settings.max_prompt_tokens)
         check_length(
             asked,
             context=self.llm.stack.max_positions,
@@ -120,7 +120,8 @@ class Service:
             base = replace(base, max_tokens=self.settings.max_chat_tokens)
         try:
             asked = await self.read(request, reader, base)
-            ticket = await self.worker.submit(asked.prompts, asked.options, score_prompt=asked.score_prompt)
+            job = Job(asked.prompts, asked.options, asked.score_prompt, asked.patterns)
+            ticket = await self.worker.submit(job)
         except RequestError as error:
             status = error.status if isinstance(error, ApiError) else 400
             self.metrics.requests.labels(endpoint, "refused" if status in (429, 503) else "invalid").inc()

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from ease_runtime.engine.sequence import DraftCount
 from ease_runtime.generation import add_drafts
 from ease_runtime.llm import TextEngine
-from ease_runtime.options import Options
 from ease_runtime.server.api_error import ApiError
 from ease_runtime.server.engine_thread import EngineThread, Job, Update
 from ease_runtime.server.metrics import Metrics
@@ -88,11 +87,9 @@ class Dispatcher:
         self.draining = True
         self.engine.cut_at(time.monotonic() + grace_seconds)
 
-    async def submit(
-        self, prompts: list[list[int]], options: Options, *, score_prompt: bool = False
-    ) -> Ticket:
+    async def submit(self, job: Job) -> Ticket:
         """Queue a request. Raises ApiError when there is no room or the engine cannot run it."""
-        ticket = Ticket(Job(prompts, options, score_prompt), len(prompts) * options.n)
+        ticket = Ticket(job, len(job.prompts) * job.options.n)
         self.check_room(ticket.size)
         self.num_taken += ticket.size
         self.tickets[ticket.job] = ticket

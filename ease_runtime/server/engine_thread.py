@@ -21,6 +21,7 @@ from ease_runtime.options import Options
 from ease_runtime.server.api_error import ApiError
 from ease_runtime.server.metrics import Metrics
 from ease_runtime.server.shadow import Shadow
+from ease_runtime.text.streaming import StopPattern
 
 log = logging.getLogger(__name__)
 CUT = "the server is shutting down: the answer was cut here"
@@ -46,6 +47,7 @@ class Job:
     prompts: list[list[int]]
     options: Options
     score_prompt: bool = False
+    patterns: Sequence[StopPattern] = ()  # of the options' stop strings
     generations: list[Generation] = field(default_factory=list)
 
 
@@ -127,7 +129,9 @@ class EngineThread:
     def _begin(self, job: Job) -> None:
         try:
             for prompt in job.prompts:
-                generation = self.llm.submit(prompt, job.options, score_prompt=job.score_prompt)
+                generation = self.llm.submit(
+                    prompt, job.options, score_prompt=job.score_prompt, patterns=job.patterns
+                )
                 job.generations.append(generation)
         except EaseError as error:
             self._withdraw(job)

@@ -15,7 +15,7 @@ from ease_runtime.llm import TextEngine
 from ease_runtime.options import FLAGS, LEAVING, SAMPLING, TO_THE_END, Options
 from ease_runtime.server.api_error import ApiError
 from ease_runtime.server.no_effect import NO_EFFECT, with_effect
-from ease_runtime.text.streaming import Detokenizer
+from ease_runtime.text.streaming import Detokenizer, StopPattern
 
 OTHERWISE = (
     "logprobs",
@@ -53,6 +53,7 @@ class GenerationRequest:
     show_ease: bool
     names_length: bool = False
     echoes: Sequence[Echo] = ()
+    patterns: Sequence[StopPattern] = ()  # of its stop strings
 
     @property
     def score_prompt(self) -> bool:
@@ -60,14 +61,19 @@ class GenerationRequest:
         return self.show_logprobs and bool(self.echoes)
 
 
-def read_completion(body: Any, llm: TextEngine, base: Options) -> GenerationRequest:
-    """A body of /v1/completions. Raises RequestError."""
+def read_completion(
+    body: Any, llm: TextEngine, base: Options, max_prompt: int | None = None
+) -> GenerationRequest:
+    """A body of /v1/completions. Raises RequestError, of texts that no `max_prompt` tokens could hold before
+    any is encoded.
+    """
     body = read_fields(body, (*SHARED, "prompt", "logprobs", "echo"))
     logprobs = body.get("logprobs")
     more = {} if logprobs is None else {"logprobs": logprobs}
     asked = _request(
         body,
-        lambda: read_prompts(body.get("prompt"), llm),
+        llm,
+        lambda: read_prompts(body.get("prompt"), llm, max_prompt),
         read_options(body, base, more),
         logprobs is not None,
     )
@@ -76,7 +82,7 @@ def read_completion(body: Any, llm: TextEngine, base: Options) -> GenerationRequ
     return replace(asked, echoes=read_echoes(body.get("prompt"), asked.prompts, llm))
 
 
-def read_chat(body: Any, llm: TextEngine, base: Options) -> GenerationRequest:
+def read_chat(body: Any, llm: TextEngine, base: Options, max_prompt: int | None = None) -> GenerationRequest:
     """A body of /v1/chat/completions. Raises RequestError."""
     body = read_fields(body, (*SHARED, "messages", "logprobs", "top_logprobs", "max_completion_tokens"))
     logprobs = read_switch(body, "logprobs")
@@ -91,6 +97,7 @@ def read_chat(body: Any, llm: TextEngine, base: Options) -> GenerationRequest:
         more["max_tokens"] = body["max_completion_tokens"]
     return _request(
         body,
+        llm,
         lambda: [llm.encode_chat(read_messages(body.get("messages")))],
         read_options(body, base, more),
         logprobs,
@@ -98,7 +105,7 @@ def read_chat(body: Any, llm: TextEngine, base: Options) -> GenerationRequest:
 
 
 def _request(
-    body: Body, prompts: Callable[[], list[list[int]]], options: Options, show_logprobs: bool
+    body: Body, llm: TextEngine, prompts: Callable[[], list[list[int]]], options: Options, show_logprobs: bool
 ) -> GenerationRequest:
     stream = read_switch(body, "stream")
     of_stream = body.get("stream_options") or {}
@@ -117,6 +124,7 @@ def _request(
         show_logprobs,
         show_ease=body.get("ease") is not None,
         names_length=any(body.get(name) is not None for name in LENGTHS),
+        patterns=llm.stop_patterns(options),
     )
 
 
@@ -185,13 +193,24 @@ def read_options(body: Body, base: Options, more: Body) -> Options:
     return Options.from_json({"seed": secrets.randbits(63), **given, **ease, **more}, base)
 
 
-def read_prompts(prompt: Any, llm: TextEngine) -> list[list[int]]:
+def read_prompts(prompt: Any, llm: TextEngine, max_prompt: int | None = None) -> list[list[int]]:
     """One or several prompts, as texts or ids. Raises RequestError."""
     if isinstance(prompt, str) or _is_ids(prompt):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise RequestError("prompt must be a text, a list of token ids, or a list of either")
+    for text in prompt:
+        if isinstance(text, str):
+            _check_characters(text, llm, max_prompt)
     return [_ids(part, llm) for part in prompt]
+
+
+def _check_characters(text: str, llm: TextEngine, max_prompt: int | None) -> None:
+    limit = min(max_prompt or llm.stack.max_positions, llm.stack.max_positions)
+    if len(text) > limit * llm.longest_token:
+        _refuse_length(
+            f"the prompt has {len(text)} characters, more than the {limit} tokens that this server takes hold"
+        )
 
 
 def read_echoes(prompt: Any, prompts: Sequence[list[int]], llm: TextEngine) -> list[Echo]:

@@ -22,6 +22,7 @@ from ease_common.tokenizers import whole_texts
 
 DIGITS = 30  # of a random number that no text holds by chance
 ID_DIGITS = 9
+LONG_TEXT = 4096  # characters
 
 
 class Template(Protocol):
@@ -49,8 +50,7 @@ class SpecialTokens:
         """The ids of a text in which nothing is a special token. Raises RequestError."""
         check_unicode(text)
         tokenizer = self.blind[0] if self.pattern.search(text) else self.tokenizer
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return encode_ids(tokenizer, text)
 
     def encode_chat(self, template: Template, messages: Sequence[Message]) -> list[int]:
         """The ids of messages in a template's form. Raises RequestError."""
@@ -62,14 +62,13 @@ class SpecialTokens:
         text = template.render(hidden)
         check_unicode(text)
         if self.mention not in text:
-            plain: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-            return plain
+            return encode_ids(self.tokenizer, text)
         marked = self.pattern.sub(lambda found: self._stand_in(self.marker, found[0]), text)
         shown = re.sub(
             rf"{self.mention}(\d{{{ID_DIGITS}}})", lambda found: self.tokens[int(found[1])].content, marked
         )
         tokenizer, meant = self.blind
-        return [meant.get(token, token) for token in tokenizer.encode(shown, add_special_tokens=False).ids]
+        return [meant.get(token, token) for token in encode_ids(tokenizer, shown)]
 
     def split(self, text: str) -> tuple[str | int, ...]:
         """A text as characters, but the id of a special token where its text stands."""
@@ -109,6 +108,19 @@ class SpecialTokens:
         if isinstance(value, Mapping):
             return {name: self._hide(part) for name, part in value.items()}
         return [self._hide(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def encode_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text's ids, without what a post-processor puts around them.
+
+    A long text goes as a batch of one: that lets other threads run meanwhile, which `encode` does not.
+    """
+    if len(text) <= LONG_TEXT:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    found: list[int] = encoding.ids
+    return found
 
 
 def check_unicode(text: str) -> None:

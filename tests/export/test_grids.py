@@ -125,6 +125,12 @@ def test_a_bundle_computes_with_the_file_s_own_numbers(on_grids: Path, tmp_path:
     assert rounded_ == WeightForm(4, 32, symmetric=False, exact_grid=False)
 
 
+def kind_of(quantizer: WeightQuantizer, matrix: np.ndarray) -> str:
+    """The kind of the grid of a matrix that is in one part."""
+    (held,) = quantizer.held(matrix)
+    return held.grid.kind
+
+
 def test_what_has_been_trained_since_is_rounded(on_grids: Path, tmp_path: Path) -> None:
     """And nothing else."""
     checkpoint = load_checkpoint(on_grids)
@@ -133,7 +139,7 @@ def test_what_has_been_trained_since_is_rounded(on_grids: Path, tmp_path: Path) 
         attention.k_proj.weight[3, 5] += 0.01  # type: ignore[index, operator]
     quantizer = WeightQuantizer(checkpoint.model, "int4", checkpoint.grids)
     kinds = {
-        name: quantizer.held[module.weight.data_ptr()].grid.kind
+        name: kind_of(quantizer, module.weight.detach().numpy())
         for name, module, _ in matrices(checkpoint.model, "int4")
     }
     assert [name for name, kind in kinds.items() if kind == "rounded"] == ["layers.1.attention.k_proj"]
@@ -146,9 +152,9 @@ def test_int8_keeps_what_is_symmetric(on_grids: Path) -> None:
     middle = np.full(grid.scales.shape, grid.middle, np.uint8)
     grids = {**checkpoint.grids, name: replace(grid, kind="with zero points", zeros=middle)}
     quantizer = WeightQuantizer(checkpoint.model, "int8", grids)
-    kinds = {held.grid.kind for held in quantizer.held.values()}
+    kinds = {grid.kind for *_, grid in quantizer.grids}
     assert kinds == {"rounded", "Q4_0", "Q6_K", "Q8_0"}
-    assert {held.grid.bits for held in quantizer.held.values()} == {8}
+    assert {grid.bits for *_, grid in quantizer.grids} == {8}
 
 
 def product(quantizer: WeightQuantizer, weight: np.ndarray, state: np.ndarray) -> np.ndarray:
@@ -187,22 +193,40 @@ def test_a_product_of_several_matrices_is_theirs(on_grids: Path, kind: Type | No
             assert grid is not None
             grids[f"layers.0.attention.{name}.weight"] = grid
             parts[number].data.copy_(tensor.floats())  # type: ignore[union-attr]
+    whole = laid_together(parts)  # type: ignore[arg-type]
     quantizer = WeightQuantizer(checkpoint.model, "int4", grids)
-    arrays = [part.detach().numpy() for part in parts]  # type: ignore[union-attr, operator]
-    whole = np.concatenate(arrays)
-    assert quantizer.join(whole, arrays)
     state = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
-    expected = np.concatenate([product(quantizer, array, state) for array in arrays], axis=1)
+    (one,) = quantizer.held(whole)
+    assert len(one.grid.scales) == len(whole)
+    apart = WeightQuantizer(checkpoint.model, "int4", grids)
+    arrays = [part.detach().numpy() for part in parts]  # type: ignore[union-attr, operator]
+    expected = np.concatenate([product(apart, array, state) for array in arrays], axis=1)
     np.testing.assert_array_equal(product(quantizer, whole, state), expected)
+    np.testing.assert_array_equal(product(quantizer, whole[3:], state), expected[:, 3:])
 
 
-def test_matrices_of_different_forms_have_no_one_product(on_grids: Path) -> None:
+def laid_together(parts: list[torch.nn.Parameter]) -> np.ndarray:
+    """Let weights be rows of one matrix, which is returned."""
+    whole = torch.cat([part.data for part in parts])
+    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = rows
+    return whole.numpy()
+
+
+def test_matrices_of_different_forms_are_products_side_by_side(on_grids: Path) -> None:
+    """To the bit, and some rows of them likewise."""
     checkpoint = load_checkpoint(on_grids)
-    quantizer = WeightQuantizer(checkpoint.model, "int4", checkpoint.grids)
     attention = checkpoint.model.layers[0].attention
     parts = [attention.q_proj.weight, attention.k_proj.weight]  # type: ignore[union-attr]
+    whole = laid_together(parts)  # type: ignore[arg-type]
+    quantizer = WeightQuantizer(checkpoint.model, "int4", checkpoint.grids)
+    assert len(quantizer.held(whole)) == 2
+    apart = WeightQuantizer(checkpoint.model, "int4", checkpoint.grids)
     arrays = [part.detach().numpy() for part in parts]  # type: ignore[union-attr, operator]
-    assert not quantizer.join(np.concatenate(arrays), arrays)
+    state = np.random.default_rng(0).normal(size=(4, arrays[0].shape[1])).astype(np.float32)
+    expected = np.concatenate([product(apart, array, state) for array in arrays], axis=1)
+    np.testing.assert_array_equal(product(quantizer, whole, state), expected)
+    np.testing.assert_array_equal(product(quantizer, whole[5:], state), expected[:, 5:])
 
 
 @pytest.mark.parametrize("width", [64, 80, 576])
@@ -253,7 +277,7 @@ def test_gptq_changes_outputs_less_than_rounding_each_number(dim: int, tmp_path:
     save_checkpoint(quantised, tmp_path / "quantised")
     again = load_checkpoint(tmp_path / "quantised")
     quantizer = WeightQuantizer(again.model, "int4", again.grids)
-    of_layers = [held.grid for held in quantizer.held.values() if held.grid.bits == 4]
+    of_layers = [grid for *_, grid in quantizer.grids if grid.bits == 4]
     assert {grid.kind for grid in of_layers} == {"gptq"}
     round_trip(again.model, "int4", again.grids)
     with torch.no_grad():

@@ -369,3 +369,47 @@ def test_tokens_with_equal_texts_are_told_apart(toy: Served) -> None:
     score = Token(5, 6, 0.5, -3.0, ((1, -1.0), (2, -2.0), (7, -2.5)))
     assert answer.by_name(score) == {"a": -1.0, "token_id:2": -2.0, "b": -2.5, "token_id:5": -3.0}
     assert math.isclose(sum(answer.by_name(score).values()), -8.5)
+
+
+# What one request may cost the others.
+
+
+def test_a_text_that_cannot_fit_is_never_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TextEngine, "encode", lambda *_: pytest.fail("it was encoded"))
+    longest = len(toy_text.END)
+    for limit, allowed in ((None, 64), (10, 10), (1000, 64)):
+        with pytest.raises(RequestError, match=f"more than the {allowed} tokens"):
+            read_completion({"prompt": ["a", "a" * (allowed * longest + 1)]}, LLM, Options(), limit)
+    monkeypatch.undo()
+    assert len(read_completion({"prompt": "a" * 64 * longest}, LLM, Options()).prompts[0]) == 64 * longest + 1
+
+
+def test_stop_strings_are_prepared_once_a_request(monkeypatch: pytest.MonkeyPatch, toy: Served) -> None:
+    """Not once a prompt, nor in the engine's thread."""
+    import threading
+
+    plain = TextEngine.stop_patterns
+    threads = []
+
+    def noted(llm: TextEngine, options: Options) -> Any:
+        threads.append(threading.current_thread().name)
+        return plain(llm, options)
+
+    monkeypatch.setattr(TextEngine, "stop_patterns", noted)
+    stop = first_choice(toy, prompt="abc", max_tokens=20)["text"][3]
+    threads.clear()
+    answer = post(toy, COMPLETIONS, {"prompt": ["abc"] * 20, "max_tokens": 20, "stop": [stop]}).json()
+    assert all(stop not in choice["text"] for choice in answer["choices"])
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop"] * 20
+    assert len(threads) == 1
+    assert threads[0] != "ease-engine"
+
+
+def test_long_texts_are_encoded_like_short_ones() -> None:
+    from ease_runtime.text.special import LONG_TEXT, encode_ids
+
+    tokenizer = toy_text.byte_tokenizer()
+    text = "the a € " * LONG_TEXT
+    assert encode_ids(tokenizer, text) == tokenizer.encode(text, add_special_tokens=False).ids
