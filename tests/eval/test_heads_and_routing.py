@@ -226,9 +226,9 @@ def test_keys_and_values_are_written_only_for_routed_tokens(routed: Made) -> Non
     engine = Engine(stack)
     sequence = engine.start(text(40, seed=2), max_new_tokens=20)
     list(engine.generate(sequence))
-    buffers = engine.cache.buffers  # type: ignore[attr-defined]
     for segment, info in enumerate(stack.manifest.segments):
-        filled = np.abs(buffers[info.first_layer - 1][0][0]).sum(axis=1) > 0
+        keys, _ = engine.cache.read(info.first_layer - 1, 0, len(sequence.tokens))
+        filled = np.abs(keys).sum(axis=1) > 0
         expected = (
             np.count_nonzero(sequence.counters.inside[segment])
             if info.kind == "routed"

@@ -142,6 +142,7 @@ class Table:
     rows: tuple[TableRow, ...]
     data_sha256: str = ""  # of the split's documents, where it is known
     num_documents: int = 0  # of the split
+    exact: bool = False  # whether off, too, ran so that passes of one and of several tokens give equal bits
 
     def to_json(self) -> str:
         """The table as JSON text, every figure unrounded."""
