@@ -88,9 +88,11 @@ def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
         help="cpu or cuda; auto takes a GPU where there is one.",
     )
     return device(
-        click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")(
-            command
-        )
+        click.option(
+            "--threads",
+            type=click.IntRange(1, 4 * (os.cpu_count() or 1)),
+            help="CPU threads; all of them by default.",
+        )(command)
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_common.errors import DeviceError
 from ease_runtime.ort.device import Device, DeviceArray
 
 MOST_PADS = 256  # of a row: what a pass has of other rows' prompts, schedule.CHUNK
@@ -50,10 +51,26 @@ class RowCache:
         self.length = max_positions if num_slots == 1 else min(CACHE_STEP, max_positions)
         self.serial = next(self.serials)
         self.copied_bytes = 0
-        self.buffers = [[self._empty(), self._empty()] for _ in self.segment_of]
+        self.buffers = self._empty(self.length)
 
-    def _empty(self) -> NDArray[Any]:
-        shape = (self.num_slots, self.length, self.kv_dim)
+    def _empty(self, length: int) -> list[list[NDArray[Any]]]:
+        """Zeroed buffers of every layer, which take memory as they are written.
+
+        Raises DeviceError where there is none.
+        """
+        try:
+            return [[self._pages(length), self._pages(length)] for _ in self.segment_of]
+        except (OSError, MemoryError, OverflowError):
+            size = 2 * len(self.segment_of) * self.num_slots * length * self.kv_dim
+            size *= np.dtype(self.dtype).itemsize
+            raise DeviceError(
+                f"not enough memory for keys and values of {self.num_slots} texts of {length} tokens "
+                f"({size / 1e9:.1f} GB); run fewer at once (--batch-size), shorter ones (--max-prompt), or "
+                "free some"
+            ) from None
+
+    def _pages(self, length: int) -> NDArray[Any]:
+        shape = (self.num_slots, length, self.kv_dim)
         size = math.prod(shape) * np.dtype(self.dtype).itemsize
         pages = mmap.mmap(
             -1, size, access=mmap.ACCESS_COPY
@@ -85,10 +102,11 @@ class RowCache:
                     buffer[slot, self.written[number, slot] :] = 0.0
 
     def _resize(self, length: int) -> None:
+        fresh = self._empty(length)  # all of them first: without memory the cache stays as it was
         self.length, self.serial = length, next(self.serials)
-        for number, pair in zip(self.segment_of, self.buffers, strict=True):
+        for number, pair, new in zip(self.segment_of, self.buffers, fresh, strict=True):
             for which, old in enumerate(pair):
-                pair[which] = self._empty()
+                pair[which] = new[which]
                 for slot, written in enumerate(self.written[number].tolist()):
                     pair[which][slot, :written] = old[slot, :written]
                     self.copied_bytes += written * self.kv_dim * old.itemsize
