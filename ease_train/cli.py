@@ -25,7 +25,7 @@ from ease_common.commands import CommandGroup, say_how_to_go_on
 from ease_common.errors import SettingWarning, TrainError
 from ease_common.files import held
 from ease_common.interrupts import handled, raise_it
-from ease_common.lists import FiniteFloat, list_of
+from ease_common.lists import FiniteFloat, ThreadCount, list_of
 from ease_common.settings import Section
 from ease_train.data.corpora import SOURCES
 from ease_train.methods.method import GateConfig

@@ -1,7 +1,6 @@
 """ONNX Runtime sessions, and IOBindings over numpy buffers that are kept from pass to pass."""
 
 import functools
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -12,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ease_common.errors import BundleError, DeviceError
+from ease_common.settings import MOST_THREADS
 from ease_runtime.bundle.signatures import Signature
 from ease_runtime.ort.device import CPU, Device
 
@@ -20,7 +20,6 @@ TYPES = {
     **dict.fromkeys(INDICES, "tensor(int64)"),
     **dict.fromkeys(("active", "goes_in"), "tensor(bool)"),
 }  # others: float
-THREADS_A_CPU = 4  # at most; onnxruntime would go on starting a million of them
 BINDINGS_KEPT = 128  # a graph, of different shapes; building one costs about 100 µs
 
 
@@ -33,9 +32,8 @@ def start_thread_pool(num_threads: int) -> None:
     With the default, a spinning pool a session, two segments ran 2x slower and thirty 13x slower than one
     graph.
     """
-    most = THREADS_A_CPU * (os.cpu_count() or 1)
-    if not 0 <= num_threads <= most:
-        raise DeviceError(f"{num_threads} threads: expected 0 (all) to {most}, {THREADS_A_CPU} a CPU")
+    if not 0 <= num_threads <= MOST_THREADS:
+        raise DeviceError(f"{num_threads} threads: expected 0 (all) to {MOST_THREADS}, 4 a CPU")
     try:
         ort.set_global_thread_pool_sizes(num_threads, 1)
     except Exception:  # ONNX Runtime's exceptions share no base of their own
