@@ -90,7 +90,7 @@ def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return device(
         click.option(
             "--threads",
-            type=click.IntRange(1, 4 * (os.cpu_count() or 1)),
+            type=ThreadCount(),
             help="CPU threads; all of them by default.",
         )(command)
     )

@@ -13,7 +13,7 @@ from ease_common.errors import DeviceError
 from ease_runtime.ort.buffers import RowCache
 from ease_runtime.ort.sessions import start_thread_pool
 
-START = "from ease_common.interrupts import ease_run; ease_run()"
+START = "from ease_start import ease_run; ease_run()"
 
 
 def run(shell: str, *arguments: str) -> tuple[int, list[str]]:
