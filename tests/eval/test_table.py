@@ -292,7 +292,7 @@ def test_a_killed_table_ends_in_the_same_json(
         ("batch", "measure_batch"),
     ):
         monkeypatch.setattr(table_module, function, counting(name, getattr(table_module, function)))
-    assert command("table", *flags).exit_code == 1
+    assert command("table", *flags).exit_code == 130
     journal = tmp_path / ".t.json.journal"
     kept = [json.loads(line) for line in journal.read_text().splitlines()]
     assert [part["name"] for part in kept[1:]] == ["scores", "times"]

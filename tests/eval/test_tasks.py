@@ -196,7 +196,7 @@ def test_a_killed_run_ends_in_the_same_json(
         return ask(asking, item)
 
     monkeypatch.setattr(tasks_module, "ask", killed)
-    assert run(*common, "--json", tmp_path / "parts.json").exit_code == 1
+    assert run(*common, "--json", tmp_path / "parts.json").exit_code == 130
     journal = tmp_path / ".parts.json.journal"
     journal.write_text(journal.read_text() + '{"name": "cut o')  # as a kill leaves it
     again = run(*common, "--json", tmp_path / "parts.json")
