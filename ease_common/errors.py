@@ -74,3 +74,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+
+
+def shown(value: object) -> str:
+    """A value as an error's line quotes it: junk may be long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,16 +1,15 @@
 """Ctrl-C and SIGTERM end a command by one line and the exit code that shells expect (130, 143), from its
 first moment on.
 
-`run_command` is what the installed scripts call: until the command itself runs, modules are imported, some of
-them native ones that an exception tears apart, so that a signal ends the process there and then. In the
-command a signal is raised as KeyboardInterrupt or Terminated, which undoes what was begun.
+Until the command itself runs (`ease_start`), modules are imported, some of them native ones that an exception
+tears apart, so that a signal ends the process there and then. In the command a signal is raised as
+KeyboardInterrupt or Terminated, which undoes what was begun.
 """
 
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from types import FrameType
 from typing import Any
 
@@ -71,29 +70,3 @@ def handled(handler: Handler) -> Iterator[None]:
     finally:
         for number, was in before.items():
             signal.signal(number, was)
-
-
-def run_command(module: str) -> None:
-    """Import a command's module and run its `main`."""
-    install(end_now)
-    import_module(module).main()
-
-
-def ease_train() -> None:
-    """The script of that name."""
-    run_command("ease_train.cli")
-
-
-def ease_export() -> None:
-    """The script of that name."""
-    run_command("ease_export.cli")
-
-
-def ease_run() -> None:
-    """The script of that name."""
-    run_command("ease_runtime.cli.main")
-
-
-def ease_eval() -> None:
-    """The script of that name."""
-    run_command("ease_eval.cli.main")

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from ease_common.settings import MOST_THREADS
+
 
 class FiniteFloat(click.types.FloatParamType):
     """A number, neither NaN nor infinite."""
@@ -25,6 +27,19 @@ class FiniteRange(click.FloatRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         return float(super().convert(FiniteFloat().convert(value, param, ctx), param, ctx))
+
+
+class ThreadCount(click.IntRange):
+    """CPU threads, from 1 to four a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = int(super().convert(value, param, ctx))
+        if number > MOST_THREADS:
+            self.fail(f"{number} threads: expected at most {MOST_THREADS}, 4 a CPU", param, ctx)
+        return number
 
 
 class CommaList(click.ParamType[tuple[Any, ...]]):

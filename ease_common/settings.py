@@ -5,6 +5,7 @@ out.
 import dataclasses
 import inspect
 import math
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,7 @@ AT_LEAST_1 = Bounds(1)
 SHARE = Bounds(0, 1)
 ABOVE_0 = Bounds(0, open_low=True)
 SEEDS = Bounds(0, 2**63 - 1)
+MOST_THREADS = 4 * (os.cpu_count() or 1)  # more would only be started, one by one
 
 
 def setting(default: Any, help: str, allowed: Bounds | tuple[str, ...] | None = None) -> Any:  # noqa: A002 - the command line's word

@@ -181,7 +181,7 @@ def describe(
         num_layers=config.num_layers,
         max_positions=config.max_positions,
         start_id=checkpoint.text_format.start_id,
-        stop_ids=checkpoint.text_format.stop_ids,
+        stop_ids=tuple(token for token in checkpoint.text_format.stop_ids if token < config.vocab_size),
         tokenizer=TOKENIZER_FILE,
         similarity=SIMILARITY_FILE,
         segments=tuple(_segment_info(cut) for cut in cut_layers(model)),

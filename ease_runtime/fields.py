@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, NoReturn
 
-from ease_common.errors import RequestError
+from ease_common.errors import RequestError, shown
 from ease_runtime.policies.thresholds import Thresholds
 
 LONGEST_NAME = 80  # characters
@@ -34,8 +34,7 @@ def read_value(name: str, kind: Any, value: Any) -> Any:
 
 
 def _refuse(name: str, value: Any, expected: str) -> NoReturn:
-    shown = repr(value)
-    raise RequestError(f"{name} {shown if len(shown) <= 80 else shown[:77] + '...'} is not {expected}")
+    raise RequestError(f"{name} {shown(value)} is not {expected}")
 
 
 def _float(name: str, value: Any) -> float:

@@ -25,7 +25,7 @@ from ease_common.commands import CommandGroup, say_how_to_go_on
 from ease_common.errors import SettingWarning, TrainError
 from ease_common.files import held
 from ease_common.interrupts import handled, raise_it
-from ease_common.lists import FiniteFloat, list_of
+from ease_common.lists import FiniteFloat, ThreadCount, list_of
 from ease_common.settings import Section
 from ease_train.data.corpora import SOURCES
 from ease_train.methods.method import GateConfig
@@ -88,9 +88,11 @@ def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
         help="cpu or cuda; auto takes a GPU where there is one.",
     )
     return device(
-        click.option("--threads", type=click.IntRange(1), help="CPU threads; all of them by default.")(
-            command
-        )
+        click.option(
+            "--threads",
+            type=ThreadCount(),
+            help="CPU threads; all of them by default.",
+        )(command)
     )
 
 

@@ -17,9 +17,9 @@ def hit(name, arguments):
             os.kill(os.getpid(), number)
 
 sys.addaudithook(hit)
-from ease_common import interrupts
+import ease_start
 script, sys.argv = sys.argv[5], ["ease", *sys.argv[6:]]
-getattr(interrupts, script)()
+getattr(ease_start, script)()
 """
 
 

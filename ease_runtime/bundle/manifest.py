@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ease_common.chat import SPECIAL_TOKENS
-from ease_common.errors import BundleError, RequestError
+from ease_common.errors import BundleError, RequestError, shown
 from ease_runtime.policies.thresholds import Thresholds
 
 FORMAT_VERSION = (
@@ -31,6 +31,12 @@ CACHE_LAYOUTS = {
 }  # of keys and values, by target
 EXACTNESS = ("bits", "rounding")  # of several tokens in one pass against one at a time
 WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+LARGEST = 2**31 - 1  # of any count or id
+MOST_POSITIONS = 1 << 22  # whose rotary tables take 2 GB
+LARGEST_MANIFEST = 1 << 24  # bytes, as the next two
+LARGEST_TEMPLATE = 1 << 20
+LARGEST_TOKENIZER = 1 << 28
+RISKS = ("disagreement", "loss")  # what a calibration holds a tolerance of
 LONGEST_NAME = 255  # bytes: what file systems take
 
 
@@ -159,6 +165,10 @@ def load_manifest(bundle: Path) -> Manifest:
     if not path.is_file():
         what = "no bundle" if not bundle.is_dir() else f"no bundle ({MANIFEST_FILE} is missing)"
         raise BundleError(f"{what} at {bundle}; make one: ease-export build CHECKPOINT {bundle}")
+    if path.stat().st_size > LARGEST_MANIFEST:
+        raise BundleError(
+            f"{path} has {path.stat().st_size} bytes, expected at most {LARGEST_MANIFEST}; {_remedy(bundle)}"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -199,7 +209,7 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         dim=table.integer("dim"),
         kv_dim=table.integer("kv_dim"),
         num_layers=table.integer("num_layers"),
-        max_positions=table.integer("max_positions"),
+        max_positions=table.integer("max_positions", at_most=MOST_POSITIONS),
         start_id=table.integer("start_id", at_least=0) if table.has("start_id") else None,
         stop_ids=table.integers("stop_ids", at_least=0),
         tokenizer=table.file("tokenizer"),
@@ -207,7 +217,7 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         segments=tuple(_segment(t) for t in table.tables("segments")),
         exits=tuple(_exit(t) for t in table.tables("exits")),
         files={
-            name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0))
+            name: FileInfo(t.text("sha256"), t.integer("num_bytes", at_least=0, at_most=2**53))
             for name, t in table.named_tables("files")
         },
         num_kv_heads=table.integer("num_kv_heads") if table.has("num_kv_heads") else 1,
@@ -274,6 +284,14 @@ def _check_shape(manifest: Manifest, table: "_Table") -> None:
     _check_calibration(manifest, table)
     if manifest.start_id is not None and manifest.start_id >= manifest.vocab_size:
         table.fail(f"start_id = {manifest.start_id} is outside the vocabulary of {manifest.vocab_size}")
+    if strange := [token for token in manifest.stop_ids if token >= manifest.vocab_size]:
+        table.fail(f"stop_ids has {strange[0]}, outside the vocabulary of {manifest.vocab_size}")
+    begin = manifest.generation.get("bos_token_id")
+    if begin is not None and (type(begin) is not int or not 0 <= begin <= LARGEST):
+        table.fail(f"generation: bos_token_id = {shown(begin)}, expected a token")
+    for name, most in ((manifest.chat_template, LARGEST_TEMPLATE), (manifest.tokenizer, LARGEST_TOKENIZER)):
+        if name in manifest.files and manifest.files[name].num_bytes > most:
+            table.fail(f"{name} has {manifest.files[name].num_bytes} bytes, expected at most {most}")
     weights = manifest.weights
     if weights.bits != WEIGHT_BITS[manifest.precision] or (weights.block is None) != (weights.bits > 8):
         table.fail(
@@ -316,14 +334,17 @@ def _check_calibration(manifest: Manifest, table: "_Table") -> None:
     if not manifest.calibration:
         return
     found = manifest.calibration
-    names = [found.get(name) for name in ("policy", "catch_up", "risk", "data")]
+    names = [found.get(name) for name in ("policy", "catch_up", "data")]
     numbers = [found.get("delta"), found.get("epsilon")]
     try:
         sound = bool(Thresholds.of(found.get("thresholds")).for_exits(len(manifest.exits) - 1))
     except RequestError:
         sound = False
     if not (
-        sound and all(isinstance(n, str) for n in names) and all(type(n) in (int, float) for n in numbers)
+        sound
+        and found.get("risk") in RISKS
+        and all(isinstance(n, str) for n in names)
+        and all(type(n) is float and 0 < n < 1 for n in numbers)
     ):
         table.fail("its calibration is not what ease-eval calibrate writes")
 
@@ -371,36 +392,38 @@ class _Table:
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def integer(self, key: str, at_least: int = 1) -> int:
+    def integer(self, key: str, at_least: int = 1, at_most: int = LARGEST) -> int:
         value = self.values.get(key)
         if type(value) is not int or value < at_least:
-            self.fail(f"{key} = {value!r}, expected a whole number of at least {at_least}")
+            self.fail(f"{key} = {shown(value)}, expected a whole number of at least {at_least}")
+        if value > at_most:
+            self.fail(f"{key} = {shown(value)}, expected at most {at_most}")
         return value
 
     def integers(self, key: str, at_least: int = 1) -> tuple[int, ...]:
         values = self.values.get(key)
         if not isinstance(values, list) or not all(
-            type(value) is int and value >= at_least for value in values
+            type(value) is int and at_least <= value <= LARGEST for value in values
         ):
-            self.fail(f"{key} = {values!r}, expected a list of whole numbers of at least {at_least}")
+            self.fail(f"{key} = {shown(values)}, expected a list of whole numbers of at least {at_least}")
         return tuple(values)
 
     def text(self, key: str) -> str:
         value = self.values.get(key)
         if not isinstance(value, str) or not value:
-            self.fail(f"{key} = {value!r}, expected a text")
+            self.fail(f"{key} = {shown(value)}, expected a text")
         return value
 
     def switch(self, key: str) -> bool:
         value = self.values.get(key)
         if type(value) is not bool:
-            self.fail(f"{key} = {value!r}, expected true or false")
+            self.fail(f"{key} = {shown(value)}, expected true or false")
         return value
 
     def choice(self, key: str, known: tuple[str, ...]) -> str:
         value = self.text(key)
         if value not in known:
-            self.fail(f"{key} = '{value}', expected one of: {', '.join(known)}")
+            self.fail(f"{key} = {shown(value)}, expected one of: {', '.join(known)}")
         return value
 
     def file(self, key: str) -> str:
@@ -412,13 +435,13 @@ class _Table:
     def file_name(self, name: str) -> str:
         inside = name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
         if not inside or len(name.encode()) > LONGEST_NAME:
-            self.fail(f"{name!r} is not the name of a file inside the bundle")
+            self.fail(f"{shown(name)} is not the name of a file inside the bundle")
         return name
 
     def mapping(self, key: str) -> dict[str, Any]:
         value = self.values.get(key, {})
         if not isinstance(value, Mapping):
-            self.fail(f"{key} = {value!r}, expected an object")
+            self.fail(f"{key} = {shown(value)}, expected an object")
         return dict(value)
 
     def table(self, key: str) -> "_Table":
@@ -427,7 +450,7 @@ class _Table:
     def tables(self, key: str) -> list["_Table"]:
         value = self.values.get(key)
         if not isinstance(value, list) or not value:
-            self.fail(f"{key} = {value!r}, expected a list")
+            self.fail(f"{key} = {shown(value)}, expected a list")
         return [_Table(item, self.path) for item in value]
 
     def named_tables(self, key: str) -> list[tuple[str, "_Table"]]:

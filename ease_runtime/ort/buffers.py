@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_common.errors import DeviceError
 from ease_runtime.engine.layout import Span
 from ease_runtime.ort.device import Device, DeviceArray
 
@@ -78,15 +79,27 @@ class Table:
         self.buffers: list[list[NDArray[Any]]] = [[] for _ in range(num_layers)]
 
     def layer(self, number: int) -> list[NDArray[Any]]:
-        """Keys and values of a layer (from 0), zero at first."""
+        """Keys and values of a layer (from 0), zero at first. Raises DeviceError where there is no memory."""
         if not self.buffers[number]:
-            size = math.prod(self.shape) * np.dtype(self.dtype).itemsize
-            # zeros, given back at once when they are not needed; malloc would keep them
-            self.pages[number] = [mmap.mmap(-1, size, access=mmap.ACCESS_COPY) for _ in range(2)]
+            self.pages[number] = [self._zeros(), self._zeros()]
             self.buffers[number] = [
                 np.frombuffer(pages, self.dtype).reshape(self.shape) for pages in self.pages[number]
             ]
         return self.buffers[number]
+
+    def _zeros(self) -> mmap.mmap:
+        """Pages that are given back at once when they are not needed; malloc would keep them."""
+        size = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        try:
+            return mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+        except (OSError, MemoryError, OverflowError):
+            slots, _, length, _ = self.shape
+            whole = 2 * len(self.pages) * size
+            raise DeviceError(
+                f"not enough memory for keys and values of {slots} texts of {length} tokens "
+                f"({whole / 1e9:.1f} GB); run fewer at once (--batch-size), shorter ones (--max-prompt), or "
+                "free some"
+            ) from None
 
     def drop(self, number: int, slot: int | None = None) -> None:
         """Give a layer's memory back, or that of one slot, which is zero then."""
@@ -137,7 +150,10 @@ class RowCache:
     def runs(self, part: int, spans: Sequence[Span]) -> list[Run]:
         """The passes that new entries of some slots take, with room for them: one, unless rows of very
         different lengths would pay for each other. Notes them as written.
+
+        Raises DeviceError where there is no memory; the cache is then as it was.
         """
+        before = list(self.needed)
         num_places = max(stop - start for _, start, stop in spans)
         written = self.written[part]
         changed = False
@@ -150,7 +166,11 @@ class RowCache:
                 self.needed[slot] = length
                 changed = True
         if changed:
-            self._arrange()
+            try:
+                self._arrange()
+            except DeviceError:
+                self.needed = before
+                raise
         groups = self._groups(part, spans, num_places)
         runs = [self._run(part, chosen, [spans[place] for place in chosen]) for chosen in groups]
         for slot, _, stop in spans:
@@ -225,10 +245,7 @@ class RowCache:
             slot: length for slot, length in zip(slots, best, strict=True) if length != self.lengths[slot]
         }
         old = dict(self.tables)
-        for length in moving.values():
-            if length not in self.tables:
-                shape = (self.num_slots, self.shape.heads, length, self.shape.width)
-                self.tables[length] = Table(shape, self.dtype, len(self.segment_of))
+        self.tables = old | {length: self._table(length) for length in {*moving.values()} - old.keys()}
         left = {self.lengths[slot] for slot in moving} - {0}
         before = list(self.lengths)
         for slot, length in moving.items():
@@ -250,6 +267,14 @@ class RowCache:
                 old[length].drop(layer)
         for length in empty:
             del self.tables[length]
+
+    def _table(self, length: int) -> Table:
+        """An empty table with room for every layer. Raises DeviceError where there is no memory."""
+        shape = (self.num_slots, self.shape.heads, length, self.shape.width)
+        table = Table(shape, self.dtype, len(self.segment_of))
+        for layer in range(len(self.segment_of)):
+            table.layer(layer)
+        return table
 
     def _cost(self, lengths: Sequence[int]) -> float:
         """Positions that a pass over every slot reads, with the weights of a pass for each length."""

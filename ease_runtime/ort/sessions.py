@@ -11,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ease_common.errors import BundleError, DeviceError
+from ease_common.settings import MOST_THREADS
 from ease_runtime.bundle.signatures import Signature
 from ease_runtime.ort.device import CPU, Device
 
@@ -31,6 +32,8 @@ def start_thread_pool(num_threads: int) -> None:
     With the default, a spinning pool a session, two segments ran 2x slower and thirty 13x slower than one
     graph.
     """
+    if not 0 <= num_threads <= MOST_THREADS:
+        raise DeviceError(f"{num_threads} threads: expected 0 (all) to {MOST_THREADS}, 4 a CPU")
     try:
         ort.set_global_thread_pool_sizes(num_threads, 1)
     except Exception:  # ONNX Runtime's exceptions share no base of their own

@@ -358,7 +358,7 @@ def read_text_format(
     special_tokens = {name: text for name, text in names.items() if text is not None}
     begin, end = (tokenizer.token_to_id(special_tokens.get(name, "")) for name in ("bos_token", "eos_token"))
     stops = [end, *_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
-    stop_ids = tuple(dict.fromkeys(token for token in stops if token is not None))
+    stop_ids = tuple(dict.fromkeys(token for token in stops if token is not None and token >= 0))
     kept = {name: generation[name] for name in GENERATION if generation.get(name) is not None}
     kept["bos_token_id"] = (
         begin  # the tokenizer's, for templates and likelihoods: generation_config.json may name another

@@ -16,7 +16,11 @@ def run(*arguments: object) -> Result:
 @pytest.mark.parametrize(
     ("command", "flags", "message"),
     [
-        ("agreement", "--prompts {file}", "no token leaves early or is drafted: both sides would be full depth"),
+        (
+            "agreement",
+            "--prompts {file}",
+            "no token leaves early or is drafted: both sides would be full depth",
+        ),
         (
             "agreement",
             "--prompts {file} --threshold off",

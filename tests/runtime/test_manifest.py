@@ -1,14 +1,16 @@
 """Bundles that cannot be trusted: each is refused in one line that names the file and the remedy."""
 
+import copy
 import json
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ease_common.errors import BundleError
+from ease_common.errors import BundleError, EaseError, shown
 from ease_runtime.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -16,6 +18,8 @@ from ease_runtime.bundle.manifest import (
     parse_manifest,
     sha256_of,
 )
+from ease_runtime.llm import LLM
+from ease_runtime.options import Options
 from ease_runtime.ort.stack import OrtStack
 
 REMEDY = "export the bundle again: ease-export build CHECKPOINT"
@@ -186,8 +190,8 @@ def test_names_that_leave_the_bundle(bundle: Path, name: str) -> None:
         edit(bundle, place)
         assert (
             refusal(bundle)
-            == f"{bundle / MANIFEST_FILE} is damaged: {name!r} is not the name of a file inside the bundle; "
-            f"{REMEDY} {bundle}"
+            == f"{bundle / MANIFEST_FILE} is damaged: {shown(name)} is not the name of a file inside the "
+            f"bundle; {REMEDY} {bundle}"
         )
         (bundle / MANIFEST_FILE).write_text(original, encoding="utf-8")
 
@@ -237,6 +241,15 @@ def test_json_that_is_no_object(bundle: Path, values: object) -> None:
     )
 
 
+CALIBRATED: dict[str, Any] = {
+    "policy": "max-prob",
+    "catch_up": "recompute",
+    "risk": "loss",
+    "data": "x",
+    "delta": 0.1,
+    "epsilon": 0.05,
+    "thresholds": 0.5,
+}
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a key that is not there": (lambda v: v.pop("dim"), "dim = None, expected a whole number of at least 1"),
     "a text for a number": (
@@ -275,6 +288,34 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a negative stop": (
         lambda v: v.update(stop_ids=[2, -1]),
         "stop_ids = [2, -1], expected a list of whole numbers of at least 0",
+    ),
+    "a stop outside the vocabulary": (
+        lambda v: v.update(stop_ids=[2, 10**9]),
+        "stop_ids has 1000000000, outside the vocabulary of 320",
+    ),
+    "a context without end": (
+        lambda v: v.update(max_positions=10**9),
+        "max_positions = 1000000000, expected at most 4194304",
+    ),
+    "a number without end": (
+        lambda v: v.update(dim=10**400),
+        f"dim = 1{'0' * 76}..., expected at most 2147483647",
+    ),
+    "a token that is none": (
+        lambda v: v["generation"].update(bos_token_id=-1),
+        "generation: bos_token_id = -1, expected a token",
+    ),
+    "junk without end": (
+        lambda v: v.update(precision="x" * 100_000),
+        f"precision = '{'x' * 76}..., expected one of: fp32, fp16, int8, int4",
+    ),
+    "a promise that is none": (
+        lambda v: v.update(calibration={**CALIBRATED, "delta": 7.0}),
+        "its calibration is not what ease-eval calibrate writes",
+    ),
+    "a risk that is none": (
+        lambda v: v.update(calibration={**CALIBRATED, "risk": "../x"}),
+        "its calibration is not what ease-eval calibrate writes",
     ),
     "a number for a text": (lambda v: v.update(tokenizer=7), "tokenizer = 7, expected a text"),
     "an empty name": (lambda v: v["exits"][0].update(graph=""), "graph = '', expected a text"),
@@ -417,3 +458,58 @@ def test_a_graph_with_the_right_sum_that_is_no_graph(bundle: Path) -> None:
         OrtStack(bundle)
     assert str(caught.value).startswith(f"{path} cannot be loaded by onnxruntime")
     assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_too_large_to_be_one(bundle: Path) -> None:
+    """Its size is looked at before it is read."""
+    with (bundle / MANIFEST_FILE).open("r+b") as file:
+        file.truncate(1 << 40)  # of which the disk holds nothing
+    assert refusal(bundle) == (
+        f"{bundle / MANIFEST_FILE} has {1 << 40} bytes, expected at most 16777216; {REMEDY} {bundle}"
+    )
+
+
+JUNK: list[Any] = [
+    *(None, True, -1, 0, 1, 2, 7, 2**31, 2**63, 10**400, 0.5, -0.5, 1e308, float("inf"), float("nan")),
+    *("", "x", "../x", "a\nb", "\ud800", "x" * 100_000, "segment_01.onnx", "manifest.json", "max-prob"),
+    *([], [0], [10**9], ["x"], [[]], {}, {"a": 1}, {"": {}}, {"thresholds": 0.5}),
+]
+
+
+def places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where anything stands in a JSON value."""
+    items = (
+        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    )
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def test_junk_in_any_place_is_refused_in_a_line_or_runs(bundle: Path) -> None:
+    """Every value of a manifest, calibrated, in turn; of those that are taken, some are run."""
+    path = bundle / MANIFEST_FILE
+    sound = {**json.loads(path.read_text(encoding="utf-8")), "calibration": CALIBRATED}
+    taken = []
+    messages = []
+    for place in places(sound):
+        for junk in JUNK:
+            values = copy.deepcopy(sound)
+            inner = values
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = junk
+            try:
+                parse_manifest(values, path)
+            except BundleError as error:
+                messages.append(str(error).replace(str(bundle), ""))
+            else:
+                taken.append(values)
+    for values in random.Random(7).sample(taken, 24):
+        path.write_text(json.dumps(values), encoding="utf-8")
+        try:
+            list(LLM(bundle).generate("And the king", Options(max_tokens=2)))
+        except EaseError as error:
+            messages.append(str(error).replace(str(bundle), ""))
+    assert [message for message in messages if "\n" in message or len(message) > 400] == []
+    assert taken

@@ -1,0 +1,104 @@
+"""What is not there: memory, room on a disk, a stream that is open, CPUs. Each is one line."""
+
+import json
+import mmap
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ease_common.commands import exhausted
+from ease_common.errors import DeviceError
+from ease_runtime.engine.layout import Span
+from ease_runtime.ort.buffers import CacheShape, RowCache, Table
+from ease_runtime.ort.sessions import start_thread_pool
+
+START = "from ease_start import ease_run; ease_run()"
+
+
+def run(shell: str, *arguments: str) -> tuple[int, list[str]]:
+    """A command under a shell's redirections: its exit code, and the lines on stderr."""
+    told = ["sh", "-c", f'"$@" {shell}', "sh", sys.executable, "-c", START, *arguments]
+    done = subprocess.run(told, capture_output=True, text=True)
+    return done.returncode, done.stderr.splitlines()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /dev/full")
+@pytest.mark.parametrize("more", [[], ["--json"], ["--show-exits"]])
+def test_an_output_that_takes_nothing(tiny_bundle: Path, more: list[str]) -> None:
+    command = ["generate", str(tiny_bundle), "--prompt", "And the king", "--max-tokens", "3", *more]
+    full = "error: could not write the output: No space left on device; free some space, or write elsewhere"
+    assert run("> /dev/full", *command) == (1, [full])
+    closed = "error: standard output is closed; send it to /dev/null if nobody reads it"
+    assert run(">&-", *command) == (1, [closed])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "BUNDLE", "--prompt", "-"], "standard input is closed; pipe the prompt into it"),
+        (["chat", "BUNDLE"], "standard input is closed, and a chat reads its lines there"),
+    ],
+)
+def test_an_input_that_is_closed(tiny_bundle: Path, command: list[str], message: str) -> None:
+    code, lines = run("<&-", *[part.replace("BUNDLE", str(tiny_bundle)) for part in command])
+    assert code == 1
+    assert lines[-1].startswith(f"error: {message}")
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_answers_that_find_no_room(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A limit on the size of files is a disk that is full."""
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text((json.dumps({"prompt": "And the king", "max_tokens": 20}) + "\n") * 40)
+    told = ["sh", "-c", 'ulimit -f 2; "$@"', "sh", sys.executable, "-c", START, "batch", str(tiny_bundle)]
+    done = subprocess.run([*told, str(prompts), str(out)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: could not write the output: File too large")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_cache_without_memory_is_refused_and_the_one_that_is_there_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = CacheShape(2, 4, by_head=True)
+    with pytest.raises(DeviceError, match=r"not enough memory for keys and values of 1 texts of \d+ tokens"):
+        RowCache([2], 1, shape).runs(0, [Span(0, 0, 1 << 50)])
+    cache = RowCache([1, 1], 2, shape)
+    for part in range(2):
+        cache.runs(part, [Span(0, 0, 3)])
+    cache.tables[128].layer(1)[0][0, :, :3] = 7.0
+    zeros = Table._zeros
+    made: list[Table] = []
+
+    def short(self: Table) -> mmap.mmap:
+        made.append(self)
+        if len(made) == 3:
+            raise OSError(12, "Cannot allocate memory")
+        return zeros(self)
+
+    monkeypatch.setattr(Table, "_zeros", short)
+    before = list(cache.needed), list(cache.lengths), dict(cache.tables)
+    with pytest.raises(DeviceError, match=r"run fewer at once \(--batch-size\), shorter ones"):
+        cache.runs(0, [Span(0, 3, 300)])
+    assert (cache.needed, cache.lengths, cache.tables) == before
+    (run,) = cache.runs(0, [Span(0, 3, 300)])
+    assert run.length >= 300
+    assert (cache.read(1, 0, 3)[0] == 7.0).all()
+
+
+@pytest.mark.parametrize("number", [-1, 1_000_000])
+def test_threads_that_no_machine_has(number: int) -> None:
+    with pytest.raises(DeviceError, match=rf"^{number} threads: expected 0 \(all\) to \d+, 4 a CPU$"):
+        start_thread_pool(number)
+
+
+def test_what_is_told_of_an_error() -> None:
+    torch_says = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes")
+    assert "not enough memory ([enforce fail]" in str(exhausted(torch_says))
+    assert "not enough memory;" in str(exhausted(MemoryError()))
+    named = exhausted(OSError(28, "No space left on device", "a.json"))
+    assert str(named).startswith("could not write a.json: No space left on device")
+    assert exhausted(RuntimeError("a defect")) is None
+    assert exhausted(FileNotFoundError(2, "No such file")) is None
