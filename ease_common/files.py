@@ -2,6 +2,7 @@
 the disk, then renamed. One process at a time writes one.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -76,6 +77,8 @@ def held(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
+        if not lock_file.exists():  # which is how a directory without room for names looks
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
         raise RequestError(f"another run is writing {path}; wait for it, or choose another name") from None
     try:
         yield
