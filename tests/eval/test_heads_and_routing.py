@@ -224,7 +224,7 @@ def test_decoding_routes_as_teacher_forcing_and_skips_for_real(routed: Made) -> 
 def test_keys_and_values_are_written_only_for_routed_tokens(routed: Made) -> None:
     stack = OrtStack(routed[1])
     engine = Engine(stack)
-    sequence = engine.start(text(40, seed=2), max_new_tokens=20)
+    sequence = engine.start(text(40, seed=2), max_new_tokens=20, keep=True)
     list(engine.generate(sequence))
     for segment, info in enumerate(stack.manifest.segments):
         keys, _ = engine.cache.read(info.first_layer - 1, 0, len(sequence.tokens))

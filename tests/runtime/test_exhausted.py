@@ -11,7 +11,7 @@ import pytest
 from ease_common.commands import exhausted
 from ease_common.errors import DeviceError
 from ease_runtime.engine.layout import Span
-from ease_runtime.ort.buffers import CacheShape, RowCache, Table
+from ease_runtime.ort.buffers import CacheShape, RowCache
 from ease_runtime.ort.sessions import start_thread_pool
 
 START = "from ease_start import ease_run; ease_run()"
@@ -69,16 +69,16 @@ def test_a_cache_without_memory_is_refused_and_the_one_that_is_there_stays(
     for part in range(2):
         cache.runs(part, [Span(0, 0, 3)])
     cache.tables[128].layer(1)[0][0, :, :3] = 7.0
-    zeros = Table._zeros
-    made: list[Table] = []
+    pages = mmap.mmap
+    made: list[int] = []
 
-    def short(self: Table) -> mmap.mmap:
-        made.append(self)
+    def short(file: int, size: int, access: int) -> mmap.mmap:
+        made.append(size)
         if len(made) == 3:
             raise OSError(12, "Cannot allocate memory")
-        return zeros(self)
+        return pages(file, size, access=access)
 
-    monkeypatch.setattr(Table, "_zeros", short)
+    monkeypatch.setattr(mmap, "mmap", short)
     before = list(cache.needed), list(cache.lengths), dict(cache.tables)
     with pytest.raises(DeviceError, match=r"run fewer at once \(--batch-size\), shorter ones"):
         cache.runs(0, [Span(0, 3, 300)])

@@ -358,7 +358,7 @@ def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack, weights: str) -> 
     """Rows of very different lengths, past T = 128 and 256 and up to the context's end, with pads past it:
     tokens as alone, in one pass, and in passes by length, which pay where weights cost nothing.
     """
-    lengths = [3, 120, 250, 60]
+    lengths = [3, 60, 120, 250]
     limit = tiny_stack.max_positions
     prompts = [some_ids(tiny_stack, length, length).tolist() for length in lengths]
     policy = make_policy("max-prob", [0.4], tiny_stack.exit_layers)
@@ -385,7 +385,7 @@ def test_a_batch_that_outgrows_its_cache(tiny_stack: OrtStack, weights: str) -> 
     assert [s.produced for s in sequences] == expected
     assert nearest_end == 0 or {len(s.tokens) for s in sequences} == {limit}
     batched = [c for c in trace if c.graph == "segment" and c.num_slots > 1]
-    assert {c.cache_length for c in batched} >= ({256, 384} if weights == "large" else {384})
+    assert {c.cache_length for c in batched} >= ({256, 384} if weights == "large" else {128, 256})
     assert not engine.cache.tables  # nobody needs it
     filled = sum(contents(engine.cache, len(s.tokens)).nbytes for s in sequences)
     assert 0 < engine.cache.copied_bytes < 2 * filled
