@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import platform
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,12 @@ def pytest_report_header() -> str:
         f"{np.__version__}"
     )
     return f"{versions}, python {platform.python_version()}, {os.cpu_count()} CPUs"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _minds_ctrl_c() -> None:
+    """A shell has its background jobs ignore SIGINT, and so would the processes that tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
