@@ -1,15 +1,17 @@
 """Every error that EASE raises for bad input. All are kinds of ValueError: the input was wrong, not the code.
 
-EaseError ├── BundleError           a bundle that is missing, incomplete, altered, of another format, or
-points outside its directory ├── RequestError          a prompt, an option or a policy that cannot be used ├──
-DeviceError           a device that is not there, or on which the graphs do not compute what they should ├──
-ExportError           a bundle that cannot be written, or that does not match its checkpoint ├──
-MissingExtraError     a package that this command needs is not installed └── TrainError            training,
-importing and what they read
+EaseError
+├── BundleError           a bundle that is missing, incomplete, altered, of another format, or that points
+│                         outside its directory
+├── RequestError          a prompt, an option or a policy that cannot be used
+├── DeviceError           a device that is not there, or on which the graphs do not compute what they should
+├── ExportError           a bundle that cannot be written, or that does not match its checkpoint
+├── MissingExtraError     a package that this command needs is not installed
+└── TrainError            training, importing and what they read
     ├── ConfigError       a recipe, a field or a value that cannot be used
     ├── DataError         a corpus that cannot be read or is too small
     ├── CheckpointError   a checkpoint that is missing, incomplete or of a newer version
-    ├── ModelImportError      another project's model that cannot be read or computed here
+    ├── ModelImportError  another project's model that cannot be read or computed here
     └── DivergenceError   the loss stopped being a number
 """
 

@@ -27,9 +27,8 @@ from ease_export.plan import TRACED_LAYERS, GraphSpec
 from ease_train.model.decoder import Decoder
 
 COMPARED_SIZE = 1024  # numbers: torch.onnx looks for equal weights up to this size
-LARGEST_CONSTANT = (
-    1024  # bytes; what is larger came of a weight, and would be the same in every graph of that form
-)
+# bytes; what is larger came of a weight, and would be the same in every graph of that form
+LARGEST_CONSTANT = 1024
 OF_DEPTH = ("num_layers", "exits", "gates", "routed_layers")  # which layers there are, not how they are made
 OF_A_LAYER = ("blocks", "past_key", "past_value", "present_key", "present_value")
 

@@ -18,9 +18,8 @@ from ease_common.chat import SPECIAL_TOKENS
 from ease_common.errors import BundleError, RequestError, shown
 from ease_runtime.policies.thresholds import Thresholds
 
-FORMAT_VERSION = (
-    5  # the only one that is read; 5: target, cache layout, form of the weights, drafting head, exactness
-)
+# the only one that is read; 5: target, cache layout, form of the weights, drafting head, exactness
+FORMAT_VERSION = 5
 MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -52,9 +51,8 @@ class SegmentInfo:
     first_layer: int
     last_layer: int
     graph: str
-    kv_graph: (
-        str | None
-    )  # what `propagate` runs for tokens that have left; the first segment has none, nor has a routed one
+    # what `propagate` runs for tokens that have left; the first segment has none, nor has a routed one
+    kv_graph: str | None
     route_graph: str | None = None
 
     @property

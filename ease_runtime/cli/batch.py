@@ -37,9 +37,8 @@ class Item:
     generation: Generation | None = None
     texts: list[str] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    tokens: list[list[dict[str, Any]]] | None = (
-        None  # of each completion, where log-probabilities are asked for
-    )
+    # of each completion, where log-probabilities are asked for
+    tokens: list[list[dict[str, Any]]] | None = None
     notes: list[str] = field(default_factory=list)
     error: str | None = None
 

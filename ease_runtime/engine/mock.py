@@ -27,9 +27,8 @@ from ease_runtime.ort.buffers import Int64s
 from ease_runtime.ort.stack import Cache, StackExit
 from ease_runtime.policies import HeadOutput
 
-LARGEST_LOGIT = (
-    12.0  # a token's logits spread over ±(a share of) this, so that confidences spread over (0, 1)
-)
+# a token's logits spread over ±(a share of) this, so that confidences spread over (0, 1)
+LARGEST_LOGIT = 12.0
 SMALLEST = float(
     np.finfo(np.float32).tiny
 )  # stands for a scripted confidence of 0, whose logarithm is needed

@@ -136,13 +136,11 @@ class Binding:
         self.io = session.io_binding()
         self.input_names = input_names
         self.device = device
-        self.bound: dict[
-            str, Any
-        ] = {}  # what the changing names are bound to, so that only changes are bound again
+        # what the changing names are bound to, so that only changes are bound again
+        self.bound: dict[str, Any] = {}
         self.own: dict[str, NDArray[Any]] = {}
-        self.sent: dict[
-            str, NDArray[Any]
-        ] = {}  # on a device with its own memory: small inputs, which binding copies there
+        # on a device with its own memory: small inputs, which binding copies there
+        self.sent: dict[str, NDArray[Any]] = {}
 
     def input(self, name: str, array: NDArray[Any]) -> None:
         """Read an input from a small array, as it is at each run."""

@@ -83,12 +83,10 @@ class StackExit:
     similarity: Callable[
         [Int64s, Int64s], NDArray[np.float32]
     ]  # max(0, cosine) of rows and of those before the segment
-    gate: Callable[[Int64s], NDArray[np.float32]] | None = (
-        None  # the probability that full depth would say the same
-    )
-    block: Callable[[Cache, Sequence[Span], Int64s, int], None] | None = (
-        None  # writes its states to rows from the last number on
-    )
+    # the probability that full depth would say the same
+    gate: Callable[[Int64s], NDArray[np.float32]] | None = None
+    # writes its states to rows from the last number on
+    block: Callable[[Cache, Sequence[Span], Int64s, int], None] | None = None
 
     def can_say(self, what: str) -> bool:
         """Whether it can be asked this."""
@@ -245,9 +243,8 @@ class OrtStack:
             else HiddenPool(manifest.dim, self.dtype)
         )
         self.logits = np.zeros((0, self.vocab_size), self.dtype)
-        self.at_head: tuple[int, ...] | None = (
-            None  # exit and rows whose states stand before the head, after a gate
-        )
+        # exit and rows whose states stand before the head, after a gate
+        self.at_head: tuple[int, ...] | None = None
         self.products_agree = False
         try:
             self.products_agree = self._products_agree()

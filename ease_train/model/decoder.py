@@ -37,9 +37,8 @@ class Decoder(nn.Module):
         assert config.vocab_size > 0, "the vocabulary's size comes from the tokenizer before a model is built"
         self.config = config
         early = config.exits[:-1]
-        self.recompute_activations = (
-            False  # in the backward pass, instead of keeping them: less memory, more time
-        )
+        # in the backward pass, instead of keeping them: less memory, more time
+        self.recompute_activations = False
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         layers = range(1, config.num_layers + 1)
         self.layers = nn.ModuleList(

@@ -159,9 +159,8 @@ class PeerRow:
     tokens_per_second_range: tuple[float, float] | None = None  # over rounds
     first_token_ms: float | None = None
     resident_mb: float | None = None
-    ease_over_this: float | None = (
-        None  # EASE's speed at full depth over this one's, median of the ratios prompt by prompt
-    )
+    # EASE's speed at full depth over this one's, median of the ratios prompt by prompt
+    ease_over_this: float | None = None
     same_texts: float | None = None  # share of the prompts with EASE's full-depth text, up to where that ends
     mean_agreement: float | None = None  # share of each text before the first difference
 
