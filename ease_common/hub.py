@@ -2,6 +2,7 @@
 
 import re
 
+REMEDY = "is it spelt right, is it gated (hf auth login), is the hub in reach?"
 OWNER_AND_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -10,8 +11,7 @@ def is_hub_id(name: str) -> bool:
     return OWNER_AND_NAME.fullmatch(name) is not None
 
 
-def hub_failure(name: str, error: Exception) -> str:
-    """Why a repository's files did not come, in one line, and what may help."""
+def hub_failure(error: Exception, *more: str) -> str:
+    """Why the hub did not give or take a repository's files, in one line, and what may help."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    remedy = "is it spelt right, is it gated (hf auth login), is the hub in reach?"
-    return f"{name} did not come from the Hugging Face hub: {reason} ({remedy}"
+    return f"{reason} ({' '.join((REMEDY, *more))})"

@@ -32,8 +32,8 @@ def push_bundle(bundle: Path, name: str, *, private: bool = False, card: Path | 
             commit_message=f"EASE bundle, {manifest.precision}",
         )
     except Exception as error:  # the hub's client lets through whatever its transport raises
-        said = hub_failure(name, error).replace("did not come from", "was not taken by")
-        raise ExportError(f"{said})") from None
+        said = f"{name} was not taken by the Hugging Face hub: {hub_failure(error)}"
+        raise ExportError(said) from None
     return commit.commit_url
 
 

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from ease_export.layers import blocks_of
 from ease_runtime.bundle.manifest import WeightForm
 from ease_train.convert.grid import ROUNDED, SYMMETRIC, Grid, joined, packed
-from ease_train.model.decoder import Decoder, RoutedBlock
+from ease_train.model.decoder import Decoder
 from ease_train.model.exits import ReducedHead
 
 BITS = {"int8": 8, "int4": 4}
@@ -45,10 +46,7 @@ Weights = dict[str, NDArray[Any]]
 def matrices(model: Decoder, precision: str) -> Iterator[tuple[str, nn.Linear | nn.Embedding, int]]:
     """The modules whose weights are quantised, with their names and bits: layers, LM heads, the embedding."""
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    leaves = model.early_exits.values()
-    own = [leave.block for leave in leaves if leave.block is not None]
-    for layer in (*model.layers, *own):
-        block = layer.block if isinstance(layer, RoutedBlock) else layer
+    for block in blocks_of(model):
         for module in block.modules():
             if isinstance(module, nn.Linear):
                 yield names[id(module)], module, BITS[precision]

@@ -215,6 +215,17 @@ def finish(engine: Engine, sequence: TokenSequence) -> list[Token]:
     return sequence.produced
 
 
+def check_cache(engine: Engine, sequence: TokenSequence, off: Reference, case: Case) -> None:
+    """A sequence's K/V are full depth's, as far as they are written."""
+    for k, done in enumerate(sequence.counters.done):
+        for layer in case.stack().layers(k):
+            length = min(done, len(sequence.tokens) - 1)
+            np.testing.assert_array_equal(
+                engine.cache.entries[sequence.slot, layer - 1, :length],
+                off.cache.entries[0, layer - 1, :length],
+            )
+
+
 @st.composite
 def mixes(draw: st.DrawFn) -> list[tuple[Case, str]]:
     """Requests for one stack, of every length, policy and catch-up."""

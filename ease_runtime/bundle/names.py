@@ -51,6 +51,6 @@ def download_bundle(name: str) -> Path:
         return Path(snapshot_download(name, revision=manifest.parent.name, allow_patterns=wanted))
     except Exception as error:  # the hub's client lets through whatever its transport raises
         raise BundleError(
-            f"no bundle at {name}, and {hub_failure(name, error)}); make one: "
-            f"ease-export build CHECKPOINT {name}"
+            f"no bundle at {name}, and {name} did not come from the Hugging Face hub: {hub_failure(error)}; "
+            f"make one: ease-export build CHECKPOINT {name}"
         ) from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ease_runtime.drafters.protocol import Drafter, Proposal
+from ease_runtime.engine.costs import LONGEST_DRAFT
 from ease_runtime.engine.pass_costs import PassCosts
 
 LOWEST = (1, 2, 3, 4, 8)  # length of match from which each bucket counts
@@ -17,7 +18,6 @@ PRIOR_WEIGHT = 4.0  # drafts that a prior stands for
 DECAY = 0.95  # of what is known, a judgement
 FLOOR = 0.98  # of the speed without drafts, which an answer keeps if every draft is refused
 FIRST_TOKENS = 64  # whose share of that may be spent at once
-LONGEST_DRAFT = 16
 
 
 def bucket_of(match: int) -> int:

@@ -10,7 +10,7 @@ every exit. Python and JSON may also give a list: `[None, 0.7]`.
 from dataclasses import dataclass
 from typing import Any
 
-from ease_common.errors import RequestError
+from ease_common.errors import RequestError, shown
 
 EXPECTED = "a number in [0, 1], off, or one of these for each early exit, like off,0.7"
 
@@ -100,5 +100,4 @@ def _value(part: Any, given: Any) -> float | None:
             return float(part)
     except (ValueError, OverflowError):
         pass
-    shown = repr(given)
-    raise RequestError(f"threshold {shown if len(shown) <= 80 else shown[:77] + '...'} is not {EXPECTED}")
+    raise RequestError(f"threshold {shown(given)} is not {EXPECTED}")

@@ -83,6 +83,8 @@ class Grid:
 def joined(grids: Sequence[Grid]) -> Grid:
     """Matrices of one form, one below the other: their products side by side."""
     first = grids[0]
+    if len(grids) == 1:
+        return first
     offsets = [grid.offsets for grid in grids if grid.offsets is not None]
     zeros = [grid.zeros for grid in grids if grid.zeros is not None]
     return Grid(

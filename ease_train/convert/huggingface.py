@@ -117,8 +117,8 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(NEEDED_OF_HUB)))
     except Exception as error:  # the hub's client lets through whatever its transport raises
-        said = f"{hub_failure(name, error)} A directory on this machine needs no hub)"
-        raise ModelImportError(said) from None
+        said = hub_failure(error, "A directory on this machine needs no hub")
+        raise ModelImportError(f"{name} did not come from the Hugging Face hub: {said}") from None
 
 
 def read_directory(folder: Path) -> SourceModel:
@@ -360,9 +360,8 @@ def read_text_format(
     stops = [end, *_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
     stop_ids = tuple(dict.fromkeys(token for token in stops if token is not None and token >= 0))
     kept = {name: generation[name] for name in GENERATION if generation.get(name) is not None}
-    kept["bos_token_id"] = (
-        begin  # the tokenizer's, for templates and likelihoods: generation_config.json may name another
-    )
+    # the tokenizer's, for templates and likelihoods: generation_config.json may name another
+    kept["bos_token_id"] = begin
     return TextFormat(start_id(tokenizer), stop_ids, _template(folder, described), kept, special_tokens)
 
 

@@ -29,7 +29,7 @@ from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import make_policy
-from engine_cases import Case, Forced, cases, finish, mixes, reference
+from engine_cases import Case, Forced, cases, check_cache, finish, mixes, reference
 
 texts = st.integers(2, 5).flatmap(lambda size: st.lists(st.integers(0, size - 1), max_size=30))
 
@@ -163,13 +163,7 @@ def test_mixed_drafts_are_full_depth(case: Case, seed: int, draft_length: int, c
     assert [t.id for t in sequence.produced] == off.tokens[len(case.prompt) :]
     assert sequence.drafts.accepted == sum(t.drafted for t in sequence.produced)
     assert all((t.depth < case.exit_layers[-1]) == (t.drafter == "exit") for t in sequence.produced)
-    for k, done in enumerate(sequence.counters.done):
-        for layer in case.stack().layers(k):
-            length = min(done, len(sequence.tokens) - 1)
-            np.testing.assert_array_equal(
-                engine.cache.entries[sequence.slot, layer - 1, :length],
-                off.cache.entries[0, layer - 1, :length],
-            )
+    check_cache(engine, sequence, off, case)
 
 
 def test_every_drafter_is_accepted_and_refused() -> None:

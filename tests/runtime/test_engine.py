@@ -18,7 +18,7 @@ from ease_runtime.engine.sampling import GumbelSampler
 from ease_runtime.engine.schedule import Batch, schedule
 from ease_runtime.engine.sequence import TokenSequence
 from ease_runtime.policies import FULL_DEPTH, HeadOutput, make_policy
-from engine_cases import VOCAB, Case, Forced, Reference, cases, finish, mixes, reference
+from engine_cases import VOCAB, Case, Forced, Reference, cases, check_cache, finish, mixes, reference
 
 LOSSY = ("propagate", "recompute")  # catch-ups whose tokens leave for good
 
@@ -69,13 +69,7 @@ def test_verify_is_full_depth(case: Case, draft_length: int, chunk: int) -> None
     assert sequence.drafts.accepted == sum(t.drafted for t in sequence.produced)
     assert all((t.depth < case.exit_layers[-1]) == t.drafted for t in sequence.produced)
     assert sequence.drafts.judged == 0 or case.thresholds is not None
-    for k, done in enumerate(sequence.counters.done):
-        for layer in case.stack().layers(k):
-            length = min(done, len(sequence.tokens) - 1)
-            np.testing.assert_array_equal(
-                engine.cache.entries[sequence.slot, layer - 1, :length],
-                off.cache.entries[0, layer - 1, :length],
-            )
+    check_cache(engine, sequence, off, case)
 
 
 @pytest.mark.parametrize("seed", [None, 3])
