@@ -56,7 +56,7 @@ experiments: $(READY)  ## what docs/experiments shows, but for make bench and th
 
 peers:  ## other runtimes to compare with, in a virtual environment of their own
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet 'torch>=2.9,<2.14' 'transformers>=4.57' onnx onnx_ir onnxruntime-genai xllamacpp
+	.venv-peers/bin/pip install --quiet 'torch>=2.9,<2.14' 'transformers>=4.57' onnx onnx_ir onnxruntime-genai xllamacpp gguf click
 
 clean:
 	rm -rf $(VENV) .venv-runtime .cache runs/demo

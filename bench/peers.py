@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ease_common.files import write_whole
 from ease_eval.cli.speed import show_comparison
-from ease_eval.peers.compare import ComparisonSettings, compare_peers
+from ease_eval.peers.compare import ComparisonSettings, Workload, compare_peers
 from ease_eval.provenance import provenance
 from ease_runtime.llm import LLM
 
@@ -34,7 +34,9 @@ def main(checkpoint: Path, bundle: Path, json_file: Path | None) -> None:
     source = provenance(bundle, LLM(bundle), 0)
     prompts = [[(7 * i * i + 3 * i + number) % 40000 for i in range(PROMPT)] for number in range(NUM_PROMPTS)]
     result = compare_peers(
-        ComparisonSettings(bundle, folder, Path(".venv-peers/bin/python"), work=WORK), prompts, tell=print
+        ComparisonSettings(bundle, folder, Path(".venv-peers/bin/python"), work=WORK),
+        [Workload(prompts)],
+        tell=print,
     )
     if json_file:
         write_whole(json_file, result.to_json(source))

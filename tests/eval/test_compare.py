@@ -6,12 +6,21 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from ease_common.errors import RequestError
 from ease_eval.cli.main import main
-from ease_eval.peers.compare import ComparisonSettings, Peer, PeerProcess, agreement, compare_peers
+from ease_eval.peers.compare import (
+    ComparisonSettings,
+    Peer,
+    PeerProcess,
+    Workload,
+    agreement,
+    compare_peers,
+)
+from ease_eval.peers.peer_worker import Told, nll
 from ease_train.convert.huggingface import export_model
 from ease_train.training.checkpoint import load_checkpoint
 
@@ -46,7 +55,7 @@ def test_transformers_says_the_same_and_what_is_absent_is_named(
 ) -> None:
     pytest.importorskip("transformers")
     settings = {"threshold": [0.0], "catch_up": "propagate"}
-    found = compare_peers(plan(tiny_bundle, folder, tmp_path, settings=settings), PROMPTS)
+    found = compare_peers(plan(tiny_bundle, folder, tmp_path, settings=settings), [Workload(PROMPTS)])
     names = [
         "ease",
         "ease max-prob 0 propagate",
@@ -79,6 +88,53 @@ def test_transformers_says_the_same_and_what_is_absent_is_named(
     markdown = found.markdown()
     assert markdown.count("\n| ease") == 2
     assert "onnxruntime-genai: onnxruntime_genai is not installed; run: make peers" in markdown
+
+
+def test_lengths_batches_and_perplexity_of_one_text(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    workloads = [Workload(PROMPTS), Workload([[5, 17]], batch_size=3)]
+    scored = [[5, 17, 30, 8, 44], [9, 100, 3]]
+    settings = {"threshold": [0.0], "catch_up": "propagate"}
+    asked = plan(tiny_bundle, folder, tmp_path, settings=settings, runtimes=("transformers", "early-exit"))
+    found = compare_peers(asked, workloads, scored)
+    assert found.scored_tokens == 6
+    one, batch = ({row.runtime: row for row in found.rows if row.batch_size == size} for size in (1, 3))
+    assert list(one) == [
+        "ease",
+        "ease max-prob 0 propagate",
+        "transformers eager",
+        "transformers early exit 4",
+    ]
+    assert list(batch) == list(one)[:3]  # its self-speculation takes one row
+    assert {row.prompt_tokens for row in one.values()} == {4}
+    assert {row.prompt_tokens for row in batch.values()} == {2}
+    ease = one["ease"].perplexity
+    assert ease == pytest.approx(one["transformers eager"].perplexity, rel=1e-4)
+    assert one["ease max-prob 0 propagate"].perplexity is None  # that of full depth is not its own
+    for row in (*one.values(), *batch.values()):
+        assert row.error is None
+        assert row.first_token_over_this is not None
+        assert (row.load_seconds or 0) > 0
+    assert batch["ease"].same_texts == batch["transformers eager"].same_texts == 1.0
+
+
+def test_rows_that_are_ahead_do_not_count_before_each_has_a_token() -> None:
+    told = Told(2)
+    told.began = 0.0
+    told.clock = [[1.0, 2.0, 4.0], [3.0, 5.0]]
+    told.ids = [[7, 8, 9], [7, 8]]
+    answer = told.answer()
+    assert {key: answer[key] for key in ("first", "rest", "tokens", "ids")} == {
+        "first": 3.0,
+        "rest": 2.0,
+        "tokens": 2,
+        "ids": [7, 8, 9],
+    }
+
+
+def test_the_likelihood_of_a_text_by_hand() -> None:
+    logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]]) + 3.0
+    assert nll(logits, [2, 1, 0]) == pytest.approx(-np.log(0.25) - np.log(0.1))
 
 
 GGUF_THAT_COUNTS = """
@@ -121,7 +177,7 @@ def test_what_is_said_of_a_peer_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: str | None
 ) -> None:
     script(tmp_path, monkeypatch, "xllamacpp", GGUF_THAT_COUNTS.format(step=step))
-    asked = {"runtime": "llama.cpp", "gguf": "model.gguf", "context": 64, "threads": 1}
+    asked = {"runtime": "llama.cpp", "gguf": "model.gguf", "context": 64, "threads": 1, "vocab_size": 101}
     worker = PeerProcess(Peer("llama.cpp", "q4", sys.executable, asked), answer_seconds=2.0)
     try:
         worker.start()
@@ -145,7 +201,8 @@ def test_a_peer_that_crashes_is_a_line_and_the_rest_goes_on(
     script(tmp_path, monkeypatch, "transformers", "raise ImportError('broken on purpose')")
     (tmp_path / "model.gguf").touch()
     found = compare_peers(
-        plan(tiny_bundle, folder, tmp_path, gguf=tmp_path / "model.gguf"), [[5, 17, 8], [44, 9, 40]]
+        plan(tiny_bundle, folder, tmp_path, ggufs=(tmp_path / "model.gguf",)),
+        [Workload([[5, 17, 8], [44, 9, 40]])],
     )
     ease = found.rows[0]
     llama = found.rows[-1]
@@ -203,6 +260,10 @@ def test_the_command_writes_what_it_shows(
         (["--checkpoint", "{hf}", "--gguf", "no.gguf"], "no GGUF file at no.gguf"),
         (["--checkpoint", "{hf}", "--exit", "6"], "exit layer 6 is outside 1..5"),
         (["--checkpoint", "{hf}", "--rounds", "0"], "rounds = 0, expected at least 1"),
+        (
+            ["--checkpoint", "{hf}", "--prompt-tokens", "100000"],
+            "are 100064 together, more than this model's context of 288",
+        ),
         (["--checkpoint", "{hf}", "--threshold", "0.5", "--catch-up", "recal"], "unknown catch-up 'recal'"),
         (
             ["--checkpoint", "{hf}", "--threshold", "0.5", "--policy", "gate"],

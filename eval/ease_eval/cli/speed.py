@@ -1,11 +1,13 @@
 """The commands of ease-eval about machines: compare, advise."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -13,14 +15,22 @@ from rich.table import Table as RichTable
 from ease_common.commands import given_flags
 from ease_common.errors import RequestError
 from ease_common.files import write_whole
-from ease_common.lists import FiniteFloat, FiniteRange
+from ease_common.lists import FiniteFloat, FiniteRange, list_of
 from ease_eval.cli.measure import JSON_FLAG, POLICY_FLAG, Measurement, measure_flags, narrow_table
 from ease_eval.measure.advice import Advice
 from ease_eval.measure.advice import advise as make_advice
 from ease_eval.measure.agreement import read_prompts
 from ease_eval.measure.documents import first_tokens
-from ease_eval.measure.table import Amounts, choose_texts, quality_cells
-from ease_eval.peers.compare import Comparison, ComparisonSettings, cells, compare_peers
+from ease_eval.measure.table import choose_texts, quality_cells
+from ease_eval.peers.compare import (
+    COLUMNS,
+    RUNTIMES,
+    Comparison,
+    ComparisonSettings,
+    Workload,
+    cells,
+    compare_peers,
+)
 from ease_eval.provenance import provenance
 from ease_eval.results import as_json
 from ease_runtime.cli.commands import BundleName, ThresholdFlag
@@ -30,8 +40,29 @@ from ease_runtime.options import Options
 from ease_runtime.policies.thresholds import Thresholds
 from ease_train.data.corpora import load_documents, sum_of
 
-# COLUMNS of a comparison for a terminal of 80 columns
-NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB", "same\ntexts", "agree")
+WINDOW = 512  # tokens that are scored together
+# COLUMNS of a comparison for a terminal of 80 columns, one table a workload
+SHOWN = (
+    *COLUMNS[:2],
+    "tokens/s",
+    "ease is",
+    "first token ms",
+    "load s",
+    "resident MB",
+    "perplexity",
+    "same texts",
+)
+NARROW_COLUMNS = (
+    "runtime",
+    "precision",
+    "tok/s",
+    "ease\nis",
+    "first\nms",
+    "load\ns",
+    "MB",
+    "ppl",
+    "same\ntexts",
+)
 
 
 @click.command()
@@ -42,7 +73,20 @@ NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB"
     required=True,
     help="The same model as a Hugging Face directory.",
 )
-@click.option("--gguf", type=click.Path(path_type=Path), help="The same model for llama.cpp.")
+@click.option(
+    "--gguf",
+    "ggufs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="The same model for llama.cpp; may be given again, for several precisions.",
+)
+@click.option(
+    "--runtimes",
+    **list_of(click.Choice(RUNTIMES), "NAME[,NAME...]"),
+    default=[",".join(RUNTIMES)],
+    show_default=True,
+    help="Those beside EASE.",
+)
 @click.option(
     "--python",
     type=click.Path(path_type=Path),
@@ -72,7 +116,29 @@ NARROW_COLUMNS = ("runtime", "precision", "tok/s", "ease\nis", "first\nms", "MB"
 @click.option("--split", default="test", show_default=True, help="train, validation or test.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="Or a file of prompts, as for agreement.")
 @click.option("--texts", default=4, show_default=True, help="Prompts.")
-@click.option("--prompt-tokens", default=32, show_default=True, help="Tokens of a prompt at most.")
+@click.option(
+    "--prompt-tokens",
+    "lengths",
+    **list_of(click.IntRange(1), "N[,N...]"),
+    default=["32"],
+    show_default=True,
+    help="Tokens of a prompt at most; several make a row of each runtime for each.",
+)
+@click.option(
+    "--batch",
+    "batch_sizes",
+    **list_of(click.IntRange(1), "N[,N...]"),
+    default=["1"],
+    show_default=True,
+    help="Rows that answer a prompt at once, likewise.",
+)
+@click.option(
+    "--scored-tokens",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Tokens of --data whose perplexity in every runtime stands beside its speed.",
+)
 @click.option(
     "--new-tokens",
     default=ComparisonSettings.new_tokens,
@@ -113,7 +179,9 @@ def compare(
     split: str,
     prompts: Path | None,
     texts: int,
-    prompt_tokens: int,
+    lengths: tuple[int, ...],
+    batch_sizes: tuple[int, ...],
+    scored_tokens: int,
     threshold: Thresholds | None,
     policy: str,
     catch_up: str,
@@ -129,7 +197,7 @@ def compare(
     """
     for unused in given_flags("policy", "catch_up") if threshold is None else ():
         raise RequestError(f"{unused} has no effect without --threshold, which asks for a row of early exits")
-    for unused in given_flags("data", "split") if prompts else ():
+    for unused in given_flags("data", "split") if prompts and not scored_tokens else ():
         raise RequestError(f"{unused} has no effect beside --prompts; leave one out")
     if threshold is not None and not threshold:
         raise RequestError("--threshold off asks no exit; EASE at full depth is always a row")
@@ -140,20 +208,30 @@ def compare(
     llm = LLM(bundle, device="cpu", num_threads=plan.threads)
     if settings:
         llm.engine.check(llm.policy(Options(**settings)), catch_up)
+    longest = max(lengths) + plan.new_tokens
+    if longest > llm.stack.max_positions:
+        raise RequestError(
+            f"--prompt-tokens and --new-tokens are {longest} together, more than this model's context of "
+            f"{llm.stack.max_positions}"
+        )
     source = provenance(bundle, llm, plan.threads)
-    if prompts:
-        asked = [llm.encode(text)[:prompt_tokens] for text in read_prompts(prompts, texts)]
-    else:
-        amounts = Amounts(num_texts=texts, prompt_tokens=prompt_tokens, new_tokens=plan.new_tokens)
+    documents: list[list[int]] = []
+    if scored_tokens or not prompts:
         corpus = load_documents(data, split)
         documents = [llm.encode_text(text) for text in corpus]
         source |= {"data_sha256": sum_of(corpus)}
-        asked = [
-            list(text.tokens[:prompt_tokens])
-            for text in choose_texts(documents, amounts, llm.stack.max_positions)
-        ]
+    if prompts:
+        begun = [llm.encode(text) for text in read_prompts(prompts, texts)]
+    else:
+        begun = beginnings(documents, texts, max(lengths))
+    workloads = [
+        Workload([ids[:length] for ids in begun], batch_size)
+        for length in lengths
+        for batch_size in batch_sizes
+    ]
+    scored = windows(documents, scored_tokens)
     del llm  # its memory is for the others
-    result = compare_peers(plan, asked, tell=lambda line: click.echo(line, err=True))
+    result = compare_peers(plan, workloads, scored, tell=lambda line: click.echo(line, err=True))
     source |= {"checkpoint": str(plan.checkpoint), "prompts": str(prompts or f"{data} ({split})")}
     for file, text in ((json_file, result.to_json(source)), (markdown_file, result.markdown())):
         if file:
@@ -161,22 +239,59 @@ def compare(
     show_comparison(result, Console())
 
 
+def beginnings(documents: Sequence[list[int]], num_texts: int, length: int) -> list[list[int]]:
+    """Texts of one length from documents spread evenly over the corpus; one that is short is gone on
+    with by those after it.
+
+    Raises RequestError where the corpus is shorter.
+    """
+    joined = [token for ids in documents for token in ids]
+    starts = np.cumsum([0, *(len(ids) for ids in documents)])
+    starts = starts[starts <= len(joined) - length]
+    if not len(starts):
+        raise RequestError(f"the corpus has {len(joined)} tokens, fewer than --prompt-tokens {length}")
+    places = np.linspace(0, len(starts) - 1, min(num_texts, len(starts))).round().astype(int)
+    return [joined[start : start + length] for start in starts[places]]
+
+
+def windows(documents: Sequence[list[int]], scored_tokens: int) -> list[list[int]]:
+    """The first tokens of a corpus in pieces of at most WINDOW, each of which is scored by itself."""
+    pieces: list[list[int]] = []
+    for ids in documents:
+        for start in range(0, len(ids) - 1, WINDOW):
+            piece = ids[start : start + WINDOW + 1][: scored_tokens + 1]
+            if scored_tokens < 1:
+                return pieces
+            pieces.append(piece)
+            scored_tokens -= len(piece) - 1
+    return pieces
+
+
 def show_comparison(result: Comparison, console: Console) -> None:
-    """A line a runtime; those without figures after the table."""
-    shown = RichTable(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for column in NARROW_COLUMNS:
-        shown.add_column(
-            column,
-            justify="left" if column in NARROW_COLUMNS[:2] else "right",
-            no_wrap=column == NARROW_COLUMNS[0],
+    """A table a workload, a line a runtime; those without figures after it."""
+    for workload in dict.fromkeys((row.prompt_tokens, row.batch_size) for row in result.rows):
+        rows = [row for row in result.rows if (row.prompt_tokens, row.batch_size) == workload]
+        prompt_tokens, batch_size = workload
+        shown = RichTable(
+            box=box.SIMPLE_HEAD,
+            padding=0,
+            pad_edge=False,
+            title=f"prompts of {prompt_tokens} tokens, batch {batch_size}",
         )
-    for row in result.rows:
-        if row.error is None:
-            shown.add_row(*cells(row))
-    console.print(shown)
-    for row in result.rows:
-        if row.error is not None:
-            click.echo(f"{row.runtime}: {row.error}")
+        for column in NARROW_COLUMNS:
+            shown.add_column(
+                column,
+                justify="left" if column in NARROW_COLUMNS[:2] else "right",
+                no_wrap=column == NARROW_COLUMNS[0],
+            )
+        for row in rows:
+            if row.error is None:
+                shown.add_row(
+                    *(cell for name, cell in zip(COLUMNS, cells(row), strict=True) if name in SHOWN)
+                )
+        console.print(shown)
+    for line in dict.fromkeys(f"{row.runtime}: {row.error}" for row in result.rows if row.error is not None):
+        click.echo(line)
 
 
 @click.command()

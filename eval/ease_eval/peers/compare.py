@@ -1,15 +1,16 @@
 """The same weights and prompts in other runtimes, each a process of its own, taking turns within one run.
 
     python = Path(".venv-peers/bin/python")
-    comparison = compare_peers(ComparisonSettings(bundle, checkpoint, python=python), prompts)
+    comparison = compare_peers(ComparisonSettings(bundle, checkpoint, python=python), [Workload(prompts)])
     print(comparison.markdown())
 
 Every runtime answers every prompt once a round, in an order that rotates; the first round warms up and is not
 counted. One that is not there, does not start, crashes or hangs is named with its reason, and the others go
-on.
+on. Workloads come one after the other, with the same processes.
 """
 
 import json
+import math
 import os
 import queue
 import signal
@@ -31,6 +32,9 @@ from ease_runtime.policies.thresholds import Thresholds
 
 START_SECONDS = 1800.0  # onnxruntime-genai first builds its model
 GENAI_PRECISION = {"int4": "int4"}  # what its builder makes for a CPU; else fp32
+# its builder's options; 0.18 writes a graph that does not load where embedding and 8-bit head are one
+GENAI_8_BIT_HEAD = ("matmul_mixed_precision=last_matmul:int8", "shared_embeddings=false")
+RUNTIMES = ("transformers", "early-exit", "genai", "llama.cpp")  # beside EASE
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,14 @@ class ComparisonSettings:
     """What is compared. Raises RequestError for a checkpoint that is none of the bundle's model.
 
     `python` is that of the peers' environment; `settings` (options like threshold and catch_up) make a row of
-    early exits.
+    early exits. `runtimes` are those of RUNTIMES that are asked.
     """
 
     bundle: Path
     checkpoint: Path
     python: Path
-    gguf: Path | None = None
+    ggufs: tuple[Path, ...] = ()
+    runtimes: tuple[str, ...] = RUNTIMES
     settings: dict[str, Any] | None = None
     exit_layer: int | None = None  # of transformers' self-speculation; None: the bundle's middle early exit
     new_tokens: int = 64
@@ -68,52 +73,88 @@ class ComparisonSettings:
                 f"{config.get('vocab_size')} tokens, "
                 f"{self.bundle} has {manifest.num_layers} and {manifest.vocab_size}: not the same model"
             )
-        if self.gguf is not None and not self.gguf.is_file():
-            raise RequestError(f"no GGUF file at {self.gguf}")
+        for gguf in self.ggufs:
+            if not gguf.is_file():
+                raise RequestError(f"no GGUF file at {gguf}")
         early = manifest.exit_layers[:-1]
         if self.exit_layer is None and early:
             object.__setattr__(self, "exit_layer", early[len(early) // 2])
         if self.exit_layer is not None and not 0 < self.exit_layer < manifest.num_layers:
             raise RequestError(f"exit layer {self.exit_layer} is outside 1..{manifest.num_layers - 1}")
 
-    def peers(self) -> list["Peer"]:
-        """Every runtime that this plan can ask, EASE at full depth first."""
-        precision = load_manifest(self.bundle).precision
-        common = {"checkpoint": str(self.checkpoint.resolve()), "threads": self.threads}
-        own = {"bundle": str(self.bundle.resolve()), "threads": self.threads}
-        peers = [Peer("ease", precision, sys.executable, {"runtime": "ease", "settings": {}, **own})]
-        if self.settings:
-            peers.append(
-                Peer(
-                    f"ease {describe(self.settings)}",
-                    precision,
-                    sys.executable,
-                    {"runtime": "ease", "settings": self.settings, **own},
-                )
-            )
+    def peers(self, most_rows: int = 1, longest: int = 4096) -> list["Peer"]:
+        """Every runtime that this plan can ask, EASE at full depth first.
+
+        For batches of at most `most_rows`, and prompts with their answers of at most `longest` tokens.
+        """
+        manifest = load_manifest(self.bundle)
         python = str(self.python)
-        peers.append(Peer("transformers eager", "fp32", python, {"runtime": "transformers eager", **common}))
-        if self.exit_layer is not None:
+        common = {"checkpoint": str(self.checkpoint.resolve()), "threads": self.threads, "rows": most_rows}
+        own = {
+            "runtime": "ease",
+            "bundle": str(self.bundle.resolve()),
+            "threads": self.threads,
+            "rows": most_rows,
+        }
+        peers = [Peer("ease", manifest.precision, sys.executable, {"settings": {}, **own})]
+        if self.settings:
+            asked = {"settings": self.settings, **own}
+            peers.append(Peer(f"ease {describe(self.settings)}", manifest.precision, sys.executable, asked))
+        if "transformers" in self.runtimes:
+            peers.append(
+                Peer("transformers eager", "fp32", python, {"runtime": "transformers eager", **common})
+            )
+        if "early-exit" in self.runtimes and self.exit_layer is not None:
             asked = {"runtime": "transformers early exit", "exit_layer": self.exit_layer, **common}
             peers.append(Peer(f"transformers early exit {self.exit_layer}", "fp32", python, asked))
-        genai = GENAI_PRECISION.get(precision, "fp32")
-        named = sha256(f"{self.checkpoint.resolve()} {self.threads}".encode()).hexdigest()[:8]
+        if "genai" in self.runtimes:
+            precision = GENAI_PRECISION.get(manifest.precision, "fp32")
+            peers.append(self.genai("onnxruntime-genai", precision, (), common))
+            if precision == "int4":
+                peers.append(self.genai("onnxruntime-genai, 8-bit head", precision, GENAI_8_BIT_HEAD, common))
+        if "llama.cpp" in self.runtimes:
+            for gguf in self.ggufs:
+                asked = {
+                    "runtime": "llama.cpp",
+                    "gguf": str(gguf.resolve()),
+                    "context": longest,
+                    "vocab_size": manifest.vocab_size,
+                    "threads": self.threads,
+                }
+                peers.append(Peer("llama.cpp", gguf.stem.rpartition(".")[2], python, asked))
+        return peers
+
+    def genai(self, name: str, precision: str, options: tuple[str, ...], common: dict[str, Any]) -> "Peer":
+        """A model of onnxruntime-genai's builder, which has its options in its folder's name."""
+        made_of = f"{self.checkpoint.resolve()} {self.threads} {' '.join(options)}".strip()
+        built = self.work / f"genai-{precision}-{sha256(made_of.encode()).hexdigest()[:8]}"
         asked = {
             "runtime": "onnxruntime-genai",
-            "built": str((self.work / f"genai-{genai}-{named}").resolve()),
-            "precision": genai,
+            "built": str(built.resolve()),
+            "precision": precision,
+            "options": options,
             **common,
         }
-        peers.append(Peer("onnxruntime-genai", genai, python, asked))
-        if self.gguf is not None:
-            asked = {
-                "runtime": "llama.cpp",
-                "gguf": str(self.gguf.resolve()),
-                "context": 4096,
-                "threads": self.threads,
-            }
-            peers.append(Peer("llama.cpp", self.gguf.stem, python, asked))
-        return peers
+        return Peer(name, precision, str(self.python), asked)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts (ids), each answered by `batch_size` rows at once. Raises RequestError for none."""
+
+    prompts: Sequence[Sequence[int]]
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise RequestError("no prompts to compare runtimes on; give at least one")
+        if self.batch_size < 1:
+            raise RequestError(f"a batch of {self.batch_size}, expected at least 1 row")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the longest prompt."""
+        return max(map(len, self.prompts))
 
 
 def describe(settings: dict[str, Any]) -> str:
@@ -149,18 +190,23 @@ class Peer:
 
 @dataclass(frozen=True)
 class PeerRow:
-    """One runtime: medians over the counted answers, or an `error` and no figures."""
+    """One runtime in one workload: medians over the counted answers, or an `error` and no figures."""
 
     runtime: str
     precision: str
     version: str | None = None
     error: str | None = None
-    tokens_per_second: float | None = None  # after the first token
+    prompt_tokens: int | None = None  # of the longest prompt
+    batch_size: int = 1
+    tokens_per_second: float | None = None  # of all rows, after each has its first token
     tokens_per_second_range: tuple[float, float] | None = None  # over rounds
     first_token_ms: float | None = None
+    load_seconds: float | None = None
     resident_mb: float | None = None
+    perplexity: float | None = None  # of the scored text
     # EASE's speed at full depth over this one's, median of the ratios prompt by prompt
     ease_over_this: float | None = None
+    first_token_over_this: float | None = None  # EASE's time to the first token over this one's, likewise
     same_texts: float | None = None  # share of the prompts with EASE's full-depth text, up to where that ends
     mean_agreement: float | None = None  # share of each text before the first difference
 
@@ -168,10 +214,14 @@ class PeerRow:
 COLUMNS = (
     "runtime",
     "precision",
+    "prompt",
+    "batch",
     "tokens/s",
     "ease is",
     "first token ms",
+    "load s",
     "resident MB",
+    "perplexity",
     "same texts",
     "agreement",
 )
@@ -181,9 +231,10 @@ COLUMNS = (
 class Comparison:
     """All rows, and what they were measured on."""
 
-    num_prompts: int
+    num_prompts: int  # of each workload
     new_tokens: int
     rounds: int
+    scored_tokens: int
     rows: tuple[PeerRow, ...]
 
     def to_json(self, source: dict[str, Any]) -> str:
@@ -202,14 +253,18 @@ class Comparison:
 def cells(row: PeerRow) -> list[str]:
     """A row as the texts of COLUMNS."""
     figures = (
+        row.prompt_tokens,
+        row.batch_size,
         row.tokens_per_second,
         row.ease_over_this,
         row.first_token_ms,
+        row.load_seconds,
         row.resident_mb,
+        row.perplexity,
         row.same_texts,
         row.mean_agreement,
     )
-    forms = ("{:.1f}", "{:.2f}x", "{:.0f}", "{:.0f}", "{:.0%}", "{:.0%}")
+    forms = ("{}", "{}", "{:.1f}", "{:.2f}x", "{:.0f}", "{:.2f}", "{:.0f}", "{:.2f}", "{:.0%}", "{:.0%}")
     shown = ["–" if value is None else form.format(value) for form, value in zip(forms, figures, strict=True)]
     return [row.runtime, row.precision, *shown]
 
@@ -220,7 +275,9 @@ class PeerProcess:
     def __init__(self, peer: Peer, answer_seconds: float) -> None:
         self.peer = peer
         self.answer_seconds = answer_seconds
-        self.version = None
+        self.version: str | None = None
+        self.load_seconds: float | None = None
+        self.perplexity: float | None = None
         self.rounds: list[list[dict[str, Any]]] = []
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.error: str | None = None
@@ -249,16 +306,33 @@ class PeerProcess:
     def start(self) -> None:
         """Wait until the model is loaded."""
         if self.error is None:
-            self.version = self._read(START_SECONDS).get("version")
+            ready = self._read(START_SECONDS)
+            self.version = ready.get("version")
+            self.load_seconds = ready.get("load")
 
-    def ask(self, prompt: Sequence[int], new: int) -> dict[str, Any] | None:
-        """A prompt's answer; None once the process is of no use."""
+    def ask(self, prompt: Sequence[int], new: int, batch_size: int = 1) -> dict[str, Any] | None:
+        """A prompt's answer; None where it runs no such batch, or once the process is of no use."""
+        return self._request({"prompt": list(prompt), "new": new, "rows": batch_size})
+
+    def score(self, texts: Sequence[Sequence[int]]) -> None:
+        """Find the perplexity of texts, each by itself."""
+        total = 0.0
+        for ids in texts:
+            answer = self._request({"score": list(ids)})
+            if answer is None:
+                return
+            total += answer["nll"]
+        self.perplexity = math.exp(total / sum(len(ids) - 1 for ids in texts))
+
+    def _request(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        if self.error is not None:
+            return None
         assert self.process.stdin is not None, "it is a pipe"
         with suppress(OSError):  # if it has ended, reading tells how
-            self.process.stdin.write(json.dumps({"prompt": list(prompt), "new": new}) + "\n")
+            self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         answer = self._read(self.answer_seconds)
-        return answer if self.error is None else None
+        return answer if self.error is None and "absent" not in answer else None
 
     def _read(self, seconds: float) -> dict[str, Any]:
         try:
@@ -291,74 +365,106 @@ def ending(code: int) -> str:
 
 
 def compare_peers(
-    plan: ComparisonSettings, prompts: Sequence[Sequence[int]], tell: Callable[[str], None] = lambda _: None
+    plan: ComparisonSettings,
+    workloads: Sequence[Workload],
+    scored: Sequence[Sequence[int]] = (),
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Ask every runtime for every prompt (ids), in turns; `tell` takes a line on how far it is.
+    """Ask every runtime for every prompt, in turns; `tell` takes a line on how far it is.
 
-    Raises RequestError without prompts, or when EASE itself cannot run.
+    `scored` are texts (ids) whose perplexity stands beside the speed, first of all. Raises RequestError
+    without a workload, or when EASE itself cannot run.
     """
-    if not prompts:
+    if not workloads:
         raise RequestError("no prompts to compare runtimes on; give at least one")
     plan.work.mkdir(parents=True, exist_ok=True)
+    most_rows = max(workload.batch_size for workload in workloads)
+    longest = max(workload.prompt_tokens for workload in workloads) + plan.new_tokens
+    stops = frozenset(load_manifest(plan.bundle).stop_ids)
     workers = []
+    rows: list[PeerRow] = []
     try:
-        for peer in plan.peers():  # one after the other: loading takes memory
-            workers.append(PeerProcess(peer, plan.answer_seconds))
+        for peer in plan.peers(most_rows, max(longest, *(len(ids) for ids in scored), 0)):
+            workers.append(
+                PeerProcess(peer, plan.answer_seconds)
+            )  # one after the other: loading takes memory
             workers[-1].start()
+            if scored:
+                workers[-1].score(scored)
             tell(f"{peer.name}: {workers[-1].error or 'ready'}")
         if workers[0].error is not None:
             raise RequestError(f"ease itself does not run: {workers[0].error}")
-        for number in range(plan.rounds + 1):
-            take_turns(workers, prompts, plan.new_tokens, number)
-            tell(f"round {number} of {plan.rounds}" if number else "warm")
+        for workload in workloads:
+            for number in range(plan.rounds + 1):
+                take_turns(workers, workload, plan.new_tokens, number)
+                tell(
+                    f"prompts of {workload.prompt_tokens}, batch {workload.batch_size}: "
+                    + (f"round {number} of {plan.rounds}" if number else "warm")
+                )
+            rows += [
+                make_row(worker, workers[0], stops, workload)
+                for worker in workers
+                if worker.error or any(worker.rounds)
+            ]
     finally:
         for worker in workers:
             worker.stop()
-    stops = frozenset(load_manifest(plan.bundle).stop_ids)
-    rows = tuple(make_row(worker, workers[0], stops, plan.new_tokens) for worker in workers)
-    return Comparison(len(prompts), plan.new_tokens, plan.rounds, rows)
+    scored_tokens = sum(len(ids) - 1 for ids in scored)
+    return Comparison(len(workloads[0].prompts), plan.new_tokens, plan.rounds, scored_tokens, tuple(rows))
 
 
-def take_turns(
-    workers: Sequence[PeerProcess], prompts: Sequence[Sequence[int]], new: int, number: int
-) -> None:
+def take_turns(workers: Sequence[PeerProcess], workload: Workload, new: int, number: int) -> None:
     """One round: every prompt to every runtime that still answers, each time another first.
 
     Round 0 warms up.
     """
     for worker in workers:
-        if number:
-            worker.rounds.append([])
-    for place, prompt in enumerate(prompts):
+        worker.rounds = [*worker.rounds, []] if number else []
+    for place, prompt in enumerate(workload.prompts):
         for i in range(len(workers)):
             worker = workers[(i + place + number) % len(workers)]
-            if worker.error is not None:
-                continue
-            answer = worker.ask(prompt, new)
+            answer = worker.ask(prompt, new, workload.batch_size)
             if answer is not None and number:
                 worker.rounds[-1].append(answer)
 
 
-def make_row(worker: PeerProcess, ease: PeerProcess, stops: frozenset[int], new: int) -> PeerRow:
+def make_row(worker: PeerProcess, ease: PeerProcess, stops: frozenset[int], workload: Workload) -> PeerRow:
     """A runtime's figures against EASE's at full depth."""
-    row = PeerRow(worker.peer.name, worker.peer.precision, worker.version, worker.error or ease.error)
+    row = PeerRow(
+        worker.peer.name,
+        worker.peer.precision,
+        worker.version,
+        worker.error or ease.error,
+        workload.prompt_tokens,
+        workload.batch_size,
+        load_seconds=worker.load_seconds,
+        perplexity=worker.perplexity,
+    )
     if row.error is not None:
         return row
     answers = [a for part in worker.rounds for a in part]
     ours = [a for part in ease.rounds for a in part]
-    speeds = [(new - 1) * len(part) / sum(a["rest"] for a in part) for part in worker.rounds]
+    speeds = [sum(a["tokens"] for a in part) / sum(a["rest"] for a in part) for part in worker.rounds]
     shared = [agreement(a["ids"], b["ids"], stops) for a, b in zip(answers, ours, strict=True)]
     memory = answers[-1]["resident"]
+    pairs = list(zip(answers, ours, strict=True))
     return replace(
         row,
         tokens_per_second=statistics.median(speeds),
         tokens_per_second_range=(min(speeds), max(speeds)),
         first_token_ms=1000 * statistics.median(a["first"] for a in answers),
         resident_mb=None if memory is None else memory / 1e6,
-        ease_over_this=statistics.median(a["rest"] / b["rest"] for a, b in zip(answers, ours, strict=True)),
+        ease_over_this=statistics.median(speed_of(b) / speed_of(a) for a, b in pairs),
+        first_token_over_this=statistics.median(b["first"] / a["first"] for a, b in pairs),
         same_texts=sum(share == 1.0 for share in shared) / len(shared),
         mean_agreement=statistics.mean(shared),
     )
+
+
+def speed_of(answer: dict[str, Any]) -> float:
+    """Tokens a second of an answer."""
+    speed: float = answer["tokens"] / answer["rest"]
+    return speed
 
 
 def agreement(ids: Sequence[int], ours: Sequence[int], stops: frozenset[int]) -> float:
