@@ -95,7 +95,14 @@ def test_lengths_batches_and_perplexity_of_one_text(tiny_bundle: Path, folder: P
     workloads = [Workload(PROMPTS), Workload([[5, 17]], batch_size=3)]
     scored = [[5, 17, 30, 8, 44], [9, 100, 3]]
     settings = {"threshold": [0.0], "catch_up": "propagate"}
-    asked = plan(tiny_bundle, folder, tmp_path, settings=settings, runtimes=("transformers", "early-exit"))
+    asked = plan(
+        tiny_bundle,
+        folder,
+        tmp_path,
+        settings=settings,
+        runtimes=("transformers", "early-exit"),
+        others=(tiny_bundle,),
+    )
     found = compare_peers(asked, workloads, scored)
     assert found.scored_tokens == 6
     one, batch = ({row.runtime: row for row in found.rows if row.batch_size == size} for size in (1, 3))

@@ -66,7 +66,7 @@ NARROW_COLUMNS = (
 
 
 @click.command()
-@click.argument("bundle", type=BundleName())
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=BundleName())
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -174,7 +174,7 @@ NARROW_COLUMNS = (
     help="Write the table here.",
 )
 def compare(
-    bundle: Path,
+    bundles: tuple[Path, ...],
     data: str,
     split: str,
     prompts: Path | None,
@@ -192,6 +192,8 @@ def compare(
 ) -> None:
     """Generate beside transformers, onnxruntime-genai and llama.cpp: the same weights and prompts, in turns.
 
+    Further bundles are the same model in other forms. What is said of EASE is said of the first.
+
     The other runtimes live in a virtual environment of their own: make peers. One that is not there, or
     fails, is named and left out.
     """
@@ -204,7 +206,10 @@ def compare(
     settings: dict[str, Any] | None = (
         {"threshold": threshold.to_json(), "policy": policy, "catch_up": catch_up} if threshold else None
     )
-    plan = ComparisonSettings(bundle, settings=settings, answer_seconds=timeout, **given)
+    bundle, *others = bundles
+    plan = ComparisonSettings(
+        bundle, others=tuple(others), settings=settings, answer_seconds=timeout, **given
+    )
     llm = LLM(bundle, device="cpu", num_threads=plan.threads)
     if settings:
         llm.engine.check(llm.policy(Options(**settings)), catch_up)

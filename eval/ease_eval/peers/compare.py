@@ -48,6 +48,7 @@ class ComparisonSettings:
     bundle: Path
     checkpoint: Path
     python: Path
+    others: tuple[Path, ...] = ()  # bundles of the same model in other forms, at full depth
     ggufs: tuple[Path, ...] = ()
     runtimes: tuple[str, ...] = RUNTIMES
     settings: dict[str, Any] | None = None
@@ -62,17 +63,15 @@ class ComparisonSettings:
         for name, least in (("new_tokens", 2), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} = {getattr(self, name)}, expected at least {least}")
-        manifest = load_manifest(self.bundle)
         config = read_config(self.checkpoint)
-        if (config.get("vocab_size"), config.get("num_hidden_layers")) != (
-            manifest.vocab_size,
-            manifest.num_layers,
-        ):
-            raise RequestError(
-                f"{self.checkpoint} has {config.get('num_hidden_layers')} layers and "
-                f"{config.get('vocab_size')} tokens, "
-                f"{self.bundle} has {manifest.num_layers} and {manifest.vocab_size}: not the same model"
-            )
+        size = (config.get("num_hidden_layers"), config.get("vocab_size"))
+        for bundle in (*self.others, self.bundle):
+            manifest = load_manifest(bundle)
+            if (manifest.num_layers, manifest.vocab_size) != size:
+                raise RequestError(
+                    f"{self.checkpoint} has {size[0]} layers and {size[1]} tokens, "
+                    f"{bundle} has {manifest.num_layers} and {manifest.vocab_size}: not the same model"
+                )
         for gguf in self.ggufs:
             if not gguf.is_file():
                 raise RequestError(f"no GGUF file at {gguf}")
@@ -90,16 +89,10 @@ class ComparisonSettings:
         manifest = load_manifest(self.bundle)
         python = str(self.python)
         common = {"checkpoint": str(self.checkpoint.resolve()), "threads": self.threads, "rows": most_rows}
-        own = {
-            "runtime": "ease",
-            "bundle": str(self.bundle.resolve()),
-            "threads": self.threads,
-            "rows": most_rows,
-        }
-        peers = [Peer("ease", manifest.precision, sys.executable, {"settings": {}, **own})]
+        peers = [self.ease("ease", self.bundle, {}, most_rows)]
+        peers += [self.ease(f"ease {bundle.name}", bundle, {}, most_rows) for bundle in self.others]
         if self.settings:
-            asked = {"settings": self.settings, **own}
-            peers.append(Peer(f"ease {describe(self.settings)}", manifest.precision, sys.executable, asked))
+            peers.append(self.ease(f"ease {describe(self.settings)}", self.bundle, self.settings, most_rows))
         if "transformers" in self.runtimes:
             peers.append(
                 Peer("transformers eager", "fp32", python, {"runtime": "transformers eager", **common})
@@ -123,6 +116,17 @@ class ComparisonSettings:
                 }
                 peers.append(Peer("llama.cpp", gguf.stem.rpartition(".")[2], python, asked))
         return peers
+
+    def ease(self, name: str, bundle: Path, settings: dict[str, Any], most_rows: int) -> "Peer":
+        """EASE with a bundle."""
+        asked = {
+            "runtime": "ease",
+            "bundle": str(bundle.resolve()),
+            "settings": settings,
+            "threads": self.threads,
+            "rows": most_rows,
+        }
+        return Peer(name, load_manifest(bundle).precision, sys.executable, asked)
 
     def genai(self, name: str, precision: str, options: tuple[str, ...], common: dict[str, Any]) -> "Peer":
         """A model of onnxruntime-genai's builder, which has its options in its folder's name."""
