@@ -25,7 +25,8 @@ from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.probe import measure_costs
 from ease_runtime.engine.sampling import Greedy
 from ease_runtime.engine.sequence import TokenSequence
-from ease_runtime.ort.stack import OrtStack
+from ease_runtime.ort.device import DEVICES
+from ease_runtime.ort.stack import OrtStack, open_stack
 from ease_runtime.policies import FULL_DEPTH, ThresholdPolicy, make_policy
 from ease_runtime.policies.thresholds import Thresholds
 
@@ -378,7 +379,7 @@ def simulate(
 
 def scaling(stack: OrtStack) -> list[Row]:
     """Full depth, more and more rows together."""
-    found: dict[int, list[float]] = {1: [], 4: [], 8: [], 16: []}
+    found: dict[int, list[float]] = {1: [], 4: [], 8: [], 16: [], 32: []}
     for seed in range(ROUNDS):
         for num_rows, speeds in found.items():
             speeds.append(tokens_a_second(stack, num_rows, seed, None, "recompute", num_rows)[0])
@@ -442,11 +443,12 @@ def show(name: str, rows: list[Row], console: Console) -> None:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--only", "names", default=",".join(SECTIONS), help=f"Some of: {', '.join(SECTIONS)}.")
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--threads", default=0, help="CPU threads; 0 takes all.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure here.")
-def main(bundle: Path, names: str, threads: int, json_file: Path | None) -> None:
+def main(bundle: Path, names: str, device: str, threads: int, json_file: Path | None) -> None:
     """Measure the engine on a bundle with scripted exits."""
-    stack = OrtStack(bundle, num_threads=threads)
+    stack = open_stack(bundle, device=device, num_threads=threads)
     results = {}
     for name in names.split(","):
         results[name] = SECTIONS[name](stack)
@@ -454,7 +456,10 @@ def main(bundle: Path, names: str, threads: int, json_file: Path | None) -> None
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(
-            json.dumps({"bundle": str(bundle), "threads": threads, **results}, indent=2) + "\n",
+            json.dumps(
+                {"bundle": str(bundle), "device": stack.device.name, "threads": threads, **results}, indent=2
+            )
+            + "\n",
             encoding="utf-8",
         )
 

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from ease_common.errors import RequestError, shown
 from ease_runtime.policies.thresholds import Thresholds
+from ease_runtime.text.grammar import JsonSchema, LarkGrammar, Regex
 
 LONGEST_NAME = 80  # characters
 LONGEST_ID = 20  # digits of a token
@@ -75,6 +76,9 @@ READERS: dict[Any, Callable[[str, Any], Any]] = {
     float: _float,
     tuple[str, ...]: _texts,
     tuple[int, ...]: _ids,
+    JsonSchema: JsonSchema.read,
+    LarkGrammar: LarkGrammar.read,
+    Regex: Regex.read,
     Thresholds: lambda name, value: Thresholds.of(value),
     Mapping[int, float]: _bias,
 }

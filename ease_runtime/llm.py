@@ -39,6 +39,7 @@ from ease_runtime.generation import Completion, Generation, Timing, TokenEvent
 from ease_runtime.options import Options
 from ease_runtime.ort.stack import Stack, open_stack
 from ease_runtime.policies import ExitPolicy, make_policy
+from ease_runtime.text.grammar import Allowed, Constrained, GrammarDrafter, Grammars
 from ease_runtime.text.special import SpecialTokens, check_unicode, encode_ids
 from ease_runtime.text.streaming import StopPattern, TextWriter
 from ease_runtime.text.token_bytes import TokenBytes
@@ -63,6 +64,7 @@ class TextEngine:
         cap: int = DEFAULT_CAP,
         adapt: bool = False,
         exact: bool = False,
+        prefix_bytes: int = 0,
     ) -> None:
         self.stack = stack
         self.tokenizer = tokenizer
@@ -70,9 +72,12 @@ class TextEngine:
         self.stop_ids = stop_ids
         self.template = template
         self.special = SpecialTokens(tokenizer)
-        self.engine = Engine(stack, num_slots=num_slots, cap=cap, adapt=adapt, exact=exact)
+        self.engine = Engine(
+            stack, num_slots=num_slots, cap=cap, adapt=adapt, exact=exact, prefix_bytes=prefix_bytes
+        )
         self.choices: dict[TokenSequence, Completion] = {}
         self.corpora: dict[str, CorpusLookup] = {}
+        self.grammars = Grammars(tokenizer, stack.vocab_size, stop_ids)
 
     @property
     def busy(self) -> bool:
@@ -257,6 +262,7 @@ class TextEngine:
         after: Generation | None = None,
         keep: bool = False,
         score_prompt: bool = False,
+        sharing: str | None = None,
         patterns: Many[StopPattern] | None = None,
     ) -> Generation:
         """Queue a request for a text or for ids. Raises RequestError when it cannot run.
@@ -265,7 +271,7 @@ class TextEngine:
         all completions share them. With `keep` what it has computed stays, for a request `after` it whose
         prompt begins alike. `patterns` are what `stop_patterns` makes, for who asks for several prompts with
         the same options. `score_prompt`: its sequences have `prompt_scores`, how likely full depth makes the
-        prompt.
+        prompt. `sharing` names whose kept texts it may begin with.
         """
         options = options or Options()
         if not prompt:
@@ -280,20 +286,28 @@ class TextEngine:
         if patterns is None:
             patterns = self.stop_patterns(options)
         end_ids = options.end_ids(self.stop_ids)
+        grammar = options.answer_grammar
+        follower = None if grammar is None else self.grammars.follow(grammar)
+        if follower is not None:
+            drafters = [Allowed(one, follower, len(ids)) for one in drafters]
+        if follower is not None and options.drafts_from_text:
+            drafters.append(GrammarDrafter(follower, len(ids)))
         choices = []
         for index in range(options.n):
+            picks = sampler or options.make_sampler(len(ids), index, end_ids)
             sequence = self.engine.start(
                 ids,
                 max_new_tokens=options.max_tokens if options.max_tokens >= 0 else self.stack.max_positions,
                 policy=policy,
                 catch_up=options.catch_up,
-                sampler=sampler or options.make_sampler(len(ids), index, end_ids),
+                sampler=picks if follower is None else Constrained(picks, follower.copy(), len(ids)),
                 drafters=drafters,
                 stop_ids=end_ids,
                 num_logprobs=options.logprobs,
                 keep=keep,
                 after=after.choices[0].sequence if after else None,
                 score_prompt=score_prompt,
+                sharing=sharing,
                 notes=[*notes, *self.remarks(options, ids)],
             )
             writer = TextWriter(
@@ -376,7 +390,8 @@ class LLM(TextEngine):
     """A bundle ready to generate. Raises BundleError or DeviceError when it cannot run.
 
     `num_slots`: requests that run together; `adapt`: measure what passes cost, and leave early only where it
-    pays; `exact`: the same bits however tokens are divided into passes, in int4 and without verify, too.
+    pays; `exact`: the same bits however tokens are divided into passes, in int4 and without verify, too;
+    `prefix_bytes`: of keys and values that are kept of texts for requests that begin alike (`sharing`).
     """
 
     def __init__(
@@ -389,6 +404,7 @@ class LLM(TextEngine):
         num_slots: int = 1,
         adapt: bool = False,
         exact: bool = False,
+        prefix_bytes: int = 0,
     ) -> None:
         bundle = find_bundle(bundle)
         stack = open_stack(bundle, device=device, num_threads=num_threads)
@@ -404,6 +420,7 @@ class LLM(TextEngine):
             cap=cap,
             adapt=adapt,
             exact=exact,
+            prefix_bytes=prefix_bytes,
         )
 
     def prepare(

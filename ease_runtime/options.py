@@ -18,12 +18,14 @@ from ease_runtime.engine.sampling import AdjustedGreedy, Adjustments, Greedy, Gu
 from ease_runtime.fields import leaving, read_value
 from ease_runtime.policies import POLICIES, ExitPolicy, make_policy
 from ease_runtime.policies.thresholds import OFF, Thresholds
+from ease_runtime.text.grammar import Grammar, JsonSchema, LarkGrammar, Regex
 
 MAX_CHOICES = 64  # completions of one request
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_IDS = 256
 TO_THE_END = -1  # as `max_tokens`
+GRAMMARS = ("json_schema", "grammar", "regex")  # of which an answer follows one
 FLAGS = {"exit": "exit_layer"}  # a flag whose name is not the field's, which JSON may say, too
 MAX_STOP_LENGTH = 2**16  # characters of all stop strings together
 
@@ -74,6 +76,13 @@ class Options:
     logit_bias: Mapping[int, float] = field(
         default_factory=dict, metadata={"help": "Added to the logit of a token id; may be repeated."}
     )
+    json_schema: JsonSchema | None = setting(
+        None, "The answer is JSON that follows this schema (needs the extra 'grammar')."
+    )
+    grammar: LarkGrammar | None = setting(
+        None, "The answer follows this grammar, in Lark's notation as llguidance has it."
+    )
+    regex: Regex | None = setting(None, "The answer matches this regular expression as a whole.")
     stop: tuple[str, ...] = setting((), "End before this text; may be repeated.")
     stop_token_ids: tuple[int, ...] = setting(
         (), "End with one of these tokens, too, as with the model's own end tokens."
@@ -115,6 +124,10 @@ class Options:
             raise RequestError(
                 f"{len(self.stop_token_ids)} stop_token_ids; up to {MAX_STOP_IDS} are looked for"
             )
+        if len([1 for name in GRAMMARS if getattr(self, name) is not None]) > 1:
+            raise RequestError(f"an answer follows one of {', '.join(GRAMMARS)}; leave the others out")
+        if self.answer_grammar is not None and self.ignore_eos:
+            raise RequestError("ignore_eos goes on past the end of the grammar; leave one of them out")
         if not 1 <= self.n <= MAX_CHOICES:
             raise RequestError(f"n {self.n} is outside 1..{MAX_CHOICES}")
         if not 0 <= self.logprobs <= MAX_LOGPROBS:
@@ -126,6 +139,11 @@ class Options:
                 f"more than {MAX_STOPS} stop strings, or more than {MAX_STOP_LENGTH} characters of them; "
                 "give fewer"
             )
+
+    @property
+    def answer_grammar(self) -> Grammar | None:
+        """What the answer follows."""
+        return next((value for name in GRAMMARS if (value := getattr(self, name)) is not None), None)
 
     def at_full_depth(self) -> "Options":
         """The same request with no early exit, calibrated or not."""

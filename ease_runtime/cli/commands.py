@@ -13,7 +13,7 @@ DEVICE_FLAG = click.option(
     "--device",
     default="auto",
     show_default=True,
-    help=f"One of: {', '.join(DEVICES)}; auto is CUDA where it can run the bundle.",
+    help=f"One of: {', '.join(DEVICES)}; auto is what the bundle was made for, where that works.",
 )
 
 EXACT_FLAG = click.option(

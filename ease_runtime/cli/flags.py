@@ -4,6 +4,7 @@ import math
 import typing
 from collections.abc import Callable, Container, Mapping
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +15,7 @@ from ease_common.lists import FiniteFloat, list_of
 from ease_runtime.cli.commands import ThresholdFlag
 from ease_runtime.options import FLAGS, Options
 from ease_runtime.policies.thresholds import Thresholds
+from ease_runtime.text.grammar import LONGEST_GRAMMAR, Grammar, JsonSchema, LarkGrammar, Regex
 
 Command = Callable[..., Any]
 NAMES = {field: f"--{flag}" for flag, field in FLAGS.items()}
@@ -39,10 +41,32 @@ class IdBias(click.ParamType[tuple[int, float]]):
         return found
 
 
+class GrammarFile(click.Path):
+    """A file that holds a grammar of a kind."""
+
+    def __init__(self, kind: type[Grammar]) -> None:
+        super().__init__(exists=True, dir_okay=False)
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, Grammar):
+            return value
+        path = Path(str(super().convert(value, param, ctx)))
+        if path.stat().st_size > 4 * LONGEST_GRAMMAR:
+            self.fail(f"{path} is longer than the {LONGEST_GRAMMAR} characters that are read", param, ctx)
+        try:
+            return self.kind(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError):
+            self.fail(f"{path} cannot be read as UTF-8 text", param, ctx)
+
+
 KINDS: dict[Any, dict[str, Any]] = {
     int: {"type": int},
     float: {"type": FiniteFloat()},
     str: {"type": str},
+    JsonSchema: {"type": GrammarFile(JsonSchema)},
+    LarkGrammar: {"type": GrammarFile(LarkGrammar)},
+    Regex: {"type": Regex},
     Thresholds: {"type": ThresholdFlag()},
     bool: {"is_flag": True},
     tuple[str, ...]: {"type": str, "multiple": True},

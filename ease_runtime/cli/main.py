@@ -1,8 +1,11 @@
 """ease-run: run a bundle."""
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,15 @@ from ease_common.errors import EaseError, RequestError
 from ease_common.files import held
 from ease_common.interrupts import Terminated
 from ease_common.lists import FiniteRange
-from ease_runtime.cli.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
+from ease_runtime.cli.batch import (
+    answer_lines,
+    count_answers,
+    count_failed,
+    count_lines,
+    is_failure,
+    numbered_lines,
+    write_answers,
+)
 from ease_runtime.cli.commands import DEVICE_FLAG, EXACT_FLAG, BundleName
 from ease_runtime.cli.flags import option_flags, read_flags
 from ease_runtime.cli.show import (
@@ -39,6 +50,7 @@ from ease_runtime.generation import Timing
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.server.app import Settings
+from ease_runtime.server.front import answers_to
 from ease_runtime.server.run import serve as run_server
 
 
@@ -262,6 +274,25 @@ def answer(
     help="Shorten a request's max_tokens to what the context has left, instead of refusing it.",
 )
 @click.option(
+    "--prefix-cache-mb",
+    type=click.IntRange(0),
+    default=256,
+    show_default=True,
+    help="Keys and values kept of texts that have ended, for requests that begin alike; 0 keeps none.",
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="A name that requests may call this server by; on an address of this machine alone, its own are.",
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    help="An origin whose pages may ask, like https://example.org; '*' is every one.",
+)
+@click.option(
     "--grace",
     type=FiniteRange(0, 86400),
     default=30.0,
@@ -285,6 +316,9 @@ def serve(
     model_name: str | None,
     api_key: str | None,
     batch_size: int,
+    prefix_cache_mb: int,
+    allowed_hosts: tuple[str, ...],
+    cors_origins: tuple[str, ...],
     grace: float,
     shadow: float,
     **given: Any,
@@ -293,7 +327,9 @@ def serve(
 
     Flags of generation hold where a request says nothing.
     """
-    limits = {
+    if api_key == "" or os.environ.get("EASE_API_KEY") == "":  # which click takes for none
+        raise RequestError("the API key (--api-key, EASE_API_KEY) is empty; give one, or unset it")
+    limits: dict[str, Any] = {
         "max_body_bytes": given.pop("max_body"),
         "max_prompt_tokens": given.pop("max_prompt"),
         "max_queued": given.pop("max_queued"),
@@ -304,10 +340,11 @@ def serve(
     if given_flags("max_tokens"):
         limits["max_chat_tokens"] = options.max_tokens
     name = model_name or bundle.resolve().name
-    llm = LLM(bundle, num_slots=batch_size, **place)
+    llm = LLM(bundle, num_slots=batch_size, prefix_bytes=prefix_cache_mb << 20, **place)
     llm.check(llm.prepare(options))
     if shadow and len(llm.stack.exit_layers) == 1:
         raise RequestError(f"--shadow {shadow:g} has nothing to compare: this bundle has no early exit")
+    limits |= {"hosts": answers_to(host, allowed_hosts), "cors_origins": cors_origins}
     settings = Settings(
         name, options, api_key, **limits, shadow=shadow, certificate=llm.manifest.calibration or None
     )
@@ -316,8 +353,12 @@ def serve(
 
 @main.command()
 @click.argument("bundle", type=BundleName())
-@click.argument("prompts", metavar="IN.jsonl", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.argument("out", metavar="OUT.jsonl", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument(
+    "prompts",
+    metavar="IN.jsonl",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True),
+)
+@click.argument("out", metavar="OUT.jsonl", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
 @option_flags()
 @click.option(
     "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Requests that run together."
@@ -339,26 +380,27 @@ def batch(
     """Answer every line of IN.jsonl, in order.
 
     A line is an object with a "prompt" or "messages", and options of its own where they differ from the
-    flags. A line that cannot be answered gets an "error" in its place. Run again after an interruption, it
-    goes on where it stopped.
+    flags; or a request of OpenAI's batches (custom_id, url, body). A line that cannot be answered gets an
+    "error" in its place, and the command ends with 1. Run again after an interruption, it goes on where it
+    stopped. - is standard input, or output, which starts anew each time.
     """
     place = take_place(given)
     options = read_flags(given)
     if ray is None and given_flags("ray_workers"):
         raise RequestError(f"--ray-workers {ray_workers} has no effect without --ray ADDRESS")
-    if not out.parent.is_dir():
-        raise RequestError(f"{out.parent}, where {out.name} should go, is no directory; make it first")
-    if out.exists() and out.samefile(prompts):
-        raise RequestError(f"{out} is the file of the prompts; give another file for the answers")
-    with held(out):
-        say_how_to_go_on(f"{out} keeps the answers so far; run the command again to go on")
-        total = count_lines(prompts)
-        num_done = count_answers(out)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(saved_input()) if str(prompts) == "-" else prompts
+        if str(out) != "-":
+            check_out(out, source)
+            stack.enter_context(held(out))
+            say_how_to_go_on(f"{out} keeps the answers so far; run the command again to go on")
+        total = count_lines(source)
+        num_done = 0 if str(out) == "-" else count_answers(out)
         if num_done > total:
             raise RequestError(
                 f"{out} has {num_done} answers, but {prompts} only {total} lines; give another file"
             )
-        lines = numbered_lines(prompts, num_done + 1)
+        lines = numbered_lines(source, num_done + 1)
         if num_done == total:
             answers: Iterable[str] = ()
         elif ray is None:
@@ -367,10 +409,38 @@ def batch(
             from ease_runtime.cli.cluster import Cluster
 
             answers = Cluster(ray, ray_workers).answer_lines(bundle, lines, options, batch_size, place)
-        with progress_bar() as bar:
-            task = bar.add_task("answered", total=total, completed=num_done)
-            for number in write_answers(out, answers):
-                bar.update(task, completed=num_done + number)
+        failed = 0
+        if str(out) == "-":
+            for answer in answers:
+                click.echo(answer)
+                failed += is_failure(answer)
+        else:
+            with progress_bar() as bar:
+                task = bar.add_task("answered", total=total, completed=num_done)
+                for number in write_answers(out, answers):
+                    bar.update(task, completed=num_done + number)
+            failed = count_failed(out)
+    if failed:
+        where = "the line's" if failed == 1 else "their lines'"
+        click.echo(f'{failed} of {total} could not be answered; {where} "error" says why', err=True)
+        sys.exit(1)
+
+
+def check_out(out: Path, prompts: Path) -> None:
+    """Raises RequestError where answers cannot go."""
+    if not out.parent.is_dir():
+        raise RequestError(f"{out.parent}, where {out.name} should go, is no directory; make it first")
+    if out.exists() and out.samefile(prompts):
+        raise RequestError(f"{out} is the file of the prompts; give another file for the answers")
+
+
+@contextlib.contextmanager
+def saved_input() -> Iterator[Path]:
+    """What stands in standard input, as a file for as long as the block lasts."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "input.jsonl"
+        path.write_bytes(sys.stdin.buffer.read())
+        yield path
 
 
 def progress_bar() -> Progress:

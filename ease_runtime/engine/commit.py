@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_common.errors import RequestError
 from ease_runtime.engine.costs import FIRST_LOOK, RequestCost
 from ease_runtime.engine.layout import SegmentShape
 from ease_runtime.engine.schedule import Work
@@ -26,7 +27,18 @@ TEXT = "text"  # every drafter but an exit
 def commit(
     sequence: TokenSequence, work: Work, said: ExitOutput | None, layout: Layout, *, num_running: int
 ) -> bool:
-    """Let the policy decide and the sampler choose. Whether tokens came out, or the sequence ended."""
+    """Let the policy decide and the sampler choose. Whether tokens came out, or the sequence ended, with an
+    error where its sampler raised RequestError.
+    """
+    try:
+        return _commit(sequence, work, said, layout, num_running)
+    except RequestError as error:
+        return fail(sequence, str(error))
+
+
+def _commit(
+    sequence: TokenSequence, work: Work, said: ExitOutput | None, layout: Layout, num_running: int
+) -> bool:
     decision = sequence.decision
     newest = work.stop == len(sequence.tokens) and work.start >= sequence.num_prompt
     if decision.request_cost and work.kind == "segment" and newest and sequence.may_draft:

@@ -23,6 +23,7 @@ from ease_runtime.engine.costs import DEFAULT_CAP, Costs, RequestCost
 from ease_runtime.engine.drafting import draft, wants_drafts
 from ease_runtime.engine.lookups import Lookups
 from ease_runtime.engine.pass_costs import PassCosts
+from ease_runtime.engine.prefixes import open_prefixes
 from ease_runtime.engine.probe import measure_costs
 from ease_runtime.engine.runner import Runner
 from ease_runtime.engine.sampling import Greedy, Sampler
@@ -43,7 +44,9 @@ class Engine:
     the drafts of `verify`, from exits or text. Once costs are known (`measure`), `verify` drafts as many
     tokens as pays, and none where that is slower; with `adapt` any request that leaving early makes slower
     stays at full depth from then on: its tokens then depend on the machine. Both say so in the request's
-    notes. `exact`: as Runner's. Raises RequestError for a number below 1.
+    notes. `exact`: as Runner's. `prefix_bytes` of keys and values are kept of texts that have ended, for
+    requests that begin as they did (see prefixes.py); none where the stack's cannot be shared. Raises
+    RequestError for a number below 1.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Engine:
         draft_length: int = DRAFT_LENGTH,
         adapt: bool = False,
         exact: bool = False,
+        prefix_bytes: int = 0,
     ) -> None:
         for name, value in {
             "num_slots": num_slots,
@@ -71,6 +75,7 @@ class Engine:
         self.chunk = chunk
         self.draft_length = draft_length
         self.adapt = adapt
+        self.prefixes = open_prefixes(stack, self.runner.cache, prefix_bytes)
         self.waiting: list[TokenSequence] = []
         self.prefill_turn = True
         self.num_rows = 0  # of the last pass
@@ -116,12 +121,14 @@ class Engine:
         keep: bool = False,
         after: TokenSequence | None = None,
         score_prompt: bool = False,
+        sharing: str | None = None,
         notes: Sequence[str] = (),
     ) -> TokenSequence:
         """A new sequence, in the queue for a slot, with what its request should be told (`notes`).
 
         `drafters` draft from text, which needs the catch-up 'verify'. One of no new tokens ends when its
-        prompt has run. With `score_prompt` it has `prompt_scores`.
+        prompt has run. With `score_prompt` it has `prompt_scores`. With `sharing`, the name of who asks, it
+        begins with what is kept of that one's earlier texts.
 
         With `keep` its slot stays its own when it has finished, until it is released or another sequence
         comes `after` it, which takes the slot over and runs only what its prompt does not share with it.
@@ -148,7 +155,7 @@ class Engine:
             )
         max_length = min(limit, len(prompt) + max_new_tokens)
         request = Request(
-            max_length, catch_up, sampler or Greedy(), stop_ids, num_logprobs, keep, score_prompt
+            max_length, catch_up, sampler or Greedy(), stop_ids, num_logprobs, keep, score_prompt, sharing
         )
         asked = frozenset(k for k in range(self.runner.num_early) if policy.thresholds.at(k) is not None)
         sequence = self.runner.new(prompt, policy, request, asked)
@@ -227,6 +234,7 @@ class Engine:
         """End a sequence that runs, for a reason that the engine cannot know."""
         sequence.finish_reason = reason
         if not sequence.request.keep:
+            self._keep_prefix(sequence)
             self.release(sequence)
 
     def generate(self, sequence: TokenSequence) -> Iterator[Token]:
@@ -248,7 +256,10 @@ class Engine:
         """One pass; the sequences that got tokens in it, or ended."""
         slots = self.runner.slots
         while self.waiting and slots.has_room:
-            slots.seat(self.waiting.pop(0))
+            sequence = self.waiting.pop(0)
+            slots.seat(sequence)
+            if self.prefixes:
+                sequence.num_shared = self.prefixes.load(sequence)
         running = slots.running
         if not running and self.waiting:
             raise RequestError(
@@ -274,6 +285,8 @@ class Engine:
             sequence.waited += 1
         for (sequence, work), said in zip(batch, self.runner.run(batch), strict=True):
             sequence.waited = 0
+            if prefilling and not sequence.prefilling:
+                self._keep_prefix(sequence)
             if commit(sequence, work, said, self.stack.layout, num_running=len(slots.running)):
                 changed.append(sequence)
             elif said is not None and sequence.decision.leaving is not None:
@@ -281,6 +294,11 @@ class Engine:
         if self.pass_costs and not prefilling and batch[0][1].kind == "segment":
             self._note_costs(self.pass_costs, batch, time.perf_counter() - began)
         return self._release(changed)
+
+    def _keep_prefix(self, sequence: TokenSequence) -> None:
+        """Keep a sequence's K/V for others, where that is asked for."""
+        if self.prefixes and sequence.error is None:
+            self.prefixes.store(sequence)
 
     def _note_costs(self, pass_costs: PassCosts, batch: Batch, seconds: float) -> None:
         """Learn what a pass took, all of its step."""
@@ -292,6 +310,7 @@ class Engine:
         """Give up those of the sequences that changed that have ended and are not kept."""
         for sequence in changed:
             if sequence.finish_reason is not None and not (sequence.request.keep and sequence.error is None):
+                self._keep_prefix(sequence)
                 self.release(sequence)
         if any(sequence.error for sequence in changed):
             self.cache.scrub()

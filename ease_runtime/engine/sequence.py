@@ -54,6 +54,7 @@ class Request:
     num_logprobs: int = 0
     keep: bool = False  # its slot stays its own when it has finished, for a request that goes on from there
     score_prompt: bool = False  # also say how likely full depth makes each token of the prompt
+    sharing: str | None = None  # who may share the K/V of its beginning; None: nobody
 
 
 @dataclass
@@ -162,6 +163,7 @@ class TokenSequence:
     drafts: Drafts
     slot: int | None = None
     waited: int = 0  # passes of others since its own last
+    num_shared: int = 0  # tokens of the prompt whose K/V were there
     prompt_scores: list[Token] = field(default_factory=list)  # of the prompt's tokens from the second on
     produced: list[Token] = field(default_factory=list)
     finish_reason: str | None = None

@@ -290,6 +290,34 @@ class RowCache:
         pair = self.tables[self.lengths[slot]].layer(layer)
         return np.array([_flat(buffer[slot, :, :count]) for buffer in pair])
 
+    def copy_out(self, slot: int, count: int) -> list[NDArray[Any]]:
+        """Copies of a slot's first `count` keys and values, by layer.
+
+        Shape: (2, heads, count, width) each.
+        """
+        table = self.tables[self.lengths[slot]]
+        return [
+            np.array([buffer[slot, :, :count] for buffer in table.layer(layer)])
+            for layer in range(len(self.segment_of))
+        ]
+
+    def copy_in(self, slot: int, layers: Sequence[NDArray[Any]], count: int) -> None:
+        """Begin an empty slot with the first `count` positions of what `copy_out` gave.
+
+        Raises DeviceError where there is no memory; the slot is then empty.
+        """
+        self.needed[slot] = rounded(count + 1)
+        try:
+            self._arrange()
+        except DeviceError:
+            self.needed[slot] = 0
+            raise
+        table = self.tables[self.lengths[slot]]
+        for layer, values in enumerate(layers):
+            for buffer, value in zip(table.layer(layer), values, strict=True):
+                buffer[slot, :, :count] = value[:, :count]
+        self.written[:, slot] = count
+
     def pointers(self, layer: int, run: Run) -> tuple[int, int]:
         """Where a layer's (from 0) keys and values of a run's rows begin."""
         key, value = self.tables[run.length].layer(layer)

@@ -663,10 +663,21 @@ def open_stack(
 ) -> OrtStack:
     """A bundle's graphs on a device by its name, as a `kind` of stack.
 
-    "auto" is CUDA where it works and can run this bundle, else the CPU, with one line in the log that says
-    why. Raises BundleError, DeviceError.
+    "auto" is the device that the bundle was made for, where that works and can run it, else the CPU. One
+    line in the log says so where it is another than the bundle was made for, and why. Raises BundleError,
+    DeviceError.
     """
-    chosen = choose_device(device)
+    target = load_manifest(bundle).target
+    chosen = CPU if device == "auto" and target == CPU.name else choose_device(device)
+    if chosen.name != target:
+        log.warning(
+            "%s is made for %s and runs on %s, slower than one for that: ease-export build CHECKPOINT BUNDLE "
+            "--target %s",
+            bundle,
+            target,
+            chosen.name,
+            chosen.name,
+        )
     if chosen is CPU:
         return kind(bundle, num_threads=num_threads)
     try:

@@ -9,9 +9,8 @@ from typing import Any
 
 from ease_runtime.engine.sequence import Token
 from ease_runtime.generation import TokenEvent, drafter_shares
-from ease_runtime.server.dispatcher import Ticket
-from ease_runtime.server.engine_thread import Update
 from ease_runtime.server.requests import Echo, GenerationRequest
+from ease_runtime.server.updates import Tally, Update
 from ease_runtime.text.token_bytes import token_name
 
 
@@ -36,7 +35,7 @@ class Answer:
         name = f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}"
         return {"id": name, "object": kind, "created": self.created, "model": self.model}
 
-    def whole(self, completions: Sequence[Update], ticket: Ticket) -> dict[str, Any]:
+    def whole(self, completions: Sequence[Update], tally: Tally) -> dict[str, Any]:
         """A complete answer, of all the news of each completion."""
         choices = []
         for index, all_of_it in enumerate(completions):
@@ -48,7 +47,7 @@ class Answer:
                 else {"text": text}
             )
             choices.append({"index": index, **said, **details, "finish_reason": all_of_it.finish_reason})
-        return {**self.head(part=False), "choices": choices, "usage": self.usage(ticket)}
+        return {**self.head(part=False), "choices": choices, "usage": self.usage(tally)}
 
     def opening(self, num_choices: int) -> list[dict[str, Any]]:
         """The parts that begin a stream: in a chat, who speaks."""
@@ -76,11 +75,11 @@ class Answer:
             **({"usage": None} if self.request.include_usage else {}),
         }
 
-    def closing(self, ticket: Ticket) -> dict[str, Any]:
+    def closing(self, tally: Tally) -> dict[str, Any]:
         """The part with the usage, which has no choices."""
-        return {**self.head(part=True), "choices": [], "usage": self.usage(ticket)}
+        return {**self.head(part=True), "choices": [], "usage": self.usage(tally)}
 
-    def usage(self, ticket: Ticket) -> dict[str, Any]:
+    def usage(self, tally: Tally) -> dict[str, Any]:
         """Tokens of prompts and answers; with `ease`, what they cost in layers."""
         prompt = sum(len(prompt) for prompt in self.request.prompts)
         completion = len(self.depths)
@@ -88,15 +87,16 @@ class Answer:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": tally.num_shared},
         }
         if self.request.show_ease:
             mean_depth = sum(self.depths) / completion if completion else None
             usage["ease"] = {
                 "mean_depth": mean_depth,
-                "drafted": sum(count.judged for count in ticket.drafts.values()),
-                "accepted": sum(count.accepted for count in ticket.drafts.values()),
-                "drafters": drafter_shares(ticket.drafts, completion),
-                "notes": ticket.notes,
+                "drafted": sum(count.judged for count in tally.drafts.values()),
+                "accepted": sum(count.accepted for count in tally.drafts.values()),
+                "drafters": drafter_shares(tally.drafts, completion),
+                "notes": tally.notes,
             }
         return usage
 

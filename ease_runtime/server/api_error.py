@@ -10,7 +10,8 @@ KINDS = {
     404: "invalid_request_error",
     405: "invalid_request_error",
 }
-KINDS |= {413: "invalid_request_error", 429: "rate_limit_error"}
+KINDS |= dict.fromkeys((408, 413, 415, 421), "invalid_request_error")
+KINDS |= {429: "rate_limit_error"}
 
 
 class ApiError(RequestError):

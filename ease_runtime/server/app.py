@@ -23,15 +23,18 @@ from ease_runtime.options import TO_THE_END, Options
 from ease_runtime.server.answers import Answer
 from ease_runtime.server.api_error import ApiError, error_object
 from ease_runtime.server.dispatcher import Dispatcher, Ticket
-from ease_runtime.server.engine_thread import Job, Update
+from ease_runtime.server.engine_thread import Job
+from ease_runtime.server.front import Front
 from ease_runtime.server.metrics import Metrics
 from ease_runtime.server.requests import GenerationRequest, check_length, read_chat, read_completion
 from ease_runtime.server.shadow import Shadow
+from ease_runtime.server.updates import Update
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
 
 PAGE = Path(__file__).parent / "page.html"
+JSON = "application/json"
 HANG_UP = 499  # as nginx counts requests whose client has gone
 Reader = Callable[[Any, TextEngine, Options, int | None], GenerationRequest]
 
@@ -45,6 +48,9 @@ class Settings:
     api_key: str | None = None
     max_body_bytes: int = 2**20
     max_prompt_tokens: int | None = None  # None: as many as the model's context takes
+    body_seconds: float = 30.0  # that a body may take to come
+    hosts: frozenset[str] | None = None  # names that requests may call this server by; None: any
+    cors_origins: tuple[str, ...] = ()  # pages of other origins that may ask; "*": all
     max_queued: int = 64  # completions that wait for a slot
     shadow: float = 0.0  # share of the early answers that run again at full depth
     certificate: dict[str, Any] | None = None  # what such answers are held against
@@ -66,8 +72,9 @@ class Service:
     def check_key(self, request: "Request") -> None:
         """Raises ApiError unless the request has the key, where there is one."""
         expected = self.settings.api_key
-        given = dict(request.scope["headers"]).get(b"authorization", b"")
-        if expected is not None and not hmac.compare_digest(given, f"Bearer {expected}".encode()):
+        scheme, _, given = dict(request.scope["headers"]).get(b"authorization", b"").partition(b" ")
+        known = expected is None or hmac.compare_digest(given.strip(), expected.encode())
+        if not known or (expected is not None and scheme.lower() != b"bearer"):
             raise ApiError(
                 401,
                 "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
@@ -75,17 +82,28 @@ class Service:
             )
 
     async def read_body(self, request: "Request") -> Any:
-        """The JSON of a body. Raises ApiError for one that is too large, no UTF-8 or no JSON."""
+        """The JSON of a body.
+
+        Raises ApiError for one that is said to be something else, is too large, comes too slowly, or is no
+        UTF-8 or no JSON.
+        """
+        kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+        if kind != JSON and not kind.endswith("+json"):
+            raise ApiError(415, f"the body is {kind[:80]!r}; send JSON, with Content-Type: {JSON}")
         limit = self.settings.max_body_bytes
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise ApiError(
-                    413,
-                    f"the body is larger than {limit} bytes; send a shorter prompt",
-                    code="body_too_large",
-                )
+        try:
+            async with asyncio.timeout(self.settings.body_seconds):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > limit:
+                        raise ApiError(
+                            413,
+                            f"the body is larger than {limit} bytes; send a shorter prompt",
+                            code="body_too_large",
+                        )
+        except TimeoutError:
+            raise ApiError(408, f"the body took longer than {self.settings.body_seconds:g} seconds") from None
         try:
             return json.loads(body.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -210,15 +228,10 @@ async def collect(answer: Answer, ticket: Ticket, updates: AsyncGenerator[Update
     try:
         async with aclosing(updates):
             async for update in updates:
-                so_far = completions[update.index]
-                completions[update.index] = replace(
-                    update,
-                    events=so_far.events + update.events,
-                    prompt_scores=so_far.prompt_scores or update.prompt_scores,
-                )
+                completions[update.index] = update.after(completions[update.index])
     except ClientGone:
         return Response(status_code=HANG_UP)
-    return JSONResponse(answer.whole(completions, ticket))
+    return JSONResponse(answer.whole(completions, ticket.tally))
 
 
 def stream(answer: Answer, ticket: Ticket, updates: AsyncGenerator[Update, None]) -> "Response":
@@ -238,7 +251,7 @@ def stream(answer: Answer, ticket: Ticket, updates: AsyncGenerator[Update, None]
             yield event(error_object(error.status, str(error), error.code))
             return
         if answer.request.include_usage:
-            yield event(answer.closing(ticket))
+            yield event(answer.closing(ticket.tally))
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(
@@ -262,6 +275,7 @@ def create_app(llm: TextEngine, settings: Settings) -> "FastAPI":
         from fastapi import FastAPI, Request, Response
         from fastapi.responses import HTMLResponse, JSONResponse
         from starlette.exceptions import HTTPException
+        from starlette.middleware.cors import CORSMiddleware
         from starlette.requests import ClientDisconnect
 
         service = Service(llm, settings)
@@ -276,6 +290,16 @@ def create_app(llm: TextEngine, settings: Settings) -> "FastAPI":
 
     app = FastAPI(title="EASE", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
+
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(Front, hosts=settings.hosts)
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> Response:
@@ -308,7 +332,7 @@ def create_app(llm: TextEngine, settings: Settings) -> "FastAPI":
         service.check_key(request)
         return JSONResponse({"object": "list", "data": [service.model()]})
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Response:
         service.check_key(request)
         if name != settings.model:

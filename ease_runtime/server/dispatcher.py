@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ease_runtime.engine.sequence import DraftCount
-from ease_runtime.generation import add_drafts
 from ease_runtime.llm import TextEngine
 from ease_runtime.server.api_error import ApiError
-from ease_runtime.server.engine_thread import EngineThread, Job, Update
+from ease_runtime.server.engine_thread import EngineThread, Job
 from ease_runtime.server.metrics import Metrics
 from ease_runtime.server.shadow import Shadow
+from ease_runtime.server.updates import Tally, Update
 
 log = logging.getLogger(__name__)
 LONGEST_RETRY = 60  # seconds that a refused client is told to wait at most
@@ -32,18 +31,14 @@ class Ticket:
     inbox: asyncio.Queue[list[Update] | None] = field(default_factory=asyncio.Queue)
     begun: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     since: float = field(default_factory=time.monotonic)
-    num_ended: int = 0  # completions
-    drafts: dict[str, DraftCount] = field(default_factory=dict)  # of these, by drafter
-    notes: list[str] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
     closed: bool = False  # whether it has left the server
     on_close: list[Callable[[], object]] = field(default_factory=list)
 
     def take(self, updates: list[Update]) -> None:
         """Count what has ended, and pass the updates on."""
         for update in updates:
-            self.num_ended += update.finish_reason is not None
-            add_drafts(self.drafts, update.drafts)
-            self.notes += update.notes
+            self.tally.add(update)
         self.inbox.put_nowait(updates)
 
 
@@ -143,7 +138,7 @@ class Dispatcher:
         for job, updates in news:
             if (ticket := self.tickets.get(job)) is not None:
                 ticket.take(updates)
-                if ticket.num_ended == ticket.size:
+                if ticket.tally.num_ended == ticket.size:
                     self.close(ticket)
 
 

@@ -9,35 +9,24 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ease_common.errors import EaseError
-from ease_runtime.engine.sequence import DraftCount, Token, TokenSequence
-from ease_runtime.generation import Completion, Generation, TokenEvent
+from ease_runtime.engine.sequence import TokenSequence
+from ease_runtime.generation import Completion, Generation
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 from ease_runtime.server.api_error import ApiError
 from ease_runtime.server.metrics import Metrics
 from ease_runtime.server.shadow import Shadow
+from ease_runtime.server.updates import Update
 from ease_runtime.text.streaming import StopPattern
 
 log = logging.getLogger(__name__)
+EVERYBODY = "everybody"  # who has this server's key may share what others' texts begin with
 CUT = "the server is shutting down: the answer was cut here"
-
-
-@dataclass(frozen=True)
-class Update:
-    """News of one completion: its new tokens, and once it has ended how, and what became of its drafts."""
-
-    index: int
-    events: list[TokenEvent]
-    finish_reason: str | None = None
-    error: str | None = None
-    drafts: Mapping[str, DraftCount] = field(default_factory=dict)  # by drafter
-    notes: tuple[str, ...] = ()
-    prompt_scores: Sequence[Token] = ()  # where they were asked for; with the first news
 
 
 @dataclass(eq=False)
@@ -130,7 +119,11 @@ class EngineThread:
         try:
             for prompt in job.prompts:
                 generation = self.llm.submit(
-                    prompt, job.options, score_prompt=job.score_prompt, patterns=job.patterns
+                    prompt,
+                    job.options,
+                    score_prompt=job.score_prompt,
+                    patterns=job.patterns,
+                    sharing=EVERYBODY,
                 )
                 job.generations.append(generation)
         except EaseError as error:
@@ -169,32 +162,17 @@ class EngineThread:
             if not events and choice.finish_reason is None:
                 continue
             job, index = self.jobs[choice]
-            news.setdefault(job, []).append(self._update(index, choice, events))
+            news.setdefault(job, []).append(Update.of(index, choice, events))
             if choice.finish_reason is not None:
+                self._note_end(choice.sequence)
                 del self.jobs[choice]
         if news:
             self.listener.deliver(list(news.items()))
         if self.shadow and self.shadow.look():
             self.metrics.note_shadow(self.shadow.risk or 0.0, bool(self.shadow.drift))
 
-    def _update(self, index: int, choice: Completion, events: list[TokenEvent]) -> Update:
-        scores = choice.sequence.prompt_scores
-        choice.sequence.prompt_scores = []
-        if choice.finish_reason is None:
-            return Update(index, events, prompt_scores=scores)
-        self._note_end(choice.sequence)
-        sequence = choice.sequence
-        return Update(
-            index,
-            events,
-            choice.finish_reason,
-            choice.error,
-            drafts=sequence.drafts.counts,
-            notes=tuple(sequence.notes),
-            prompt_scores=scores,
-        )
-
     def _note_end(self, sequence: TokenSequence) -> None:
+        self.metrics.shared_tokens.inc(sequence.num_shared)
         for drafter, count in sequence.drafts.counts.items():
             self.metrics.drafted.labels(drafter).inc(count.judged)
             self.metrics.accepted.labels(drafter).inc(count.accepted)

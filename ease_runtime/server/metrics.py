@@ -16,6 +16,11 @@ class Metrics:
             "ease_requests", "Requests by how they ended.", ["endpoint", "outcome"], registry=registry
         )
         self.prompt_tokens = Counter("ease_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.shared_tokens = Counter(
+            "ease_shared_prompt_tokens",
+            "Tokens of prompts that did not run, since another text began with them.",
+            registry=registry,
+        )
         self.generated_tokens = Counter("ease_generated_tokens", "Tokens generated.", registry=registry)
         self.drafted = Counter(
             "ease_drafted_tokens",

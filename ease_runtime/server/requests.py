@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from ease_common.errors import RequestError, did_you_mean
+from ease_common.errors import RequestError, did_you_mean, shown
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import FLAGS, LEAVING, SAMPLING, TO_THE_END, Options
 from ease_runtime.server.api_error import ApiError
 from ease_runtime.server.no_effect import NO_EFFECT, with_effect
+from ease_runtime.text.grammar import ANY_OBJECT
 from ease_runtime.text.streaming import Detokenizer, StopPattern
 
 OTHERWISE = (
@@ -24,7 +25,7 @@ OTHERWISE = (
 )  # each route has its own word; only flags name code, files
 IN_BODY = tuple(name for name in SAMPLING if name not in OTHERWISE)
 EASE = (*LEAVING, *FLAGS)
-SHARED = ("model", "stream", "stream_options", "ease", *IN_BODY)
+SHARED = ("model", "stream", "stream_options", "ease", "response_format", *IN_BODY)
 LENGTHS = ("max_tokens", "max_completion_tokens")
 Body = Mapping[str, Any]
 
@@ -190,7 +191,28 @@ def read_options(body: Body, base: Options, more: Body) -> Options:
     for name in ease:
         if name not in EASE:
             raise RequestError(f"unknown field {f'ease.{name[:80]}'!r}; {did_you_mean(name[:80], EASE)}")
-    return Options.from_json({"seed": secrets.randbits(63), **given, **ease, **more}, base)
+    form = read_response_format(body.get("response_format"))
+    return Options.from_json({"seed": secrets.randbits(63), **given, **form, **ease, **more}, base)
+
+
+def read_response_format(value: Any) -> Body:
+    """OpenAI's `response_format` as the option it is. Raises RequestError.
+
+    Its `strict` and `name` change nothing: a schema is always followed.
+    """
+    if value is None:
+        return {}
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if kind == "json_object" and value.keys() <= {"type"}:
+        return {"json_schema": ANY_OBJECT}
+    if kind == "json_schema" and value.keys() <= {"type", "json_schema"}:
+        named = value.get("json_schema")
+        if isinstance(named, Mapping) and isinstance(named.get("schema"), Mapping | bool):
+            return {"json_schema": named["schema"]}
+    raise RequestError(
+        f"response_format {shown(value)} is none of {{'type': 'text'}}, {{'type': 'json_object'}} and "
+        "{'type': 'json_schema', 'json_schema': {'schema': {...}}}"
+    )
 
 
 def read_prompts(prompt: Any, llm: TextEngine, max_prompt: int | None = None) -> list[list[int]]:

@@ -10,7 +10,14 @@ from click.testing import CliRunner
 
 import toy_text
 from ease_common.errors import RequestError
-from ease_runtime.cli.batch import answer_lines, count_answers, count_lines, numbered_lines, write_answers
+from ease_runtime.cli.batch import (
+    answer_lines,
+    count_answers,
+    count_failed,
+    count_lines,
+    numbered_lines,
+    write_answers,
+)
 from ease_runtime.cli.main import main
 from ease_runtime.engine.mock import MockStack
 from ease_runtime.llm import TextEngine
@@ -161,3 +168,83 @@ def test_a_second_run_on_one_file_is_refused(tiny_bundle: Path, tmp_path: Path) 
     assert CliRunner().invoke(main, command).exit_code == 0
     assert len(out.read_text().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+OPENAI: list[dict[str, Any]] = [
+    {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "x", "prompt": "abc"}},
+    {
+        "custom_id": "b",
+        "url": "/v1/completions",
+        "body": {"prompt": ["ab", "c"], "n": 2, "max_tokens": 3, "ease": {}},
+    },
+    {"custom_id": "c", "url": "/v1/embeddings", "body": {"input": "a"}},
+    {"custom_id": "d", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 900}},
+    {"custom_id": "e", "url": "/v1/completions", "body": {"prompt": "a", "stream": True}},
+    {"custom_id": "f", "url": "/v1/completions", "body": "a"},
+    {
+        "custom_id": "g",
+        "url": "/v1/chat/completions",
+        "body": {"messages": [{"role": "user", "content": "a"}]},
+    },
+    {"custom_id": "h", "url": "/v1/completions", "body": {"prompt": "tuv", "logprobs": 2, "echo": True}},
+]
+
+
+def test_openais_lines_are_answered_as_the_server_answers() -> None:
+    told = answers([*OPENAI, {"prompt": "abc"}])
+    assert [answer["custom_id"] for answer in told[:8]] == list("abcdefgh")
+    assert [answer["id"] for answer in told[:8]] == [f"batch_req_{number}" for number in range(1, 9)]
+    statuses = [answer["response"]["status_code"] for answer in told[:8]]
+    assert statuses == [200, 200, 400, 400, 400, 400, 400, 200]
+    bodies = [answer["response"]["body"] for answer in told[:8]]
+    assert bodies[0]["choices"][0]["text"] == told[8]["choices"][0]["text"]
+    assert (bodies[0]["object"], bodies[0]["model"]) == ("text_completion", "x")
+    assert [choice["index"] for choice in bodies[1]["choices"]] == [0, 1, 2, 3]
+    assert len(bodies[1]["choices"][0]["ease"]["tokens"]) == 3
+    assert bodies[1]["usage"]["completion_tokens"] == 12
+    for place, message in {
+        2: "'/v1/embeddings' is none of POST /v1/completions",
+        3: "maximum context length",
+        4: "stream: true has no place",
+        5: "body 'a' is not an object",
+        6: "no chat template",
+    }.items():
+        assert message in bodies[place]["error"]["message"]
+    assert bodies[3]["error"]["code"] == "context_length_exceeded"
+    assert len(bodies[7]["choices"][0]["logprobs"]["token_logprobs"]) == 4 + OPTIONS.max_tokens
+
+
+def test_a_run_over_openais_lines_goes_on(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in OPENAI), encoding="utf-8")
+    whole = tmp_path / "whole.jsonl"
+    list(write_answers(whole, answer_lines(text_engine(2), numbered_lines(source, 1), OPTIONS, 2)))
+    expected = whole.read_bytes().splitlines(keepends=True)
+    whole.write_bytes(b"".join(expected[:3]) + expected[3][:9])
+    assert count_answers(whole) == 3
+    assert whole.read_bytes() == b"".join(expected[:3])
+    list(write_answers(whole, answer_lines(text_engine(2), numbered_lines(source, 4), OPTIONS, 2)))
+    assert count_answers(whole) == 8
+    assert count_failed(whole) == 5
+
+
+def test_blank_lines_and_a_byte_order_mark_do_not_count(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \n{"prompt": "b"}\n\n')
+    assert count_lines(source) == 2
+    assert list(numbered_lines(source, 1)) == [(1, b'{"prompt": "a"}\r\n'), (2, b'{"prompt": "b"}\n')]
+    assert list(numbered_lines(source, 2)) == [(2, b'{"prompt": "b"}\n')]
+
+
+def test_lines_that_fail_are_counted_and_the_command_ends_with_1(tiny_bundle: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "And", "max_tokens": 1}, {"prompt": 7}, {"prompt": "x", "max_token": 1}]
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    out = tmp_path / "out.jsonl"
+    for _ in range(2):  # the second one has nothing to do, and says so again
+        result = CliRunner().invoke(main, ["batch", str(tiny_bundle), str(prompts), str(out)])
+        assert result.exit_code == 1
+        assert '2 of 3 could not be answered; their lines\' "error" says why' in result.stderr
+    said = CliRunner().invoke(main, ["batch", str(tiny_bundle), "-", "-"], input=json.dumps(lines[0]) + "\n")
+    assert said.exit_code == 0, said.output
+    assert json.loads(said.stdout) == json.loads(out.read_text().splitlines()[0])

@@ -5,12 +5,14 @@ one.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ease_common.errors import BundleError, DeviceError
+from ease_runtime.bundle.manifest import load_manifest
 from ease_runtime.engine.engine import CATCH_UPS, Engine
 from ease_runtime.engine.layout import Call
 from ease_runtime.engine.probe import CallProbe
@@ -130,6 +132,15 @@ def test_a_row_near_the_end_beside_long_prompts(tiny_bundle: Path) -> None:
     assert len(row.produced) == 8
 
 
+@pytest.fixture
+def made_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bundle is one for CUDA."""
+    monkeypatch.setattr(
+        stack_module, "load_manifest", lambda path: replace(load_manifest(path), target="cuda")
+    )
+
+
+@pytest.mark.usefixtures("made_for_cuda")
 def test_auto_runs_on_the_cpu_what_cuda_cannot_run(
     tiny_bundle: Path, tiny_stack: OrtStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,6 +157,7 @@ def test_auto_runs_on_the_cpu_what_cuda_cannot_run(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("made_for_cuda")
 def test_auto_tries_every_graph(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,3 +183,29 @@ def test_a_broken_bundle_is_no_matter_of_the_device(
     (tmp_path / "bundle" / "head.onnx").write_bytes(b"")
     with pytest.raises(BundleError, match=r"head\.onnx"):
         open_stack(tmp_path / "bundle")
+
+
+def test_auto_is_what_the_bundle_was_made_for(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One for a CPU stays there where CUDA works; one that runs elsewhere than it was made for says so."""
+    monkeypatch.setattr(device_module, "why_no_cuda", lambda: None)
+    assert open_stack(tiny_bundle).device is CPU
+    assert not caplog.messages
+    with pytest.raises(BundleError):
+        open_stack(tiny_bundle, device="cuda")
+    (line,) = caplog.messages
+    assert "is made for cpu and runs on cuda, slower than one for that: ease-export build" in line
+    assert line.endswith("--target cuda")
+
+
+@pytest.mark.usefixtures("made_for_cuda")
+def test_one_for_cuda_runs_on_the_cpu_and_says_so(
+    tiny_bundle: Path, tiny_stack: OrtStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(device_module, "why_no_cuda", lambda: "no GPU")
+    for device in ("auto", "cpu"):
+        caplog.clear()
+        assert decode(open_stack(tiny_bundle, device=device)) == decode(tiny_stack)
+        (line,) = caplog.messages
+        assert "is made for cuda and runs on cpu" in line
