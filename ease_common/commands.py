@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ease_common.errors import EaseError, RequestError, SettingWarning
+from ease_common.errors import EaseError, RequestError, SettingWarning, without_panics
 from ease_common.extras import missing_extra
 from ease_common.interrupts import NOTHING_KEPT, handled, line_of, number_of, raise_it
 
@@ -30,7 +30,7 @@ class CommandGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with warnings.catch_warnings(), handled(raise_it):
+            with warnings.catch_warnings(), handled(raise_it), without_panics():
                 warnings.simplefilter("once", SettingWarning)
                 warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
                 if sys.stdout is None:

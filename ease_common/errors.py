@@ -7,6 +7,7 @@ EaseError
 ├── DeviceError           a device that is not there, or on which the graphs do not compute what they should
 ├── ExportError           a bundle that cannot be written, or that does not match its checkpoint
 ├── MissingExtraError     a package that this command needs is not installed
+├── PanicError            a library of Rust's gave up over what it was given
 └── TrainError            training, importing and what they read
     ├── ConfigError       a recipe, a field or a value that cannot be used
     ├── DataError         a corpus that cannot be read or is too small
@@ -16,7 +17,8 @@ EaseError
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class EaseError(ValueError):
@@ -41,6 +43,10 @@ class ExportError(EaseError):
 
 class MissingExtraError(EaseError):
     """A package that a command needs is not installed; the message names the extra that brings it."""
+
+
+class PanicError(EaseError):
+    """A library of Rust's (tokenizers, say) gave up over what it was given."""
 
 
 class TrainError(EaseError):
@@ -69,6 +75,17 @@ class DivergenceError(TrainError):
 
 class SettingWarning(UserWarning):
     """A setting that has no effect."""
+
+
+@contextmanager
+def without_panics() -> Iterator[None]:
+    """Makes PanicError of the panic of a Rust library, which `except Exception` would not catch."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise PanicError(f"a library gave up: {' '.join(str(error).split())[:200]}") from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ease_common.chat import ChatTemplate, Message
-from ease_common.errors import BundleError, DeviceError, RequestError
+from ease_common.errors import BundleError, DeviceError, RequestError, without_panics
 from ease_common.own import is_own
 from ease_common.tokenizers import whole_texts
 from ease_runtime.bundle.manifest import Manifest
@@ -481,7 +481,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises BundleError when the file is none.
     """
     try:
-        return whole_texts(Tokenizer.from_file(str(path)))
+        with without_panics():
+            return whole_texts(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises plain Exception
         raise BundleError(f"{path} cannot be read: {error}") from None
 

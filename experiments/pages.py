@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+import contexts_tables
 from tables import FOLDER, PageError, Row, figures, leaves_early, load, measured, named, table
 from training_tables import depth_tables, methods_tables, original_tables
 
@@ -124,7 +125,11 @@ def small_tables() -> dict[str, str]:
     rows = [measured(row) for row in load("small-gate.json")["rows"]]
     return {
         "gate": figures(rows, columns, 2),
-        "readme": figures([row for row in rows if row["named"] in IN_README], columns, 2),
+        "readme": figures(
+            [row for row in rows if row["named"] in IN_README],
+            {name: columns[name] for name in (*NAMED, "perplexity", "vs off", "speed-up", "range")},
+            2,
+        ),
     }
 
 
@@ -451,7 +456,10 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "engine.md": engine_tables,
     "cost-model.md": cost_model_tables,
     "small.md": lambda: only(small_tables(), "gate"),
-    "../../README.md": lambda: only(small_tables(), "readme"),
+    "../../README.md": lambda: (
+        only(small_tables(), "readme") | only(contexts_tables.tables(), "contexts-int4")
+    ),
+    "contexts.md": contexts_tables.tables,
     "../pretrained.md": lambda: only(smollm2_tables(), "answers"),
     "scale.md": scale_tables,
     "precisions.md": precision_tables,

@@ -21,6 +21,7 @@ from ease_runtime.engine.sequence import EXIT, Leaving, Token, TokenSequence
 from ease_runtime.policies import FULL_DEPTH, ExitOutput, HeadOutput
 
 Layout = Sequence[SegmentShape]
+NO_NUMBERS = "the model's logits are no finite numbers at position {}"
 TEXT = "text"  # every drafter but an exit
 
 
@@ -44,8 +45,12 @@ def _commit(
     if decision.request_cost and work.kind == "segment" and newest and sequence.may_draft:
         decision.request_cost.entered[work.segment] += 1
     last = work.segment == len(layout) - 1
-    if said is not None and said.head is not None and not np.isfinite(said.head.top_prob).all():
-        return fail(sequence, f"the model's logits are no finite numbers at position {work.stop - 1}")
+    if said is not None and said.head is not None:
+        if not np.isfinite(said.head.top_prob).all():
+            return fail(sequence, NO_NUMBERS.format(work.stop - 1))
+        top_ids = said.head.top_id
+        if top_ids.min(initial=0) < 0 or top_ids.max(initial=0) >= said.head.logits.shape[-1]:
+            return fail(sequence, "the model's head names a token that is not in its vocabulary")
     if sequence.request.score_prompt and last and work.stop <= sequence.num_prompt:
         assert said is not None, "full depth scores the prompt"
         said = _score_prompt(sequence, said, layout)
@@ -125,6 +130,8 @@ def _token(
     top_id = int(output.top_id[0])
     before = sequence.tokens if len(sequence.tokens) == position else sequence.tokens[:position]
     chosen = sequence.request.sampler.pick(output.logits[0], top_id, before, position)
+    if math.isnan(output.logits[0, chosen]):
+        raise RequestError(NO_NUMBERS.format(position - 1))
     return _scored(sequence, segment, output, position, chosen, confidence, layout)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ease_common.errors import EaseError
+from ease_common.errors import EaseError, without_panics
 from ease_runtime.engine.sequence import TokenSequence
 from ease_runtime.generation import Completion, Generation
 from ease_runtime.llm import TextEngine
@@ -93,11 +93,12 @@ class EngineThread:
         going = True
         while going:
             try:
-                going = self._obey()
-                if going and self.llm.busy and time.monotonic() >= self.deadline:
-                    self._cut(CUT)
-                elif going and self.llm.busy:
-                    self._step()
+                with without_panics():
+                    going = self._obey()
+                    if going and self.llm.busy and time.monotonic() >= self.deadline:
+                        self._cut(CUT)
+                    elif going and self.llm.busy:
+                        self._step()
             except Exception as error:
                 log.exception("the engine failed")
                 self._cut(f"the engine failed: {error}")

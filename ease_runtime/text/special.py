@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from tokenizers import AddedToken, Tokenizer
 
 from ease_common.chat import Message, check_messages
-from ease_common.errors import RequestError
+from ease_common.errors import PanicError, RequestError, without_panics
 from ease_common.tokenizers import whole_texts
 
 DIGITS = 30  # of a random number that no text holds by chance
@@ -113,12 +113,17 @@ class SpecialTokens:
 def encode_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """A text's ids, without what a post-processor puts around them.
 
-    A long text goes as a batch of one: that lets other threads run meanwhile, which `encode` does not.
+    A long text goes as a batch of one: that lets other threads run meanwhile, which `encode` does not. Raises
+    RequestError where the tokenizer's own rules break down over it.
     """
-    if len(text) <= LONG_TEXT:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    try:
+        with without_panics():
+            if len(text) <= LONG_TEXT:
+                ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+                return ids
+            (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    except PanicError as error:
+        raise RequestError(f"the tokenizer fails on this text: {error}") from None
     found: list[int] = encoding.ids
     return found
 

@@ -29,7 +29,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from ease_common.chat import SPECIAL_TOKENS, ChatTemplate
-from ease_common.errors import CheckpointError, ModelImportError, SettingWarning
+from ease_common.errors import CheckpointError, ModelImportError, SettingWarning, without_panics
 from ease_common.files import written_aside
 from ease_common.hub import hub_failure, is_hub_id
 from ease_common.tokenizers import whole_texts
@@ -43,6 +43,9 @@ from ease_train.training.renames import renamed
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OF_AN_ADAPTER = (
+    "it is an adapter of peft; merge it into its model and save that (merge_and_unload, save_pretrained)"
+)
 EXITS, EXIT_WEIGHTS = "ease.json", "ease_exits.safetensors"  # what transformers has no place for
 REDUCED_HEAD = "reduced_head.known.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -128,7 +131,7 @@ def read_directory(folder: Path) -> SourceModel:
     """
     config = read_json(folder / "config.json")
     if config is None:
-        raise ModelImportError(f"{folder} is no Hugging Face model: config.json is missing")
+        raise ModelImportError(f"{folder} is no Hugging Face model: config.json is missing{_other(folder)}")
     if "recipe" in config:
         raise ModelImportError(f"{folder} is a checkpoint of this project already; nothing to import")
     model_config(
@@ -136,6 +139,18 @@ def read_directory(folder: Path) -> SourceModel:
     )  # refused in our words, before transformers reads the same file
     tokenizer, names = read_named_tokenizer(folder)
     return SourceModel(config, Shards(folder), tokenizer, read_text_format(folder, config, tokenizer, names))
+
+
+def _other(folder: Path) -> str:
+    """What a directory without a config.json may be, and what to do about it."""
+    if (folder / "adapter_config.json").is_file():
+        return f"; {OF_AN_ADAPTER}"
+    if list(folder.glob("consolidated*")) or (folder / "params.json").is_file():
+        return (
+            "; these are weights in their maker's own form: take the same model in that of transformers from "
+            "the hub, or convert it with its convert_..._weights_to_hf.py"
+        )
+    return ""
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -214,10 +229,7 @@ def _weight_files(folder: Path) -> list[str]:
 def _instead(folder: Path) -> str:
     """What a directory without weights that can be read holds in their place, and what to do about it."""
     if (folder / "adapter_config.json").is_file():
-        return (
-            ": it is an adapter of peft; merge it into its model and save that (merge_and_unload, "
-            "save_pretrained)"
-        )
+        return f": {OF_AN_ADAPTER}"
     if others := sorted(path.name for path in folder.glob("*.safetensors")):
         return f" and {INDEX}; is {others[0]} meant? Give it the first name"
     remedy = (
@@ -299,7 +311,8 @@ def _tokenizer_alone(folder: Path, described: Mapping[str, Any]) -> Tokenizer:
             f"{folder} has no tokenizer.json, and converting another form {WITH_TRANSFORMERS}"
         )
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        with without_panics():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises nothing more special
         raise ModelImportError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
     named = [value for name, value in described.items() if name.endswith("_token")]

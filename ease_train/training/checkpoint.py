@@ -29,7 +29,7 @@ from safetensors.torch import save_model
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ease_common.errors import CheckpointError
+from ease_common.errors import CheckpointError, without_panics
 from ease_common.files import restore_interrupted, written_aside
 from ease_common.tokenizers import whole_texts
 from ease_train.convert.grid import Grid, load_grids, save_grids
@@ -195,7 +195,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _load_tokenizer(path: Path) -> Tokenizer:
     try:
-        return whole_texts(Tokenizer.from_file(str(path)))
+        with without_panics():
+            return whole_texts(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises nothing more special
         raise CheckpointError(f"{path.name}: {error}") from None
 

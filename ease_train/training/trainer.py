@@ -221,6 +221,7 @@ class Trainer:
         self, checkpoint: Checkpoint, workers: Workers | None = None, cache: Path | None = None
     ) -> None:
         self.checkpoint = checkpoint
+        self.saved = checkpoint.step > 0  # whether the run has a checkpoint on the disk
         self.recipe = checkpoint.recipe
         self.settings = checkpoint.recipe.train
         self.workers = workers or Workers()
@@ -394,7 +395,8 @@ class Trainer:
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflows):
             what = f"the loss is {loss}, its gradient's norm {norm}, at step {self.checkpoint.step + 1}"
             remedy = f"try a lower learning_rate than {self.settings.learning_rate}"
-            raise DivergenceError(f"{what}; the last checkpoint is kept; {remedy}")
+            kept = "the last checkpoint is kept; " if self.saved else ""
+            raise DivergenceError(f"{what}; {kept}{remedy}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -529,6 +531,7 @@ class Trainer:
                 replace(self.checkpoint, step=saved.step, model=saved.model, train_state=state), out
             )
         self.workers.wait()
+        self.saved = True
         return SaveEvent(step, out, saved.step if self.workers.first else step)
 
     def _plain(self, weights: Mapping[str, Tensor]) -> ModelSnapshot:

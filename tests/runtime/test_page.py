@@ -110,3 +110,27 @@ def test_errors_are_shown_and_a_run_is_stopped(page: Any) -> None:
         page.wait_for_function("!document.getElementById('go').disabled")
         assert page.inner_text("#wrong") == ""
         assert 0 < len(page.query_selector_all(".token")) < 60
+
+
+@pytest.mark.parametrize("page", [(1200, "light")], indirect=True)
+def test_one_run_at_a_time_and_drafts_from_the_text(page: Any) -> None:
+    with served(text_engine(seconds=0.02)) as server:
+        page.goto(server.url)
+        page.wait_for_selector("#policy option", state="attached")
+        page.uncheck("#chat")
+        page.fill("#max_tokens", "25")
+        page.fill("#prompt", "abcabcabc")
+        page.press("#prompt", "Control+Enter")
+        page.wait_for_selector(".token")
+        page.press("#prompt", "Control+Enter")  # changes nothing
+        page.wait_for_function("!document.getElementById('go').disabled")
+        assert len(page.query_selector_all(".token")) == 25
+        assert not page.is_visible("#draft")
+        page.select_option("#catch_up", "verify")
+        page.select_option("#draft", "ngram")
+        page.click("#go")
+        page.wait_for_function("!document.getElementById('go').disabled")
+        assert page.inner_text("#wrong") == ""
+        titles = [token.get_attribute("title") for token in page.query_selector_all(".token")]
+        assert len(titles) == 25
+        assert all("depth 6 of 6" in title for title in titles)

@@ -144,6 +144,14 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(
     assert all(torch.isfinite(p).all() for p in kept.model.parameters())
 
 
+def test_divergence_before_the_first_checkpoint_promises_none(recipe: Recipe, small_corpus: str) -> None:
+    trainer = Trainer.begin(recipe, small_corpus)
+    with torch.no_grad():
+        trainer.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(DivergenceError, match=r"the loss is nan.* at step 1; try a lower"):
+        trainer.train_step(trainer.next_batch())
+
+
 def test_a_gradient_that_is_no_number_leaves_the_weights_alone(recipe: Recipe, small_corpus: str) -> None:
     trainer = Trainer.begin(recipe, small_corpus)
     trainer.model.embed.weight.register_hook(lambda grad: grad * math.inf)

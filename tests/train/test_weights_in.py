@@ -295,6 +295,15 @@ def test_what_is_there_in_place_of_weights_is_said(sources: Callable[[str], Path
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelImportError, match="it is an adapter of peft; merge it"):
         import_model(str(folder))
+    (folder / "config.json").unlink()  # as peft saves one
+    with pytest.raises(
+        ModelImportError, match=r"config\.json is missing; it is an adapter of peft; merge it"
+    ):
+        import_model(str(folder))
+    (folder / "adapter_config.json").unlink()
+    (folder / "params.json").write_text("{}")
+    with pytest.raises(ModelImportError, match="weights in their maker's own form: take the same model"):
+        import_model(str(folder))
 
 
 def test_tokens_without_a_row_are_said_and_a_start_without_one_is_refused(

@@ -1,0 +1,53 @@
+"""Greedy answers of a bundle on a device, and how far two files of them agree.
+
+python bench/greedy.py BUNDLE --device cuda --json cuda.json
+python bench/greedy.py --compare cpu.json cuda.json
+"""
+
+import json
+from pathlib import Path
+
+import click
+
+from ease_runtime.engine.engine import Engine
+from ease_runtime.ort.device import DEVICES
+from ease_runtime.ort.stack import open_stack
+
+NUM_PROMPTS = 8
+PROMPT = 64
+NEW = 128
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option("--compare", is_flag=True, help="The files are two of --json's.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the answers here.")
+def main(files: tuple[Path, ...], device: str, compare: bool, json_file: Path | None) -> None:
+    """Answer made-up prompts, or compare answers."""
+    if compare:
+        first, second = (json.loads(file.read_text(encoding="utf-8"))["answers"] for file in files)
+        shares = [agreement(a, b) for a, b in zip(first, second, strict=True)]
+        same = f"{shares.count(1.0)} of {len(shares)} answers are the same"
+        click.echo(f"{same}; mean agreement {sum(shares) / len(shares):.3f}")
+        return
+    engine = Engine(open_stack(files[0], device=device))
+    answers = []
+    for number in range(NUM_PROMPTS):
+        ids = [(7 * i * i + 3 * i + 11 * number) % engine.stack.vocab_size for i in range(PROMPT)]
+        sequence = engine.start(ids, max_new_tokens=NEW)
+        answers.append([token.id for token in engine.generate(sequence)])
+    if json_file:
+        text = {"bundle": str(files[0]), "device": engine.stack.device.name, "answers": answers}
+        json_file.write_text(json.dumps(text) + "\n", encoding="utf-8")
+
+
+def agreement(one: list[int], other: list[int]) -> float:
+    """The share before the first difference."""
+    pairs = zip(one, other, strict=False)
+    same = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    return same / max(len(one), len(other))
+
+
+if __name__ == "__main__":
+    main()
