@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -159,6 +160,21 @@ def load_manifest(bundle: Path) -> Manifest:
     Raises BundleError when the bundle is missing, incomplete, altered, newer, or points outside its
     directory.
     """
+    manifest = read_manifest(bundle)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # sums take most of the time, and let others run
+        list(pool.map(lambda item: _check_file(bundle, *item), manifest.files.items()))
+    for extra in sorted({path.name for path in bundle.iterdir()} - {MANIFEST_FILE, *manifest.files}):
+        raise BundleError(
+            f"{bundle / extra} has no sha256 sum in the manifest, and a graph could read it; remove it, "
+            f"or {_remedy(bundle)}"
+        )
+    return manifest
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """What a bundle's manifest says, its files unchecked: for a look at it before it is loaded. Raises
+    BundleError.
+    """
     path = bundle / MANIFEST_FILE
     if not path.is_file():
         what = "no bundle" if not bundle.is_dir() else f"no bundle ({MANIFEST_FILE} is missing)"
@@ -171,15 +187,7 @@ def load_manifest(bundle: Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise BundleError(f"{path} is damaged; {_remedy(bundle)}") from None
-    manifest = parse_manifest(values, path)
-    for name, info in manifest.files.items():
-        _check_file(bundle, name, info)
-    for extra in sorted({path.name for path in bundle.iterdir()} - {MANIFEST_FILE, *manifest.files}):
-        raise BundleError(
-            f"{bundle / extra} has no sha256 sum in the manifest, and a graph could read it; remove it, "
-            f"or {_remedy(bundle)}"
-        )
-    return manifest
+    return parse_manifest(values, path)
 
 
 def parse_manifest(values: Any, path: Path) -> Manifest:

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ease_common.errors import BundleError, DeviceError
-from ease_runtime.bundle.manifest import ExitInfo, Manifest, load_manifest
+from ease_runtime.bundle.manifest import ExitInfo, Manifest, load_manifest, read_manifest
 from ease_runtime.bundle.signatures import (
     Signature,
     of_block,
@@ -667,7 +667,7 @@ def open_stack(
     line in the log says so where it is another than the bundle was made for, and why. Raises BundleError,
     DeviceError.
     """
-    target = load_manifest(bundle).target
+    target = read_manifest(bundle).target
     chosen = CPU if device == "auto" and target == CPU.name else choose_device(device)
     if chosen.name != target:
         log.warning(

@@ -4,6 +4,7 @@ notice.
 
 import contextlib
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
@@ -12,6 +13,8 @@ from ease_common.extras import missing_extra
 from ease_runtime.llm import TextEngine
 from ease_runtime.server.app import Settings, create_app
 
+MOST_FILES = 65536  # that the server asks the system for; a connection is one
+FILES_APART = 128  # that are no connections: libraries, the bundle, logs
 MARGIN_SECONDS = 5  # for connections to close after the last answer was cut
 
 
@@ -38,6 +41,7 @@ def serve(
             self.should_exit = True
 
     more: dict[str, Any] = {
+        "limit_concurrency": most_connections(),
         "timeout_graceful_shutdown": int(grace_seconds) + MARGIN_SECONDS,
         "log_level": log_level,
     }
@@ -46,3 +50,21 @@ def serve(
         server.run()
     if not server.started:
         raise RequestError(f"cannot listen on {host}:{port}; is the port taken? choose another: --port")
+
+
+def most_connections() -> int | None:
+    """Connections that the limit of open files leaves room for, after raising it; more get 503. None where
+    the system has no such limit.
+    """
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # it may be forbidden
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    allowed = MOST_FILES if soft == resource.RLIM_INFINITY else min(soft, MOST_FILES)
+    return max(8, allowed - FILES_APART)

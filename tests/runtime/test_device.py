@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ease_common.errors import BundleError, DeviceError
-from ease_runtime.bundle.manifest import load_manifest
+from ease_runtime.bundle.manifest import load_manifest, read_manifest
 from ease_runtime.engine.engine import CATCH_UPS, Engine
 from ease_runtime.engine.layout import Call
 from ease_runtime.engine.probe import CallProbe
@@ -135,9 +135,8 @@ def test_a_row_near_the_end_beside_long_prompts(tiny_bundle: Path) -> None:
 @pytest.fixture
 def made_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bundle is one for CUDA."""
-    monkeypatch.setattr(
-        stack_module, "load_manifest", lambda path: replace(load_manifest(path), target="cuda")
-    )
+    for name, read in (("load_manifest", load_manifest), ("read_manifest", read_manifest)):
+        monkeypatch.setattr(stack_module, name, lambda path, read=read: replace(read(path), target="cuda"))
 
 
 @pytest.mark.usefixtures("made_for_cuda")

@@ -170,3 +170,18 @@ def test_what_did_not_run_again_is_counted(tiny_bundle: Path) -> None:
         assert (told[0] < 16, told[1] > 16) == (True, True)
         metrics = httpx.get(server.url + "/metrics").text
         assert float(metrics.split("\nease_shared_prompt_tokens_total ")[1].split()[0]) >= sum(told)
+
+
+def test_connections_stay_below_the_limit_of_open_files() -> None:
+    resource = pytest.importorskip("resource")
+    from ease_runtime.server.run import FILES_APART, MOST_FILES, most_connections
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        found = most_connections()
+        now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert now == min(hard, MOST_FILES) if hard != resource.RLIM_INFINITY else MOST_FILES
+        assert found == max(8, now - FILES_APART)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from ease_common.errors import DataError
 from ease_train.data import tokens
-from ease_train.data.tokens import END, UNKNOWN, cached_stream, encode_stream, pack, train_tokenizer
+from ease_train.data.tokens import END, UNKNOWN, cached_stream, encode_stream, in_parts, pack, train_tokenizer
 from ease_train.training.config import TokenizerConfig
 
 TEXT = "And the king went up;\n\n  two spaces, a tab\t, naïve café — “quotes” 日本語 🙂\n"
@@ -116,3 +116,15 @@ def test_tokens_are_kept_until_text_or_tokenizer_changes(
     again = cached_stream(one, ["abc", "abd"], tmp_path)
     assert isinstance(again, np.memmap)
     assert again.tolist() == expected.tolist()
+
+
+def test_texts_without_spaces_are_cut_for_the_training_of_a_tokenizer() -> None:
+    texts = ["no long word here", "x" * 2500, "a " + "y" * 1000 + " z", ""]
+    parts = list(in_parts(texts))
+    assert "".join(parts) == "".join(texts)
+    assert parts == [texts[0], "x" * 1000, "x" * 1000, "x" * 500, texts[2], ""]
+    config = TokenizerConfig(kind="bpe", bpe_vocab_size=300)
+    spaced = ["the king went up to the mountain " * 20]
+    assert (
+        train_tokenizer(spaced, config).to_str() == train_tokenizer(list(in_parts(spaced)), config).to_str()
+    )

@@ -27,7 +27,7 @@ from typing import Any
 
 from ease_common.errors import RequestError
 from ease_eval.peers import peer_worker
-from ease_runtime.bundle.manifest import load_manifest
+from ease_runtime.bundle.manifest import load_manifest, read_manifest
 from ease_runtime.policies.thresholds import Thresholds
 
 START_SECONDS = 1800.0  # onnxruntime-genai first builds its model
@@ -86,7 +86,7 @@ class ComparisonSettings:
 
         For batches of at most `most_rows`, and prompts with their answers of at most `longest` tokens.
         """
-        manifest = load_manifest(self.bundle)
+        manifest = read_manifest(self.bundle)
         python = str(self.python)
         common = {"checkpoint": str(self.checkpoint.resolve()), "threads": self.threads, "rows": most_rows}
         peers = [self.ease("ease", self.bundle, {}, most_rows)]
@@ -126,7 +126,7 @@ class ComparisonSettings:
             "threads": self.threads,
             "rows": most_rows,
         }
-        return Peer(name, load_manifest(bundle).precision, sys.executable, asked)
+        return Peer(name, read_manifest(bundle).precision, sys.executable, asked)
 
     def genai(self, name: str, precision: str, options: tuple[str, ...], common: dict[str, Any]) -> "Peer":
         """A model of onnxruntime-genai's builder, which has its options in its folder's name."""
@@ -384,7 +384,7 @@ def compare_peers(
     plan.work.mkdir(parents=True, exist_ok=True)
     most_rows = max(workload.batch_size for workload in workloads)
     longest = max(workload.prompt_tokens for workload in workloads) + plan.new_tokens
-    stops = frozenset(load_manifest(plan.bundle).stop_ids)
+    stops = frozenset(read_manifest(plan.bundle).stop_ids)
     workers = []
     rows: list[PeerRow] = []
     try:
