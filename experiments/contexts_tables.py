@@ -9,6 +9,9 @@ from typing import Any
 from tables import Row, load, table
 
 LENGTHS = {"128": 128, "1k": 1024, "2k": 2048, "8k": 8000}
+SPEED = ("tokens_per_second", "ease_over_this", ".1f")
+FIRST = ("first_token_ms", "first_token_over_this", ".0f")
+WHAT = {"one thread": (1, SPEED), "two threads": (2, SPEED), "first token ms, one thread": (1, FIRST)}
 NAMES = {"ease": "EASE, GPTQ", "ease b-merged": "EASE, the file's numbers"}
 
 
@@ -29,12 +32,8 @@ def tables() -> dict[str, str]:
         named = [NAMES.get(runtime, runtime), precision]
         perplexity = scored.get((runtime, precision))
         shown = "–" if perplexity is None else f"{perplexity:.2f}"
-        speeds.append(
-            [*named, shown, *(cell(row, "tokens_per_second", "ease_over_this", ".1f") for row in mine)]
-        )
-        first.append(
-            [*named, *(cell(row, "first_token_ms", "first_token_over_this", ".0f") for row in mine[:-1])]
-        )
+        speeds.append([*named, shown, *(cell(row, *SPEED) for row in mine)])
+        first.append([*named, *(cell(row, *FIRST) for row in mine[:-1])])
         memory.append(
             [
                 *named,
@@ -43,10 +42,26 @@ def tables() -> dict[str, str]:
             ]
         )
     fp32 = load("contexts-fp32.json")["rows"]
+    large = {threads: load(f"contexts-1b-{threads}.json")["rows"] for threads in (1, 2)}
     return {
         "contexts-int4": table(["runtime", "weights", "perplexity", *heads], speeds, 2),
         "contexts-first": table(["runtime", "weights", *heads[:-1]], first, 2),
         "contexts-memory": table(["runtime", "weights", "load, s", *heads], memory, 2),
+        "contexts-1b": table(
+            ["runtime", *(f"{what}, {length:,}" for what in WHAT for length in (128, 1024))],
+            [
+                [
+                    row["runtime"],
+                    *(
+                        cell(find(large[threads], row["runtime"], row["precision"], length, 1), *figure)
+                        for threads, figure in WHAT.values()
+                        for length in (128, 1024)
+                    ),
+                ]
+                for row in large[1]
+                if row["prompt_tokens"] == 128
+            ],
+        ),
         "contexts-fp32": table(
             ["runtime", "tokens/s, 128", "1,024", "first token ms, 128", "1,024"],
             [
@@ -54,10 +69,7 @@ def tables() -> dict[str, str]:
                     row["runtime"],
                     *(
                         cell(find(fp32, row["runtime"], row["precision"], length, 1), *what)
-                        for what in (
-                            ("tokens_per_second", "ease_over_this", ".1f"),
-                            ("first_token_ms", "first_token_over_this", ".0f"),
-                        )
+                        for what in (SPEED, FIRST)
                         for length in (128, 1024)
                     ),
                 ]
