@@ -41,10 +41,13 @@ bench: $(READY)  ## training beside transformers' Trainer; the engine on a 135M-
 	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python bench/training.py --json runs/bench/training.json
 	$(BIN)/python bench/llama_shape.py runs/bench/135m
+	$(BIN)/python bench/llama_shape.py runs/bench/135m --precision int4
 	$(BIN)/python bench/engine.py runs/bench/135m/bundle --json runs/bench/engine.json
-	$(BIN)/python bench/contexts.py runs/bench/135m/bundle --json runs/bench/contexts.json
+	$(BIN)/python bench/contexts.py runs/bench/135m/bundle runs/bench/135m/bundle-int4 --json runs/bench/contexts.json
+	$(BIN)/python bench/prefixes.py runs/bench/135m/bundle --json runs/bench/prefixes.json
 	$(if $(wildcard runs/demo/bundle),$(BIN)/python bench/clients.py runs/demo/bundle --json runs/bench/clients.json)
 	$(BIN)/python bench/peers.py runs/bench/135m/checkpoint runs/bench/135m/bundle --json runs/bench/peers.json
+	$(BIN)/python bench/peers.py runs/bench/135m/checkpoint runs/bench/135m/bundle-int4 --json runs/bench/peers-int4.json
 
 experiments: $(READY)  ## what docs/experiments shows, but for make bench and the demos; hours, and goes on where it was stopped
 	$(BIN)/python experiments/scale.py

@@ -5,7 +5,7 @@ run.
     python bench/peers.py CHECKPOINT BUNDLE [--json FILE]
 
 What `ease-eval compare` does, for a checkpoint that may have no tokenizer worth the name: the prompts are
-made-up ids.
+made-up ids, of several lengths, and the longer ones are answered by eight rows, too.
 """
 
 import subprocess
@@ -20,8 +20,7 @@ from ease_eval.peers.compare import ComparisonSettings, Workload, compare_peers
 from ease_eval.provenance import provenance
 from ease_runtime.llm import LLM
 
-PROMPT = 32
-NUM_PROMPTS = 4
+WORKLOADS = ((32, 4, 1), (128, 4, 1), (1024, 1, 1), (1024, 1, 8))  # tokens, prompts, rows
 WORK = Path("runs/bench/peers")
 
 
@@ -32,10 +31,15 @@ def main(checkpoint: Path, bundle: Path, json_file: Path | None) -> None:
             [sys.executable, "-m", "ease_train.cli", "export-hf", str(checkpoint), str(folder)], check=True
         )
     source = provenance(bundle, LLM(bundle), 0)
-    prompts = [[(7 * i * i + 3 * i + number) % 40000 for i in range(PROMPT)] for number in range(NUM_PROMPTS)]
+    workloads = [
+        Workload(
+            [[(7 * i * i + 3 * i + number) % 40000 for i in range(length)] for number in range(count)], rows
+        )
+        for length, count, rows in WORKLOADS
+    ]
     result = compare_peers(
         ComparisonSettings(bundle, folder, Path(".venv-peers/bin/python"), work=WORK),
-        [Workload(prompts)],
+        workloads,
         tell=print,
     )
     if json_file:
