@@ -31,7 +31,7 @@ from ease_runtime.bundle.manifest import load_manifest, read_manifest
 from ease_runtime.policies.thresholds import Thresholds
 
 START_SECONDS = 1800.0  # onnxruntime-genai first builds its model
-GENAI_PRECISION = {"int4": "int4"}  # what its builder makes for a CPU; else fp32
+GENAI_PRECISIONS = ("int4", "int8")  # that its builder makes for a CPU; else fp32
 # its builder's options; 0.18 writes a graph that does not load where embedding and 8-bit head are one
 GENAI_8_BIT_HEAD = ("matmul_mixed_precision=last_matmul:int8", "shared_embeddings=false")
 RUNTIMES = ("transformers", "early-exit", "genai", "llama.cpp")  # beside EASE
@@ -101,7 +101,7 @@ class ComparisonSettings:
             asked = {"runtime": "transformers early exit", "exit_layer": self.exit_layer, **common}
             peers.append(Peer(f"transformers early exit {self.exit_layer}", "fp32", python, asked))
         if "genai" in self.runtimes:
-            precision = GENAI_PRECISION.get(manifest.precision, "fp32")
+            precision = manifest.precision if manifest.precision in GENAI_PRECISIONS else "fp32"
             peers.append(self.genai("onnxruntime-genai", precision, (), common))
             if precision == "int4":
                 peers.append(self.genai("onnxruntime-genai, 8-bit head", precision, GENAI_8_BIT_HEAD, common))
