@@ -6,7 +6,7 @@ token, and over it what EASE's first row has.
 
 from typing import Any
 
-from tables import Row, load, table
+from tables import Row, figures, load, table
 
 LENGTHS = {"128": 128, "1k": 1024, "2k": 2048, "8k": 8000}
 SPEED = ("tokens_per_second", "ease_over_this", ".1f")
@@ -41,7 +41,6 @@ def tables() -> dict[str, str]:
                 *("–" if row is None else f"{row['resident_mb']:.0f}" for row in mine),
             ]
         )
-    fp32 = load("contexts-fp32.json")["rows"]
     large = {threads: load(f"contexts-1b-{threads}.json")["rows"] for threads in (1, 2)}
     return {
         "contexts-int4": table(["runtime", "weights", "perplexity", *heads], speeds, 2),
@@ -62,22 +61,40 @@ def tables() -> dict[str, str]:
                 if row["prompt_tokens"] == 128
             ],
         ),
-        "contexts-fp32": table(
-            ["runtime", "tokens/s, 128", "1,024", "first token ms, 128", "1,024"],
-            [
-                [
-                    row["runtime"],
-                    *(
-                        cell(find(fp32, row["runtime"], row["precision"], length, 1), *what)
-                        for what in (SPEED, FIRST)
-                        for length in (128, 1024)
-                    ),
-                ]
-                for row in fp32
-                if row["prompt_tokens"] == 128
-            ],
+        "contexts-int8": two_lengths(load("contexts-int8.json")["rows"]),
+        "contexts-fp32": two_lengths(load("contexts-fp32.json")["rows"]),
+        "contexts-depth": figures(
+            load("contexts-depth.json")["depth"],
+            {
+                "depth": "{depth}",
+                "catch-up": "{catch_up}",
+                "tokens/s": "{tokens_per_second:.1f}",
+                "speed-up": "{speedup:.2f}",
+                "ideal": "{ideal_speedup:.2f}",
+                "measured/ideal": "{measured_over_ideal:.2f}",
+            },
+            2,
         ),
     }
+
+
+def two_lengths(rows: list[Row]) -> str:
+    """Speeds and first tokens behind 128 and 1,024 tokens."""
+    return table(
+        ["runtime", "tokens/s, 128", "1,024", "first token ms, 128", "1,024"],
+        [
+            [
+                row["runtime"],
+                *(
+                    cell(find(rows, row["runtime"], row["precision"], length, 1), *what)
+                    for what in (SPEED, FIRST)
+                    for length in (128, 1024)
+                ),
+            ]
+            for row in rows
+            if row["prompt_tokens"] == 128
+        ],
+    )
 
 
 def find(rows: list[Row], runtime: str, precision: str, prompt_tokens: int, batch_size: int) -> Row | None:
