@@ -114,7 +114,13 @@ def test_answers_follow_300_generated_schemas(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("kind", ["max-prob", "margin"])
-def test_drafts_and_exits_under_verify_change_nothing(llm: LLM, kind: str) -> None:
+def test_drafts_and_exits_under_verify_change_nothing(
+    llm: LLM, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without costs, so that who drafts does not depend on the machine."""
+    monkeypatch.setattr(llm.engine, "measure", lambda: None)
+    monkeypatch.setattr(llm.engine, "costs", None)
+    monkeypatch.setattr(llm.engine, "pass_costs", None)
     drafted: dict[str, list[int]] = {}
     for number in range(24):
         draw = random.Random(number)
@@ -141,9 +147,9 @@ def test_drafts_and_exits_under_verify_change_nothing(llm: LLM, kind: str) -> No
                 total = drafted.setdefault(name, [0, 0])
                 total[0] += count.judged
                 total[1] += count.accepted
-    for name in ("grammar", "ngram"):
-        judged_, accepted = drafted[name]
-        assert 0 < accepted < judged_ or (name == "grammar" and 0 < accepted <= judged_)
+    assert drafted["grammar"][1] > 0
+    for judged_by, accepted in (drafted[name] for name in ("exit", "ngram")):
+        assert 0 < accepted < judged_by
 
 
 def test_a_regex_and_a_grammar_are_followed_whole(llm: LLM) -> None:
