@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from ease_eval.peers.compare import agreement
 from ease_runtime.engine.engine import Engine
 from ease_runtime.ort.device import DEVICES
 from ease_runtime.ort.stack import open_stack
@@ -27,7 +28,7 @@ def main(files: tuple[Path, ...], device: str, compare: bool, json_file: Path | 
     """Answer made-up prompts, or compare answers."""
     if compare:
         first, second = (json.loads(file.read_text(encoding="utf-8"))["answers"] for file in files)
-        shares = [agreement(a, b) for a, b in zip(first, second, strict=True)]
+        shares = [agreement(b, a, frozenset()) for a, b in zip(first, second, strict=True)]
         same = f"{shares.count(1.0)} of {len(shares)} answers are the same"
         click.echo(f"{same}; mean agreement {sum(shares) / len(shares):.3f}")
         return
@@ -40,13 +41,6 @@ def main(files: tuple[Path, ...], device: str, compare: bool, json_file: Path | 
     if json_file:
         text = {"bundle": str(files[0]), "device": engine.stack.device.name, "answers": answers}
         json_file.write_text(json.dumps(text) + "\n", encoding="utf-8")
-
-
-def agreement(one: list[int], other: list[int]) -> float:
-    """The share before the first difference."""
-    pairs = zip(one, other, strict=False)
-    same = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-    return same / max(len(one), len(other))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of docs/experiments/engine.md: EASE beside other runtimes behind longer and longer texts.
+"""Tables of docs/experiments/contexts.md: EASE beside other runtimes behind longer and longer texts.
 
 Out of the JSON of `ease-eval compare`, a file a run; a cell is the tokens a second, or the time to the first
 token, and over it what EASE's first row has.
@@ -6,12 +6,12 @@ token, and over it what EASE's first row has.
 
 from typing import Any
 
-from tables import Row, figures, load, table
+from tables import FORCED_DEPTHS, Row, figures, load, table
 
 LENGTHS = {"128": 128, "1k": 1024, "2k": 2048, "8k": 8000}
 SPEED = ("tokens_per_second", "ease_over_this", ".1f")
 FIRST = ("first_token_ms", "first_token_over_this", ".0f")
-WHAT = {"one thread": (1, SPEED), "two threads": (2, SPEED), "first token ms, one thread": (1, FIRST)}
+WHAT = {"one thread": (1, *SPEED), "two threads": (2, *SPEED), "first token ms, one thread": (1, *FIRST)}
 NAMES = {"ease": "EASE, GPTQ", "ease b-merged": "EASE, the file's numbers"}
 
 
@@ -46,53 +46,36 @@ def tables() -> dict[str, str]:
         "contexts-int4": table(["runtime", "weights", "perplexity", *heads], speeds, 2),
         "contexts-first": table(["runtime", "weights", *heads[:-1]], first, 2),
         "contexts-memory": table(["runtime", "weights", "load, s", *heads], memory, 2),
-        "contexts-1b": table(
-            ["runtime", *(f"{what}, {length:,}" for what in WHAT for length in (128, 1024))],
-            [
-                [
-                    row["runtime"],
-                    *(
-                        cell(find(large[threads], row["runtime"], row["precision"], length, 1), *figure)
-                        for threads, figure in WHAT.values()
-                        for length in (128, 1024)
-                    ),
-                ]
-                for row in large[1]
-                if row["prompt_tokens"] == 128
-            ],
+        "contexts-1b": by_length(
+            {what: (large[threads], *figure) for what, (threads, *figure) in WHAT.items()}
         ),
         "contexts-int8": two_lengths(load("contexts-int8.json")["rows"]),
         "contexts-fp32": two_lengths(load("contexts-fp32.json")["rows"]),
-        "contexts-depth": figures(
-            load("contexts-depth.json")["depth"],
-            {
-                "depth": "{depth}",
-                "catch-up": "{catch_up}",
-                "tokens/s": "{tokens_per_second:.1f}",
-                "speed-up": "{speedup:.2f}",
-                "ideal": "{ideal_speedup:.2f}",
-                "measured/ideal": "{measured_over_ideal:.2f}",
-            },
-            2,
-        ),
+        "contexts-depth": figures(load("contexts-depth.json")["depth"], FORCED_DEPTHS, 2),
     }
 
 
 def two_lengths(rows: list[Row]) -> str:
-    """Speeds and first tokens behind 128 and 1,024 tokens."""
+    """Speeds and first tokens."""
+    return by_length({"tokens/s": (rows, *SPEED), "first token ms": (rows, *FIRST)})
+
+
+def by_length(parts: dict[str, tuple[Any, ...]]) -> str:
+    """Figures behind 128 and 1,024 tokens, by heading: the rows that they are from, and what `cell` takes."""
+    lengths = (128, 1024)
+    runtimes = dict.fromkeys((row["runtime"], row["precision"]) for row in next(iter(parts.values()))[0])
     return table(
-        ["runtime", "tokens/s, 128", "1,024", "first token ms, 128", "1,024"],
+        ["runtime", *(f"{what}, {length:,}" for what in parts for length in lengths)],
         [
             [
-                row["runtime"],
+                runtime[0],
                 *(
-                    cell(find(rows, row["runtime"], row["precision"], length, 1), *what)
-                    for what in (SPEED, FIRST)
-                    for length in (128, 1024)
+                    cell(find(rows, *runtime, length, 1), *figure)
+                    for rows, *figure in parts.values()
+                    for length in lengths
                 ),
             ]
-            for row in rows
-            if row["prompt_tokens"] == 128
+            for runtime in runtimes
         ],
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 import contexts_tables
-from tables import FOLDER, PageError, Row, figures, leaves_early, load, measured, named, table
+from tables import FOLDER, FORCED_DEPTHS, PageError, Row, figures, leaves_early, load, measured, named, table
 from training_tables import depth_tables, methods_tables, original_tables
 
 NAMED = {"threshold": "{named}", "catch-up": "{catch_up}"}
@@ -31,14 +31,6 @@ def engine_tables() -> dict[str, str]:
         "first token ms": "{first_token_ms:.0f}",
         "resident MB": "{resident_mb:.0f}",
         "texts as EASE": "{same_texts}",
-    }
-    depth = {
-        "depth": "{depth}",
-        "catch-up": "{catch_up}",
-        "tokens/s": "{tokens_per_second:.1f}",
-        "speed-up": "{speedup:.2f}",
-        "ideal": "{ideal_speedup:.2f}",
-        "measured/ideal": "{measured_over_ideal:.2f}",
     }
     verify = {
         "acceptance": "{acceptance:.1f}",
@@ -69,7 +61,7 @@ def engine_tables() -> dict[str, str]:
     }
     return {
         "peers": figures(load("peers.json")["rows"], peers),
-        "depth": figures(found["depth"], depth, 2),
+        "depth": figures(found["depth"], FORCED_DEPTHS, 2),
         "verify": figures(found["verify"], verify),
         "adapt": figures(found["adapt"], adapt),
         "batch": figures(found["batch"], batch, 2),

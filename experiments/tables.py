@@ -11,6 +11,14 @@ from ease_runtime.policies.thresholds import Thresholds
 FOLDER = Path("docs/experiments")
 STUDENT_T = {3: 4.303, 5: 2.776}  # 97.5 % point of Student's t at n - 1 degrees of freedom, by n
 Row = dict[str, Any]
+FORCED_DEPTHS = {  # of bench/engine.py
+    "depth": "{depth}",
+    "catch-up": "{catch_up}",
+    "tokens/s": "{tokens_per_second:.1f}",
+    "speed-up": "{speedup:.2f}",
+    "ideal": "{ideal_speedup:.2f}",
+    "measured/ideal": "{measured_over_ideal:.2f}",
+}
 
 
 class PageError(Exception):

@@ -388,14 +388,15 @@ def batch(
     options = read_flags(given)
     if ray is None and given_flags("ray_workers"):
         raise RequestError(f"--ray-workers {ray_workers} has no effect without --ray ADDRESS")
+    to_stdout = str(out) == "-"
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(saved_input()) if str(prompts) == "-" else prompts
-        if str(out) != "-":
+        if not to_stdout:
             check_out(out, source)
             stack.enter_context(held(out))
             say_how_to_go_on(f"{out} keeps the answers so far; run the command again to go on")
         total = count_lines(source)
-        num_done = 0 if str(out) == "-" else count_answers(out)
+        num_done = 0 if to_stdout else count_answers(out)
         if num_done > total:
             raise RequestError(
                 f"{out} has {num_done} answers, but {prompts} only {total} lines; give another file"
@@ -410,7 +411,7 @@ def batch(
 
             answers = Cluster(ray, ray_workers).answer_lines(bundle, lines, options, batch_size, place)
         failed = 0
-        if str(out) == "-":
+        if to_stdout:
             for answer in answers:
                 click.echo(answer)
                 failed += is_failure(answer)

@@ -41,28 +41,18 @@ from ease_runtime.policies.thresholds import Thresholds
 from ease_train.data.corpora import load_documents, sum_of
 
 WINDOW = 512  # tokens that are scored together
-# COLUMNS of a comparison for a terminal of 80 columns, one table a workload
-SHOWN = (
-    *COLUMNS[:2],
-    "tokens/s",
-    "ease is",
-    "first token ms",
-    "load s",
-    "resident MB",
-    "perplexity",
-    "same texts",
-)
-NARROW_COLUMNS = (
-    "runtime",
-    "precision",
-    "tok/s",
-    "ease\nis",
-    "first\nms",
-    "load\ns",
-    "MB",
-    "ppl",
-    "same\ntexts",
-)
+# those of COLUMNS that a terminal of 80 columns shows, one table a workload, by what they are called there
+NARROW_COLUMNS = {
+    "runtime": "runtime",
+    "precision": "precision",
+    "tokens/s": "tok/s",
+    "ease is": "ease\nis",
+    "first token ms": "first\nms",
+    "load s": "load\ns",
+    "resident MB": "MB",
+    "perplexity": "ppl",
+    "same texts": "same\ntexts",
+}
 
 
 @click.command()
@@ -283,17 +273,13 @@ def show_comparison(result: Comparison, console: Console) -> None:
             pad_edge=False,
             title=f"prompts of {prompt_tokens} tokens, batch {batch_size}",
         )
-        for column in NARROW_COLUMNS:
-            shown.add_column(
-                column,
-                justify="left" if column in NARROW_COLUMNS[:2] else "right",
-                no_wrap=column == NARROW_COLUMNS[0],
-            )
+        for column, heading in NARROW_COLUMNS.items():
+            text = column in COLUMNS[:2]
+            shown.add_column(heading, justify="left" if text else "right", no_wrap=column == COLUMNS[0])
         for row in rows:
             if row.error is None:
-                shown.add_row(
-                    *(cell for name, cell in zip(COLUMNS, cells(row), strict=True) if name in SHOWN)
-                )
+                named = dict(zip(COLUMNS, cells(row), strict=True))
+                shown.add_row(*(named[column] for column in NARROW_COLUMNS))
         console.print(shown)
     for line in dict.fromkeys(f"{row.runtime}: {row.error}" for row in result.rows if row.error is not None):
         click.echo(line)
