@@ -1,6 +1,7 @@
 """The table: its contract, and that its speeds are those of the wall clock."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ease_eval.measure import table as table_module
 from ease_eval.measure.latency import Setting, Text, Timings, ideal_seconds, measure
 from ease_eval.measure.table import Scored, make_speed, quality_cells
 from ease_eval.measure.weights import bytes_read
-from ease_runtime.bundle.manifest import load_manifest
+from ease_runtime.bundle.manifest import MANIFEST_FILE, load_manifest, sha256_of
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.layout import Call
 from ease_runtime.llm import LLM
@@ -88,6 +89,40 @@ def test_json_and_markdown_hold_every_row_off_first(
     markdown = (tmp_path / "table.md").read_text()
     assert markdown.count("\n| ") == len(rows) + 1
     assert f"{off['ppl']:.2f}" in markdown
+
+
+def test_a_bundle_beside_has_a_row_of_the_same_text_and_rounds(
+    tiny_bundle: Path, corpus_file: Path, tmp_path: Path
+) -> None:
+    """A bundle beside itself says what off says; its times are its own."""
+    beside = shutil.copytree(tiny_bundle, tmp_path / "same")
+    file = tmp_path / "table.json"
+    arguments = ["table", str(tiny_bundle), "--data", str(corpus_file), "--thresholds", "0", *SMALL]
+    result = CliRunner().invoke(main, [*arguments, "--beside", str(beside), "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "beside: same" in result.output
+    table = json.loads(file.read_text())
+    off, (row,) = table["rows"][0], table["beside"]
+    assert (row["ppl"], row["ppl_ratio"], row["ppl_ratio_interval"]) == (off["ppl"], 1.0, [1.0, 1.0])
+    assert (row["num_layers"], row["manifest_sha256"]) == (6, table["manifest_sha256"])
+    assert row["speedup"] > 0
+    assert row["tokens_per_second"] != off["tokens_per_second"]
+
+
+def test_a_bundle_beside_needs_the_same_tokens(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_bundle, tmp_path / "other")
+    tokenizer = other / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    manifest = json.loads((other / MANIFEST_FILE).read_text())
+    manifest["files"]["tokenizer.json"] = {
+        "sha256": sha256_of(tokenizer),
+        "num_bytes": tokenizer.stat().st_size,
+    }
+    (other / MANIFEST_FILE).write_text(json.dumps(manifest))
+    arguments = ["table", str(tiny_bundle), "--data", str(corpus_file), *SMALL, "--beside", str(other)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "other has another tokenizer" in result.output
 
 
 def settings(*thresholds: float | None) -> list[Setting]:
@@ -301,7 +336,8 @@ def test_a_killed_table_ends_in_the_same_json(
     assert result.exit_code == 0, result.output
     assert counted == ["scores", "times", "exits", "exits", "batch"]
     found = json.loads((tmp_path / "t.json").read_text())
-    times = kept[2]["value"]
+    times, beside = kept[2]["value"]
+    assert beside == []
     assert [
         {key: row[key] for key in speed} for row, (speed, _) in zip(found["rows"], times, strict=True)
     ] == [speed for speed, _ in times]

@@ -1,7 +1,7 @@
 """The commands of ease-eval that measure a bundle on a corpus: table, ppl, depth, latency, report."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -27,7 +27,6 @@ from ease_eval.measure.table import (
     SettingName,
     Speed,
     Table,
-    cells,
     choose_texts,
     make_settings,
     make_table,
@@ -173,6 +172,8 @@ class Measurement:
     catch_ups: tuple[str, ...]
     amounts: Amounts
     threads: int
+    device: str
+    exact: bool
     data_sha256: str  # of the split's documents, all of them
 
     @classmethod
@@ -209,7 +210,19 @@ class Measurement:
         if len(llm.stack.exit_layers) == 1:
             click.echo("note: this bundle has no early exit: full depth alone is measured", err=True)
         return cls(
-            bundle, llm, documents, data, split, policy, rows, catch_ups, amounts, threads, sum_of(corpus)
+            bundle=bundle,
+            llm=llm,
+            documents=documents,
+            data=data,
+            split=split,
+            policy=policy,
+            thresholds=rows,
+            catch_ups=catch_ups,
+            amounts=amounts,
+            threads=threads,
+            device=device,
+            exact=exact,
+            data_sha256=sum_of(corpus),
         )
 
     @property
@@ -234,7 +247,12 @@ class Measurement:
             "seed": SEED,
         }
 
-    def table(self, journal: Journal | None = None, batches: Sequence[int] = ()) -> Table:
+    def table(
+        self,
+        journal: Journal | None = None,
+        batches: Sequence[int] = (),
+        beside: Mapping[Path, LLM] | None = None,
+    ) -> Table:
         """Everything."""
         return make_table(
             self.bundle,
@@ -250,7 +268,12 @@ class Measurement:
             num_threads=self.threads,
             batches=batches,
             journal=journal,
+            beside=beside,
         )
+
+    def beside(self, path: Path) -> LLM:
+        """Another bundle, loaded as this one is."""
+        return LLM(path, device=self.device, num_threads=self.threads, exact=self.exact)
 
     def settings(self) -> list[Setting]:
         """Off and what was asked for. Raises RequestError where this bundle cannot run it."""
@@ -272,6 +295,12 @@ class Measurement:
     "--batch", "batches", **list_of(click.INT, "N[,N...]"), help="Also decode this many texts at once."
 )
 @click.option(
+    "--beside",
+    type=BundleName(),
+    multiple=True,
+    help="A row for this bundle, say of a plain smaller model: full depth, in the same rounds; repeatable.",
+)
+@click.option(
     "--json",
     "json_file",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -286,6 +315,7 @@ class Measurement:
 def table(
     bundles: tuple[Path, ...],
     batches: tuple[int, ...],
+    beside: tuple[Path, ...],
     json_file: Path | None,
     markdown_file: Path | None,
     **given: Any,
@@ -299,15 +329,18 @@ def table(
     with ExitStack() as open_journals:
         for bundle in bundles:
             measurement = Measurement.of(bundle, **given)
+            others = {path: measurement.beside(path) for path in beside}
             part = (
                 json_file and json_file.with_name(f"{json_file.name}.{len(tables)}")
                 if len(bundles) > 1
                 else json_file
             )
-            journal = open_journals.enter_context(Journal(part, measurement.source | {"batches": batches}))
+            journal = open_journals.enter_context(
+                Journal(part, measurement.source | {"batches": batches, "beside": list(map(str, beside))})
+            )
             if journal.num_read:
                 click.echo(f"{journal.num_read} parts of {bundle} are there from a run before", err=True)
-            tables.append(measurement.table(journal, batches))
+            tables.append(measurement.table(journal, batches, others))
             warn_of_unknown(tables[-1].rows[0])
             render(tables[-1], Console())
         whole = (
@@ -393,13 +426,10 @@ def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
     settings = measurement.settings()
     amounts = measurement.amounts
     texts = choose_texts(measurement.encoded, amounts, measurement.llm.stack.max_positions)
-    found = [
-        speed
-        for speed, _ in measure_speed(measurement.llm, settings, texts, amounts.num_rounds, Journal(None, {}))
-    ]
+    found, _ = measure_speed(measurement.llm, settings, texts, amounts.num_rounds, Journal(None, {}))
     rows = [
         TimedSetting(s.policy.name, s.policy.thresholds, s.catch_up, **vars(speed))
-        for s, speed in zip(settings, found, strict=True)
+        for s, (speed, _) in zip(settings, found, strict=True)
     ]
     write_rows(measurement, rows, json_file)
     shown = narrow_table(
@@ -504,8 +534,8 @@ def render(result: Table, console: Console) -> None:
     shown = narrow_table(
         *NARROW_COLUMNS, title=f"{result.bundle} on {result.data} ({result.split}), {policy}"
     )
-    for row in result.rows:
-        shown.add_row(*(cell.removeprefix(f"{policy} ") for cell in cells(row)))
+    for texts in result.cells():
+        shown.add_row(*(text.removeprefix(f"{policy} ") for text in texts))
     console.print(shown)
     if result.batches:
         together = narrow_table("batch", "at", "catch-up", "tok/s", "speed-up")

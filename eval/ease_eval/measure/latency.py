@@ -27,10 +27,13 @@ from ease_runtime.policies import ExitPolicy
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of a table: a policy (off when it has no thresholds) and a catch-up."""
+    """One row of a table: a policy (off when it has no thresholds) and a catch-up; of another bundle's engine
+    where one is given.
+    """
 
     policy: ExitPolicy
     catch_up: str
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def measure(
 
     Whoever times something else does it `between` rounds, too.
 
-    Returns the timings a setting, and the median seconds of every distinct call.
+    Returns the timings a setting, and the median seconds of every distinct call of this engine's.
     """
     timings = [Timings() for _ in settings]
     for setting, timing in zip(
@@ -74,8 +77,9 @@ def measure(
     ):  # the warm-up round also records depths and calls
         for text in texts:
             _trace(engine, setting, text, timing)
+    own = [timing for setting, timing in zip(settings, timings, strict=True) if setting.engine is None]
     probes = [
-        CallProbe(engine.stack, call) for call in sorted({call for t in timings for call in t.calls}, key=str)
+        CallProbe(engine.stack, call) for call in sorted({call for t in own for call in t.calls}, key=str)
     ]
     for number in range(num_rounds):
         for timing in timings:
@@ -101,6 +105,7 @@ def _begin(engine: Engine, setting: Setting, text: Text) -> TokenSequence:
 
 
 def _decode(engine: Engine, setting: Setting, text: Text, timing: Timings) -> None:
+    engine = setting.engine or engine
     sequence = _begin(engine, setting, text)
     clock = [time.perf_counter()]
     for _ in engine.generate(sequence):
@@ -115,6 +120,7 @@ def _trace(engine: Engine, setting: Setting, text: Text, timing: Timings) -> Non
     """Decode once for the record: the depths of the tokens after the first, the calls that made them, and
     what became of drafts.
     """
+    engine = setting.engine or engine
     sequence = _begin(engine, setting, text)
     depths = []
     for token in engine.generate(sequence):

@@ -7,7 +7,7 @@ catch_ups=["recompute"]) print(table.markdown())
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from ease_eval.measure.perplexity import Scores, record_exits, score_documents
 from ease_eval.measure.weights import bytes_read
 from ease_eval.provenance import provenance
 from ease_eval.results import as_json
+from ease_runtime.bundle.manifest import MANIFEST_FILE, sha256_of
 from ease_runtime.engine.engine import CATCH_UPS
 from ease_runtime.engine.layout import Call, SegmentShape
 from ease_runtime.llm import LLM
@@ -67,20 +68,26 @@ class Quality(SettingName):
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What one setting takes for the decoded tokens: medians over rounds."""
+class Pace:
+    """What the decoded tokens take: medians over rounds."""
 
     tokens_per_second: float
-    gb_per_second: float  # of weights that the row's calls read
     latency_ms_p50: float
     latency_ms_p95: float
-    latency_ms_p99: float
     speedup: float  # measured, against off in the same rounds
+    speedup_range: tuple[float, float]  # smallest and largest over the rounds
+
+
+@dataclass(frozen=True)
+class Speed(Pace):
+    """What one setting takes for the decoded tokens, and where that time goes."""
+
+    gb_per_second: float  # of weights that the row's calls read
+    latency_ms_p99: float
     ideal_speedup: float  # from separately timed graph calls, off's over this row's
     measured_over_ideal: float  # speedup / ideal_speedup
     engine_efficiency: float  # ideal seconds of the row's own calls / its measured seconds
     head_share: float  # of those ideal seconds: exits and heads, with their gates and layers of their own
-    speedup_range: tuple[float, float]  # smallest and largest over the rounds
     prefill_ms_p50: float
     prefill_ms_p95: float
     decoded_mean_depth: float  # of the tokens that were timed
@@ -103,6 +110,20 @@ class ExitQuality:
     layer: int
     ppl: float
     agreement: float  # share of the tokens that full depth would say the same
+
+
+@dataclass(frozen=True)
+class BesideRow(Pace):
+    """Another bundle with the same tokenizer, a plain smaller model say, at full depth on the same text and
+    in the same rounds; its ratios are against the table's bundle at full depth.
+    """
+
+    bundle: str
+    manifest_sha256: str
+    num_layers: int
+    ppl: float
+    ppl_ratio: float
+    ppl_ratio_interval: tuple[float, float]  # 95 %, bootstrap over documents
 
 
 @dataclass(frozen=True)
@@ -142,11 +163,16 @@ class Table:
     rows: tuple[TableRow, ...]
     data_sha256: str = ""  # of the split's documents, where it is known
     num_documents: int = 0  # of the split
+    beside: tuple[BesideRow, ...] = ()
     exact: bool = False  # whether off, too, ran so that passes of one and of several tokens give equal bits
 
     def to_json(self) -> str:
         """The table as JSON text, every figure unrounded."""
         return json.dumps(as_json(self), indent=2) + "\n"
+
+    def cells(self) -> list[list[str]]:
+        """Every row as the texts of COLUMNS, those beside last."""
+        return [*map(cells, self.rows), *map(beside_cells, self.beside)]
 
     def markdown(self) -> str:
         """The table as Markdown, with a line on what was measured."""
@@ -158,7 +184,7 @@ class Table:
             "| " + " | ".join(COLUMNS) + " |",
             "|" + "---:|" * len(COLUMNS),
         ]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(texts) + " |" for texts in self.cells()]
         return "\n".join(lines) + "\n"
 
 
@@ -201,6 +227,22 @@ def cells(row: TableRow) -> list[str]:
     ]
 
 
+def beside_cells(row: BesideRow) -> list[str]:
+    """Another bundle's row as the texts of COLUMNS."""
+    return [
+        f"beside: {Path(row.bundle).name}",
+        "–",
+        *quality_cells(row.ppl, row.ppl_ratio),
+        f"{row.num_layers:.2f}",
+        f"{row.tokens_per_second:.0f}",
+        f"{row.latency_ms_p50:.2f}",
+        f"{row.latency_ms_p95:.2f}",
+        f"{row.speedup:.2f}x",
+        "–",
+        "–",
+    ]
+
+
 @dataclass(frozen=True)
 class Amounts:
     """How much is measured."""
@@ -238,11 +280,16 @@ def make_table(
     batches: Sequence[int] = (),
     journal: Journal | None = None,
     data_sha256: str = "",
+    beside: Mapping[Path, LLM] | None = None,
 ) -> Table:
-    """Measure a bundle, loaded as `llm`, on a corpus's documents. Raises RequestError.
+    """Measure a bundle, loaded as `llm`, on a corpus's documents, and the bundles `beside` it at full depth
+    in the same rounds. Raises RequestError.
 
     What a journal has of a run before is not measured again.
     """
+    beside = beside or {}
+    for path, other in beside.items():
+        check_beside(llm, path, other)
     amounts = amounts or Amounts()
     journal = journal or Journal(None, {})
     settings = make_settings(policy, thresholds, catch_ups, llm.stack.exit_layers)
@@ -254,7 +301,10 @@ def make_table(
     scored = list(first_tokens(documents, amounts.scored_tokens))
     texts = choose_texts([document.ids for document in documents], amounts, llm.stack.max_positions)
     qualities = measure_quality(llm, scored, settings, journal)
-    speeds = measure_speed(llm, settings, texts, amounts.num_rounds, journal)
+    speeds, paces = measure_speed(
+        llm, settings, texts, amounts.num_rounds, journal, beside=list(beside.values())
+    )
+    others = measure_beside(llm, beside, scored, qualities[0], journal)
     exits, oracle = journal.once(
         "exits", lambda: exit_figures(llm, [d.ids for d in first_tokens(scored, EXIT_TOKENS)])
     )
@@ -278,19 +328,14 @@ def make_table(
         position_bin=POSITION_BIN,
         peak_memory_mb=peak_memory_mb(),
         batches=tuple(read_batch(one) for one in several),
+        beside=tuple(BesideRow(**vars(pace), **other) for pace, other in zip(paces, others, strict=True)),
         rows=tuple(make_row(*pair) for pair in zip(qualities, speeds, strict=True)),
     )
 
 
 def read_batch(figures: dict[str, Any]) -> BatchFigures:
     """From what JSON has."""
-    return BatchFigures(
-        **{
-            **figures,
-            "threshold": Thresholds.of(figures["threshold"]),
-            "speedup_range": tuple(figures["speedup_range"]),
-        }
-    )
+    return BatchFigures(**ranged(figures) | {"threshold": Thresholds.of(figures["threshold"])})
 
 
 def make_row(quality: Quality, measured: tuple[Speed, dict[int, int]]) -> TableRow:
@@ -341,48 +386,114 @@ def make_quality(setting: Setting, scores: Scores, off: Scores, scored: "Scored"
     )
 
 
-def measure_speed(
-    llm: LLM, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int, journal: Journal
-) -> list[tuple[Speed, dict[int, int]]]:
-    """Every setting's times, and how many of the decoded tokens had each depth; off comes first."""
+def check_beside(llm: LLM, path: Path, other: LLM) -> None:
+    """Raises RequestError for a bundle whose tokens are not those of `llm`'s."""
+    mine, theirs = (one.manifest.files[one.manifest.tokenizer].sha256 for one in (llm, other))
+    if mine != theirs:
+        raise RequestError(
+            f"{path} has another tokenizer, so perplexity a token is not comparable; expected a bundle of a "
+            "model trained with the same one: ease-train fit --tokenizer"
+        )
+    if other.stack.max_positions < llm.stack.max_positions:
+        raise RequestError(
+            f"{path} has a context of {other.stack.max_positions} tokens, expected at least "
+            f"{llm.stack.max_positions}"
+        )
 
-    def timed() -> list[Any]:
-        timings, seconds = measure(llm.engine, settings, texts, num_rounds)
-        speeds = [make_speed(t, timings[0], seconds, llm) for t in timings]
-        return [
-            [asdict(speed), [np.array(t.depths).tolist()]] for speed, t in zip(speeds, timings, strict=True)
-        ]
+
+def full_depth(llm: LLM) -> Setting:
+    """Another bundle's setting off."""
+    return Setting(make_policy("max-prob", OFF, llm.stack.exit_layers), "recompute", llm.engine)
+
+
+def measure_beside(
+    llm: LLM, beside: Mapping[Path, LLM], documents: Sequence[Document], off: Quality, journal: Journal
+) -> list[dict[str, Any]]:
+    """What other bundles say of the same tokens at full depth: BesideRow's fields but for the times."""
+    encoded = [document.ids for document in documents]
+
+    def score(other: LLM) -> list[Any]:
+        policy = full_depth(other).policy
+        return score_documents(other.engine, encoded, [policy], "recompute")[0].to_lists()
 
     found = []
-    for speed, (depths,) in journal.once("times", timed):
-        layers, counts = np.unique(depths, return_counts=True)
-        speed["speedup_range"] = tuple(speed["speedup_range"])
-        found.append((Speed(**speed), dict(zip(layers.tolist(), counts.tolist(), strict=True))))
+    for path, other in beside.items():
+        scores = Scores.from_lists(journal.once(f"scores beside {path}", partial(score, other)))
+        mine = Scores.from_lists(journal.found["scores"][0])
+        found.append(
+            {
+                "bundle": str(path),
+                "manifest_sha256": sha256_of(path / MANIFEST_FILE),
+                "num_layers": other.stack.exit_layers[-1],
+                "ppl": scores.perplexity,
+                "ppl_ratio": scores.perplexity / off.ppl,
+                "ppl_ratio_interval": Scored(encoded, 0).interval(mine.logprobs - scores.logprobs),
+            }
+        )
     return found
 
 
-def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], llm: LLM) -> Speed:
+def measure_speed(
+    llm: LLM,
+    settings: Sequence[Setting],
+    texts: Sequence[Text],
+    num_rounds: int,
+    journal: Journal,
+    beside: Sequence[LLM] = (),
+) -> tuple[list[tuple[Speed, dict[int, int]]], list[Pace]]:
+    """Every setting's times, and how many of the decoded tokens had each depth, off first; and the times of
+    other bundles at full depth.
+    """
+
+    def timed() -> list[Any]:
+        others = [full_depth(other) for other in beside]
+        timings, seconds = measure(llm.engine, [*settings, *others], texts, num_rounds)
+        own, rest = timings[: len(settings)], timings[len(settings) :]
+        speeds = [[asdict(make_speed(t, own[0], seconds, llm)), np.array(t.depths).tolist()] for t in own]
+        return [speeds, [asdict(make_pace(t, own[0])) for t in rest]]
+
+    speeds, paces = journal.once("times", timed)
+    found = []
+    for speed, depths in speeds:
+        layers, counts = np.unique(depths, return_counts=True)
+        found.append((Speed(**ranged(speed)), dict(zip(layers.tolist(), counts.tolist(), strict=True))))
+    return found, [Pace(**ranged(pace)) for pace in paces]
+
+
+def ranged(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures as JSON has them, with their range a pair."""
+    return figures | {"speedup_range": tuple(figures["speedup_range"])}
+
+
+def make_pace(timing: Timings, off: Timings) -> Pace:
     """One setting's times against off's."""
     speedups = [a / b for a, b in zip(off.rounds, timing.rounds, strict=True)]
-    speedup = float(np.median(speedups))
+    p50, p95 = np.percentile(np.array(timing.token_seconds) * 1000, (50, 95)).tolist()
+    return Pace(
+        tokens_per_second=len(timing.depths) / float(np.median(timing.rounds)),
+        latency_ms_p50=p50,
+        latency_ms_p95=p95,
+        speedup=float(np.median(speedups)),
+        speedup_range=(min(speedups), max(speedups)),
+    )
+
+
+def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], llm: LLM) -> Speed:
+    """One setting's times against off's, and against those of its graph calls."""
+    pace = make_pace(timing, off)
     seconds = float(np.median(timing.rounds))
     ideal = ideal_seconds(timing.calls, call_seconds)
     ideal_speedup = ideal_seconds(off.calls, call_seconds) / ideal
-    p50, p95, p99 = np.percentile(np.array(timing.token_seconds) * 1000, (50, 95, 99)).tolist()
     prefill50, prefill95 = np.percentile(np.array(timing.prefills) * 1000, (50, 95)).tolist()
     return Speed(
-        tokens_per_second=len(timing.depths) / seconds,
+        **vars(pace),
         gb_per_second=bytes_read(llm.manifest, timing.calls) / 1e9 / seconds,
-        latency_ms_p50=p50,
-        latency_ms_p95=p95,
-        latency_ms_p99=p99,
-        speedup=speedup,
+        latency_ms_p99=float(np.percentile(np.array(timing.token_seconds) * 1000, 99)),
         ideal_speedup=ideal_speedup,
-        measured_over_ideal=speedup / ideal_speedup,
+        measured_over_ideal=pace.speedup / ideal_speedup,
         engine_efficiency=ideal / seconds,
         head_share=ideal_seconds([call for call in timing.calls if call.graph in HEAD_GRAPHS], call_seconds)
         / ideal,
-        speedup_range=(min(speedups), max(speedups)),
         prefill_ms_p50=prefill50,
         prefill_ms_p95=prefill95,
         decoded_mean_depth=float(np.mean(timing.depths)),
