@@ -4,20 +4,22 @@
     template.render([{"role": "user", "content": "Hello"}])
 
 Templates are jinja2, rendered as transformers does: the same filters, tags and variables, `tools` and
-`documents` being None. A bundle may come from anywhere, so they run in jinja2's immutable sandbox.
+`documents` being None. A bundle may come from anywhere, so they run in a sandbox, with an end to their work
+(sandbox.py).
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from io import StringIO
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ease_common.errors import RequestError
+from ease_common.sandbox import BoundedSandbox, bounded, started
 
 LONGEST_REASON = 300  # characters
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -65,7 +67,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str | bytes, **special_tokens: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedSandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[AssistantMark, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
@@ -74,7 +76,7 @@ class ChatTemplate:
         self.special_tokens = special_tokens
         self.problem: str | None = None
         try:
-            self.template = environment.from_string(source if isinstance(source, str) else source.decode())
+            self.template = environment.read(source if isinstance(source, str) else source.decode())
         except Exception as error:  # what jinja2, Python's own compiler and UTF-8 do not take
             self.problem = (
                 f"the chat template cannot be read ({_reason(error)}); chat is refused, all else works"
@@ -90,20 +92,32 @@ class ChatTemplate:
         if self.problem is not None:
             raise RequestError(self.problem)
         try:
-            return self.template.render(
+            pieces = self.template.generate(
+                started(),
                 messages=[_as_templates_know_it(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
                 **self.special_tokens,
             )
+            return _joined(pieces)
         except Exception as error:  # a template is a program: it may fail in any way
             raise RequestError(f"the chat template cannot take these messages: {_reason(error)}") from None
 
 
+def _joined(pieces: Iterable[str]) -> str:
+    """What a template writes, while that is of a length that a text can have. Raises TemplateError."""
+    written = StringIO()
+    for piece in pieces:
+        written.write(piece)
+        bounded(range(written.tell()))
+    return written.getvalue()
+
+
 def _reason(error: Exception) -> str:
     line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-    return " ".join(str(error).split())[:LONGEST_REASON] + line
+    said = " ".join(str(error).split())[:LONGEST_REASON]
+    return (said or type(error).__name__) + line
 
 
 def _as_templates_know_it(message: Message) -> Message:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import sys
 import warnings
 from typing import Any
@@ -10,14 +9,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ease_common.errors import EaseError, RequestError, SettingWarning, without_panics
+from ease_common.errors import EaseError, RequestError, SettingWarning, out_of_memory, without_panics
 from ease_common.extras import missing_extra
 from ease_common.interrupts import NOTHING_KEPT, handled, line_of, number_of, raise_it
 
 GO_ON = "ease.how_to_go_on"
-OUT_OF_MEMORY = (
-    "bad_alloc|can't allocate memory|[Ff]ailed to allocate|[Oo]ut of memory|Cannot allocate memory"
-)
 
 
 class CommandGroup(click.Group):
@@ -65,7 +61,7 @@ def exhausted(error: BaseException) -> EaseError | None:
     """What to say where memory or a disk is full, or a stream is closed; None for any other error."""
     text = " ".join(str(error).split())
     number = getattr(error, "errno", None)
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or re.search(OUT_OF_MEMORY, text, re.I):
+    if out_of_memory(error):
         wanted = f" ({text[:200]})" if text else ""
         return RequestError(
             f"not enough memory{wanted}; run less at once (--batch-size, --max-prompt), a smaller model or a "

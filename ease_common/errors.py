@@ -17,8 +17,14 @@ EaseError
 """
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+OUT_OF_MEMORY = re.compile(
+    "bad_alloc|can't allocate memory|failed to allocate|out of memory|not enough memory", re.IGNORECASE
+)
 
 
 class EaseError(ValueError):
@@ -86,6 +92,12 @@ def without_panics() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise PanicError(f"a library gave up: {' '.join(str(error).split())[:200]}") from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python's, the system's, torch's or ONNX Runtime's says that memory is not there."""
+    no_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return no_memory or OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

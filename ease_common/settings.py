@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field
 from typing import Any, ClassVar, Self
 
-from ease_common.errors import ConfigError, did_you_mean
+from ease_common.errors import ConfigError, did_you_mean, shown
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def setting(default: Any, help: str, allowed: Bounds | tuple[str, ...] | None = 
 def one_of(where: str, value: str, known: tuple[str, ...]) -> None:
     """Raise ConfigError, naming the nearest known value, unless `value` is one of them."""
     if value not in known:
-        raise ConfigError(f"{where} = '{value}'; {did_you_mean(value, known)}")
+        raise ConfigError(f"{where} = {shown(value)}; {did_you_mean(value, known)}")
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,11 @@ class Section:
             numbers = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
             )
+            if any(type(number) is int and number.bit_length() > 63 for number in numbers):
+                raise ConfigError(f"{self.table}: {f.name} = {shown(value)} takes more than 64 bits")
             if isinstance(allowed, Bounds) and not all(number in allowed for number in numbers):
                 raise ConfigError(
-                    f"{self.table}: {f.name} = {list(value) if isinstance(value, tuple) else value}, "
+                    f"{self.table}: {f.name} = {shown(list(value) if isinstance(value, tuple) else value)}, "
                     f"expected {allowed}"
                 )
 
@@ -152,9 +154,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if hint in (int, bool, str) and type(value) is hint:
             return value
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where} = {value!r}: {error}") from None
-    raise ConfigError(f"{where} = {value!r} is not of the type {getattr(hint, '__name__', hint)}")
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where} = {shown(value)}: {error}") from None
+    raise ConfigError(f"{where} = {shown(value)} is not of the type {getattr(hint, '__name__', hint)}")
 
 
 def _plain(value: Any) -> Any:

@@ -16,9 +16,9 @@ nothing about text.
 import time
 from collections.abc import Iterator, Sequence
 
-from ease_common.errors import RequestError, did_you_mean
+from ease_common.errors import RequestError, did_you_mean, out_of_memory
 from ease_runtime.drafters.protocol import Drafter
-from ease_runtime.engine.commit import commit
+from ease_runtime.engine.commit import commit, fail
 from ease_runtime.engine.costs import DEFAULT_CAP, Costs, RequestCost
 from ease_runtime.engine.drafting import draft, wants_drafts
 from ease_runtime.engine.lookups import Lookups
@@ -283,7 +283,13 @@ class Engine:
         self.num_rows = len(batch)
         for sequence in running:
             sequence.waited += 1
-        for (sequence, work), said in zip(batch, self.runner.run(batch), strict=True):
+        try:
+            outputs = self.runner.run(batch)
+        except Exception as error:  # ONNX Runtime's share no base of their own
+            if not out_of_memory(error):
+                raise
+            return self._release([*changed, *_without_memory(batch, error)])
+        for (sequence, work), said in zip(batch, outputs, strict=True):
             sequence.waited = 0
             if prefilling and not sequence.prefilling:
                 self._keep_prefix(sequence)
@@ -315,3 +321,18 @@ class Engine:
         if any(sequence.error for sequence in changed):
             self.cache.scrub()
         return changed
+
+
+def _without_memory(batch: Batch, error: Exception) -> list[TokenSequence]:
+    """End the longest sequence of a pass that found no memory; the others will run it again. All of them end
+    where the layers had run and it was an exit's turn: nobody could go on there.
+    """
+    longest = max(batch, key=lambda part: part[1].stop)
+    undone = all(sequence.counters.done[work.segment] < work.stop for sequence, work in batch)
+    ended = [longest[0]] if undone else [sequence for sequence, _ in batch]
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    for sequence in ended:
+        fail(
+            sequence, said if "not enough memory" in said else f"not enough memory for this request ({said})"
+        )
+    return ended

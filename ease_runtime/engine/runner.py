@@ -77,7 +77,10 @@ class Runner:
             self.slots.free(sequence)
 
     def run(self, batch: Batch) -> list[ExitOutput | None]:
-        """Run a pass over some rows, and ask the exit behind it what it must say of each."""
+        """Run a pass over some rows, and ask the exit behind it what it must say of each.
+
+        Where its layers fail nothing has changed: the same pass may run again.
+        """
         kind = batch[0][1].kind
         segment = batch[0][1].segment
         parts = [(sequence, work.start, work.stop) for sequence, work in batch]
@@ -98,8 +101,8 @@ class Runner:
         with_block = self._with_block(segment, parts)
         out_row = self._reserve(_num_tokens(with_block)) if with_block else 0
         self.stack.run_kv(segment, self.cache, _spans(parts), _rows(parts))
-        self._run_block(segment, with_block, out_row)
         _mark(segment, parts)
+        self._run_block(segment, with_block, out_row)
 
     def advance(self, segment: int, parts: Parts, active: NDArray[np.bool_] | None = None) -> None:
         """Run tokens [start, stop) of some sequences through a segment, or around it where it is routed.
@@ -131,8 +134,8 @@ class Runner:
             counters.first = start
             counters.entered = inputs[first:last] if segment else counters.rows[start:stop] + num_tokens
             first = last
-        self._run_block(segment, with_block, out_row + num_rows)
         _mark(segment, parts)
+        self._run_block(segment, with_block, out_row + num_rows)
 
     def _advance_routed(self, segment: int, parts: Parts) -> None:
         stack = self.stack

@@ -4,6 +4,7 @@ Llama 2 and 3, SmolLM2, Mistral (without its sliding window), Qwen2 and 2.5, Qwe
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ease_common.errors import ModelImportError
+from ease_common.errors import ModelImportError, shown
 from ease_train.convert.grid import Grid
 from ease_train.convert.text_format import TextFormat
 from ease_train.training.config import ModelConfig
@@ -89,6 +90,7 @@ FAMILIES = {
         normed=True,
     ),
 }
+LARGEST = 1 << 20  # of any size or count: the bytes of a matrix then stay within 64 bits
 MOST_POSITIONS = 1 << 22  # whose rotary tables take 2 GB
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROTARY_BUFFER = ".rotary_emb.inv_freq"  # which old files hold beside the weights
@@ -143,7 +145,7 @@ def model_config(
     positions = min(max_positions or positions, positions)
     if positions > MOST_POSITIONS:
         raise ModelImportError(
-            f"config.json has a context of {positions} tokens, expected at most {MOST_POSITIONS}; cut "
+            f"config.json has a context of {shown(positions)} tokens, expected at most {MOST_POSITIONS}; cut "
             "it: --max-positions N"
         )
     return ModelConfig.from_dict(
@@ -171,10 +173,11 @@ def _check_field(name: str, value: Any) -> None:
         expected = "a number from 0 to 1"
     else:
         follows = value is None and UNSAID.get(name, 0) is None
-        sound = follows or (type(value) is int and value >= 1)
-        expected = "a whole number of at least 1"
+        most = math.inf if name in ("max_position_embeddings", "sliding_window") else LARGEST
+        sound = follows or (type(value) is int and 1 <= value <= most)
+        expected = "a whole number of at least 1" + ("" if most == math.inf else f" and at most {most}")
     if not sound:
-        raise ModelImportError(f"config.json has {name} = {value!r}, expected {expected}")
+        raise ModelImportError(f"config.json has {name} = {shown(value)}, expected {expected}")
 
 
 def _known_family(values: Mapping[str, Any]) -> Family:
@@ -183,9 +186,9 @@ def _known_family(values: Mapping[str, Any]) -> Family:
     Raises ModelImportError, in one line, for an architecture or a feature that this decoder has not.
     """
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelImportError(
-            f"models of the type '{kind}' cannot be imported; expected one of: {', '.join(FAMILIES)}"
+            f"models of the type {shown(kind)} cannot be imported; expected one of: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     unsupported = {
@@ -196,7 +199,7 @@ def _known_family(values: Mapping[str, Any]) -> Family:
     for name, found in unsupported.items():
         if found:
             raise ModelImportError(
-                f"config.json has {name} = {values[name]!r}, which this decoder does not compute"
+                f"config.json has {name} = {shown(values[name])}, which this decoder does not compute"
             )
     return family
 
@@ -221,23 +224,23 @@ def rotary_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise ModelImportError(f"config.json has rope_scaling = {found!r}, expected an object")
+        raise ModelImportError(f"config.json has rope_scaling = {shown(found)}, expected an object")
     rope = dict(found)
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = values.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
     if kind not in ("default", "linear", "llama3") or share != 1.0:
         raise ModelImportError(
-            f"rotary embeddings of the kind '{kind}' (share {share}) cannot be imported; expected: "
-            "default, linear, llama3"
+            f"rotary embeddings of the kind {shown(kind)} (share {shown(share)}) cannot be imported; "
+            "expected: default, linear, llama3"
         )
     names = {"default": (), "linear": LLAMA3_SCALING[:1], "llama3": LLAMA3_SCALING}[kind]
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
     for name in ("rope_theta", *names):
         value: Any = rope.get(name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise ModelImportError(
-                f"config.json has rotary embeddings of the kind '{kind}' with {name} = {value!r}, "
+                f"config.json has rotary embeddings of the kind '{kind}' with {name} = {shown(value)}, "
                 "expected a number above 0"
             )
     return {

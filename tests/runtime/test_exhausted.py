@@ -5,14 +5,18 @@ import mmap
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ease_common.commands import exhausted
 from ease_common.errors import DeviceError
+from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.layout import Span
+from ease_runtime.engine.mock import MockStack
 from ease_runtime.ort.buffers import CacheShape, RowCache
 from ease_runtime.ort.sessions import start_thread_pool
+from ease_runtime.policies import make_policy
 
 START = "from ease_start import ease_run; ease_run()"
 
@@ -102,3 +106,93 @@ def test_what_is_told_of_an_error() -> None:
     assert str(named).startswith("could not write a.json: No space left on device")
     assert exhausted(RuntimeError("a defect")) is None
     assert exhausted(FileNotFoundError(2, "No such file")) is None
+
+
+PROMPTS = [[3, 1, 4], [*range(1, 19), 7], [2, 7], [5]]  # the second is past ROOM, or comes to be
+ROOM = 22  # positions of a text
+
+
+def answers(stack: MockStack, catch_up: str, prompts: list[list[int]]) -> list[Any]:
+    """Prompts that run together: what is said of each, and its error."""
+    engine = Engine(stack, num_slots=3, cap=4)
+    policy = make_policy("max-prob", 0.3, stack.exit_layers)
+    sequences = [
+        engine.start(prompt, max_new_tokens=12, policy=policy, catch_up=catch_up) for prompt in prompts
+    ]
+    while engine.busy:
+        engine.step()
+    return [([token.id for token in sequence.produced], sequence.error) for sequence in sequences]
+
+
+def short_of(name: str, error: Exception) -> MockStack:
+    """Layers of three segments whose pass over a text past ROOM finds no memory."""
+    stack = MockStack(vocab_size=23, exit_layers=(2, 4, 6), max_positions=64)
+    run = getattr(stack, name)
+
+    def short(number: int, cache: Any, spans: Any, *rest: Any) -> None:
+        if number == 1 and any(span.stop > ROOM for span in spans):
+            raise error
+        run(number, cache, spans, *rest)
+
+    setattr(stack, name, short)
+    return stack
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        DeviceError("a graph of this bundle fails on cpu: Failed to allocate memory for 8 bytes"),
+        DeviceError("not enough memory for keys and values of 3 texts of 256 tokens"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("catch_up", "name"),
+    [
+        ("recompute", "run_segment"),
+        ("verify", "run_segment"),
+        ("propagate", "run_segment"),
+        ("propagate", "run_kv"),
+    ],
+)
+def test_a_pass_without_memory_ends_the_longest_request_alone(
+    catch_up: str, name: str, error: Exception
+) -> None:
+    alone = [
+        answers(MockStack(vocab_size=23, max_positions=64, exit_layers=(2, 4, 6)), catch_up, [prompt])[0]
+        for prompt in PROMPTS
+    ]
+    together = answers(short_of(name, error), catch_up, PROMPTS)
+    said, why = together[1]
+    assert "not enough memory" in why
+    assert said == alone[1][0][: len(said)] != alone[1][0]
+    assert [together[0], *together[2:]] == [alone[0], *alone[2:]]
+
+
+def test_an_exit_without_memory_ends_those_of_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers have run: nobody could go on where it was."""
+    stack = MockStack(vocab_size=23, exit_layers=(2, 4, 6), max_positions=64)
+    run_exit = stack.run_exit
+    calls = [0]
+
+    def short(number: int, rows: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 9:
+            raise MemoryError
+        return run_exit(number, rows)
+
+    monkeypatch.setattr(stack, "run_exit", short)
+    together = answers(stack, "recompute", PROMPTS)
+    failed = [why for _, why in together if why]
+    assert set(failed) == {"not enough memory for this request (MemoryError)"}
+    assert (
+        together[3]
+        == answers(
+            MockStack(vocab_size=23, max_positions=64, exit_layers=(2, 4, 6)), "recompute", PROMPTS[3:]
+        )[0]
+    )
+
+
+def test_a_defect_is_no_want_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="a defect"):
+        answers(short_of("run_segment", RuntimeError("a defect")), "recompute", PROMPTS)

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from ease_common import sandbox
+from ease_common.chat import ChatTemplate
 from ease_common.errors import MissingExtraError
 from ease_runtime.generation import Timing
 from ease_runtime.llm import TextEngine
@@ -466,6 +468,44 @@ def test_a_row_without_numbers_fails_alone() -> None:
         last = json.loads(streamed.text.split("\n\n")[-2].removeprefix("data: "))
         assert "no finite numbers" in last["error"]["message"]
         assert is_idle(server)
+
+
+def test_a_pass_without_memory_ends_one_request() -> None:
+    llm = text_engine(4)
+    run_segment = llm.stack.run_segment
+
+    def short(number: int, cache: Any, spans: Any, *rest: Any) -> None:
+        if any(span.stop > 20 for span in spans):
+            raise MemoryError
+        run_segment(number, cache, spans, *rest)
+
+    llm.stack.run_segment = short  # type: ignore[method-assign]
+    with served(llm) as server:
+
+        async def ask() -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+                bodies = [{"prompt": prompt, "max_tokens": 12} for prompt in ("abc", "d" * 30, "fgh", "ijk")]
+                return await asyncio.gather(*(client.post(COMPLETIONS, json=body) for body in bodies))
+
+        first, short_of, second, third = asyncio.run(ask())
+        assert short_of.status_code == 500
+        assert "not enough memory" in short_of.json()["error"]["message"]
+        for response, prompt in ((first, "abc"), (second, "fgh"), (third, "ijk")):
+            assert response.json()["choices"][0]["text"] == said(prompt, max_tokens=12)
+        assert is_idle(server)
+
+
+def test_a_template_that_never_ends_is_a_bad_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MOST_ROUNDS", 1000)
+    llm = text_engine(1)
+    llm.template = ChatTemplate(
+        "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    )
+    with served(llm) as server:
+        response = post(server, CHAT, {"messages": [{"role": "user", "content": "abc"}]})
+        assert response.status_code == 400
+        assert "it goes round more than 1000 times" in response.json()["error"]["message"]
+        assert post(server, COMPLETIONS, {"prompt": "abc", "max_tokens": 4}).status_code == 200
 
 
 def test_an_engine_that_fails_serves_the_next(

@@ -210,7 +210,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"values": {"max_position_embeddings": None}},
         "max_position_embeddings = None, expected a whole number",
     ),
-    "no rows": ({"values": {"vocab_size": 0}}, "vocab_size = 0, expected a whole number of at least 1"),
+    "no rows": (
+        {"values": {"vocab_size": 0}},
+        "vocab_size = 0, expected a whole number of at least 1 and at most 1048576",
+    ),
     "a text for a number": (
         {"values": {"num_attention_heads": "4"}},
         "num_attention_heads = '4', expected a whole number",
