@@ -44,6 +44,7 @@ from ease_runtime.bundle.manifest import (
     WeightForm,
     sha256_of,
 )
+from ease_runtime.ort.load_tests import run_every_graph
 from ease_runtime.ort.stack import OrtStack
 from ease_train.model.decoder import Decoder
 from ease_train.training.checkpoint import TEMPLATE_FILE, Checkpoint, load_checkpoint, not_finite
@@ -123,7 +124,7 @@ def check_runs(folder: Path, checkpoint_path: Path, precision: str) -> None:
     Raises ExportError when onnxruntime does not.
     """
     try:
-        OrtStack(folder, num_threads=None).run_every_graph()
+        run_every_graph(OrtStack(folder, num_threads=None))
     except (EaseError, RuntimeError) as error:  # the latter is ONNX Runtime's
         reason = str(error).splitlines()[0].replace(f"{folder}/", "")
         raise ExportError(

@@ -33,26 +33,14 @@ from ease_runtime.bundle.signatures import (
     of_similarity,
 )
 from ease_runtime.engine.layout import Call, SegmentShape, Span
-from ease_runtime.ort.buffers import CacheShape, DeviceCache, DevicePool, HiddenPool, Int64s, RowCache, Run
+from ease_runtime.ort.buffers import CacheShape, DeviceCache, DevicePool, HiddenPool, Int64s, RowCache
 from ease_runtime.ort.device import CPU, SILENT, Device, DeviceArray, choose_device
+from ease_runtime.ort.load_tests import products_agree, run_every_graph, self_test
+from ease_runtime.ort.passes import Passes
 from ease_runtime.ort.sessions import Binding, Graph, check_signature, load_session, start_thread_pool
 from ease_runtime.policies import HeadOutput
 
 log = logging.getLogger(__name__)
-
-PRODUCTS_LENGTH = 2000  # tokens in the cache of the pass that compares two forms of attention
-SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
-BUFFERED = (-1, -1, -1)  # where a pass with a token named twice has its states, and no rows of the pool
-FEW_PLACES = 8  # new tokens of a row up to which the forms of attention for few are faster (measured)
-NOT_FINITE = (
-    "its weights hold NaN or infinity, or overflow: get the model's own weights again, then export them"
-)
-ROUNDING = {
-    "fp32": 1,
-    "fp16": 20,
-    "int8": 50,
-    "int4": 50,
-}  # times that, by precision: int8 and int4 round activations within products
 
 
 class Cache(Protocol):
@@ -201,6 +189,7 @@ class OrtStack:
         self.layout = _layout(manifest)
         self.trace: list[Call] | None = None
         self.num_threads = num_threads or os.cpu_count() or 1
+        self.exact = False
         self.even = False
         self.doubles = False  # whether `even` names the last token twice: some CPUs' 4-bit kernels need it
         self.own_threads = num_threads is None and not start_thread_pool.cache_info().currsize
@@ -208,6 +197,11 @@ class OrtStack:
             start_thread_pool(num_threads)
         self.bundle = bundle
         self.log_level = log_level
+        parts = manifest.segments
+        self.layers_cached = [
+            *(s.num_layers for s in parts),
+            *(int(e.block is not None) for e in manifest.exits),
+        ]  # segment by segment, then blocks
         heads = {  # first: loading peaks at twice a graph's size
             head: self._load(head, of_head(manifest), self._bind_head)
             for head in dict.fromkeys(e.head for e in manifest.exits)
@@ -217,40 +211,35 @@ class OrtStack:
                 before_head=self._load(e.graph, of_exit(manifest), self._bind_index),
                 head=heads[e.head],
                 gate=self._load(e.gate, of_gate(manifest), self._bind_gate) if e.gate else None,
-                block=self._load(e.block, of_block(manifest), self._bind_segment) if e.block else None,
+                block=self._load(e.block, of_block(manifest), self._bind_over_cache) if e.block else None,
             )
             for e in manifest.exits
         ]
         self.exits = [self._exit(number, e) for number, e in enumerate(manifest.exits)]
         self.similarity = self._load(manifest.similarity, of_similarity(manifest), self._bind_similarity)
-        parts = manifest.segments
-        self.segments = [self._load(s.graph, of_segment(manifest, s), self._bind_segment) for s in parts]
+        self.segments = [self._load(s.graph, of_segment(manifest, s), self._bind_over_cache) for s in parts]
         self.kvs = [
-            self._load(s.kv_graph, of_kv(manifest, s), self._bind_segment) if s.kv_graph else None
+            self._load(s.kv_graph, of_kv(manifest, s), self._bind_over_cache) if s.kv_graph else None
             for s in parts
         ]
-        self.layers_cached = [
-            *(s.num_layers for s in parts),
-            *(int(e.block is not None) for e in manifest.exits),
-        ]  # segment by segment, then blocks
         self.routes = [
             self._load(s.route_graph, of_route(manifest), self._bind_route) if s.route_graph else None
             for s in parts
         ]
-        self.pool = (
+        self.pool = (  # after the graphs: without CUDA's libraries these say why
             DevicePool(manifest.dim, self.dtype, device)
             if device.own_memory
             else HiddenPool(manifest.dim, self.dtype)
         )
+        self.passes = Passes(manifest, self.dtype, self.pool, self.layers_cached, self.num_threads)
         self.logits = np.zeros((0, self.vocab_size), self.dtype)
         # exit and rows whose states stand before the head, after a gate
         self.at_head: tuple[int, ...] | None = None
-        self.products_agree = False
         try:
-            self.products_agree = self._products_agree()
-            self._self_test()
+            self.passes.products_agree = products_agree(self)
+            self_test(self)
             if device.own_memory:
-                self.run_every_graph()
+                run_every_graph(self)
         except RuntimeError as error:  # ONNX Runtime's
             raise BundleError(
                 f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; export the "
@@ -381,7 +370,7 @@ class OrtStack:
     def _look(self, graph: Graph, rows: Int64s) -> Binding:
         """The binding of a graph that looks at some rows of the pool."""
         binding = graph.binding(len(rows))
-        self._bind_pool(binding)
+        self.passes.bind_pool(binding)
         binding.own["index"][:] = rows
         return binding
 
@@ -402,127 +391,15 @@ class OrtStack:
         out_row: int | None = None,
         own: Mapping[str, NDArray[Any]] = MappingProxyType({}),
     ) -> None:
-        """Run tokens through a graph over the cache, in as many passes as the cache says, and let their
-        states stand in their own order from `out_row` on.
-        """
         assert isinstance(cache, RowCache | DeviceCache)
         part = number + len(self.layout) if kind == "block" else number
-        runs = cache.runs(part, spans)
-        if len(runs) == 1:
-            binding = self._place(graph, part, cache, runs[0], inputs, own)
-            self._run_into_pool(binding, out_row, len(inputs), len(inputs))
-            self._note(kind, number, len(inputs), runs[0].length, len(runs[0].write_indices))
-            return
-        starts = np.cumsum([0, *(stop - start for _, start, stop in spans)]).tolist()
-        order: list[int] = []
-        for run in runs:
-            tokens = [token for place in run.chosen for token in range(starts[place], starts[place + 1])]
-            taken = {name: values[tokens] for name, values in own.items()}
-            binding = self._place(graph, part, cache, run, inputs[tokens], taken)
-            row = None if out_row is None else out_row + len(order)
-            self._run_into_pool(binding, row, len(tokens), len(inputs))
-            self._note(kind, number, len(tokens), run.length, len(run.write_indices))
-            order += tokens
-        if out_row is not None:
-            self.pool.reorder(out_row, order)
-            if "input_ids" in graph.input_names:
-                self.pool.reorder(out_row + len(inputs), order)
+        even = self.even and self.doubles
+        for run in self.passes.run(graph, part, cache, spans, inputs, out_row, own, even=even):
+            num_tokens = sum(stop - start for _, start, stop in run.spans)
+            self._note(kind, number, num_tokens, run.length, len(run.write_indices))
 
-    def _place(
-        self,
-        graph: Graph,
-        part: int,
-        cache: RowCache | DeviceCache,
-        run: Run,
-        inputs: Int64s,
-        own: Mapping[str, NDArray[Any]],
-    ) -> Binding:
-        """The binding for a run, with the cache, the pool and the small inputs in place.
-
-        It covers the slots from the first to the last span. Those without new tokens, and rows with fewer
-        than the longest, write pads past what they hold. Where it has to be of an even number of tokens, the
-        last one is named twice; its second place is its first.
-        """
-        num_slots = len(run.write_indices)
-        num_places = max(stop - start for _, start, stop in run.spans)
-        odd = self.even and self.doubles and len(inputs) % 2
-        binding = graph.binding(run.first, num_slots, num_places, len(inputs) + int(odd))
-        _fill(binding.own["index" if part else "input_ids"], inputs)
-        binding.own["write_indices"][:] = run.write_indices
-        for name, values in own.items():
-            _fill(binding.own[name], values)
-        if num_slots > 1:
-            places = binding.own["places"]
-            _spread(binding.own["spread"], places, run.spans)
-            places[len(inputs) :] = places[len(inputs) - 1]
-        if binding.bound.get("cache") != (run.serial, run.length):
-            self._bind_cache(binding, part, cache, run)
-        if part:
-            self._bind_pool(binding)
-        return binding
-
-    def _bind_cache(self, binding: Binding, part: int, cache: RowCache | DeviceCache, run: Run) -> None:
-        """Past and present are one buffer, so the cache is written in place."""
-        first_layer = sum(self.layers_cached[:part])
-        shape = cache.shape.buffer(len(run.write_indices), run.length)
-        for i in range(self.layers_cached[part]):
-            for name, pointer in zip(("key", "value"), cache.pointers(first_layer + i, run), strict=True):
-                binding.input_at(f"past_{name}.{i}", self.dtype, shape, pointer)
-                binding.output_at(f"present_{name}.{i}", self.dtype, shape, pointer)
-        binding.bound["cache"] = (run.serial, run.length)
-
-    def _bind_pool(self, binding: Binding) -> None:
-        if binding.bound.get("pool") != self.pool.serial:
-            binding.input_at("pool", self.dtype, self.pool.shape, self.pool.row_pointer(0))
-            binding.bound["pool"] = self.pool.serial
-
-    def _bind_hidden(self, binding: Binding, out_row: int | None, num_tokens: int, in_all: int) -> None:
-        """Let a pass write its tokens' states from a row on, and what the first segment was given, embedded,
-        `in_all` rows after.
-        """
-        if out_row is None or binding.bound.get("hidden") == (self.pool.serial, out_row, in_all):
-            return
-        shape = (num_tokens, self.manifest.dim)
-        binding.output_at("hidden", self.dtype, shape, self.pool.row_pointer(out_row))
-        if "input_ids" in binding.input_names:
-            binding.output_at("embedded", self.dtype, shape, self.pool.row_pointer(out_row + in_all))
-        binding.bound["hidden"] = (self.pool.serial, out_row, in_all)
-
-    def _run_into_pool(self, binding: Binding, out_row: int | None, num_tokens: int, in_all: int) -> None:
-        """Run a pass whose states, if any, go to the pool; with a token named twice, by way of a buffer."""
-        count = len(binding.own["places"])
-        if out_row is None or count == num_tokens:
-            self._bind_hidden(binding, out_row, num_tokens, in_all)
-            binding.run()
-            return
-        names = ("hidden", "embedded") if "input_ids" in binding.input_names else ("hidden",)
-        if binding.bound.get("hidden") != BUFFERED:
-            for name in names:
-                binding.output(name, np.zeros((count, self.manifest.dim), self.dtype))
-            binding.bound["hidden"] = BUFFERED
-        binding.run()
-        for place, name in enumerate(names):
-            first = out_row + place * in_all
-            self.pool.states[first : first + num_tokens] = binding.own[name][:num_tokens]
-
-    def _bind_segment(
-        self, binding: Binding, first: int, num_slots: int, num_places: int, num_tokens: int
-    ) -> None:
-        for name in binding.input_names & {"input_ids", "index", "positions"}:
-            binding.input(name, np.zeros(num_tokens, np.int64))
-        if "active" in binding.input_names:
-            binding.input("active", np.ones(num_tokens, np.bool_))
-        binding.input(
-            "spread", np.arange(num_slots * num_places, dtype=np.int64).reshape(num_slots, num_places)
-        )
-        places = np.arange(num_slots * num_places, dtype=np.int64)
-        binding.input("places", places[np.minimum(np.arange(num_tokens), len(places) - 1)])
-        binding.input("write_indices", np.zeros(num_slots, np.int64))
-        if "few" in binding.input_names:
-            few = num_places <= FEW_PLACES
-            matrices = num_slots * self.manifest.num_kv_heads
-            binding.input("few", np.array(few))
-            binding.input("products", np.array(few and self.products_agree and self.num_threads <= matrices))
+    def _bind_over_cache(self, binding: Binding, *shape: int) -> None:
+        self.passes.bind(binding, *shape)
 
     def _bind_index(self, binding: Binding, num_tokens: int) -> None:
         binding.input("index", np.zeros(num_tokens, np.int64))
@@ -563,99 +440,6 @@ class OrtStack:
         binding.output("top_id", np.zeros(num_tokens, np.int64))
         for name in ("top_prob", "margin", "entropy"):
             binding.output(name, np.zeros(num_tokens, self.dtype))
-
-    def _self_test(self) -> None:
-        """Three tokens in one pass on a filled cache must give what three passes give.
-
-        Builds of ONNX Runtime before 1.31 align the causal mask top-left there, and say nothing. Equal to the
-        bit they are by themselves, or in passes of an even number of tokens, or not at all.
-        """
-        together, apart = self._tried()
-        if not (np.isfinite(together).all() and np.isfinite(apart).all()):
-            raise BundleError(f"{self.bundle}: its first segment gives no finite numbers; {NOT_FINITE}")
-        scale = float(np.abs(apart).max())
-        difference = float(np.abs(together - apart).max())
-        if not difference <= SELF_TEST_TOLERANCE * scale * ROUNDING[self.manifest.precision]:
-            raise DeviceError(
-                f"self-test failed: several tokens in one pass differ by {difference:.2g} (of "
-                f"{scale:.2g}) from one at a time; "
-                f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install "
-                "'onnxruntime>=1.31'"
-            )
-        self.exact = difference == 0.0
-        if not self.exact and self.manifest.precision == "int4" and isinstance(self.pool, HiddenPool):
-            self.even = True
-            self.doubles = True
-            self.exact = self.doubles = bool(np.equal(*self._tried()).all())
-            self.even = False
-
-    def _tried(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The hidden states of some tokens after the first segment, in passes of three and in passes of
-        one.
-        """
-        length = min(6, self.max_positions)
-        ids = np.arange(length, dtype=np.int64) % self.vocab_size
-        whole = self.open_cache()
-        single = self.open_cache()
-        first = self.reserve_rows(2 * length + 3, [])  # and the last pass's embeddings
-        half = length // 2
-        self.run_segment(0, whole, [Span(0, 0, half)], ids[:half], first)
-        self.run_segment(0, whole, [Span(0, half, length)], ids[half:], first + half)
-        for i in range(length):
-            self.run_segment(0, single, [Span(0, i, i + 1)], ids[i : i + 1], first + length + i)
-        states = self.pool.read(np.arange(first, first + 2 * length)).astype(np.float32)
-        return states[:length], states[length:]
-
-    def _products_agree(self) -> bool:
-        """Whether attention as products gives the bits of its other form for few tokens, here: with more
-        threads than matrices ONNX Runtime adds up in another order, and how many it takes is its own affair.
-
-        False for one thread, too, where the other form is the faster.
-        """
-        if self.manifest.cache_layout != "BGTP" or self.device.own_memory or self.num_threads == 1:
-            return False
-        row = self.reserve_rows(4, [])
-        cache = self.open_cache()
-        assert isinstance(cache, RowCache)
-        span = [Span(0, PRODUCTS_LENGTH, PRODUCTS_LENGTH + 1)]
-        (run,) = cache.runs(0, span)
-        noise = np.random.default_rng(0).standard_normal(run.length * cache.shape.numbers)
-        for layer in range(self.layers_cached[0]):
-            for buffer in cache.tables[run.length].layer(layer):
-                buffer[:] = noise.reshape(buffer.shape)
-        for place, products in enumerate((True, False)):
-            self.products_agree = products
-            self.segments[0].bindings.clear()
-            self.run_segment(0, cache, span, np.zeros(1, np.int64), row + 2 * place)
-        self.segments[0].bindings.clear()
-        one, other = self.pool.read(np.array([row, row + 2]))
-        return bool((one == other).all())
-
-    def run_every_graph(self) -> None:
-        """One token through each graph, so that one that cannot run here is found before a request is."""
-        rows = np.zeros(1, np.int64)
-        span = [Span(0, 0, 1)]
-        cache = self.open_cache()
-        row = self.reserve_rows(2 + 2 * len(self.layout), [])
-        for number, shape in enumerate(self.layout):
-            out_row = row + 2 * number
-            if shape.routed:
-                self.run_route(number, rows)
-                self.run_routed(number, cache, span, np.zeros(1, np.int64), rows, out_row)
-            else:
-                if self.kvs[number]:
-                    self.run_kv(number, cache, span, rows)
-                self.run_segment(number, cache, span, rows, out_row)
-            rows = np.array([out_row])
-            if (exit_index := shape.exit_index) is None:
-                continue
-            graphs = self.exit_graphs[exit_index]
-            if graphs.block:
-                self.run_block(exit_index, cache, span, rows, row + 2 * len(self.layout))
-            if graphs.gate:
-                self.run_gate(exit_index, rows)
-            self.run_exit(exit_index, rows)
-        self.run_similarity(rows, rows)
 
 
 def open_stack(
@@ -703,29 +487,3 @@ def _layout(manifest: Manifest) -> tuple[SegmentShape, ...]:
             )
         )
     return tuple(shapes)
-
-
-def _spread(spread: Int64s, places: Int64s, spans: Sequence[Span]) -> None:
-    """Which token stands at each place of a row, and where each token stands.
-
-    Shapes: spread (B, S), places (N).
-
-    A row's pads repeat its own last token, so that a broken row breaks no other; slots without new tokens
-    repeat the first.
-    """
-    first = spans[0].slot
-    num_places = spread.shape[1]
-    token = 0
-    spread.fill(0)
-    for slot, start, stop in spans:
-        count = stop - start
-        row = slot - first
-        spread[row] = np.minimum(np.arange(token, token + num_places), token + count - 1)
-        places[token : token + count] = np.arange(row * num_places, row * num_places + count)
-        token += count
-
-
-def _fill(array: NDArray[Any], values: NDArray[Any]) -> None:
-    """Values into an array that may have room for the last of them once more."""
-    array[: len(values)] = values
-    array[len(values) :] = values[-1]

@@ -1,0 +1,125 @@
+"""What is tried when a bundle is loaded: whether its graphs run here and mask rightly, and which passes give
+the bits of which others.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ease_common.errors import BundleError, DeviceError
+from ease_runtime.engine.layout import Span
+from ease_runtime.ort.buffers import HiddenPool, RowCache
+
+if TYPE_CHECKING:
+    from ease_runtime.ort.stack import OrtStack
+
+PRODUCTS_LENGTH = 2000  # tokens in the cache of the pass that compares two forms of attention
+SELF_TEST_TOLERANCE = 1e-3  # of the largest magnitude: the test looks for a wrong mask, not for rounding
+NOT_FINITE = (
+    "its weights hold NaN or infinity, or overflow: get the model's own weights again, then export them"
+)
+ROUNDING = {
+    "fp32": 1,
+    "fp16": 20,
+    "int8": 50,
+    "int4": 50,
+}  # times that, by precision: int8 and int4 round activations within products
+
+
+def self_test(stack: "OrtStack") -> None:
+    """Three tokens in one pass on a filled cache must give what three passes give.
+
+    Builds of ONNX Runtime before 1.31 align the causal mask top-left there, and say nothing. Equal to the
+    bit they are by themselves, or in passes of an even number of tokens, or not at all.
+    """
+    together, apart = _tried(stack)
+    if not (np.isfinite(together).all() and np.isfinite(apart).all()):
+        raise BundleError(f"{stack.bundle}: its first segment gives no finite numbers; {NOT_FINITE}")
+    scale = float(np.abs(apart).max())
+    difference = float(np.abs(together - apart).max())
+    if not difference <= SELF_TEST_TOLERANCE * scale * ROUNDING[stack.manifest.precision]:
+        raise DeviceError(
+            f"self-test failed: several tokens in one pass differ by {difference:.2g} (of "
+            f"{scale:.2g}) from one at a time; "
+            f"this onnxruntime ({ort.__version__}) masks Attention wrongly; install: pip install "
+            "'onnxruntime>=1.31'"
+        )
+    stack.exact = difference == 0.0
+    if not stack.exact and stack.manifest.precision == "int4" and isinstance(stack.pool, HiddenPool):
+        stack.even = True
+        stack.doubles = True
+        stack.exact = stack.doubles = bool(np.equal(*_tried(stack)).all())
+        stack.even = False
+
+
+def _tried(stack: "OrtStack") -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The hidden states of some tokens after the first segment, in passes of three and in passes of
+    one.
+    """
+    length = min(6, stack.max_positions)
+    ids = np.arange(length, dtype=np.int64) % stack.vocab_size
+    whole = stack.open_cache()
+    single = stack.open_cache()
+    first = stack.reserve_rows(2 * length + 3, [])  # and the last pass's embeddings
+    half = length // 2
+    stack.run_segment(0, whole, [Span(0, 0, half)], ids[:half], first)
+    stack.run_segment(0, whole, [Span(0, half, length)], ids[half:], first + half)
+    for i in range(length):
+        stack.run_segment(0, single, [Span(0, i, i + 1)], ids[i : i + 1], first + length + i)
+    states = stack.pool.read(np.arange(first, first + 2 * length)).astype(np.float32)
+    return states[:length], states[length:]
+
+
+def products_agree(stack: "OrtStack") -> bool:
+    """Whether attention as products gives the bits of its other form for few tokens, here: with more
+    threads than matrices ONNX Runtime adds up in another order, and how many it takes is its own affair.
+
+    False for one thread, too, where the other form is the faster.
+    """
+    if stack.manifest.cache_layout != "BGTP" or stack.device.own_memory or stack.num_threads == 1:
+        return False
+    row = stack.reserve_rows(4, [])
+    cache = stack.open_cache()
+    assert isinstance(cache, RowCache)
+    span = [Span(0, PRODUCTS_LENGTH, PRODUCTS_LENGTH + 1)]
+    (run,) = cache.runs(0, span)
+    noise = np.random.default_rng(0).standard_normal(run.length * cache.shape.numbers)
+    for layer in range(stack.layers_cached[0]):
+        for buffer in cache.tables[run.length].layer(layer):
+            buffer[:] = noise.reshape(buffer.shape)
+    for place, products in enumerate((True, False)):
+        stack.passes.products_agree = products
+        stack.segments[0].bindings.clear()
+        stack.run_segment(0, cache, span, np.zeros(1, np.int64), row + 2 * place)
+    stack.segments[0].bindings.clear()
+    one, other = stack.pool.read(np.array([row, row + 2]))
+    return bool((one == other).all())
+
+
+def run_every_graph(stack: "OrtStack") -> None:
+    """One token through each graph, so that one that cannot run here is found before a request is."""
+    rows = np.zeros(1, np.int64)
+    span = [Span(0, 0, 1)]
+    cache = stack.open_cache()
+    row = stack.reserve_rows(2 + 2 * len(stack.layout), [])
+    for number, shape in enumerate(stack.layout):
+        out_row = row + 2 * number
+        if shape.routed:
+            stack.run_route(number, rows)
+            stack.run_routed(number, cache, span, np.zeros(1, np.int64), rows, out_row)
+        else:
+            if stack.kvs[number]:
+                stack.run_kv(number, cache, span, rows)
+            stack.run_segment(number, cache, span, rows, out_row)
+        rows = np.array([out_row])
+        if (exit_index := shape.exit_index) is None:
+            continue
+        graphs = stack.exit_graphs[exit_index]
+        if graphs.block:
+            stack.run_block(exit_index, cache, span, rows, row + 2 * len(stack.layout))
+        if graphs.gate:
+            stack.run_gate(exit_index, rows)
+        stack.run_exit(exit_index, rows)
+    stack.run_similarity(rows, rows)
