@@ -25,9 +25,19 @@ FIRST_LOOK = 12  # tokens of a request before it is judged whether leaving early
 Key = tuple[str, int]  # graph and number of a call
 
 
+def timed_sizes(kernel_steps: Sequence[int]) -> tuple[int, ...]:
+    """Tokens of the passes to time, where another kernel computes products from `kernel_steps` tokens on.
+
+    Both sides of a step are timed, so that no line runs over it, and one size past it, for its slope.
+    """
+    beside = {size for step in kernel_steps for size in (step - 1, step, 2 * (step - 1))}
+    return tuple(sorted({*SIZES, *beside}))
+
+
 @dataclass
 class Costs:
-    """Seconds of passes: a table at SIZES for each graph and number (of one size, where only that was timed).
+    """Seconds of passes: a table at `sizes` for each graph and number (of one size, where only that was
+    timed).
 
     A call costs more where others have run since its last time, and have taken its weights' place in the
     processor's cache: `again` holds what calls up to the first exit take one token after another, where that
@@ -41,6 +51,7 @@ class Costs:
     )  # of a segment: one row more in a pass over as many tokens
     again: dict[Key, float] = field(default_factory=dict)
     pass_seconds: float = 0.0  # the engine's own, a pass
+    sizes: Sequence[int] = SIZES  # tokens of the passes in the tables
 
     @property
     def last_exit(self) -> int:
@@ -49,13 +60,13 @@ class Costs:
 
     def seconds(self, graph: str, number: int, num_tokens: float, num_slots: float = 1.0) -> float:
         """The time of a pass over some tokens (any number: a mean) of some rows; straight lines between and
-        past SIZES.
+        past the sizes.
         """
         table = self.tables[graph, number]
-        slope = (table[-1] - table[-2]) / (SIZES[-1] - SIZES[-2]) if len(table) > 1 else 0.0
-        past = max(0.0, num_tokens - SIZES[-1]) * max(0.0, float(slope))
+        slope = (table[-1] - table[-2]) / (self.sizes[-1] - self.sizes[-2]) if len(table) > 1 else 0.0
+        past = max(0.0, num_tokens - self.sizes[-1]) * max(0.0, float(slope))
         rows = (num_slots - 1.0) * self.per_slot.get(number, 0.0) if graph == "segment" else 0.0
-        return float(np.interp(num_tokens, SIZES[: len(table)], table)) + past + rows
+        return float(np.interp(num_tokens, self.sizes[: len(table)], table)) + past + rows
 
     def token_seconds(
         self,

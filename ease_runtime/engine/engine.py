@@ -33,6 +33,9 @@ from ease_runtime.ort.stack import Cache, Stack
 from ease_runtime.policies import FULL_DEPTH, ExitPolicy
 
 CATCH_UPS = ("propagate", "recompute", "verify")
+UP_TO_ROUNDING = (
+    "verify holds up to rounding here: passes of several tokens differ from single ones in their last bits"
+)
 DRAFT_LENGTH = 8  # tokens drafted before full depth is asked
 
 
@@ -163,10 +166,7 @@ class Engine:
         if drafters:
             sequence.drafts.lookups = Lookups(drafters, self.pass_costs)
         if catch_up == "verify" and not self.stack.exact:
-            sequence.notes.append(
-                "verify holds up to rounding here: passes of several tokens differ from single ones in "
-                "their last bits"
-            )
+            sequence.notes.append(UP_TO_ROUNDING)
         sequence.notes += notes
         if self.costs and asked and (self.adapt or catch_up == "verify"):
             sequence.decision.request_cost = RequestCost(self.costs, policy, catch_up, self.cap)

@@ -171,6 +171,7 @@ class MockStack:
         self.exits = [self._exit(number) for number in range(last + 1)]
         self.exact = True
         self.even = False
+        self.kernel_steps: tuple[int, ...] = ()
         self.trace: list[Call] | None = None
         self.pool = MockPool()
         self._output: HeadOutput | None = None

@@ -5,7 +5,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from ease_runtime.engine.costs import CACHE_LENGTH, SIZES, SLOTS, Costs
+from ease_runtime.engine.costs import CACHE_LENGTH, SLOTS, Costs, timed_sizes
 from ease_runtime.engine.layout import Call, Span
 from ease_runtime.ort.stack import Cache, Stack
 
@@ -71,13 +71,14 @@ def measure_costs(stack: Stack) -> Costs:
     length = min(CACHE_LENGTH, stack.max_positions)
     trace = stack.trace
     stack.trace = None
+    sizes = timed_sizes(stack.kernel_steps)
     tables = {
         key: np.maximum.accumulate(
-            [_seconds(stack, Call(*key, size, length)) for size in SIZES]
+            [_seconds(stack, Call(*key, size, length)) for size in sizes]
         )  # more tokens take no less time
         for key in _graphs(stack)
     }
-    costs = Costs(stack.layout, tables)
+    costs = Costs(stack.layout, tables, sizes=sizes)
     for number in range(len(stack.layout)):
         spread = _seconds(stack, Call("segment", number, SLOTS, length, SLOTS))
         costs.per_slot[number] = max(0.0, (spread - costs.seconds("segment", number, SLOTS)) / (SLOTS - 1))

@@ -34,13 +34,17 @@ from ease_runtime.bundle.signatures import (
 )
 from ease_runtime.engine.layout import Call, SegmentShape, Span
 from ease_runtime.ort.buffers import CacheShape, DeviceCache, DevicePool, HiddenPool, Int64s, RowCache
-from ease_runtime.ort.device import CPU, SILENT, Device, DeviceArray, choose_device
+from ease_runtime.ort.device import CPU, CUDA, SILENT, Device, DeviceArray, choose_device
 from ease_runtime.ort.load_tests import products_agree, run_every_graph, self_test
 from ease_runtime.ort.passes import Passes
 from ease_runtime.ort.sessions import Binding, Graph, check_signature, load_session, start_thread_pool
 from ease_runtime.policies import HeadOutput
 
 log = logging.getLogger(__name__)
+
+# Tokens from which CUDA's MatMulNBits turns the whole matrix into floats each time, for cuBLAS: 6 in 8 bits,
+# 17 in 4 (seen in the kernels that onnxruntime-gpu 1.31 launches). In int4, too, the heads have 8 bits.
+CUDA_STEPS = {"int8": (6,), "int4": (6, 17)}
 
 
 class Cache(Protocol):
@@ -107,6 +111,8 @@ class Stack(Protocol):
     vocab_size: int
     max_positions: int
     exact: bool  # several tokens in one pass give the bits of one at a time, with `even` where that needs it
+    # tokens of a pass from which on other kernels compute its products, where that makes a step in its time
+    kernel_steps: tuple[int, ...]
     even: bool  # no pass of an odd number of tokens, where kernels compute the last of them in another way
     trace: list[Call] | None
 
@@ -190,6 +196,7 @@ class OrtStack:
         self.trace: list[Call] | None = None
         self.num_threads = num_threads or os.cpu_count() or 1
         self.exact = False
+        self.kernel_steps = CUDA_STEPS.get(manifest.precision, ()) if device is CUDA else ()
         self.even = False
         self.doubles = False  # whether `even` names the last token twice: some CPUs' 4-bit kernels need it
         self.own_threads = num_threads is None and not start_thread_pool.cache_info().currsize

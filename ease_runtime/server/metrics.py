@@ -8,7 +8,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 class Metrics:
     """One server's figures, in a registry of their own."""
 
-    def __init__(self, exit_layers: tuple[int, ...], num_slots: int) -> None:
+    def __init__(self, exit_layers: tuple[int, ...], num_slots: int, exact: bool) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         registry = self.registry = CollectorRegistry()
@@ -37,6 +37,11 @@ class Metrics:
         self.queue = Gauge("ease_queue_length", "Completions that wait for a slot.", registry=registry)
         self.running = Gauge("ease_running", "Completions that have a slot.", registry=registry)
         Gauge("ease_slots", "Completions that can run together.", registry=registry).set(num_slots)
+        Gauge(
+            "ease_verify_exact",
+            "1 when verify gives the tokens of full depth to the bit here, 0 when up to rounding.",
+            registry=registry,
+        ).set(exact)
         self.passes = Counter("ease_passes", "Graph passes.", registry=registry)
         self.rows = Counter(
             "ease_pass_rows",

@@ -5,6 +5,7 @@ exits are never sure
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class ScriptedHeads:
 bundle, catch_up, *confidences = sys.argv[1:]
 stack = open_stack(Path(bundle), device="cuda")
 stack.run_exit = ScriptedHeads(stack, [float(value) for value in confidences])  # type: ignore[method-assign]
+with Path(os.environ["STANDIN_LOG"]).open("a") as log:
+    log.write("call decoding\n")  # what was before is the load's
 engine = Engine(stack)
 policy = make_policy("max-prob", 0.5, stack.exit_layers)
 request = engine.start(PROMPT, max_new_tokens=len(confidences), policy=policy, catch_up=catch_up)

@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 from collections import Counter
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     pytest.skip("the stand-ins are for Linux on x86-64", allow_module_level=True)
 
 from cuda import standin
+from ease_runtime.ort.stack import CUDA_STEPS
 
 HERE = Path(__file__).parent
 Made = tuple[Path, Path]
@@ -68,10 +70,11 @@ def test_every_node_of_every_graph_is_on_cuda(libraries: Path, bundles: list[Pat
 def decode(
     libraries: Path, bundle: Path, catch_up: str, confidences: list[float], log: Path
 ) -> tuple[list[int], Counter[str]]:
-    """Depths of the tokens, and how often each kernel ran."""
+    """Depths of the tokens, and how often each kernel ran for them."""
     arguments = [str(HERE / "decode.py"), str(bundle), catch_up, *map(str, confidences)]
     depths = json.loads(standin.run_over(libraries, arguments, log))
-    return depths, Counter(event.what.split()[0] for event in standin.events(log) if event.kind == "kernel")
+    decoding = dropwhile(lambda event: event.what != "decoding", standin.events(log))
+    return depths, Counter(event.what.split()[0] for event in decoding if event.kind == "kernel")
 
 
 @pytest.mark.parametrize("catch_up", ["propagate", "recompute", "verify"])
@@ -93,3 +96,18 @@ def test_a_token_that_leaves_launches_less(libraries: Path, tiny_bundle: Path, t
     _, full = decode(libraries, tiny_bundle, "propagate", [0.1] * 8, tmp_path / "full")
     _, early = decode(libraries, tiny_bundle, "propagate", [0.1] + [0.9] * 7, tmp_path / "early")
     assert sum(early.values()) < 0.75 * sum(full.values())
+
+
+@pytest.mark.parametrize(("precision", "segment_from"), [("int8", 6), ("int4", 17)])
+def test_products_change_kernels_where_the_cost_model_says(
+    libraries: Path,
+    precisions: tuple[Path, dict[str, Path]],
+    precision: str,
+    segment_from: int,
+    tmp_path: Path,
+) -> None:
+    """From there on the whole matrix is turned into floats each time; heads have 8 bits in both."""
+    arguments = [str(HERE / "steps.py"), str(precisions[1][precision]), "20"]
+    found = json.loads(standin.run_over(libraries, arguments, tmp_path / "log"))
+    assert found == {"segment": list(range(segment_from, 21)), "head": list(range(6, 21))}
+    assert set(CUDA_STEPS[precision]) == {segment_from, 6}

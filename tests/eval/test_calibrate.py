@@ -265,6 +265,19 @@ def test_a_tolerance_that_nothing_holds_changes_no_bundle(
     assert (bundle / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_agreement_says_where_verify_holds_up_to_rounding(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    monkeypatch.setattr("ease_runtime.ort.load_tests._exact_everywhere", lambda stack: exact)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the sea"}\n')
+    command = ["agreement", str(tiny_bundle), "--prompts", str(prompts), "--max-tokens", "5"]
+    result = CliRunner().invoke(main, [*command, "--threshold", "0.2", "--catch-up", "verify"])
+    assert result.exit_code == 0, result.output
+    assert ("verify holds up to rounding here" in result.output) is not exact
+
+
 def test_agreement_of_verify_and_of_the_others(tiny_bundle: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"turns": ["And the king went", "x"]}, {"prompt": "the sea"}, {"question": "a voice?"}]

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from ease_runtime.engine.costs import SIZES, Costs, RequestCost
+from ease_runtime.engine.costs import SIZES, Costs, RequestCost, timed_sizes
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.mock import MockStack
+from ease_runtime.engine.probe import measure_costs
 from ease_runtime.engine.schedule import near, schedule
 from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import make_policy
@@ -48,6 +49,51 @@ def test_seconds_between_and_past_the_sizes_timed() -> None:
     assert costs.seconds("segment", 1, 40) == pytest.approx(6.0)
     assert costs.seconds("segment", 1, 8, 8) == pytest.approx(2.8 + 3.5)
     assert costs.over_slots(0, 3, 512) == pytest.approx(3 * 0.5 * 2)
+
+
+@pytest.mark.parametrize(
+    ("kernel_steps", "sizes"),
+    [
+        ((), SIZES),
+        ((6,), (1, 2, 4, 5, 6, 8, 10, 16)),
+        ((6, 17), (1, 2, 4, 5, 6, 8, 10, 16, 17, 32)),
+    ],
+)
+def test_the_price_of_a_token_more_where_kernels_change(
+    kernel_steps: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
+    """From each step on a pass takes one second more, and a token 0.1: no line runs over a step."""
+    stack = MockStack(LAYERS)
+    stack.kernel_steps = kernel_steps
+    assert timed_sizes(kernel_steps) == sizes
+
+    def seconds(num_tokens: int) -> float:
+        return 1.0 + 0.1 * num_tokens + sum(num_tokens >= step for step in kernel_steps)
+
+    tables = {("segment", 0): np.array([seconds(size) for size in sizes])}
+    costs = Costs(stack.layout, tables, sizes=sizes)
+    for num_tokens in range(1, 40):
+        assert costs.seconds("segment", 0, num_tokens) == pytest.approx(seconds(num_tokens))
+
+
+def test_drafts_stop_before_a_step_that_does_not_pay() -> None:
+    """A pass of 17 tokens takes four times one of 16: 15 drafts are judged beside the newest token."""
+    stack = MockStack(LAYERS)
+    sizes = timed_sizes((17,))
+    table = np.array([1.0 if size < 17 else 4.0 for size in sizes])
+    costs = Costs(stack.layout, {}, sizes=sizes)
+    costs.tables = {("segment", 0): 0.01 + 0.0 * table, ("segment", 1): table}
+    costs.tables |= {("exit", k): 0.0 * table for k in range(2)}
+    cost = request_cost(costs, (32.0, 2.0), "verify")
+    cost.drafted, cost.accepted = 1000.0, 999.0
+    assert cost.draft_length(1) == 15
+
+
+def test_measured_at_both_sides_of_a_step(tiny_stack: OrtStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_stack, "kernel_steps", (6,))
+    costs = measure_costs(tiny_stack)
+    assert costs.sizes == timed_sizes((6,))
+    assert {len(table) for table in costs.tables.values()} == {len(costs.sizes)}
 
 
 def test_recompute_by_hand() -> None:

@@ -597,6 +597,7 @@ def test_64_clients_get_what_each_would_get_alone() -> None:
     assert answers == [None if number % 8 == 7 else alone(body) for number, body in enumerate(bodies)]
     figures = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
     assert float(figures["ease_mean_batch"]) > 1.5
+    assert float(figures["ease_verify_exact"]) == 1.0
     assert float(figures["ease_queue_length"]) == 0
     assert (
         float(figures['ease_requests_total{endpoint="completions",outcome="ok"}']) >= 2 * num_clients * 7 / 8

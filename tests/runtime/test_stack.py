@@ -2,6 +2,7 @@
 is wrong.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -497,6 +498,39 @@ def test_the_self_test_sees_numbers_that_are_none(tiny_bundle: Path, monkeypatch
     monkeypatch.setattr(OrtStack, "run_segment", not_a_number)
     with pytest.raises(BundleError, match="its first segment gives no finite numbers"):
         OrtStack(tiny_bundle)
+
+
+Spans = list[Span]
+
+
+@pytest.mark.parametrize(
+    "inexact",
+    [
+        lambda spans: len(spans) == 1 and spans[0].start > 90 and spans[0].stop - spans[0].start > 1,
+        lambda spans: len(spans) > 1,
+        lambda spans: spans[0].stop - spans[0].start > 16,
+    ],
+    ids=["behind long texts", "in a batch", "of many tokens"],
+)
+def test_passes_that_differ_are_not_called_exact(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, inexact: Callable[[Spans], bool]
+) -> None:
+    """Wherever the last bits of a pass of several tokens differ: a short text alone does not show it."""
+    right = OrtStack.run_segment
+
+    def rounded(
+        self: OrtStack, number: int, cache: RowCache, spans: Spans, inputs: np.ndarray, out_row: int
+    ) -> None:
+        right(self, number, cache, spans, inputs, out_row)
+        if inexact(spans):
+            states = self.pool.states[out_row : out_row + len(inputs)]
+            states[:] = np.nextafter(states, np.float32(np.inf))
+
+    assert OrtStack(tiny_bundle).exact
+    monkeypatch.setattr(OrtStack, "run_segment", rounded)
+    stack = OrtStack(tiny_bundle)
+    assert not stack.exact
+    assert not stack.even
 
 
 def test_one_thread_pool_for_the_process(

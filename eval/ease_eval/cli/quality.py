@@ -29,6 +29,7 @@ from ease_runtime.bundle.manifest import MANIFEST_FILE
 from ease_runtime.cli.commands import DEVICE_FLAG, EXACT_FLAG, BundleName
 from ease_runtime.cli.flags import option_flags, read_flags
 from ease_runtime.cli.show import drafts_line
+from ease_runtime.engine.engine import UP_TO_ROUNDING
 from ease_runtime.engine.sequence import DraftCount
 from ease_runtime.generation import add_drafts
 from ease_runtime.llm import LLM
@@ -227,7 +228,10 @@ def agreement(
         add_drafts(drafts, one.drafters)
     if drafts:
         click.echo(drafts_line(drafts, sum(one.num_tokens for one in found)))
-    if llm.prepare(options).catch_up == "verify" and same < len(found):
+    verify = llm.prepare(options).catch_up == "verify"
+    if verify and not llm.stack.exact:
+        click.echo(UP_TO_ROUNDING)
+    if verify and same < len(found):
         raise RequestError(f"verify differs from full depth on {len(found) - same} of {len(found)} prompts")
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ease_common.errors import RequestError
 from ease_eval.measure.latency import Setting, Text, Timings, measure
 from ease_eval.measure.perplexity import record_exits
-from ease_runtime.engine.costs import SIZES, Costs, Key
+from ease_runtime.engine.costs import Costs, Key, timed_sizes
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.layout import Call
 from ease_runtime.engine.probe import CallProbe
@@ -59,24 +59,25 @@ class CostProbe:
             if shape.exit_index not in (None, last)
         }
         numbers = range(len(stack.layout))
+        sizes = self.sizes = timed_sizes(stack.kernel_steps)
         self.engine = engine
         self.text = text
         self.full = [
             Cycle([*(Call("segment", k, size, cache_length) for k in numbers), Call("exit", last, 1)])
-            for size in SIZES
+            for size in sizes
         ]
         self.behind = [
-            Cycle([call for k in numbers for call in behind(k, size, cache_length, asked)]) for size in SIZES
+            Cycle([call for k in numbers for call in behind(k, size, cache_length, asked)]) for size in sizes
         ]
         first = [("segment", 0), *asked.get(0, [])]
         self.first = Cycle([Call(graph, number, 1, cache_length) for graph, number in first])
         self.cache = stack.open_cache(1)
-        self.rows = np.zeros(max(SIZES), np.int64)
+        self.rows = np.zeros(max(sizes), np.int64)
         self.own_seconds: list[float] = []  # the engine's, a token at full depth
 
     def run(self) -> None:
         """One round."""
-        out_row = self.engine.stack.reserve_rows(2 * max(SIZES), [])
+        out_row = self.engine.stack.reserve_rows(2 * max(self.sizes), [])
         for cycle in (*self.full, *self.behind, self.first):
             cycle.run(self.engine.stack, self.cache, self.rows, out_row)
         self.own_seconds += own_seconds(self.engine.stack, self.text)
@@ -84,7 +85,7 @@ class CostProbe:
     def costs(self) -> Costs:
         """What the calls and the engine took."""
         tables: dict[Key, list[float]] = {}
-        for size, full, part in zip(SIZES, self.full, self.behind, strict=True):
+        for size, full, part in zip(self.sizes, self.full, self.behind, strict=True):
             for key, seconds in [
                 *full.medians(size),
                 *(pair for pair in part.medians(size) if pair[0][0] != "segment"),
@@ -95,7 +96,11 @@ class CostProbe:
         }  # more tokens take no less time
         own = float(np.median(self.own_seconds)) / len(self.engine.stack.layout)
         return Costs(
-            self.engine.stack.layout, increasing, again=dict(self.first.medians(1)), pass_seconds=own
+            self.engine.stack.layout,
+            increasing,
+            again=dict(self.first.medians(1)),
+            pass_seconds=own,
+            sizes=self.sizes,
         )
 
 
