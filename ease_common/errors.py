@@ -23,7 +23,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 OUT_OF_MEMORY = re.compile(
-    "bad_alloc|can't allocate memory|failed to allocate|out of memory|not enough memory", re.IGNORECASE
+    "bad_alloc|can(no|')t allocate memory|failed to allocate|out of memory|not enough memory",
+    re.IGNORECASE,
 )
 
 

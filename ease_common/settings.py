@@ -85,13 +85,13 @@ class Section:
             numbers = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
             )
-            if any(type(number) is int and number.bit_length() > 63 for number in numbers):
-                raise ConfigError(f"{self.table}: {f.name} = {shown(value)} takes more than 64 bits")
             if isinstance(allowed, Bounds) and not all(number in allowed for number in numbers):
                 raise ConfigError(
                     f"{self.table}: {f.name} = {shown(list(value) if isinstance(value, tuple) else value)}, "
                     f"expected {allowed}"
                 )
+            if any(type(number) is int and number.bit_length() > 63 for number in numbers):
+                raise ConfigError(f"{self.table}: {f.name} = {shown(value)} takes more than 64 bits")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:

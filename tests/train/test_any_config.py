@@ -49,7 +49,7 @@ BESIDE = {
     "split_special_tokens": False,
     "add_bos_token": True,
     "chat_template": [{"name": "default", "template": "x"}],
-    "unk_token": {"content": "<s>"},
+    "unk_token": {"__type": "AddedToken", "content": "<s>"},
     "added_tokens_decoder": {"0": {"content": "<s>", "special": True}},
 }
 

@@ -185,8 +185,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"lack 9 weights, the first is model\.layers\.2\.",
     ),
     "many layers": (
-        {"values": {"num_hidden_layers": 10**9}},
-        "num_hidden_layers = 1000000000, but the model's files hold 21 tensors",
+        {"values": {"num_hidden_layers": 10**6}},
+        "num_hidden_layers = 1000000, but the model's files hold 21 tensors",
     ),
     "more rows": (
         {"values": {"vocab_size": 330}},
