@@ -23,7 +23,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ease_common.chat import ChatTemplate, Message
+from ease_common.chat import ChatTemplate, Message, Tool
 from ease_common.errors import BundleError, DeviceError, RequestError, without_panics
 from ease_common.own import is_own
 from ease_common.tokenizers import whole_texts
@@ -43,6 +43,7 @@ from ease_runtime.text.grammar import Allowed, Constrained, GrammarDrafter, Gram
 from ease_runtime.text.special import SpecialTokens, check_unicode, encode_ids
 from ease_runtime.text.streaming import StopPattern, TextWriter
 from ease_runtime.text.token_bytes import TokenBytes
+from ease_runtime.text.tool_calls import CallForm, form_of
 from ease_runtime.text.unknown import unknown_id
 
 
@@ -112,9 +113,12 @@ class TextEngine:
                 f"{found}, for which this model has no row: its vocabulary has {self.stack.vocab_size}"
             )
 
-    def encode_chat(self, messages: Many[Message]) -> list[int]:
-        """The ids of a conversation, up to where the answer begins; special tokens that a message mentions
-        are text.
+    def encode_chat(
+        self, messages: Many[Message], tools: Many[Tool] | None = None, *, go_on: bool = False
+    ) -> list[int]:
+        """The ids of a conversation, with the tools that may be called, up to where the answer begins; with
+        `go_on` the answer continues the last message, an assistant's. Special tokens that a message or a tool
+        mentions are text.
 
         Raises RequestError, also where the bundle has no template.
         """
@@ -123,9 +127,16 @@ class TextEngine:
                 "this bundle has no chat template (a base model); give a prompt to continue instead of "
                 "messages"
             )
-        ids = self.special.encode_chat(self.template, messages)
+        ids = self.special.encode_chat(self.template, messages, tools, go_on=go_on)
         self._check_rows(ids)
         return ids
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """How this model writes calls of tools; None where it takes no tools, or in a form that is not
+        known.
+        """
+        return form_of(self.template, self.special.ids.keys())
 
     @cached_property
     def token_bytes(self) -> TokenBytes:

@@ -27,6 +27,7 @@ from ease_runtime.engine.sequence import DraftCount
 from ease_runtime.generation import Completion, Generation, TokenEvent, add_drafts, drafter_shares
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
+from ease_runtime.server.requests import read_messages
 
 AHEAD = 8  # answers that wait for an earlier one, in batches
 
@@ -176,7 +177,7 @@ def read_prompt(llm: TextEngine, values: dict[str, Any]) -> list[int]:
     if ("prompt" in values) == ("messages" in values):
         raise RequestError('the line needs either a "prompt" or "messages"')
     if "messages" in values:
-        return llm.encode_chat(values.pop("messages"))
+        return llm.encode_chat(read_messages(values.pop("messages")))
     prompt = values.pop("prompt")
     if not isinstance(prompt, str) or not prompt:
         raise RequestError("prompt is no text with at least one character")

@@ -12,6 +12,7 @@ from ease_runtime.generation import TokenEvent, drafter_shares
 from ease_runtime.server.requests import Echo, GenerationRequest
 from ease_runtime.server.updates import Tally, Update
 from ease_runtime.text.token_bytes import token_name
+from ease_runtime.text.tool_calls import CallPiece, CallReader
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Answer:
     lengths: dict[int, int] = field(
         default_factory=dict
     )  # characters so far of each completion that has begun
+    readers: dict[int, CallReader] = field(default_factory=dict)  # of each that may call tools
 
     def head(self, part: bool) -> dict[str, Any]:
         """What stands in every object."""
@@ -41,12 +43,16 @@ class Answer:
         for index, all_of_it in enumerate(completions):
             details = self.details(all_of_it)
             text = details.pop("text")
-            said = (
-                {"message": {"role": "assistant", "content": text, "refusal": None}}
-                if self.chat
-                else {"text": text}
-            )
-            choices.append({"index": index, **said, **details, "finish_reason": all_of_it.finish_reason})
+            said = {"text": text}
+            if self.chat:
+                content, calls = self.read_calls(all_of_it, text, whole=True)
+                message = {
+                    "role": "assistant",
+                    "content": content or (None if calls else ""),
+                    "refusal": None,
+                }
+                said = {"message": {**message, **({"tool_calls": calls} if calls else {})}}
+            choices.append({"index": index, **said, **details, "finish_reason": self.reason(all_of_it)})
         return {**self.head(part=False), "choices": choices, "usage": self.usage(tally)}
 
     def opening(self, num_choices: int) -> list[dict[str, Any]]:
@@ -64,8 +70,24 @@ class Answer:
         text = details.pop("text")
         said: dict[str, Any] = {"text": text}
         if self.chat:
-            said = {"delta": {"content": text} if news.events else {}}
-        return self.part([{"index": news.index, **said, **details, "finish_reason": news.finish_reason}])
+            content, calls = self.read_calls(news, text)
+            delta = {"content": content} if content or (news.events and not calls) else {}
+            said = {"delta": {**delta, **({"tool_calls": calls} if calls else {})}}
+        return self.part([{"index": news.index, **said, **details, "finish_reason": self.reason(news)}])
+
+    def read_calls(self, news: Update, text: str, whole: bool = False) -> tuple[str, list[dict[str, Any]]]:
+        """What new text says, and what it calls: whole calls, or OpenAI's deltas of them."""
+        if self.request.tools is None:
+            return text, []
+        reader = self.readers.setdefault(news.index, self.request.tools.reader())
+        content, pieces = reader.feed(text, last=news.finish_reason is not None)
+        return content, call_objects(pieces, whole)
+
+    def reason(self, news: Update) -> str | None:
+        """Why a completion has ended, once it has."""
+        reader = self.readers.get(news.index)
+        called = reader is not None and reader.num_calls > 0
+        return "tool_calls" if called and news.finish_reason == "stop" else news.finish_reason
 
     def part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """An event of a stream."""
@@ -104,7 +126,8 @@ class Answer:
         """The text with log-probabilities and depths, as far as they were asked for. Counts the tokens."""
         events = news.events
         self.depths += [event.depth for event in events]
-        text = "".join(event.text for event in events)
+        marks = self.request.tools.marks if self.request.tools else {}
+        text = "".join(marks.get(event.id, event.text) for event in events)
         echo = None
         if self.request.echoes and news.index not in self.lengths:
             echo = self.request.echoes[news.index // self.request.options.n]
@@ -160,6 +183,19 @@ class Answer:
 
     def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self.name(token), "logprob": logprob, "bytes": list(self.token_bytes(token))}
+
+
+def call_objects(pieces: Sequence[CallPiece], whole: bool) -> list[dict[str, Any]]:
+    """News of calls as OpenAI has them, an object a call: whole ones, or deltas with their `index`."""
+    calls: dict[int, dict[str, Any]] = {}
+    for piece in pieces:
+        call = calls.setdefault(piece.index, {} if whole else {"index": piece.index})
+        function = call.setdefault("function", {"arguments": ""})
+        if piece.name:
+            call |= {"id": piece.id, "type": "function"}
+            function |= {"name": piece.name}
+        function["arguments"] += piece.arguments
+    return list(calls.values())
 
 
 def with_chosen(score: Token | TokenEvent) -> list[tuple[int, float]]:

@@ -205,6 +205,7 @@ class Service:
         ease = {"exit_layers": list(stack.exit_layers), "max_positions": stack.max_positions}
         template = self.llm.template
         ease |= {"chat": template is not None and template.problem is None}
+        ease |= {"tools": self.llm.call_form is not None}
         ease |= {"gates": all(leave.gate for leave in stack.exits[:-1])}
         return {
             "id": self.settings.model,

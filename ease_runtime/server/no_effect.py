@@ -42,7 +42,7 @@ NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
     # tools
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
+    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     # the template
@@ -72,6 +72,8 @@ def is_without_effect(name: str, value: Any, num_choices: Any) -> bool:
 
 
 def with_effect(body: Body) -> dict[str, Any]:
-    """The fields of a body that may change the answer."""
+    """The fields of a body that may change the answer. Tools that must not be called are not shown."""
+    if body.get("tool_choice") == "none":
+        body = {name: value for name, value in body.items() if name != "tools"}
     num_choices = 1 if body.get("n") is None else body["n"]
     return {name: value for name, value in body.items() if not is_without_effect(name, value, num_choices)}

@@ -15,6 +15,7 @@ from ease_runtime.llm import TextEngine
 from ease_runtime.options import FLAGS, LEAVING, SAMPLING, TO_THE_END, Options
 from ease_runtime.server.api_error import ApiError
 from ease_runtime.server.no_effect import NO_EFFECT, with_effect
+from ease_runtime.server.tools import ToolUse, read_tools
 from ease_runtime.text.grammar import ANY_OBJECT
 from ease_runtime.text.streaming import Detokenizer, StopPattern
 
@@ -26,6 +27,14 @@ OTHERWISE = (
 IN_BODY = tuple(name for name in SAMPLING if name not in OTHERWISE)
 EASE = (*LEAVING, *FLAGS)
 SHARED = ("model", "stream", "stream_options", "ease", "response_format", *IN_BODY)
+TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+CHAT = (
+    "messages",
+    "top_logprobs",
+    "max_completion_tokens",
+    "add_generation_prompt",
+    "continue_final_message",
+)
 LENGTHS = ("max_tokens", "max_completion_tokens")
 Body = Mapping[str, Any]
 
@@ -43,7 +52,8 @@ class GenerationRequest:
     """A request that was understood.
 
     `show_ease`: tell each token's depth and confidence. `names_length`: whether the client said how long an
-    answer may be. `echoes`: the prompts as their answers repeat them, none where they do not.
+    answer may be. `echoes`: the prompts as their answers repeat them, none where they do not. `tools`: what a
+    chat's answers may call.
     """
 
     prompts: list[list[int]]
@@ -55,6 +65,7 @@ class GenerationRequest:
     names_length: bool = False
     echoes: Sequence[Echo] = ()
     patterns: Sequence[StopPattern] = ()  # of its stop strings
+    tools: ToolUse | None = None
 
     @property
     def score_prompt(self) -> bool:
@@ -85,7 +96,7 @@ def read_completion(
 
 def read_chat(body: Any, llm: TextEngine, base: Options, max_prompt: int | None = None) -> GenerationRequest:
     """A body of /v1/chat/completions. Raises RequestError."""
-    body = read_fields(body, (*SHARED, "messages", "logprobs", "top_logprobs", "max_completion_tokens"))
+    body = read_fields(body, (*SHARED, *CHAT, *TOOLS, "logprobs"))
     logprobs = read_switch(body, "logprobs")
     more = {"logprobs": body["top_logprobs"]} if body.get("top_logprobs") is not None else {}
     if more and not logprobs:
@@ -96,13 +107,22 @@ def read_chat(body: Any, llm: TextEngine, base: Options, max_prompt: int | None 
                 "max_tokens and max_completion_tokens are two names of one option; leave one out"
             )
         more["max_tokens"] = body["max_completion_tokens"]
-    return _request(
+    tools = read_tools(body, llm)
+    if tools is not None and tools.grammar is not None:
+        more["grammar"] = tools.grammar
+    go_on = read_switch(body, "continue_final_message")
+    if body.get("add_generation_prompt") is not None and not go_on:
+        raise RequestError("add_generation_prompt: false needs continue_final_message: true")
+    asked = _request(
         body,
         llm,
-        lambda: [llm.encode_chat(read_messages(body.get("messages")))],
+        lambda: [
+            llm.encode_chat(read_messages(body.get("messages")), tools.tools if tools else None, go_on=go_on)
+        ],
         read_options(body, base, more),
         logprobs,
     )
+    return replace(asked, tools=tools)
 
 
 def _request(

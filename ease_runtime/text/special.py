@@ -12,23 +12,16 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from ease_common.chat import Message, check_messages
+from ease_common.chat import DIGITS, ChatTemplate, Message, Tool, as_templates_know_it, check_messages
 from ease_common.errors import PanicError, RequestError, without_panics
 from ease_common.tokenizers import whole_texts
 
-DIGITS = 30  # of a random number that no text holds by chance
 ID_DIGITS = 9
 LONG_TEXT = 4096  # characters
-
-
-class Template(Protocol):
-    """What makes a text of messages."""
-
-    def render(self, messages: Sequence[Message]) -> str: ...
 
 
 class SpecialTokens:
@@ -52,14 +45,21 @@ class SpecialTokens:
         tokenizer = self.blind[0] if self.pattern.search(text) else self.tokenizer
         return encode_ids(tokenizer, text)
 
-    def encode_chat(self, template: Template, messages: Sequence[Message]) -> list[int]:
-        """The ids of messages in a template's form. Raises RequestError."""
+    def encode_chat(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        *,
+        go_on: bool = False,
+    ) -> list[int]:
+        """The ids of messages and tools in a template's form. Raises RequestError."""
         check_messages(messages)
+        known = [as_templates_know_it(message) for message in messages]  # before: what JSON escapes shows now
         hidden = [
-            {name: value if name == "role" else self._hide(value) for name, value in m.items()}
-            for m in messages
+            {name: value if name == "role" else self._hide(value) for name, value in m.items()} for m in known
         ]
-        text = template.render(hidden)
+        text = template.render(hidden, tools and self._hide(tools), go_on=go_on)
         check_unicode(text)
         if self.mention not in text:
             return encode_ids(self.tokenizer, text)
@@ -106,7 +106,7 @@ class SpecialTokens:
         if isinstance(value, str):
             return self.pattern.sub(lambda found: self._stand_in(self.mention, found[0]), value)
         if isinstance(value, Mapping):
-            return {name: self._hide(part) for name, part in value.items()}
+            return {self._hide(name): self._hide(part) for name, part in value.items()}
         return [self._hide(part) for part in value] if isinstance(value, list | tuple) else value
 
 

@@ -96,7 +96,7 @@ def test_a_prompt_is_run_and_its_tokens_coloured(page: Any) -> None:
 
 @pytest.mark.parametrize("page", [(360, "light")], indirect=True)
 def test_errors_are_shown_and_a_run_is_stopped(page: Any) -> None:
-    with served(text_engine(1, seconds=0.05), api_key="secret") as server:
+    with served(text_engine(1, 256, seconds=0.05), api_key="secret") as server:
         page.goto(server.url)
         page.click("#go")
         page.wait_for_selector("#wrong:not(:empty)")
