@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check --root-user-action=ign
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export EASE_DATA_DIR ?= $(firstword $(wildcard data ../shared/data) data)
 
-.PHONY: demo demo-llm test check docs bench experiments peers clean
+.PHONY: demo demo-llm test check docs site bench experiments peers clean
 
 $(READY): pyproject.toml
 	@echo "== setting up $(VENV): torch, onnxruntime and what goes with them (minutes, once)"
@@ -33,11 +33,17 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python docs/make_reference.py --check
 	$(BIN)/python experiments/pages.py --check
 	$(BIN)/python experiments/plots.py --check
 
-docs: $(READY)  ## rewrite docs/cli.md from --help
+docs: $(READY)  ## rewrite docs/cli.md from --help, and what docs/policies.md, options.md and recipe.md say of the code
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_reference.py
+
+site: $(READY)  ## the documentation as a site in ./site; look at it with: python3 -m http.server --directory site
+	@$(PIP) -e '.[docs]'
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)  ## training beside transformers' Trainer; the engine on a 135M-shape bundle, and beside the peers that are there
 	$(BIN)/pip install --quiet -e '.[bench]'
@@ -64,4 +70,4 @@ peers:  ## other runtimes to compare with, in a virtual environment of their own
 	.venv-peers/bin/pip install --quiet 'torch>=2.9,<2.14' 'transformers>=4.57' onnx onnx_ir onnxruntime-genai xllamacpp gguf click
 
 clean:
-	rm -rf $(VENV) .venv-runtime .cache runs/demo
+	rm -rf $(VENV) .venv-runtime .cache runs/demo site dist
