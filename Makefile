@@ -43,7 +43,7 @@ docs: $(READY)  ## rewrite docs/cli.md from --help, and what docs/policies.md, o
 
 site: $(READY)  ## the documentation as a site in ./site; look at it with: python3 -m http.server --directory site
 	@$(PIP) -e '.[docs]'
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)  ## training beside transformers' Trainer; the engine on a 135M-shape bundle, and beside the peers that are there
 	$(BIN)/pip install --quiet -e '.[bench]'
