@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check --root-user-action=ign
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export EASE_DATA_DIR ?= $(firstword $(wildcard data ../shared/data) data)
 
-.PHONY: demo demo-llm test check docs site bench experiments peers clean
+.PHONY: demo demo-llm test check docs site bench experiments peers release clean
 
 $(READY): pyproject.toml
 	@echo "== setting up $(VENV): torch, onnxruntime and what goes with them (minutes, once)"
@@ -65,9 +65,13 @@ experiments: $(READY)  ## what docs/experiments shows, but for make bench and th
 	$(BIN)/python experiments/pages.py
 	$(BIN)/python experiments/plots.py
 
+release: $(READY)  ## check, build and tag the version that pyproject.toml names; nothing is uploaded
+	@$(PIP) -e '.[release]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/release.sh
+
 peers:  ## other runtimes to compare with, in a virtual environment of their own
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet 'torch>=2.9,<2.14' 'transformers>=4.57' onnx onnx_ir onnxruntime-genai xllamacpp gguf click
 
 clean:
-	rm -rf $(VENV) .venv-runtime .cache runs/demo site dist
+	rm -rf $(VENV) .venv-runtime .venv-wheel .cache runs/demo site dist

@@ -1,5 +1,5 @@
-"""Hooks of mkdocs: what a page links to outside docs/ is named, not linked, in the site, which has no such file
-(on a code host the same link works as it is); and nothing that a page loads lies elsewhere.
+"""Hooks of mkdocs: what a page links to outside docs/ is named, not linked, in the site, which has no such
+file (on a code host the same link works as it is); and nothing that a page loads lies elsewhere.
 """
 
 import posixpath
