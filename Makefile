@@ -3,19 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP := $(BIN)/pip install -qq --disable-pip-version-check --root-user-action=ignore  # -qq: errors alone
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export EASE_DATA_DIR ?= $(firstword $(wildcard data ../shared/data) data)
 
-.PHONY: demo demo-llm test check docs bench experiments peers clean
+.PHONY: demo demo-llm test check docs site bench experiments peers release clean
 
 $(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[dev]'
-	touch $@
+	@echo "== setting up $(VENV): torch, onnxruntime and what goes with them (minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) -e '.[dev]'
+	@touch $@
 
 demo: $(READY)  ## train, export, verify, generate, measure
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
 
 demo-llm: $(READY)  ## a pretrained LLM (SmolLM2-135M, from PyPI): import, export in three precisions, ask, measure
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo-llm.sh
@@ -31,11 +33,17 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python docs/make_reference.py --check
 	$(BIN)/python experiments/pages.py --check
 	$(BIN)/python experiments/plots.py --check
 
-docs: $(READY)  ## rewrite docs/cli.md from --help
+docs: $(READY)  ## rewrite docs/cli.md from --help, and what docs/policies.md, options.md and recipe.md say of the code
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_reference.py
+
+site: $(READY)  ## the documentation as a site in ./site; look at it with: python3 -m http.server --directory site
+	@$(PIP) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)  ## training beside transformers' Trainer; the engine on a 135M-shape bundle, and beside the peers that are there
 	$(BIN)/pip install --quiet -e '.[bench]'
@@ -57,9 +65,13 @@ experiments: $(READY)  ## what docs/experiments shows, but for make bench and th
 	$(BIN)/python experiments/pages.py
 	$(BIN)/python experiments/plots.py
 
+release: $(READY)  ## check, build and tag the version that pyproject.toml names; nothing is uploaded
+	@$(PIP) -e '.[release]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/release.sh
+
 peers:  ## other runtimes to compare with, in a virtual environment of their own
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet 'torch>=2.9,<2.14' 'transformers>=4.57' onnx onnx_ir onnxruntime-genai xllamacpp gguf click
 
 clean:
-	rm -rf $(VENV) .venv-runtime .cache runs/demo
+	rm -rf $(VENV) .venv-runtime .venv-wheel .cache runs/demo site dist

@@ -1,8 +1,10 @@
 """What the fields of Options are made of: a default with its help, and JSON values of the right kind."""
 
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import field
+from numbers import Real
 from typing import Any, NoReturn
 
 from ease_common.errors import RequestError, shown
@@ -19,19 +21,23 @@ def leaving(default: Any, help: str) -> Any:  # noqa: A002 - the command line's 
 
 
 def read_value(name: str, kind: Any, value: Any) -> Any:
-    """A JSON value as a field of this type. Raises RequestError."""
+    """A value of JSON or Python as a field of this type. Raises RequestError."""
     choices = typing.get_args(kind)
-    if type(None) in choices:  # only "X | None" is used
+    if type(None) in choices:  # X | None, or X | what is read as one | None
         return None if value is None else read_value(name, choices[0], value)
     if kind in READERS:
         return READERS[kind](name, value)
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)  # 5.0: some languages' JSON has no other numbers
+    if kind is int and isinstance(value, Real) and not isinstance(value, bool) and value == value // 1:
+        return math.floor(value)  # 5.0: some languages' JSON has no other numbers
     if type(value) is not kind:
         _refuse(name, value, {int: "a whole number", str: "a text", bool: "true or false"}[kind])
-    if kind is str and (len(value) > LONGEST_NAME or not value.isprintable()):
-        _refuse(name, value, "a name")
     return value
+
+
+def check_name(name: str, value: Any) -> None:
+    """Raises RequestError for a text that is too long, or too odd, to be a name."""
+    if isinstance(value, str) and (len(value) > LONGEST_NAME or not value.isprintable()):
+        _refuse(name, value, "a name")
 
 
 def _refuse(name: str, value: Any, expected: str) -> NoReturn:
@@ -39,7 +45,7 @@ def _refuse(name: str, value: Any, expected: str) -> NoReturn:
 
 
 def _float(name: str, value: Any) -> float:
-    if type(value) not in (int, float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         _refuse(name, value, "a number")
     try:
         return float(value)
@@ -66,7 +72,12 @@ def _bias(name: str, value: Any) -> dict[int, float]:
         _refuse(name, value, expected)
     bias = {}
     for token, number in value.items():
-        if type(number) not in (int, float) or not str(token).isdecimal() or len(str(token)) > LONGEST_ID:
+        if (
+            not isinstance(number, Real)
+            or isinstance(number, bool)
+            or not str(token).isdecimal()
+            or len(str(token)) > LONGEST_ID
+        ):
             _refuse(name, value, expected)
         bias[int(token)] = _float(name, number)
     return bias

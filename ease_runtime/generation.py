@@ -103,8 +103,36 @@ class Timing:
         self.notes += sequence.notes
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Completion:
+    """What was said to a prompt, with the layer at which each token left, and how fast."""
+
+    tokens: list[TokenEvent]
+    timing: Timing
+
+    @property
+    def text(self) -> str:
+        """The answer's text."""
+        return "".join(event.text for event in self.tokens)
+
+    @property
+    def depths(self) -> list[int]:
+        """Layers that each token used."""
+        return [event.depth for event in self.tokens]
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended, 'stop' or 'length'; None where nothing was to be said."""
+        return self.tokens[-1].finish_reason if self.tokens else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed: tokens after the first, over their time."""
+        return self.timing.tokens_per_second
+
+
+@dataclass(eq=False)
+class Choice:
     """One completion of a request, as it grows."""
 
     index: int
@@ -160,7 +188,7 @@ class Generation:
     """A request: its prompt's ids, and its completions."""
 
     prompt: list[int]
-    choices: list[Completion]
+    choices: list[Choice]
 
     @property
     def finished(self) -> bool:

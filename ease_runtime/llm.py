@@ -1,6 +1,10 @@
 """Text in, text out, over the engine.
 
     llm = LLM("runs/demo/bundle")
+    print(llm.complete("In the beginning", Options(threshold=0.7)).text)
+
+Token by token, as they are said:
+
     for event in llm.generate("In the beginning", Options(threshold=0.7, catch_up="propagate")):
         print(event.text, end="", flush=True)
 
@@ -35,7 +39,7 @@ from ease_runtime.engine.costs import DEFAULT_CAP
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.sampling import Sampler
 from ease_runtime.engine.sequence import TokenSequence
-from ease_runtime.generation import Completion, Generation, Timing, TokenEvent
+from ease_runtime.generation import Choice, Completion, Generation, Timing, TokenEvent
 from ease_runtime.options import Options
 from ease_runtime.ort.stack import Stack, open_stack
 from ease_runtime.policies import ExitPolicy, make_policy
@@ -76,7 +80,7 @@ class TextEngine:
         self.engine = Engine(
             stack, num_slots=num_slots, cap=cap, adapt=adapt, exact=exact, prefix_bytes=prefix_bytes
         )
-        self.choices: dict[TokenSequence, Completion] = {}
+        self.choices: dict[TokenSequence, Choice] = {}
         self.corpora: dict[str, CorpusLookup] = {}
         self.grammars = Grammars(tokenizer, stack.vocab_size, stop_ids)
 
@@ -324,11 +328,11 @@ class TextEngine:
             writer = TextWriter(
                 self.tokenizer, ids, patterns, self.special.tokens, min_tokens=options.min_tokens
             )
-            choices.append(Completion(index, sequence, writer))
+            choices.append(Choice(index, sequence, writer))
             self.choices[sequence] = choices[-1]
         return Generation(ids, choices)
 
-    def step(self) -> list[tuple[Completion, list[TokenEvent]]]:
+    def step(self) -> list[tuple[Choice, list[TokenEvent]]]:
         """One pass: the completions that went on or ended in it, with their new events."""
         read = []
         for sequence in self.engine.step():
@@ -372,6 +376,27 @@ class TextEngine:
             yield from self.follow(generation, timing)
         finally:
             self.cancel(generation)
+
+    def complete(
+        self,
+        prompt: str | Many[int],
+        options: Options | None = None,
+        *,
+        policy: ExitPolicy | None = None,
+        sampler: Sampler | None = None,
+        drafter: Drafter | None = None,
+    ) -> Completion:
+        """Continue a prompt to its end, for one answer (`n` 1).
+
+            llm.complete("In the beginning", Options(max_tokens=20, threshold=0.7)).text
+
+        Raises and takes what `generate` does.
+        """
+        if options and options.n != 1:
+            raise RequestError(f"n {options.n}: complete has one answer; submit has several")
+        timing = Timing()
+        events = self.generate(prompt, options, timing, policy=policy, sampler=sampler, drafter=drafter)
+        return Completion(list(events), timing)
 
     def follow(self, generation: Generation, timing: Timing) -> Iterator[TokenEvent]:
         """The events of a request, until it has finished.

@@ -8,6 +8,7 @@ Options.from_json({"max_tokens": 50, "threshold": 0.7, "stop": "\\n"})
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any
 
 from ease_common.errors import RequestError, did_you_mean
@@ -15,9 +16,9 @@ from ease_common.own import is_own, load_own
 from ease_common.settings import setting
 from ease_runtime.drafters import DRAFTS, check_draft
 from ease_runtime.engine.sampling import AdjustedGreedy, Adjustments, Greedy, GumbelSampler, Sampler, seed_of
-from ease_runtime.fields import leaving, read_value
+from ease_runtime.fields import check_name, leaving, read_value
 from ease_runtime.policies import POLICIES, ExitPolicy, make_policy
-from ease_runtime.policies.thresholds import OFF, Thresholds
+from ease_runtime.policies.thresholds import OFF, ThresholdsLike
 from ease_runtime.text.grammar import Grammar, JsonSchema, LarkGrammar, Regex
 
 MAX_CHOICES = 64  # completions of one request
@@ -32,10 +33,14 @@ MAX_STOP_LENGTH = 2**16  # characters of all stop strings together
 
 @dataclass(frozen=True)
 class Options:
-    """How to continue a prompt. Raises RequestError for a value outside its range.
+    """How to continue a prompt. Raises RequestError for a value of another kind or outside its range, of
+    Python as of JSON.
+
+        Options(max_tokens=20, threshold=0.7, stop=("\\n",))
 
     `max_tokens` -1 goes on to the end of the text, or of the model's context; 0 only reads the prompt.
-    `threshold` takes whatever `Thresholds.of` takes; None is full depth, or what a bundle was calibrated to.
+    `threshold` takes whatever `Thresholds.of` takes, and is `Thresholds` then; None is full depth, or what a
+    bundle was calibrated to.
     `policy`, `draft` and `sampler` may name a class of one's own, `module:Class`. temperature 0 is greedy.
     Completion i of `n` draws from a stream of its own, made from the seed and i.
     """
@@ -44,7 +49,7 @@ class Options:
         128, "Longest answer, in tokens; -1 goes on to the end of the text, or of the model's context."
     )
     policy: str = leaving("max-prob", f"What confidence is: {', '.join(POLICIES)}, or your own module:Class.")
-    threshold: Thresholds | None = leaving(
+    threshold: ThresholdsLike | None = leaving(
         None,
         "A token leaves at this confidence: 0.7, or one an early exit, off,0.7 (off: not asked). Without "
         "it none leaves.",
@@ -106,8 +111,9 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        if self.threshold is not None:
-            object.__setattr__(self, "threshold", Thresholds.of(self.threshold))
+        for name, kind in field_kinds().items():
+            if (value := getattr(self, name)) is not getattr(Options, name, None):
+                object.__setattr__(self, name, read_value(name, kind, value))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         if -(2**63) <= self.seed < 0:
@@ -172,7 +178,7 @@ class Options:
 
         Raises RequestError for an unknown name or a value of another kind.
         """
-        hints = typing.get_type_hints(cls)
+        hints = field_kinds()
         merged = {} if base is None else {f.name: getattr(base, f.name) for f in fields(cls)}
         if "exit" in values and "exit_layer" in values:
             raise RequestError("exit and exit_layer are two names of one option; leave one out")
@@ -182,6 +188,8 @@ class Options:
                 raise RequestError(f"unknown option {name[:80]!r}; {did_you_mean(name[:80], hints)}")
             off = name == "threshold" and value is None
             merged[name] = OFF if off else read_value(name, hints[name], value)
+            if hints[name] in (str, str | None):
+                check_name(said, value)
             if name in ("policy", "sampler", "draft") and is_own(str(value)):
                 raise RequestError(
                     f"{name} {str(value)[:80]!r}: only who runs the command can name code of their own "
@@ -247,6 +255,12 @@ class Options:
         if self.patience is not None:
             given["patience"] = self.patience
         return make_policy(self.policy, self.threshold, exit_layers, **given)  # type: ignore[arg-type]
+
+
+@cache
+def field_kinds() -> dict[str, Any]:
+    """The type of each option."""
+    return typing.get_type_hints(Options)
 
 
 LEAVING = tuple(f.name for f in fields(Options) if f.metadata.get("leaving"))

@@ -11,14 +11,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from ease_common.commands import CommandGroup, say_how_to_go_on
@@ -26,6 +18,7 @@ from ease_common.errors import SettingWarning, TrainError
 from ease_common.files import held
 from ease_common.interrupts import handled, raise_it
 from ease_common.lists import FiniteFloat, ThreadCount, list_of
+from ease_common.progress import Bar
 from ease_common.settings import Section
 from ease_train.data.corpora import SOURCES
 from ease_train.methods.method import GateConfig
@@ -411,33 +404,22 @@ def show_gates(trainer: "GateTrainer") -> None:
     from ease_train.training.gates import GateStep
     from ease_train.training.trainer import StatesEvent
 
-    console = Console()
-    with Progress(
-        TextColumn("gates"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as progress:
-        task = progress.add_task("gates", total=trainer.settings.steps)
+    with Bar("step", total=trainer.settings.steps, console=Console()) as bar:
         for event in trainer.fit():
             if isinstance(event, GateStep):
-                progress.update(task, completed=event.step)
+                bar.update(event.step)
                 continue
             if isinstance(event, StatesEvent):
-                show(event, progress, task)
+                show(event, bar)
                 continue
             for layer, gate in event.gates.items():
                 figures = f"agrees {gate.agreement:.3f}, AUC {gate.auc:.3f}, calibration error {gate.ece:.3f}"
-                console.print(f"gate at layer {layer}: {figures}, temperature {gate.temperature:.2f}")
+                bar.print(f"gate at layer {layer}: {figures}, temperature {gate.temperature:.2f}")
 
 
 def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
     """Train and show it (the first of several processes does); an interrupted one is saved after its step."""
     console = Console(quiet=not trainer.workers.first)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     parameters = sum(p.numel() for p in trainer.model.parameters())
     exits = list(recipe.model.exits)
     if trainer.ended:
@@ -447,16 +429,15 @@ def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
         f"{recipe.name}: {parameters / 1e6:.1f} M parameters, exits at {exits}, data "
         f"{trainer.checkpoint.data}"
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=trainer.settings.steps, completed=trainer.checkpoint.step)
-        with interrupts() as interrupted:
-            for event in trainer.fit(out):
-                show(event, progress, task)
-                if interrupted and trainer.workers.count == 1:
-                    trainer.save(out)
-                    step = trainer.checkpoint.step
-                    say_how_to_go_on(f"step {step} is saved; go on: ease-train fit --out {out} --resume")
-                    raise_it(interrupted[0], None)
+    bar = Bar("step", total=trainer.settings.steps, completed=trainer.checkpoint.step, console=console)
+    with bar, interrupts() as interrupted:
+        for event in trainer.fit(out):
+            show(event, bar)
+            if interrupted and trainer.workers.count == 1:
+                trainer.save(out)
+                step = trainer.checkpoint.step
+                say_how_to_go_on(f"step {step} is saved; go on: ease-train fit --out {out} --resume")
+                raise_it(interrupted[0], None)
 
 
 def why_ended(trainer: "Trainer") -> str:
@@ -484,35 +465,33 @@ def interrupts() -> Iterator[list[int]]:
         yield caught
 
 
-def show(event: "Event", progress: Progress, task: Any) -> None:
+def show(event: "Event", bar: Bar) -> None:
     """One event on the terminal: steps move the bar, the rest gets a line."""
     from ease_train.training.trainer import EvalEvent, StatesEvent, StepEvent
 
     if isinstance(event, StepEvent):
         losses = " ".join(f"{layer}:{loss:.3f}" for layer, loss in event.exit_losses.items())
-        progress.update(
-            task, completed=event.step, description=f"loss {losses} · {event.tokens_per_second:,.0f} tokens/s"
-        )
+        bar.update(event.step, f"loss {losses}, {event.tokens_per_second:,.0f} tokens/s")
     elif isinstance(event, StatesEvent):
-        progress.update(task, description=f"hidden states {event.done}/{event.num_blocks}")
+        bar.update(says=f"hidden states {event.done}/{event.num_blocks}")
         if event.done in (0, event.num_blocks):
             size = f"{event.num_bytes / 1e9:.2f} GB"
-            progress.console.print(
+            bar.print(
                 f"hidden states of {event.num_blocks} blocks ({size}): {event.done} done, in {event.path}"
             )
     elif isinstance(event, EvalEvent):
         values = ", ".join(f"layer {layer} {value:.2f}" for layer, value in event.perplexity.items())
         agrees = ", ".join(f"layer {layer} {value:.3f}" for layer, value in event.agreement.items())
-        progress.console.print(
+        bar.print(
             f"step {event.step}: validation perplexity {values}" + (f"; agrees {agrees}" if agrees else "")
         )
         if event.sample:
-            progress.console.print(event.sample, markup=False, style="italic")
+            bar.print(event.sample, markup=False, style="italic")
     else:
         best = (
             f" with the best model, that of step {event.model_step}" if event.model_step != event.step else ""
         )
-        progress.console.print(f"step {event.step}: saved {event.path}{best}")
+        bar.print(f"step {event.step}: saved {event.path}{best}")
 
 
 if __name__ == "__main__":

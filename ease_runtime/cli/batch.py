@@ -24,7 +24,7 @@ from ease_common.errors import RequestError
 from ease_runtime.cli.openai_lines import OpenAiLine, batch_id
 from ease_runtime.cli.show import token_object
 from ease_runtime.engine.sequence import DraftCount
-from ease_runtime.generation import Completion, Generation, TokenEvent, add_drafts, drafter_shares
+from ease_runtime.generation import Choice, Generation, TokenEvent, add_drafts, drafter_shares
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 from ease_runtime.server.requests import read_messages
@@ -37,7 +37,7 @@ class Line(Protocol):
 
     generations: list[Generation]
 
-    def take(self, index: int, choice: Completion, events: list[TokenEvent]) -> None:
+    def take(self, index: int, choice: Choice, events: list[TokenEvent]) -> None:
         """News of its completion `index`."""
 
     def answer(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Item:
     error: str | None = None
     token_text: Callable[[int], str] = str
 
-    def take(self, index: int, choice: Completion, events: list[TokenEvent]) -> None:
+    def take(self, index: int, choice: Choice, events: list[TokenEvent]) -> None:
         self.texts[index] += "".join(event.text for event in events)
         self.depths += [event.depth for event in events]
         if self.tokens is not None:
@@ -103,7 +103,7 @@ def answer_lines(
     """
     source = iter(lines)
     waiting = deque[Line]()
-    places = dict[Completion, tuple[Line, int]]()
+    places = dict[Choice, tuple[Line, int]]()
     more = True
     while more or waiting:
         while (

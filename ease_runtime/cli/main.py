@@ -11,20 +11,13 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from ease_common.commands import CommandGroup, given_flags, say_how_to_go_on
 from ease_common.errors import EaseError, RequestError
-from ease_common.files import held
+from ease_common.files import held, write_whole
 from ease_common.interrupts import Terminated
 from ease_common.lists import FiniteRange
+from ease_common.progress import Bar
 from ease_runtime.cli.batch import (
     answer_lines,
     count_answers,
@@ -35,7 +28,10 @@ from ease_runtime.cli.batch import (
     write_answers,
 )
 from ease_runtime.cli.commands import DEVICE_FLAG, EXACT_FLAG, BundleName
+from ease_runtime.cli.comparison import ROUNDS
+from ease_runtime.cli.comparison import compare as compare_with_full_depth
 from ease_runtime.cli.flags import option_flags, read_flags
+from ease_runtime.cli.picture import picture as draw
 from ease_runtime.cli.show import (
     as_object,
     by_choice,
@@ -86,13 +82,35 @@ def take_place(given: dict[str, Any]) -> dict[str, Any]:
 @click.option("--prompt", required=True, help="The text to continue; - reads it from standard input.")
 @option_flags()
 @click.option("--show-exits", is_flag=True, help="Colour each token by its depth, with a legend and figures.")
-@click.option("--compare", is_flag=True, help="Also time the same prompt at full depth.")
+@click.option(
+    "--compare",
+    is_flag=True,
+    help=f"Also time it beside full depth, in {ROUNDS} rounds that take turns: a ratio with its range.",
+)
+@click.option(
+    "--picture",
+    metavar="FILE.svg",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw the text: each token's exit depth as a colour, its confidence as a bar.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @model_flags
-def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json: bool, **given: Any) -> None:
+def generate(
+    bundle: Path,
+    prompt: str,
+    show_exits: bool,
+    compare: bool,
+    picture: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Continue a prompt."""
     place = take_place(given)
     options = read_flags(given)
+    if picture is not None and not picture.parent.is_dir():
+        raise RequestError(
+            f"{picture.parent}, where {picture.name} should go, is no directory; make it first"
+        )
     text = read_prompt(prompt)
     llm = LLM(bundle, num_slots=options.n, **place)
     timing = Timing()
@@ -104,9 +122,6 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
         )
     for flag in without_effect(llm, options, show_exits=show_exits, as_json=as_json):
         click.echo(f"note: {flag}", err=True)
-    if compare:  # warm both paths up, so that neither pays for first-time allocations
-        for warm_up in (options, options.at_full_depth()):
-            list(llm.generate(text, warm_up))
     events = llm.generate(text, options, timing)
     console = Console(highlight=False, soft_wrap=True)
     if show_exits and not as_json:
@@ -119,13 +134,16 @@ def generate(bundle: Path, prompt: str, show_exits: bool, compare: bool, as_json
             shown += (
                 print_coloured(choice, llm.stack.exit_layers, console) if show_exits else print_plain(choice)
             )
-    full_depth = time_full_depth(llm, text, options) if compare else None
+    if picture is not None:
+        write_whole(picture, draw(text, by_choice(shown), llm.stack.exit_layers))
+    depths = [event.depth for event in shown]
+    compared = compare_with_full_depth(llm, text, options, timing, depths) if compare else None
     if as_json:
-        click.echo(json.dumps(as_object(shown, timing, full_depth, llm.token_text), ensure_ascii=False))
+        click.echo(json.dumps(as_object(shown, timing, compared, llm.token_text), ensure_ascii=False))
         return
     print_notes(timing)
     if show_exits or compare:
-        print_summary(shown, timing, llm.stack.exit_layers, full_depth, console)
+        print_summary(shown, timing, llm.stack.exit_layers, compared, console)
 
 
 def without_effect(
@@ -144,13 +162,6 @@ def without_effect(
     if options.logprobs and not as_json:
         notes.append("--logprobs has no effect without --json")
     return notes
-
-
-def time_full_depth(llm: LLM, prompt: str, options: Options) -> Timing:
-    """The same prompt with no early exit, timed."""
-    timing = Timing()
-    list(llm.generate(prompt, options.at_full_depth(), timing))
-    return timing
 
 
 def read_prompt(prompt: str) -> str:
@@ -416,10 +427,9 @@ def batch(
                 click.echo(answer)
                 failed += is_failure(answer)
         else:
-            with progress_bar() as bar:
-                task = bar.add_task("answered", total=total, completed=num_done)
+            with Bar("answered", total=total, completed=num_done, console=Console(stderr=True)) as bar:
                 for number in write_answers(out, answers):
-                    bar.update(task, completed=num_done + number)
+                    bar.update(num_done + number)
             failed = count_failed(out)
     if failed:
         where = "the line's" if failed == 1 else "their lines'"
@@ -442,18 +452,6 @@ def saved_input() -> Iterator[Path]:
         path = Path(folder) / "input.jsonl"
         path.write_bytes(sys.stdin.buffer.read())
         yield path
-
-
-def progress_bar() -> Progress:
-    """On standard error."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from ease_common.errors import RequestError, shown
-from ease_runtime.generation import Completion, Generation, TokenEvent
+from ease_runtime.generation import Choice, Generation, TokenEvent
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import TO_THE_END, Options
 from ease_runtime.server.answers import Answer
@@ -58,7 +58,7 @@ class OpenAiLine:
             line.error = error if isinstance(error, ApiError) else ApiError(400, str(error))
         return line
 
-    def take(self, index: int, choice: Completion, events: list[TokenEvent]) -> None:
+    def take(self, index: int, choice: Choice, events: list[TokenEvent]) -> None:
         update = Update.of(index, choice, events)
         self.tally.add(update)
         self.news[index] = update.after(self.news[index])

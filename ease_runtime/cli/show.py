@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from ease_runtime.cli.comparison import Comparison
 from ease_runtime.engine.sequence import DraftCount
 from ease_runtime.generation import Timing, TokenEvent, drafter_shares
 
@@ -82,10 +83,10 @@ def print_summary(
     events: list[TokenEvent],
     timing: Timing,
     exit_layers: tuple[int, ...],
-    full_depth: Timing | None,
+    compared: Comparison | None,
     console: Console,
 ) -> None:
-    """Depth and speed in a line, and against full depth in another."""
+    """Depth and speed in a line, and beside full depth in another."""
     if not events:
         return
     shares = ", ".join(
@@ -101,11 +102,8 @@ def print_summary(
         f"prefill {timing.prefill_seconds * 1000:.1f} ms, then {timing.tokens_per_second:.0f} tokens/s",
         style="dim",
     )
-    if full_depth and full_depth.tokens_per_second:
-        ratio = timing.tokens_per_second / full_depth.tokens_per_second
-        console.print(
-            f"full depth: {full_depth.tokens_per_second:.0f} tokens/s, so {ratio:.2f}x as fast", style="dim"
-        )
+    if compared:
+        console.print(compared.line(), style="dim")
 
 
 def drafts_line(drafts: Mapping[str, DraftCount], num_tokens: int) -> str:
@@ -120,7 +118,7 @@ def drafts_line(drafts: Mapping[str, DraftCount], num_tokens: int) -> str:
 
 
 def as_object(
-    events: list[TokenEvent], timing: Timing, full_depth: Timing | None, token_text: Callable[[int], str]
+    events: list[TokenEvent], timing: Timing, compared: Comparison | None, token_text: Callable[[int], str]
 ) -> dict[str, Any]:
     """What `--json` prints: the first completion, and all of them where there are several."""
     choices = [
@@ -147,8 +145,8 @@ def as_object(
             "prefill_seconds": timing.prefill_seconds,
             "decode_seconds": timing.decode_seconds,
             "tokens_per_second": timing.tokens_per_second,
-            "full_depth_tokens_per_second": full_depth.tokens_per_second if full_depth else None,
         },
+        **({"compared": compared.to_json()} if compared else {}),
     }
 
 

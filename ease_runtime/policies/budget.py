@@ -26,10 +26,12 @@ class BudgetState:
 
 @dataclass(frozen=True)
 class Budget:
-    """Each layer too many lowers the thresholds, each too few raises them.
+    """`--depth-budget LAYERS` over any policy: each layer too many lowers the thresholds, each too few raises
+    them.
 
     An integral controller over the depths so far: their mean misses the budget (layers a token) by about
-    num_layers / (GAIN n) after n tokens, as long as thresholds within [0, 1] can reach it.
+    num_layers / (0.25 n) after n tokens, as long as thresholds within [0, 1] can reach it. Thresholds begin
+    where `--threshold` puts them, or at 0.5.
     """
 
     policy: ThresholdPolicy

@@ -1,8 +1,6 @@
 """Policies that read the exit's head.
 
-max-prob, margin   CALM's softmax measures (Schuster et al. 2022, arXiv 2207.07061, section 3.5): p1, p1 - p2
-entropy            BranchyNet's (Teerapittayanon et al. 2016, arXiv 1709.01686), as 1 - H / ln V
-fixed              every token leaves at the one exit that has a threshold
+max-prob, margin, entropy and fixed: what each computes, and from which paper, is said by its class.
 """
 
 import math
@@ -16,14 +14,23 @@ from ease_runtime.policies.protocol import ExitOutput, Floats, ThresholdPolicy
 
 @dataclass(frozen=True)
 class MaxProb(ThresholdPolicy):
-    """The probability of the most probable token."""
+    """The probability p1 of the most probable token: CALM's softmax measure (Schuster et al. 2022, arXiv
+    2207.07061, section 3.5), and the default.
+
+    It knows nothing of an exit that is sure and wrong: `ease-eval calibrate` finds what a threshold is worth.
+    """
 
     name: ClassVar[str] = "max-prob"
 
 
 @dataclass(frozen=True)
 class Margin(ThresholdPolicy):
-    """The largest probability less the second largest."""
+    """The largest probability less the second largest, p1 - p2: CALM's other softmax measure (the same
+    section).
+
+    Near 0 where two tokens compete, however probable both are; for one threshold it lets fewer leave than
+    max-prob.
+    """
 
     name: ClassVar[str] = "margin"
 
@@ -34,7 +41,11 @@ class Margin(ThresholdPolicy):
 
 @dataclass(frozen=True)
 class Entropy(ThresholdPolicy):
-    """1 less the entropy over that of a uniform distribution."""
+    """1 - H / ln V: one less the entropy of the head's distribution over that of a uniform one, which is
+    BranchyNet's test (Teerapittayanon et al. 2016, arXiv 1709.01686) turned into a confidence.
+
+    It reads the whole distribution; with large vocabularies V most confidences are above 0.5.
+    """
 
     name: ClassVar[str] = "entropy"
 
@@ -47,7 +58,10 @@ class Entropy(ThresholdPolicy):
 
 @dataclass(frozen=True)
 class Fixed(ThresholdPolicy):
-    """Sure of everything."""
+    """1: every token leaves at the one exit that `--exit LAYER` names.
+
+    A model of fewer layers, so to speak; for measuring an exit by itself. It takes no threshold.
+    """
 
     name: ClassVar[str] = "fixed"
 

@@ -1,7 +1,4 @@
-"""patience: PABEE (Zhou et al.
-
-2020, arXiv 2006.04152). A token leaves once enough exits in a row have said the same.
-"""
+"""patience: a token leaves once enough exits in a row have said the same."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +15,12 @@ NOTHING = (-1, -1, 0)
 
 @dataclass(frozen=True)
 class Patience(ThresholdPolicy):
-    """How many exits in a row said the same as the one before, over the patience, at most 1."""
+    """How many exits in a row said the same as the one before, over the patience (`--patience`), at most 1:
+    PABEE (Zhou et al. 2020, arXiv 2006.04152).
+
+    With threshold 1 a token leaves when so many agree. It needs two early exits or more, whose heads are all
+    run.
+    """
 
     patience: int = 1
 

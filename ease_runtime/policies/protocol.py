@@ -91,8 +91,8 @@ class ThresholdPolicy:
 
     Derive from it and say what confidence is.
 
-    `decay` is CALM's tau (Schuster et al. 2022, arXiv 2207.07061, section 3.4): the threshold lambda becomes
-    0.9 lambda + 0.1 exp(-tau t / N) at token t of N.
+    `--decay TAU` is CALM's (Schuster et al. 2022, arXiv 2207.07061, section 3.4): the threshold lambda
+    becomes 0.9 lambda + 0.1 exp(-tau t / N) at token t of N, since mistakes cost most at the beginning.
     """
 
     thresholds: Thresholds = OFF

@@ -1,7 +1,4 @@
-"""similarity: CALM's state saturation, max(0, cosine) of the states before and after the exit's segment.
-
-No head is run for it.
-"""
+"""similarity: whether an exit's segment still changes the state."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +8,12 @@ from ease_runtime.policies.protocol import ThresholdPolicy
 
 @dataclass(frozen=True)
 class Similarity(ThresholdPolicy):
-    """How alike the states around the exit's segment are."""
+    """max(0, cosine) of the hidden states before and after the exit's segment: CALM's state saturation
+    (Schuster et al. 2022, arXiv 2207.07061, section 3.5).
+
+    No head is run for a token that stays. What counts as alike differs by model and by layer, so give each
+    exit its threshold.
+    """
 
     name: ClassVar[str] = "similarity"
     asks: ClassVar[str] = "similarity"

@@ -7,8 +7,10 @@ One notation, in flags, tables and JSON: `off`, `0.5`, `off,0.7`. JSON has a num
 every exit. Python and JSON may also give a list: `[None, 0.7]`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Any, TypeAlias
 
 from ease_common.errors import RequestError, shown
 
@@ -89,6 +91,7 @@ class Thresholds:
 
 
 OFF = Thresholds()
+ThresholdsLike: TypeAlias = Thresholds | float | str | Sequence[float | None]  # what `Thresholds.of` takes
 
 
 def _value(part: Any, given: Any) -> float | None:
@@ -96,7 +99,7 @@ def _value(part: Any, given: Any) -> float | None:
     if part is None or (isinstance(part, str) and part.strip() == "off"):
         return None
     try:
-        if isinstance(part, str) or type(part) in (int, float):
+        if isinstance(part, str | Real) and not isinstance(part, bool):
             return float(part)
     except (ValueError, OverflowError):
         pass

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from ease_common.errors import EaseError, without_panics
 from ease_runtime.engine.sequence import TokenSequence
-from ease_runtime.generation import Completion, Generation
+from ease_runtime.generation import Choice, Generation
 from ease_runtime.llm import TextEngine
 from ease_runtime.options import Options
 from ease_runtime.server.api_error import ApiError
@@ -65,7 +65,7 @@ class EngineThread:
         self.shadow = shadow
         self.deadline = math.inf  # when what still runs is cut
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.jobs: dict[Completion, tuple[Job, int]] = {}
+        self.jobs: dict[Choice, tuple[Job, int]] = {}
         self.thread = threading.Thread(target=self._run, name="ease-engine", daemon=True)
 
     # Commands, which any thread may give.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from ease_runtime.engine.sequence import DraftCount, Token
-from ease_runtime.generation import Completion, TokenEvent, add_drafts
+from ease_runtime.generation import Choice, TokenEvent, add_drafts
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Update:
     num_shared: int = 0  # tokens of its prompt whose K/V were there, once it has ended
 
     @classmethod
-    def of(cls, index: int, choice: Completion, events: list[TokenEvent]) -> Self:
+    def of(cls, index: int, choice: Choice, events: list[TokenEvent]) -> Self:
         """The news of a completion, which is the `index`-th of its request. Takes its prompt's scores."""
         sequence = choice.sequence
         scores = sequence.prompt_scores

@@ -1,5 +1,6 @@
 """The common ground: one line for errors and missing extras, one grammar of lists, whole-or-nothing files."""
 
+import io
 import os
 import stat
 import warnings
@@ -8,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from ease_common import errors
 from ease_common.commands import CommandGroup
@@ -15,6 +17,7 @@ from ease_common.errors import BundleError, DataError, EaseError, RequestError, 
 from ease_common.extras import extra_of, missing_extra
 from ease_common.files import write_whole, written_aside
 from ease_common.lists import FiniteFloat, list_of
+from ease_common.progress import Bar
 
 
 def test_one_root_catches_every_error() -> None:
@@ -161,3 +164,18 @@ def test_a_directory_is_replaced_only_once_the_new_one_is_whole(tmp_path: Path) 
         (folder / "a").write_text("new")
     assert (final / "a").read_text() == "new"
     assert list(tmp_path.iterdir()) == [final]
+
+
+@pytest.mark.parametrize(("terminal", "lines"), [(False, 4), (True, 0)])
+def test_progress_without_a_terminal_is_a_line_every_15_seconds(terminal: bool, lines: int) -> None:
+    now = 0.0
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120)
+    with Bar("step", total=600, console=console, clock=lambda: now) as bar:
+        for step in range(1, 121):
+            now = step / 2
+            bar.update(step, f"loss {600 - step}")
+    said = [line for line in out.getvalue().splitlines() if " left" in line]
+    assert len(said) == lines
+    if not terminal:
+        assert said[-1] == "step 120/600, loss 480, 0:04:00 left"

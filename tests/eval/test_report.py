@@ -1,5 +1,6 @@
 """The report: one file, nothing from elsewhere, and the statistics in it by hand."""
 
+import json
 import os
 import re
 import shutil
@@ -43,7 +44,8 @@ def report(tiny_bundle: Path, corpus_file: Path, tmp_path_factory: pytest.TempPa
         "--out",
         str(out),
     ]
-    result = CliRunner().invoke(main, [*command, "--catch-up", "recompute", "--catch-up", "verify", *SMALL])
+    modes = ["--catch-up", "recompute", "--catch-up", "verify", "--batch", "2"]
+    result = CliRunner().invoke(main, [*command, *modes, *SMALL])
     assert result.exit_code == 0, result.output
     return out
 
@@ -54,8 +56,53 @@ def test_one_file_that_loads_nothing(report: Path) -> None:
     assert "@import" not in text
     assert "url(http" not in text
     assert text.count("<svg") == 2 * 4
-    assert text.count('<div class="passage"') == text.count("<tr>") - 1 == 5
+    assert text.count('<div class="passage"') == 5
+    assert [table.count("<tr>") - 1 for table in text.split("<table")[1:]] == [5, 5, 5], (
+        "rows, times, batches"
+    )
     assert "layer 2, confidence 0." in text
+
+
+def test_what_json_has_is_shown(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    for shown in (
+        "GB/s",
+        "<th>heads</th>",
+        "drafts accepted",
+        "tokens/s of all",
+        "drafted by exit",
+        "drafts accepted (exit",
+    ):
+        assert shown in text, shown
+    assert "Nothing: the bundle has no certificate" in text
+
+
+def test_a_certificate_is_shown(tiny_bundle: Path, corpus_file: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    promise = {"policy": "max-prob", "catch_up": "recompute", "thresholds": "off,0.5", "risk": "disagreement"}
+    counts = {"num_fit_documents": 4, "num_test_documents": 8, "data": "psalms", "split": "validation"}
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    manifest["calibration"] = {**promise, **counts, "delta": 0.1, "epsilon": 0.05}
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    out = tmp_path / "out.html"
+    command = [
+        "report",
+        str(bundle),
+        "--data",
+        str(corpus_file),
+        "--split",
+        "train",
+        "--out",
+        str(out),
+        *SMALL,
+    ]
+    result = CliRunner().invoke(main, [*command, "--thresholds", "0.4"])
+    assert result.exit_code == 0, result.output
+    text = out.read_text(encoding="utf-8")
+    assert "disagreement of at most 0.1, but for a chance of 0.05" in text
+    assert "max-prob off,0.5, recompute" in text
+    assert "psalms (validation): 4 to fit, 8 to test" in text
 
 
 def test_figures_for_papers(report: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import toy_text
@@ -16,9 +17,10 @@ from ease_common.errors import DeviceError, RequestError
 from ease_runtime.conversation import Conversation
 from ease_runtime.engine.mock import MockStack
 from ease_runtime.generation import Timing, TokenEvent
-from ease_runtime.llm import TextEngine, load_tokenizer
+from ease_runtime.llm import LLM, TextEngine, load_tokenizer
 from ease_runtime.options import Options
-from ease_runtime.policies.thresholds import OFF
+from ease_runtime.policies.thresholds import OFF, Thresholds
+from ease_runtime.text.grammar import ANY_OBJECT
 
 LETTERS = "abcdefghijklmnopqrstuv"
 CHATML = (
@@ -352,8 +354,43 @@ def test_a_chat_keeps_its_history_in_the_cache(stop: tuple[str, ...]) -> None:
     ],
 )
 def test_options_that_cannot_be_used(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=message) as by_json:
         Options.from_json(values)
+    if "max_token" not in values:
+        with pytest.raises(RequestError) as by_python:
+            Options(**values)
+        assert str(by_python.value) == str(by_json.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"threshold": 0.5}, {"threshold": Thresholds((0.5,))}),
+        ({"threshold": "off,0.5"}, {"threshold": Thresholds((None, 0.5))}),
+        ({"threshold": np.float64(0.5)}, {"threshold": Thresholds((0.5,))}),
+        ({"max_tokens": np.int64(7), "temperature": 1}, {"max_tokens": 7, "temperature": 1.0}),
+        ({"stop": "x", "stop_token_ids": [3]}, {"stop": ("x",), "stop_token_ids": (3,)}),
+        ({"json_schema": {"type": "object"}}, {"json_schema": ANY_OBJECT}),
+    ],
+)
+def test_options_from_python(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    options = Options(**given)
+    assert {name: getattr(options, name) for name in expected} == expected
+    assert options == Options.from_json(given)
+
+
+def test_complete(tiny_bundle: Path) -> None:
+    llm = LLM(tiny_bundle)
+    options = Options(max_tokens=6, threshold=0.0, catch_up="propagate")
+    completion = llm.complete("And the king", options)
+    events = list(llm.generate("And the king", options))
+    assert completion.tokens == events
+    assert completion.text == "".join(event.text for event in events)
+    assert completion.depths == [2] * 6
+    assert completion.finish_reason == "length"
+    assert completion.tokens_per_second == completion.timing.tokens_per_second > 0
+    with pytest.raises(RequestError, match="complete has one answer"):
+        llm.complete("And", Options(n=2))
 
 
 def test_options_from_json() -> None:

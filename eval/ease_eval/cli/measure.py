@@ -288,12 +288,15 @@ class Measurement:
         return measure_quality(self.llm, documents, self.settings(), Journal(None, {}))
 
 
+BATCH_FLAG = click.option(
+    "--batch", "batches", **list_of(click.INT, "N[,N...]"), help="Also decode this many texts at once."
+)
+
+
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, type=BundleName())
 @measure_flags
-@click.option(
-    "--batch", "batches", **list_of(click.INT, "N[,N...]"), help="Also decode this many texts at once."
-)
+@BATCH_FLAG
 @click.option(
     "--beside",
     type=BundleName(),
@@ -501,14 +504,17 @@ def narrow_table(*columns: str, title: str | None = None) -> RichTable:
 @click.command()
 @click.argument("bundle", type=BundleName())
 @measure_flags
+@BATCH_FLAG
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
     help="The HTML file; figures go to a folder of its name.",
 )
-def report(bundle: Path, out: Path, **given: Any) -> None:
-    """Measure as table does, and write one HTML file: figures, tables, a passage coloured by depth."""
+def report(bundle: Path, out: Path, batches: tuple[int, ...], **given: Any) -> None:
+    """Measure as table does, and write one HTML file: figures, tables, a passage coloured by depth, the
+    bundle's certificate.
+    """
     from ease_eval.measure.report import make_report  # matplotlib takes a second to import
 
     if not out.suffix or out.with_suffix("").is_file():
@@ -522,7 +528,7 @@ def report(bundle: Path, out: Path, **given: Any) -> None:
         raise RequestError(
             f"no document has more than {PASSAGE_LEAST} tokens to show a passage of; give longer ones: --data"
         )
-    result = measurement.table()
+    result = measurement.table(batches=batches)
     warn_of_unknown(result.rows[0])
     write_whole(out, make_report(measurement.llm, result, shown, out))
     click.echo(f"{out}: written, with its figures in {out.with_suffix('')}")

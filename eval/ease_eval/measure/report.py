@@ -24,8 +24,9 @@ from ease_eval.measure.figures import (
 )
 from ease_eval.measure.latency import Setting
 from ease_eval.measure.reliability import measure_reliability
-from ease_eval.measure.table import COLUMNS, Table, TableRow, cells, score_settings
-from ease_runtime.generation import TokenEvent
+from ease_eval.measure.table import COLUMNS, BatchFigures, Table, TableRow, cells, score_settings
+from ease_runtime.cli.show import drafts_line
+from ease_runtime.generation import Completion
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.policies import make_policy
@@ -36,6 +37,17 @@ TITLES = {
     "depth-by-position": "Depth along a text",
     "reliability": "Does the confidence mean what it says?",
 }
+TIME_COLUMNS = (
+    "setting",
+    "speed-up",
+    "GB/s",
+    "heads",
+    "engine",
+    "layers run",
+    "prefill ms",
+    "p99 ms",
+    "drafts accepted",
+)
 PROMPT_TOKENS = 24
 PASSAGE_TOKENS = 120
 BINS = 16
@@ -66,6 +78,7 @@ def make_report(llm: LLM, table: Table, documents: Sequence[Sequence[int]], out:
         del draws["reliability"]
     save(draws, out.with_suffix(""))
     prompt = documents[0][:PROMPT_TOKENS]
+    passages = [passage(llm, prompt, row) for row in rows]
     depths = llm.stack.exit_layers
     tints = dict(zip(reversed(llm.stack.exit_layers), reversed(TINTS), strict=False))
     environment = jinja2.Environment(
@@ -80,7 +93,15 @@ def make_report(llm: LLM, table: Table, documents: Sequence[Sequence[int]], out:
         names=[row_label(row) for row in rows],
         said=[describe(row) for row in rows],
         prompt=llm.tokenizer.decode(list(prompt)),
-        passages=[passage(llm, prompt, row) for row in rows],
+        passages=passages,
+        time_columns=TIME_COLUMNS,
+        times=[time_cells(row) for row in rows],
+        batches=[batch_cells(one) for one in table.batches],
+        certificate=llm.manifest.calibration,
+        drafts=[
+            drafts_line(one.timing.drafts, len(one.tokens)) if one.timing.num_drafted else ""
+            for one in passages
+        ],
         figures={
             TITLES[name]: [svg(drawn(draw, dress)) for dress in ("light", "dark")]
             for name, draw in draws.items()
@@ -97,7 +118,33 @@ def describe(row: TableRow) -> str:
     )
 
 
-def passage(llm: LLM, prompt: Sequence[int], row: TableRow) -> list[TokenEvent]:
+def time_cells(row: TableRow) -> list[str]:
+    """A row as the texts of TIME_COLUMNS."""
+    return [
+        row_label(row),
+        f"{row.speedup:.2f}x ({row.speedup_range[0]:.2f}–{row.speedup_range[1]:.2f})",
+        f"{row.gb_per_second:.1f}",
+        f"{row.head_share:.0%}",
+        f"{row.engine_efficiency:.0%}",
+        f"{row.layers_run:.2f}",
+        f"{row.prefill_ms_p50:.1f}",
+        f"{row.latency_ms_p99:.2f}",
+        f"{row.accepted} of {row.drafted}" if row.drafted else "–",
+    ]
+
+
+def batch_cells(figures: BatchFigures) -> list[str]:
+    """A batch's figures as texts: rows, threshold, catch-up, tokens a second of all, speed-up."""
+    return [
+        str(figures.batch),
+        str(figures.threshold),
+        figures.catch_up if figures.threshold else "–",
+        f"{figures.tokens_per_second:.0f}",
+        f"{figures.speedup:.2f}x ({figures.speedup_range[0]:.2f}–{figures.speedup_range[1]:.2f})",
+    ]
+
+
+def passage(llm: LLM, prompt: Sequence[int], row: TableRow) -> Completion:
     """A greedy continuation under a row's setting."""
     room = llm.stack.max_positions - len(prompt)
     options = Options(
@@ -106,7 +153,7 @@ def passage(llm: LLM, prompt: Sequence[int], row: TableRow) -> list[TokenEvent]:
         threshold=row.threshold,
         catch_up=row.catch_up,
     )
-    return list(llm.generate(list(prompt), options))
+    return llm.complete(list(prompt), options)
 
 
 def bin_width(documents: Sequence[Sequence[int]]) -> int:
