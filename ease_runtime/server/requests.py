@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from ease_common.errors import RequestError, did_you_mean, shown
 from ease_runtime.llm import TextEngine
-from ease_runtime.options import FLAGS, LEAVING, SAMPLING, TO_THE_END, Options
+from ease_runtime.options import FLAGS, GRAMMARS, LEAVING, SAMPLING, TO_THE_END, Options
 from ease_runtime.server.api_error import ApiError
 from ease_runtime.server.no_effect import NO_EFFECT, with_effect
 from ease_runtime.server.tools import ToolUse, read_tools
@@ -108,8 +108,9 @@ def read_chat(body: Any, llm: TextEngine, base: Options, max_prompt: int | None 
             )
         more["max_tokens"] = body["max_completion_tokens"]
     tools = read_tools(body, llm)
-    if tools is not None and tools.grammar is not None:
-        more["grammar"] = tools.grammar
+    options = read_options(body, base, more)
+    if tools is not None:
+        options = with_tools(options, tools)
     go_on = read_switch(body, "continue_final_message")
     if body.get("add_generation_prompt") is not None and not go_on:
         raise RequestError("add_generation_prompt: false needs continue_final_message: true")
@@ -119,10 +120,22 @@ def read_chat(body: Any, llm: TextEngine, base: Options, max_prompt: int | None 
         lambda: [
             llm.encode_chat(read_messages(body.get("messages")), tools.tools if tools else None, go_on=go_on)
         ],
-        read_options(body, base, more),
+        options,
         logprobs,
     )
     return replace(asked, tools=tools)
+
+
+def with_tools(options: Options, tools: ToolUse) -> Options:
+    """The options with the grammar of a call that has to come.
+
+    Raises RequestError beside another form, or beside a schema, which no call follows.
+    """
+    for name in GRAMMARS if tools.grammar is not None else ("json_schema",):
+        if getattr(options, name) is not None:
+            asked = "response_format" if name == "json_schema" else name
+            raise RequestError(f"{asked} leaves no room for calls of tools; leave one of the two out")
+    return options if tools.grammar is None else Options.from_json({"grammar": tools.grammar}, options)
 
 
 def _request(

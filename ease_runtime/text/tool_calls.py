@@ -276,7 +276,7 @@ def read_call(value: Any) -> tuple[str, str] | None:
     """The name and the arguments, as JSON, of an object that is a call."""
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         return None
-    arguments = value.get("arguments", value.get("parameters"))
+    arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         arguments = read_json(arguments)
     return (value["name"], json.dumps(arguments)) if isinstance(arguments, Mapping) else None
@@ -290,7 +290,7 @@ def grammar_of(
     """
     opening = f"<[{special[form.opening]}]>" if form.opening in special else json.dumps(form.opening)
     many = bool(form.separator) and not one
-    first = json.dumps(form.begin) if form.begin else ""
+    first = f'" "? {json.dumps(form.begin)}' if form.begin else ""
     again = f"({_literal(form.separator, special)} call)*" if many else ""
     start = f"{'' if form.bare else opening} {first} call {again} {_literal(form.end, special)}"
     lines = [f"start: {start}", f"call: {' | '.join(f'call{i}' for i in range(len(functions)))}"]
