@@ -276,7 +276,7 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
             "response_format leaves no room for calls",
         ),
         ({"response_format": {"type": "json_object"}}, "response_format leaves no room for calls"),
-        ({"tool_choice": "required", "ease": {"regex": "a*"}}, "regex leaves no room for calls"),
+        ({"tool_choice": "required", "regex": "a*"}, "regex leaves no room for calls"),
         ({"add_generation_prompt": False}, "needs continue_final_message: true"),
         ({"continue_final_message": True}, "only an assistant's message"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls 1 must be true or false"),
