@@ -97,7 +97,7 @@ def server_and_memory(found: Any) -> dict[str, str]:
     }
 
 
-IN_README = ("off", "off,0.7", "off,0.76")
+IN_README = ("off", "off,off,0.0", "0.6,0.6,0.0", "off,0.0,0.0")
 
 
 def small_tables() -> dict[str, str]:
@@ -115,14 +115,43 @@ def small_tables() -> dict[str, str]:
         "measured/ideal": "{measured_over_ideal:.2f}",
     }
     rows = [measured(row) for row in load("small-gate.json")["rows"]]
-    return {
-        "gate": figures(rows, columns, 2),
-        "readme": figures(
-            [row for row in rows if row["named"] in IN_README],
-            {name: columns[name] for name in (*NAMED, "perplexity", "vs off", "speed-up", "range")},
-            2,
-        ),
+    return {"gate": figures(rows, columns, 2)}
+
+
+def code_tables() -> dict[str, str]:
+    """The gates of the model of code, with plain models beside them in the same rounds."""
+    columns = {
+        **NAMED,
+        "perplexity": "{ppl:.2f}",
+        "vs off": "{change:+.1f} %",
+        "95 %": "{ppl_ratio_interval[0]:.3f}–{ppl_ratio_interval[1]:.3f}",
+        "mean depth": "{mean_depth:.2f}",
+        "tokens/s": "{tokens_per_second:.0f}",
+        "speed-up": "{speedup:.2f}",
+        "range": RANGE,
     }
+    found = load("code.json")
+    rows = [measured(row) for row in found["rows"]]
+    plain = [beside_row(row) for row in found["beside"]]
+    exits = {"layer": "{layer}", "perplexity": "{ppl:.2f}", "says what full depth says": "{agreement:.3f}"}
+    short = {name: columns[name] for name in (*NAMED, "perplexity", "vs off", "speed-up", "range")}
+    return {
+        "code": figures([*rows, *plain], columns, 2),
+        "code-exits": figures(found["exits"], exits),
+        "readme": figures([*(row for row in rows if in_readme(row)), *plain], short, 2),
+    }
+
+
+def in_readme(row: Row) -> bool:
+    """Whether README shows a row of the model of code: one catch-up is enough there."""
+    return row["named"] in IN_README and row["catch_up"] != "recompute"
+
+
+def beside_row(row: Row) -> Row:
+    """A plain model's row like those of the model it stands beside."""
+    layers = row["num_layers"]
+    named = {"named": f"plain, {layers} layers", "catch_up": "–", "mean_depth": layers}
+    return {**row, **named, "change": 100 * (row["ppl_ratio"] - 1)}
 
 
 LAYERS = ("10", "15", "20")
@@ -440,16 +469,17 @@ def catch_up_tables() -> dict[str, str]:
     }
 
 
-def only(tables: dict[str, str], name: str) -> dict[str, str]:
-    return {name: tables[name]}
+def only(tables: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: tables[name] for name in names}
 
 
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "engine.md": engine_tables,
     "cost-model.md": cost_model_tables,
-    "small.md": lambda: only(small_tables(), "gate"),
+    "small.md": small_tables,
+    "code.md": lambda: only(code_tables(), "code", "code-exits"),
     "../../README.md": lambda: (
-        only(small_tables(), "readme") | only(contexts_tables.tables(), "contexts-int4")
+        only(code_tables(), "readme") | only(contexts_tables.tables(), "contexts-int4")
     ),
     "contexts.md": contexts_tables.tables,
     "../pretrained.md": lambda: only(smollm2_tables(), "answers"),
