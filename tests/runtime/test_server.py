@@ -297,7 +297,7 @@ def test_a_request_without_a_seed_draws_one(toy: Served) -> None:
             CHAT,
             {"messages": [{"role": "user", "content": "a"}], "tools": [{}]},
             400,
-            "tools is supported as [] only; leave it away",
+            "tools[0] {} is not like",
         ),
     ],
 )
