@@ -131,12 +131,15 @@ def code_tables() -> dict[str, str]:
         "range": RANGE,
     }
     found = load("code.json")
+    two = load("code-two-segments.json")
     rows = [measured(row) for row in found["rows"]]
     plain = [beside_row(row) for row in found["beside"]]
+    rows_of_two = [*map(measured, two["rows"]), *map(beside_row, two["beside"])]
     exits = {"layer": "{layer}", "perplexity": "{ppl:.2f}", "says what full depth says": "{agreement:.3f}"}
     short = {name: columns[name] for name in (*NAMED, "perplexity", "vs off", "speed-up", "range")}
     return {
         "code": figures([*rows, *plain], columns, 2),
+        "code-two": figures(rows_of_two, columns, 2),
         "code-exits": figures(found["exits"], exits),
         "readme": figures([*(row for row in rows if in_readme(row)), *plain], short, 2),
     }
@@ -477,7 +480,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "engine.md": engine_tables,
     "cost-model.md": cost_model_tables,
     "small.md": small_tables,
-    "code.md": lambda: only(code_tables(), "code", "code-exits"),
+    "code.md": lambda: only(code_tables(), "code", "code-two", "code-exits"),
     "../../README.md": lambda: (
         only(code_tables(), "readme") | only(contexts_tables.tables(), "contexts-int4")
     ),
