@@ -304,7 +304,7 @@ def make_table(
     speeds, paces = measure_speed(
         llm, settings, texts, amounts.num_rounds, journal, beside=list(beside.values())
     )
-    others = measure_beside(llm, beside, scored, qualities[0], journal)
+    others = measure_beside(beside, scored, qualities[0], journal)
     exits, oracle = journal.once(
         "exits", lambda: exit_figures(llm, [d.ids for d in first_tokens(scored, EXIT_TOKENS)])
     )
@@ -407,10 +407,11 @@ def full_depth(llm: LLM) -> Setting:
 
 
 def measure_beside(
-    llm: LLM, beside: Mapping[Path, LLM], documents: Sequence[Document], off: Quality, journal: Journal
+    beside: Mapping[Path, LLM], documents: Sequence[Document], off: Quality, journal: Journal
 ) -> list[dict[str, Any]]:
     """What other bundles say of the same tokens at full depth: BesideRow's fields but for the times."""
     encoded = [document.ids for document in documents]
+    mine = Scores.from_lists(journal.found["scores"][0])  # what off says: measure_quality has left it there
 
     def score(other: LLM) -> list[Any]:
         policy = full_depth(other).policy
@@ -419,7 +420,6 @@ def measure_beside(
     found = []
     for path, other in beside.items():
         scores = Scores.from_lists(journal.once(f"scores beside {path}", partial(score, other)))
-        mine = Scores.from_lists(journal.found["scores"][0])
         found.append(
             {
                 "bundle": str(path),
