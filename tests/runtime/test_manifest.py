@@ -4,7 +4,7 @@ import copy
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ease_runtime.bundle.manifest import (
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
 from ease_runtime.ort.stack import OrtStack
+from json_places import places
 
 REMEDY = "export the bundle again: ease-export build CHECKPOINT"
 
@@ -474,16 +475,6 @@ JUNK: list[Any] = [
     *("", "x", "../x", "a\nb", "\ud800", "x" * 100_000, "segment_01.onnx", "manifest.json", "max-prob"),
     *([], [0], [10**9], ["x"], [[]], {}, {"a": 1}, {"": {}}, {"thresholds": 0.5}),
 ]
-
-
-def places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where anything stands in a JSON value."""
-    items = (
-        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    )
-    for key, value in items:
-        yield (*path, key)
-        yield from places(value, (*path, key))
 
 
 def test_junk_in_any_place_is_refused_in_a_line_or_runs(bundle: Path) -> None:

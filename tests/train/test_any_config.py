@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import source_models
 from ease_common.errors import EaseError
 from ease_train.convert.huggingface import import_model
 from ease_train.convert.source_model import FAMILIES, model_config
+from json_places import places
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NUM_CONFIGS = int(os.environ.get("EASE_CONFIGS", "120"))  # that are imported with their weights, per file
@@ -52,16 +52,6 @@ BESIDE = {
     "unk_token": {"__type": "AddedToken", "content": "<s>"},
     "added_tokens_decoder": {"0": {"content": "<s>", "special": True}},
 }
-
-
-def places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where anything stands in a JSON value."""
-    items = (
-        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    )
-    for key, value in items:
-        yield (*path, key)
-        yield from places(value, (*path, key))
 
 
 def spoilt(sound: dict[str, Any], place: tuple[Any, ...], junk: Any) -> dict[str, Any]:
