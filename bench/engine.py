@@ -63,8 +63,9 @@ class Agreeing:
             return self.drafts[position]
         if self.dice.random() < self.acceptance:
             return self.drafts[position]
+        draft = self.drafts[position]
         self.drafts = {place: token for place, token in self.drafts.items() if place < position}
-        return (tokens[position] + 1) % self.vocab_size
+        return (draft + 1) % self.vocab_size
 
 
 def prompt_ids(stack: OrtStack, seed: int, length: int = PROMPT) -> list[int]:
@@ -306,8 +307,12 @@ def tokens_a_second(
     thresholds: Thresholds | None,
     catch_up: str,
     num_slots: int = 8,
+    probability: float = 0.5,
 ) -> tuple[float, list[TokenSequence]]:
-    """Decoding speed of a batch, and its rows. More requests than slots have different lengths."""
+    """Decoding speed of a batch, and its rows. More requests than slots have different lengths.
+
+    Rows leave at an exit that is asked with `probability`.
+    """
     engine = Engine(stack, num_slots=num_slots)
     dice = random.Random(seed)
     sequences = []
@@ -315,7 +320,7 @@ def tokens_a_second(
         policy = (
             FULL_DEPTH
             if thresholds is None
-            else Coin(thresholds=thresholds, dice=random.Random(1000 * seed + i))
+            else Coin(thresholds=thresholds, probability=probability, dice=random.Random(1000 * seed + i))
         )
         new = NEW if num_requests <= num_slots else dice.randint(NEW // 2, NEW)
         sequences.append(
@@ -378,16 +383,21 @@ def simulate(
 
 
 def scaling(stack: OrtStack) -> list[Row]:
-    """Full depth, more and more rows together."""
-    found: dict[int, list[float]] = {1: [], 4: [], 8: [], 16: [], 32: []}
-    for seed in range(ROUNDS):
-        for num_rows, speeds in found.items():
-            speeds.append(tokens_a_second(stack, num_rows, seed, None, "recompute", num_rows)[0])
-    medians = {num_rows: statistics.median(speeds) for num_rows, speeds in found.items()}
-    return [
-        {"rows": n, "tokens_per_second": speed, "over_one_row": speed / medians[1]}
-        for n, speed in medians.items()
-    ]
+    """More and more rows together: all of them at full depth, then all at each early exit."""
+    rows = []
+    for exit_index, layer in enumerate(stack.exit_layers):
+        thresholds = only(stack, exit_index) if layer < stack.exit_layers[-1] else None
+        found: dict[int, list[float]] = {1: [], 8: [], 32: []}
+        for seed in range(ROUNDS):
+            for num_rows, speeds in found.items():
+                speed, _ = tokens_a_second(stack, num_rows, seed, thresholds, "propagate", num_rows, 1.0)
+                speeds.append(speed)
+        medians = {num_rows: statistics.median(speeds) for num_rows, speeds in found.items()}
+        rows += [
+            {"layer": layer, "rows": n, "tokens_per_second": speed, "over_one_row": speed / medians[1]}
+            for n, speed in medians.items()
+        ]
+    return rows
 
 
 def memory(stack: OrtStack) -> list[Row]:

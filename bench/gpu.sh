@@ -1,34 +1,62 @@
 #!/bin/sh
 # EASE on one NVIDIA GPU: the tests that need one, bits, greedy agreement with the CPU, and speed. Meant for under eight minutes
-# on an H100-class card, without a network once the extra `cuda` is installed. Written without a GPU, and not run on one.
+# on an H100-class card, without a network once the extra `cuda` is installed. What is built already in OUT is not built again.
 #
-#   sh bench/gpu.sh [OUT]      # JSON and logs in OUT, runs/gpu by default
+#   sh bench/gpu.sh [OUT] [CHECKPOINT]      # JSON and logs in OUT, runs/gpu by default
+#
+# CHECKPOINT is a trained model, for what random weights cannot say: greedy agreement of devices and precisions.
 set -eu
 out=${1:-runs/gpu}
+trained=${2:-}
 bin=${BIN:-.venv/bin}
 mkdir -p "$out"
-step() { name=$1; shift; echo "== $name"; "$@" > "$out/$name.log" 2>&1 || { echo "   failed: $out/$name.log"; failed="$failed $name"; }; }
-failed=""
+rm -f "$out"/*.failed
+step() { # NAME COMMAND...: its output in a log, and a file NAME.failed where it fails
+    name=$1
+    shift
+    echo "== $name ($(date +%T))"
+    timeout "${LIMIT:-180}" "$@" > "$out/$name.log" 2>&1 || { echo "   failed: $out/$name.log"; touch "$out/$name.failed"; }
+}
+
+build() { # SHAPE: checkpoint and bundles of random weights
+    for precision in fp16 int4; do
+        step "$1-$precision-build" "$bin/python" bench/llama_shape.py "$out/$1" --shape "$1" --precision "$precision" --target cuda
+    done
+}
+
+devices_agree() { # PRECISION: a trained model in it on the GPU, beside torch and beside fp32 on the CPU
+    bundle="$out/trained-$1"
+    [ -d "$bundle" ] || step "trained-$1" "$bin/ease-export" build "$trained" "$bundle" --precision "$1" --target cuda
+    step "verify-$1" "$bin/ease-export" verify "$bundle" --checkpoint "$trained" --device cuda
+    step "greedy-$1" "$bin/python" bench/greedy.py "$bundle" --device cuda --json "$out/greedy-$1.json"
+    step "agreement-$1" "$bin/python" bench/greedy.py --compare "$out/greedy-cpu.json" "$out/greedy-$1.json"
+}
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$out/card.csv"
-"$bin/pip" freeze | grep -iE "^(onnxruntime|nvidia|torch|numpy)" > "$out/versions.txt"
-step tests "$bin/pytest" -q -m cuda tests
+"$bin/pip" freeze | grep -iE "^(onnxruntime|nvidia|torch|numpy|transformers)" > "$out/versions.txt"
 
+# What is not timed, side by side.
+step tests "$bin/pytest" -q -m cuda tests/runtime/test_device.py &
+build 135m &
+build 1b &
+if [ -n "$trained" ]; then
+    [ -d "$out/trained-cpu" ] || step trained-cpu "$bin/ease-export" build "$trained" "$out/trained-cpu" --precision fp32 --target cpu
+    step greedy-cpu "$bin/python" bench/greedy.py "$out/trained-cpu" --device cpu --json "$out/greedy-cpu.json"
+    for precision in fp32 fp16 int8 int4; do devices_agree "$precision" & done
+fi
+wait
+
+# What is timed, one by one.
 for shape in 135m 1b; do
     for precision in fp16 int4; do
-        step "$shape-$precision-build" "$bin/python" bench/llama_shape.py "$out/$shape" --shape "$shape" --precision "$precision" --target cuda
-        bundle="$out/$shape/bundle-$precision"
-        step "$shape-$precision-verify" "$bin/ease-export" verify "$bundle" --checkpoint "$out/$shape/checkpoint" --device cuda
-        step "$shape-$precision-speed" "$bin/python" bench/engine.py "$bundle" --device cuda --only depth,verify,scaling --json "$out/$shape-$precision.json"
+        step "$shape-$precision-speed" "$bin/python" bench/engine.py "$out/$shape/bundle-$precision" --device cuda --only depth,verify,scaling --json "$out/$shape-$precision.json"
     done
+    step "$shape-transformers" "$bin/python" bench/transformers_shape.py --shape "$shape" --json "$out/$shape-transformers.json"
 done
 
-# Greedy answers of the small shape on both devices, by the same weights.
-for device in cpu cuda; do
-    step "greedy-$device" "$bin/python" bench/greedy.py "$out/135m/bundle-fp16" --device "$device" --json "$out/greedy-$device.json"
-done
-step agreement "$bin/python" bench/greedy.py --compare "$out/greedy-cpu.json" "$out/greedy-cuda.json"
-
-rm -rf "$out"/135m "$out"/1b  # gigabytes that anybody can make again
+[ -n "${KEEP:-}" ] || rm -rf "$out"/135m "$out"/1b "$out"/trained-*/  # gigabytes that anybody can make again
 echo "left in $out: $(ls "$out" | tr '\n' ' ')"
-[ -z "$failed" ] || { echo "failed:$failed"; exit 1; }
+if ls "$out"/*.failed > /dev/null 2>&1; then
+    echo "failed:$(cd "$out" && ls ./*.failed | tr '\n' ' ')"
+    exit 1
+fi

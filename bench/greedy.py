@@ -10,9 +10,8 @@ from pathlib import Path
 import click
 
 from ease_eval.peers.compare import agreement
-from ease_runtime.engine.engine import Engine
+from ease_runtime.llm import LLM
 from ease_runtime.ort.device import DEVICES
-from ease_runtime.ort.stack import open_stack
 
 NUM_PROMPTS = 8
 PROMPT = 64
@@ -25,21 +24,22 @@ NEW = 128
 @click.option("--compare", is_flag=True, help="The files are two of --json's.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the answers here.")
 def main(files: tuple[Path, ...], device: str, compare: bool, json_file: Path | None) -> None:
-    """Answer made-up prompts, or compare answers."""
+    """Answer with how pieces of bench/engine.py go on, or compare answers."""
     if compare:
         first, second = (json.loads(file.read_text(encoding="utf-8"))["answers"] for file in files)
         shares = [agreement(b, a, frozenset()) for a, b in zip(first, second, strict=True)]
         same = f"{shares.count(1.0)} of {len(shares)} answers are the same"
         click.echo(f"{same}; mean agreement {sum(shares) / len(shares):.3f}")
         return
-    engine = Engine(open_stack(files[0], device=device))
+    llm = LLM(files[0], device=device)
+    text = llm.encode_part(Path(__file__).with_name("engine.py").read_text(encoding="utf-8"))
     answers = []
     for number in range(NUM_PROMPTS):
-        ids = [(7 * i * i + 3 * i + 11 * number) % engine.stack.vocab_size for i in range(PROMPT)]
-        sequence = engine.start(ids, max_new_tokens=NEW)
-        answers.append([token.id for token in engine.generate(sequence)])
+        prompt = text[number * PROMPT : (number + 1) * PROMPT]
+        sequence = llm.engine.start(prompt, max_new_tokens=NEW)
+        answers.append([token.id for token in llm.engine.generate(sequence)])
     if json_file:
-        text = {"bundle": str(files[0]), "device": engine.stack.device.name, "answers": answers}
+        text = {"bundle": str(files[0]), "device": llm.stack.device.name, "answers": answers}
         json_file.write_text(json.dumps(text) + "\n", encoding="utf-8")
 
 

@@ -28,7 +28,7 @@ SHAPES = {
         "num_heads": 9,
         "num_kv_heads": 3,
         "ffn_dim": 1536,
-        "exits": (10, 15, 30),
+        "exits": (8, 15, 30),
         "rope_theta": 1e5,
     },
     "1b": {

@@ -5,9 +5,9 @@ on a GPU.
 import ctypes
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,16 +24,19 @@ SILENT = 4  # ONNX Runtime's log level for fatal errors only
 class Device:
     """A place to run.
 
-    `own_memory`: buffers stay there, and the host reads or writes one only whole, and rarely.
+    `own_memory`: buffers stay there, and the host reads or writes one only whole, and rarely. `options`: of
+    its provider.
     """
 
     name: str  # as ONNX Runtime calls it
     provider: str
     own_memory: bool
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 CPU = Device("cpu", "CPUExecutionProvider", own_memory=False)
-CUDA = Device("cuda", "CUDAExecutionProvider", own_memory=True)
+# Products of fp32 keep its 24 bits: a GPU's default for them is TF32, of 11.
+CUDA = Device("cuda", "CUDAExecutionProvider", own_memory=True, options={"use_tf32": "0"})
 
 
 def choose_device(name: str) -> Device:

@@ -83,7 +83,10 @@ def load_session(
         )
     try:
         return ort.InferenceSession(
-            changed or str(path), options, providers=[device.provider], enable_fallback=0
+            changed or str(path),
+            options,
+            providers=[(device.provider, dict(device.options))],
+            enable_fallback=0,
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         raise BundleError(
