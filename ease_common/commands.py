@@ -1,9 +1,11 @@
 """What the commands of every package share: errors and warnings as one line each."""
 
 import errno
+import io
 import os
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -29,6 +31,7 @@ class CommandGroup(click.Group):
             with warnings.catch_warnings(), handled(raise_it), without_panics():
                 warnings.simplefilter("once", SettingWarning)
                 warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+                take_any_text()
                 if sys.stdout is None:
                     raise RequestError("standard output is closed; send it to /dev/null if nobody reads it")
                 found = super().invoke(ctx)
@@ -50,6 +53,20 @@ class CommandGroup(click.Group):
             if ctx.params.get("debug") or (known := exhausted(error)) is None:
                 raise
             fail(known)
+
+
+def take_any_text() -> None:
+    """Have the standard streams escape characters that their encoding lacks, and let bytes that are no text
+    through to whoever reads lines (as halves of surrogate pairs).
+    """
+    for stream, errors in (
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+        (sys.stdin, "surrogateescape"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(io.UnsupportedOperation):  # some of it was read already
+                stream.reconfigure(errors=errors)
 
 
 def say_how_to_go_on(how: str) -> None:

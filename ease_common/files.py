@@ -13,24 +13,27 @@ from pathlib import Path
 from ease_common.errors import RequestError
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all; a link stays one, a pipe or device is
-    written to. Raises RequestError.
+def write_whole(file: Path, text: str | bytes) -> None:
+    """Write a file, text in UTF-8, so that it is there whole or not at all; a link stays one, a pipe or a
+    device is written to. Raises RequestError.
     """
+    content = text.encode() if isinstance(text, str) else text
     file = file.resolve()
     partial = aside(file)
     try:
         if file.exists() and not file.is_file() and not file.is_dir():
-            file.write_text(text, encoding="utf-8")
+            file.write_bytes(content)
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         settle(partial)
         os.replace(partial, file)
         settle_folder(file.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RequestError(f"could not write {file}: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def aside(final: Path) -> Path:

@@ -139,7 +139,8 @@ def generate(
     depths = [event.depth for event in shown]
     compared = compare_with_full_depth(llm, text, options, timing, depths) if compare else None
     if as_json:
-        click.echo(json.dumps(as_object(shown, timing, compared, llm.token_text), ensure_ascii=False))
+        object_ = as_object(shown, timing, compared, llm.token_text)
+        click.echo(json.dumps(object_, ensure_ascii=False).encode())  # JSON is UTF-8 in every locale
         return
     print_notes(timing)
     if show_exits or compare:
@@ -168,14 +169,19 @@ def read_prompt(prompt: str) -> str:
     """The prompt, or standard input for '-'. Raises RequestError when it is no UTF-8."""
     if prompt != "-":
         return prompt
-    if sys.stdin is None:
-        raise RequestError("standard input is closed; pipe the prompt into it, or say --prompt TEXT")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return read_input("the prompt").decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(
             f"the prompt on standard input is not UTF-8: {error.reason} at byte {error.start}"
         ) from None
+
+
+def read_input(what: str) -> bytes:
+    """Standard input, to its end. Raises RequestError where it is closed."""
+    if sys.stdin is None:
+        raise RequestError(f"standard input is closed; pipe {what} into it, or say where else to read")
+    return sys.stdin.buffer.read()
 
 
 @main.command()
@@ -207,17 +213,26 @@ def chat(bundle: Path, system: str | None, show_exits: bool, **given: Any) -> No
     while (line := read_line()) not in (None, "/quit"):
         if line == "/reset":
             conversation.reset()
+        elif any("\ud800" <= character <= "\udfff" for character in line):
+            click.echo(
+                f"error: the line is not {sys.stdin.encoding}; convert it (iconv), or set LANG", err=True
+            )
         elif line:
             answer(conversation, line, llm.stack.exit_layers if show_exits else None, console)
 
 
 def read_line() -> str | None:
-    """What the user says; None at the end of the input."""
+    """What the user says; None at the end of the input. Bytes that are no text in its encoding, but in UTF-8,
+    are read as that.
+    """
     try:
-        return input("> ").strip()
+        line = input("> ").removeprefix("\ufeff").strip()
     except EOFError:
         click.echo(err=True)
         return None
+    with contextlib.suppress(UnicodeError):
+        return line.encode(sys.stdin.encoding, "surrogateescape").decode("utf-8")
+    return line
 
 
 def answer(
@@ -424,7 +439,7 @@ def batch(
         failed = 0
         if to_stdout:
             for answer in answers:
-                click.echo(answer)
+                click.echo(answer.encode())
                 failed += is_failure(answer)
         else:
             with Bar("answered", total=total, completed=num_done, console=Console(stderr=True)) as bar:
@@ -450,7 +465,7 @@ def saved_input() -> Iterator[Path]:
     """What stands in standard input, as a file for as long as the block lasts."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "input.jsonl"
-        path.write_bytes(sys.stdin.buffer.read())
+        path.write_bytes(read_input("the lines"))
         yield path
 
 

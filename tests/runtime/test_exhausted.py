@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,49 @@ def test_an_input_that_is_closed(tiny_bundle: Path, command: list[str], message:
     assert code == 1
     assert lines[-1].startswith(f"error: {message}")
     assert not any("Traceback" in line for line in lines)
+
+
+LINE = "And the k\u00edng \u00e9"
+
+
+@pytest.mark.parametrize(
+    ("said", "settings"),
+    [
+        (LINE.encode("latin-1"), {"PYTHONIOENCODING": "latin-1"}),
+        (LINE.encode("utf-16-le"), {"PYTHONIOENCODING": "utf-16-le"}),
+        (LINE.encode(), {"PYTHONIOENCODING": "latin-1"}),  # bytes of UTF-8 in another locale
+        (LINE.encode(), {"PYTHONIOENCODING": "ascii"}),
+        (LINE.encode(), {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}),
+        (LINE.encode("utf-8-sig"), {}),  # as some shells' pipes begin
+    ],
+)
+def test_a_chat_in_other_encodings(tiny_bundle: Path, said: bytes, settings: dict[str, str]) -> None:
+    """A line is what it is in UTF-8; an answer's characters that the encoding lacks are escaped."""
+    expected = chat(tiny_bundle, LINE.encode(), {"PYTHONIOENCODING": "utf-8"}).decode()
+    encoding = settings.get("PYTHONIOENCODING", "utf-8").replace("ascii", "utf-8")  # what click writes then
+    shown = expected.encode(encoding, "backslashreplace")
+    assert chat(tiny_bundle, said, settings) == shown
+
+
+def test_a_line_that_is_no_text_ends_no_chat(tiny_bundle: Path) -> None:
+    """In UTF-8, as a terminal says it."""
+    told = [sys.executable, "-c", START, "chat", str(tiny_bundle), "--max-tokens", "3"]
+    done = subprocess.run(told, input=b"k\xedng\nking\n", capture_output=True, env={**os.environ, **UTF_8})
+    assert done.returncode == 0
+    line = b"error: the line is not utf-8; convert it (iconv), or set LANG"
+    assert line in done.stderr.splitlines()
+    assert chat(tiny_bundle, b"king\n", UTF_8) == done.stdout.removeprefix(b"> ")
+
+
+UTF_8 = {"PYTHONIOENCODING": "utf-8"}
+
+
+def chat(bundle: Path, said: bytes, settings: dict[str, str]) -> bytes:
+    """What a chat writes."""
+    told = [sys.executable, "-c", START, "chat", str(bundle), "--max-tokens", "3"]
+    done = subprocess.run(told, input=said, capture_output=True, env={**os.environ, **settings})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_answers_that_find_no_room(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from ease_common.files import write_whole
 from ease_eval.measure.reliability import Reliability
 from ease_eval.measure.table import TableRow
 
@@ -66,12 +67,18 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file holds it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, facecolor="white")
+    return buffer.getvalue()
+
+
 def save(figures: dict[str, Draw], folder: Path) -> None:
-    """Each figure as PNG and SVG, light, for papers."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Each figure as PNG and SVG, light, for papers. Raises RequestError where they cannot be written."""
     for name, draw in figures.items():
-        (folder / f"{name}.svg").write_text(svg(drawn(draw, "light")), encoding="utf-8")
-        drawn(draw, "light").savefig(folder / f"{name}.png", format="png", dpi=200, facecolor="white")
+        write_whole(folder / f"{name}.svg", svg(drawn(draw, "light")))
+        write_whole(folder / f"{name}.png", png(drawn(draw, "light")))
 
 
 def pareto(rows: Sequence[TableRow]) -> Draw:
