@@ -28,11 +28,14 @@ SIZE = (
     " --exits 1,2 --dim 16 --num-heads 2 --num-kv-heads 2 --ffn-dim 16 --kind char --max-positions 32"
     " --layer-weights 1 1 --layer-weights 2 1 --threads 1"
 )
+MEASURED = (
+    "IN/bundle --data IN/text.txt --scored-tokens 60 --texts 1 --prompt-tokens 8 --new-tokens 8 --rounds 1"
+    " --threads 1"
+)
 COMMANDS = {
     "generate": "ease_run generate IN/bundle --prompt king --max-tokens 9 --json",
     "batch": "ease_run batch IN/bundle IN/lines.jsonl OUT/it.jsonl",
-    "table": "ease_eval table IN/bundle --data IN/text.txt --scored-tokens 60 --texts 1 --prompt-tokens 8"
-    " --new-tokens 8 --rounds 1 --threads 1 --json OUT/it.json",
+    "table": f"ease_eval table {MEASURED} --json OUT/it.json",
     "fit": f"ease_train fit demo --out OUT/it --data IN/text.txt {SIZE}",
     "build": "ease_export build IN/checkpoint OUT/it",
 }
@@ -110,3 +113,22 @@ def test_a_text_that_is_kept_nowhere(files: Path, tmp_path: Path) -> None:
     assert found.returncode == 1
     assert line.startswith(f"error: cannot keep a copy of {files / 'text.txt'} in /proc/.cache/huggingface")
     assert line.endswith("set HF_HOME to a folder that can be written and has room for the text")
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "said"),
+    [
+        (f"ease_eval table {MEASURED} --json /dev/full", ":", "/dev/full: No space left on device"),
+        (f"ease_eval table {MEASURED}", "exec >/dev/full", "the output: No space left on device"),
+        (f"ease_eval table {MEASURED} --json OUT/it.json", "ulimit -f 1", "File too large"),
+        (f"ease_eval report {MEASURED} --out OUT/it.html", "ulimit -f 1", ".svg: File too large"),
+        (f"ease_eval report {MEASURED} --out OUT/it.html", "exec >/dev/full", "the output: No space left"),
+    ],
+)
+def test_figures_that_find_no_room(command: str, place: str, said: str, files: Path, tmp_path: Path) -> None:
+    found = run(command, place, files, tmp_path / "out")
+    (line,) = found.stderr.decode().splitlines()
+    assert found.returncode == 1
+    assert line.startswith("error: could not write ")
+    assert said in line
+    assert not any("partial" in path.name for path in (tmp_path / "out").rglob("*"))

@@ -245,6 +245,14 @@ def test_arguments_that_are_the_tasks_are_refused(tiny_bundle: Path, argument: s
         model(tiny_bundle, f",{argument}")
 
 
+@pytest.mark.parametrize(("arguments", "named"), [("pretrained=a/b", "a/b"), ("threshold=0.5", "BUNDLE")])
+def test_a_model_without_a_bundle(arguments: str, named: str) -> None:
+    from lm_eval.api.registry import get_model
+
+    with pytest.raises(RequestError, match=f"^--model_args names no bundle; give bundle={named}$"):
+        get_model("ease").create_from_arg_string(arguments)
+
+
 CONTEXTS = [
     ("", "And a voice"),
     ("", "<s>And a voice"),

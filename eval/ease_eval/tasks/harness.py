@@ -56,7 +56,7 @@ class EaseLM(LM):  # type: ignore[misc]
 
     def __init__(
         self,
-        bundle: str,
+        bundle: str | None = None,
         threshold: float | str | None = None,
         *,
         threads: int = 0,
@@ -67,6 +67,9 @@ class EaseLM(LM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
+        if bundle is None:
+            path = options.get("pretrained", "BUNDLE")
+            raise RequestError(f"--model_args names no bundle; give bundle={path}")
         num_slots = 1 if batch_size is None or str(batch_size).startswith("auto") else int(str(batch_size))
         if num_slots < 1:
             raise RequestError(f"batch_size {batch_size} is below 1")
