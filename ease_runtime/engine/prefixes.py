@@ -6,7 +6,8 @@
 
 A prompt runs every segment whatever the catch-up, so what is kept of it is what full depth computes. Of an
 answer it is that under `recompute` and `verify` only: `propagate` leaves others. Entries are told apart by
-who may share them, and the one that was used longest ago goes first. Meant for caches in the host's memory.
+who may share them, and the one that was used longest ago goes first. Where there is no memory, all of them
+go, and requests run as without. Meant for caches in the host's memory.
 """
 
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ease_common.errors import DeviceError
 from ease_runtime.engine.sequence import Int64s, TokenSequence
 from ease_runtime.ort.buffers import RowCache
 from ease_runtime.ort.stack import Cache, Stack
@@ -71,7 +73,12 @@ class PrefixCache:
             self._drop(key)  # the new one goes on from it
         while self.entries and self.num_bytes + count * self.cache.position_bytes > self.limit_bytes:
             self._drop(next(iter(self.entries)))
-        entry = Prefix(request.sharing, tokens, self.cache.copy_out(sequence.slot, count))
+        try:
+            layers = self.cache.copy_out(sequence.slot, count)
+        except MemoryError:
+            self._clear()
+            return
+        entry = Prefix(request.sharing, tokens, layers)
         self.entries[self.next_key] = entry
         self.next_key += 1
         self.num_bytes += entry.num_bytes
@@ -88,7 +95,11 @@ class PrefixCache:
         if shared < LEAST:
             return 0
         self.entries.move_to_end(key)
-        self.cache.copy_in(sequence.slot, self.entries[key].layers, shared)
+        try:
+            self.cache.copy_in(sequence.slot, self.entries[key].layers, shared)
+        except DeviceError:  # the slot is empty: the sequence runs its prompt, and may find no memory itself
+            self._clear()
+            return 0
         sequence.counters.done = [shared] * len(sequence.counters.done)
         return shared
 
@@ -97,6 +108,11 @@ class PrefixCache:
         found = ((entry.shared(tokens), key) for key, entry in self.entries.items() if entry.owner == owner)
         shared, key = max(found, default=(0, -1))
         return key, shared
+
+    def _clear(self) -> None:
+        """Keep nothing."""
+        self.entries.clear()
+        self.num_bytes = 0
 
     def _drop(self, key: int) -> None:
         self.num_bytes -= self.entries.pop(key).num_bytes

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ease_common.errors import DeviceError
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.mock import MockStack
 from ease_runtime.engine.prefixes import LEAST
@@ -151,3 +152,36 @@ def test_a_text_engine_shares(tiny_bundle: Path) -> None:
             llm.step()
         num_shared = generation.choices[0].sequence.num_shared
         assert num_shared > LEAST if number else num_shared == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("copy_out", MemoryError()), ("copy_in", DeviceError("not enough memory for keys"))]
+)
+def test_no_memory_to_share_with_changes_no_answer(
+    tiny_stack: OrtStack, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception
+) -> None:
+    """All that is kept goes, and the request runs as without it."""
+    engine = Engine(tiny_stack, num_slots=2, prefix_bytes=PLENTY)
+    prompts = [[*range(1, 61)], [*range(1, 61), 7, 8], [*range(100, 140)]]
+    alone = Engine(tiny_stack)
+    expected = [finish(alone, begin(alone, ids)).produced for ids in prompts]
+    assert engine.prefixes is not None
+    finish(engine, begin(engine, prompts[0]))
+    assert engine.prefixes.entries
+
+    def short(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as without:
+        without.setattr(engine.cache, name, short)
+        started = [begin(engine, ids) for ids in prompts]
+        found = [finish(engine, sequence).produced for sequence in started]
+    assert found == expected
+    assert [sequence.error for sequence in started] == [None] * 3
+    if name == "copy_out":
+        assert (engine.prefixes.entries, engine.prefixes.num_bytes) == ({}, 0)
+    assert finish(engine, begin(engine, prompts[0])).produced == expected[0]
+
+
+def begin(engine: Engine, ids: list[int]) -> TokenSequence:
+    return engine.start(ids, max_new_tokens=6, sharing="a")
