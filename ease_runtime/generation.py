@@ -133,11 +133,12 @@ class Completion:
 
 @dataclass(eq=False)
 class Choice:
-    """One completion of a request, as it grows."""
+    """One completion of a request, as it grows. `scorer` says its prompt until its scores are taken."""
 
     index: int
     sequence: TokenSequence
     writer: TextWriter
+    scorer: TokenSequence | None = None
     num_read: int = 0  # tokens of the sequence that the writer has
     finish_reason: str | None = None
     error: str | None = None

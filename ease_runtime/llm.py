@@ -37,7 +37,7 @@ from ease_runtime.drafters import CorpusLookup, Drafter, NgramLookup, own_drafte
 from ease_runtime.effect import check_effect, effect_notes
 from ease_runtime.engine.costs import DEFAULT_CAP
 from ease_runtime.engine.engine import Engine
-from ease_runtime.engine.sampling import Sampler
+from ease_runtime.engine.sampling import Given, Sampler
 from ease_runtime.engine.sequence import TokenSequence
 from ease_runtime.generation import Choice, Completion, Generation, Timing, TokenEvent
 from ease_runtime.options import Options
@@ -286,7 +286,7 @@ class TextEngine:
         all completions share them. With `keep` what it has computed stays, for a request `after` it whose
         prompt begins alike. `patterns` are what `stop_patterns` makes, for who asks for several prompts with
         the same options. `score_prompt`: its sequences have `prompt_scores`, how likely full depth makes the
-        prompt. `sharing` names whose kept texts it may begin with.
+        prompt, or the policy where tokens leave early. `sharing` names whose kept texts it may begin with.
         """
         options = options or Options()
         if not prompt:
@@ -307,8 +307,10 @@ class TextEngine:
             drafters = [Allowed(one, follower, len(ids)) for one in drafters]
         if follower is not None and options.drafts_from_text:
             drafters.append(GrammarDrafter(follower, len(ids)))
+        apart = score_prompt and bool(policy.thresholds) and options.catch_up != "verify" and len(ids) > 1
         choices = []
         for index in range(options.n):
+            scorer = self._scorer(ids, policy, options) if apart else None
             picks = sampler or options.make_sampler(len(ids), index, end_ids)
             sequence = self.engine.start(
                 ids,
@@ -321,16 +323,27 @@ class TextEngine:
                 num_logprobs=options.logprobs,
                 keep=keep,
                 after=after.choices[0].sequence if after else None,
-                score_prompt=score_prompt,
+                score_prompt=score_prompt and not apart,
                 sharing=sharing,
                 notes=[*notes, *self.remarks(options, ids)],
             )
             writer = TextWriter(
                 self.tokenizer, ids, patterns, self.special.tokens, min_tokens=options.min_tokens
             )
-            choices.append(Choice(index, sequence, writer))
-            self.choices[sequence] = choices[-1]
+            choices.append(Choice(index, sequence, writer, scorer=scorer))
+            self.choices |= {part: choices[-1] for part in (sequence, scorer) if part is not None}
         return Generation(ids, choices)
+
+    def _scorer(self, ids: list[int], policy: ExitPolicy, options: Options) -> TokenSequence:
+        """A sequence that says a prompt, token by token, as if it were an answer under the policy."""
+        return self.engine.start(
+            ids[:1],
+            max_new_tokens=len(ids) - 1,
+            policy=policy,
+            catch_up=options.catch_up,
+            sampler=Given(ids),
+            num_logprobs=options.logprobs,
+        )
 
     def step(self) -> list[tuple[Choice, list[TokenEvent]]]:
         """One pass: the completions that went on or ended in it, with their new events."""
@@ -339,18 +352,34 @@ class TextEngine:
             choice = self.choices.get(sequence)
             if choice is None:
                 continue
+            if choice.scorer is not None and not self._take_scores(choice, choice.scorer):
+                continue  # its answer waits for what comes before it
             read.append((choice, choice.read()))
             if choice.finish_reason is not None:
-                del self.choices[sequence]
-                if sequence.finish_reason is None:  # at a stop string, of which the engine knows nothing
-                    self.engine.end(sequence, "stop")
+                del self.choices[choice.sequence]
+                if choice.sequence.finish_reason is None:  # a stop string, of which the engine knows nothing
+                    self.engine.end(choice.sequence, "stop")
         return read
+
+    def _take_scores(self, choice: Choice, scorer: TokenSequence) -> bool:
+        """Give a completion its prompt's scores once all are there; whether they are."""
+        if scorer.finish_reason is None:
+            return False
+        del self.choices[scorer]
+        choice.scorer = None
+        choice.sequence.prompt_scores = scorer.produced
+        if scorer.error is not None:
+            choice.sequence.error = scorer.error
+            self.engine.end(choice.sequence, "error")
+        return True
 
     def cancel(self, generation: Generation) -> None:
         """Give a request up, or what a finished one has kept."""
         for choice in generation.choices:
-            self.choices.pop(choice.sequence, None)
-            self.engine.release(choice.sequence)
+            for sequence in (choice.sequence, choice.scorer):
+                if sequence is not None:
+                    self.choices.pop(sequence, None)
+                    self.engine.release(sequence)
 
     def generate(
         self,

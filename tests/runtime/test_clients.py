@@ -227,21 +227,22 @@ def test_what_is_past_the_context_may_be_cut_off() -> None:
 # Prompts that come back.
 
 
-def given_scores(ids: list[int], count: int) -> list[Any]:
-    """What full depth says of the tokens of a text after its first, one after the other."""
-    options = Options(max_tokens=len(ids) - 1, logprobs=count)
+def given_scores(ids: list[int], count: int, **leaving: Any) -> list[Any]:
+    """What full depth, or a policy, says of the tokens of a text after its first, one after the other."""
+    options = Options(max_tokens=len(ids) - 1, logprobs=count, **leaving)
     return list(text_engine(1).generate(ids[:1], options, sampler=Given(ids)))
 
 
 def test_an_echo_has_the_prompts_scores(toy: Served) -> None:
-    """At full depth, whatever the answer's; of a text that the server puts a start token before."""
-    for leaving in ({}, {"threshold": 0.2}, {"threshold": 0.2, "catch_up": "verify"}):
+    """At full depth, or under the answer's policy; of a text that the server puts a start token before."""
+    early = {"threshold": 0.2}
+    for leaving in ({}, early, {**early, "catch_up": "propagate"}, {**early, "catch_up": "verify"}):
         plain = first_choice(toy, prompt="abcab", max_tokens=4, logprobs=2, ease=leaving)
         echoed = first_choice(toy, prompt="abcab", max_tokens=4, logprobs=2, ease=leaving, echo=True)
         assert echoed["text"] == "abcab" + plain["text"]
         logprobs = echoed["logprobs"]
         assert logprobs["tokens"] == ["<|end|>", *"abcab", *plain["logprobs"]["tokens"]]
-        scores = given_scores([0, 1, 2, 3, 1, 2], 2)
+        scores = given_scores([0, 1, 2, 3, 1, 2], 2, **({} if "verify" in leaving.values() else leaving))
         assert logprobs["token_logprobs"] == [
             None,
             *(score.logprob for score in scores),
@@ -255,6 +256,47 @@ def test_an_echo_has_the_prompts_scores(toy: Served) -> None:
         )[1:]:
             assert best[name] == value
             assert len(best) in (2, 3)
+
+
+@pytest.mark.parametrize("num_slots", [1, 3])
+@pytest.mark.parametrize("max_tokens", [0, 5])
+def test_prompts_scored_under_a_policy_beside_others(num_slots: int, max_tokens: int) -> None:
+    """Whether the answer or the prompt's scores are there first."""
+    leaving = {"threshold": 0.2, "catch_up": "propagate"}
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [4, 5], [9]]
+    body = {"prompt": prompts, "max_tokens": max_tokens, "logprobs": 1, "n": 2, "ease": leaving}
+    with served(text_engine(num_slots)) as server:
+        plain = post(server, COMPLETIONS, body).json()["choices"]
+        echoed = post(server, COMPLETIONS, {**body, "echo": True}).json()["choices"]
+        assert httpx.get(f"{server.url}/health").json()["taken"] == 0
+    for place, (alone, one) in enumerate(zip(plain, echoed, strict=True)):
+        scores = given_scores(prompts[place // 2], 1, **leaving) if len(prompts[place // 2]) > 1 else []
+        after = alone["logprobs"]["token_logprobs"]
+        assert one["logprobs"]["token_logprobs"] == [None, *(score.logprob for score in scores), *after]
+        assert one["finish_reason"] == alone["finish_reason"]
+    full = given_scores(prompts[0], 1)
+    assert [s.logprob for s in full] != [s.logprob for s in given_scores(prompts[0], 1, **leaving)]
+
+
+def test_a_prompt_that_cannot_be_scored_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = text_engine(2)
+    run_exit = llm.stack.run_exit
+    calls = [0]
+
+    def short(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise MemoryError
+        return run_exit(*arguments)
+
+    monkeypatch.setattr(llm.stack, "run_exit", short)
+    generation = llm.submit([1, 2, 3, 4, 5], Options(max_tokens=0, threshold=0.2), score_prompt=True)
+    while llm.busy:
+        llm.step()
+    (choice,) = generation.choices
+    assert choice.finish_reason == "error"
+    assert "not enough memory" in str(choice.error)
+    assert not llm.choices
 
 
 def test_max_tokens_0_scores_a_prompt_and_says_nothing(toy: Served) -> None:
