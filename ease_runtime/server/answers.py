@@ -64,15 +64,20 @@ class Answer:
         ]
         return [self.part([choice]) for choice in choices] if self.chat else []
 
-    def more(self, news: Update) -> dict[str, Any]:
-        """The part that new tokens make; the last of a completion has its finish reason."""
+    def more(self, news: Update) -> dict[str, Any] | None:
+        """The part that new tokens make; the last of a completion has its finish reason. None in a chat where
+        nothing is to be told yet.
+        """
         details = self.details(news)
         text = details.pop("text")
         said: dict[str, Any] = {"text": text}
         if self.chat:
             content, calls = self.read_calls(news, text)
-            delta = {"content": content} if content or (news.events and not calls) else {}
+            delta = {"content": content} if content else {}
             said = {"delta": {**delta, **({"tool_calls": calls} if calls else {})}}
+            told = self.request.show_logprobs or self.request.show_ease
+            if not (content or calls or told or news.finish_reason):
+                return None
         return self.part([{"index": news.index, **said, **details, "finish_reason": self.reason(news)}])
 
     def read_calls(self, news: Update, text: str, whole: bool = False) -> tuple[str, list[dict[str, Any]]]:

@@ -240,12 +240,13 @@ def stream(answer: Answer, ticket: Ticket, updates: AsyncGenerator[Update, None]
     from fastapi.responses import StreamingResponse
 
     async def lines() -> AsyncIterator[str]:
-        for part in answer.opening(ticket.size):
-            yield event(part)
+        for first in answer.opening(ticket.size):
+            yield event(first)
         try:
             async with aclosing(updates):
                 async for update in updates:
-                    yield event(answer.more(update))
+                    if (part := answer.more(update)) is not None:
+                        yield event(part)
         except ClientGone:
             return
         except ApiError as error:

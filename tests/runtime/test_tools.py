@@ -427,3 +427,18 @@ def test_a_stream_calls_what_the_whole_answer_calls(client: Any, more: dict[str,
             model="toy", messages=history, tools=ASKED["tools"], max_tokens=2
         )
         assert again.usage.completion_tokens <= 2
+
+
+def test_a_stream_says_nothing_while_text_is_held_back(client: Any) -> None:
+    """A delta has text or a call in it, but for who speaks and how it has ended."""
+    asked = {"model": "toy", **ASKED, "tool_choice": NAMED, "stream": True}
+    parts = [part.choices[0] for part in client.chat.completions.create(**asked) if part.choices]
+    first, *between, last = parts
+    assert (first.delta.role, first.delta.content) == ("assistant", "")
+    assert last.finish_reason == "tool_calls"
+    assert between
+    assert all(part.delta.content or part.delta.tool_calls for part in between)
+    asked["extra_body"] = {"ease": {}}  # of which each token is told
+    told = [part.choices[0] for part in client.chat.completions.create(**asked) if part.choices]
+    assert len(told) > len(parts)
+    assert sum(len(part.ease["tokens"]) for part in told[1:]) > len(between)
