@@ -514,15 +514,17 @@ class DevicePool(HiddenPool):
 
     def read(self, rows: Int64s) -> NDArray[Any]:
         """A copy of some rows, for the host."""
-        return self.array.read()[rows]
+        if not len(rows):
+            return np.zeros((0, self.shape[1]), self.array.dtype)
+        first = int(rows.min())
+        return self.array.read(first, int(rows.max()) + 1 - first)[rows - first]
 
     def _write(self, first: NDArray[Any]) -> None:
-        with self.array.on_host() as states:
-            states[: len(first)] = first
+        self.array.write(first)
 
     def _replace(self, num_rows: int) -> None:
         self.array = DeviceArray((num_rows, self.array.shape[1]), self.array.dtype.type, self.device)
 
     def row_pointer(self, row: int) -> int:
         """Where a row begins in the device's memory."""
-        return self.array.pointer + row * self.array.shape[1] * self.array.dtype.itemsize
+        return self.array.row_pointer(row)

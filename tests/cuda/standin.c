@@ -1,7 +1,8 @@
 /* A CUDA runtime without a device, for tests: memory is the host's, kernels are named in a log and not run.
 
    ONNX Runtime's own CUDA provider loads over it, places nodes, chooses kernels and dispatches them. So placement, refusals,
-   launches, copies, synchronisations and whether a graph may be captured are the provider's own; results and times are not.
+   launches, copies, synchronisations, their streams and whether a graph may be captured are the provider's own; results and times
+   are not. Copies are done at once, whatever they would have to wait for.
    The log is the file that STANDIN_LOG names, a line an event. STANDIN_CC is the card's compute capability times ten. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -39,6 +40,7 @@ static void note(const char *format, ...) {
 
 /* What the generated stand-ins of all other functions call. */
 void standin_note(const char *name) { note("call %s", name); }
+void standin_note_in(const char *name, void *stream) { note("call %s stream %zu", name, (size_t)stream); }
 
 static int compute_capability(void) {
     const char *given = getenv("STANDIN_CC");
@@ -61,9 +63,10 @@ static void name_kernel(const void *function, const char *name) {
     kernels[slot].name = name;
 }
 
-static status launch(const void *function, dim3 grid, dim3 block) {
+static status launch(const void *function, dim3 grid, dim3 block, void *stream) {
     const char *name = kernels[slot_of(function)].name;
-    note("kernel %s grid %u,%u,%u block %u,%u,%u", name ? name : "?", grid.x, grid.y, grid.z, block.x, block.y, block.z);
+    note("kernel %s grid %u,%u,%u block %u,%u,%u stream %zu", name ? name : "?", grid.x, grid.y, grid.z, block.x, block.y, block.z,
+         (size_t)stream);
     return OK;
 }
 
@@ -100,17 +103,17 @@ status __cudaGetKernel(void **kernel, const void *function) {
     return OK;
 }
 status __cudaLaunchKernel(void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared, void *stream) {
-    return launch(kernel, grid, block);
+    return launch(kernel, grid, block, stream);
 }
 status cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, void *stream) {
-    return launch(function, grid, block);
+    return launch(function, grid, block, stream);
 }
 status cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, void *stream) {
-    return launch(function, grid, block);
+    return launch(function, grid, block, stream);
 }
-typedef struct { dim3 grid, block; } launch_config; /* how cudaLaunchConfig_t begins */
+typedef struct { dim3 grid, block; size_t shared; void *stream; } launch_config; /* how cudaLaunchConfig_t begins */
 status cudaLaunchKernelExC(const launch_config *config, const void *function, void **arguments) {
-    return launch(function, config->grid, config->block);
+    return launch(function, config->grid, config->block, config->stream);
 }
 status cudaLaunchHostFunc(void *stream, void (*function)(void *), void *argument) {
     function(argument);
@@ -228,18 +231,19 @@ status cudaPointerGetAttributes(void *attributes, const void *pointer) {
 }
 
 static const char *const directions[] = {"host-host", "host-device", "device-host", "device-device", "default"};
-static status copied(void *to, const void *from, size_t size, int direction) {
-    note("copy %s %zu", directions[direction], size);
+static void *const DEFAULT_STREAM = NULL;
+static status copied(void *to, const void *from, size_t size, int direction, void *stream) {
+    note("copy %s %zu stream %zu", directions[direction], size, (size_t)stream);
     memmove(to, from, size);
     return OK;
 }
-status cudaMemcpy(void *to, const void *from, size_t size, int direction) { return copied(to, from, size, direction); }
+status cudaMemcpy(void *to, const void *from, size_t size, int direction) { return copied(to, from, size, direction, DEFAULT_STREAM); }
 status cudaMemcpyAsync(void *to, const void *from, size_t size, int direction, void *stream) {
-    return copied(to, from, size, direction);
+    return copied(to, from, size, direction, stream);
 }
 status cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, int direction,
                          void *stream) {
-    note("copy %s %zu", directions[direction], width * height);
+    note("copy %s %zu stream %zu", directions[direction], width * height, (size_t)stream);
     for (size_t row = 0; row < height; row++) memmove((char *)to + row * to_pitch, (const char *)from + row * from_pitch, width);
     return OK;
 }
@@ -248,18 +252,23 @@ status cudaMemcpyFromSymbol(void *to, const void *symbol, size_t size, size_t of
     memset(to, 0, size);
     return OK;
 }
-status cudaMemset(void *pointer, int value, size_t size) {
-    note("memset %zu", size);
+status cudaMemsetAsync(void *pointer, int value, size_t size, void *stream) {
+    note("memset %zu stream %zu", size, (size_t)stream);
     memset(pointer, value, size);
     return OK;
 }
-status cudaMemsetAsync(void *pointer, int value, size_t size, void *stream) { return cudaMemset(pointer, value, size); }
+status cudaMemset(void *pointer, int value, size_t size) { return cudaMemsetAsync(pointer, value, size, DEFAULT_STREAM); }
 
 /* ---- streams, events, captured graphs */
 static status handle(void **made) { *made = malloc(1); return OK; }
-status cudaStreamCreate(void **stream) { return handle(stream); }
-status cudaStreamCreateWithFlags(void **stream, unsigned flags) { return handle(stream); }
-status cudaStreamSynchronize(void *stream) { note("sync"); return OK; }
+enum { FIRST_STREAM = 256 }; /* streams are numbers */
+status cudaStreamCreateWithFlags(void **stream, unsigned flags) {
+    static size_t made = FIRST_STREAM;
+    *stream = (void *)made++;
+    return OK;
+}
+status cudaStreamCreate(void **stream) { return cudaStreamCreateWithFlags(stream, 0); }
+status cudaStreamSynchronize(void *stream) { note("sync stream %zu", (size_t)stream); return OK; }
 status cudaDeviceSynchronize(void) { note("sync"); return OK; }
 status cudaEventCreate(void **event) { return handle(event); }
 status cudaEventCreateWithFlags(void **event, unsigned flags) { return handle(event); }

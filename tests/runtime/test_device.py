@@ -60,7 +60,7 @@ def test_nothing_large_crosses_to_the_host(tiny_bundle: Path, monkeypatch: pytes
     monkeypatch.setattr("ease_runtime.ort.buffers.POOL_ROWS", 5000)
     stack = OrtStack(tiny_bundle, device=ELSEWHERE)
 
-    def crossing(self: DeviceArray) -> np.ndarray:
+    def crossing(self: DeviceArray, *_: int) -> np.ndarray:
         raise AssertionError("a buffer was copied to the host")
 
     monkeypatch.setattr(DeviceArray, "read", crossing)
