@@ -3,6 +3,7 @@ on a GPU.
 """
 
 import ctypes
+import functools
 import io
 import math
 import sys
@@ -127,3 +128,24 @@ class DeviceArray:
         copy = self.read()
         yield copy
         self.write(copy)
+
+
+class DeviceRows:
+    """Rows (N, W) of an array on a device: slices stay there, any other index fetches them all, once."""
+
+    def __init__(self, array: DeviceArray, first: int, count: int) -> None:
+        self.array = array
+        self.first = first
+        self.shape = (count, *array.shape[1:])
+
+    def __getitem__(self, part: Any) -> Any:
+        if not isinstance(part, slice):
+            return self.on_host[part]
+        first, stop, step = part.indices(self.shape[0])
+        assert step == 1, "rows in a line"
+        return DeviceRows(self.array, self.first + first, max(0, stop - first))
+
+    @functools.cached_property
+    def on_host(self) -> NDArray[Any]:
+        """A copy for the host."""
+        return self.array.read(self.first, self.shape[0])

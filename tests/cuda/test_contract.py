@@ -19,6 +19,8 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     pytest.skip("the stand-ins are for Linux on x86-64", allow_module_level=True)
 
 from cuda import standin
+from ease_runtime.bundle.manifest import read_manifest
+from ease_runtime.ort.sessions import ALIGNMENT
 from ease_runtime.ort.stack import CUDA_STEPS
 
 HERE = Path(__file__).parent
@@ -68,10 +70,15 @@ def test_every_node_of_every_graph_is_on_cuda(libraries: Path, bundles: list[Pat
 
 
 def decode(
-    libraries: Path, bundle: Path, catch_up: str, confidences: list[float], log: Path
+    libraries: Path,
+    bundle: Path,
+    catch_up: str,
+    confidences: list[float],
+    log: Path,
+    temperature: float = 0.0,
 ) -> tuple[list[int], list[standin.Event]]:
     """Depths of the tokens, and what happened for them."""
-    arguments = [str(HERE / "decode.py"), str(bundle), catch_up, *map(str, confidences)]
+    arguments = [str(HERE / "decode.py"), str(bundle), catch_up, str(temperature), *map(str, confidences)]
     depths = json.loads(standin.run_over(libraries, arguments, log))
     return depths, list(dropwhile(lambda event: event.what != "decoding", standin.events(log)))
 
@@ -119,6 +126,17 @@ def test_a_segment_and_its_exit_take_two_copies_there_one_back_and_one_wait(
     """The head needs nothing, and the next segment reads the states where the last one wrote them."""
     _, events = decode(libraries, tiny_bundle, "propagate", confidences, tmp_path / "log")
     assert counts(events) == {"host-device": 2 * segments, "device-host": segments, "sync": segments}
+
+
+@pytest.mark.parametrize(("temperature", "tokens"), [(0.0, 0), (1.0, 8)])
+def test_logits_leave_the_device_where_something_is_drawn_from_them(
+    libraries: Path, tiny_bundle: Path, tmp_path: Path, temperature: float, tokens: int
+) -> None:
+    """Once a token, then. Else what comes back is of one size for any model."""
+    _, events = decode(libraries, tiny_bundle, "propagate", FULL, tmp_path / "log", temperature)
+    fetched = Counter(e.num_bytes for e in events if e.kind == "copy" and e.what.startswith("device-host"))
+    logits = {read_manifest(tiny_bundle).vocab_size * 4: tokens} if tokens else {}
+    assert fetched == {4 * ALIGNMENT: 8 * 3, **logits}
 
 
 def test_everything_is_in_one_stream(libraries: Path, gated: Made, tmp_path: Path) -> None:
