@@ -95,10 +95,11 @@ def _exact_everywhere(stack: "OrtStack") -> bool:
 
 def _exact_rows(stack: "OrtStack", num_rows: int, lengths: Sequence[int]) -> bool:
     cache = stack.open_cache(num_rows)
-    _fill_with_noise(stack, cache, [Span(slot, 0, lengths[-1]) for slot in range(num_rows)])
-    return all(
-        _exact_behind(stack, cache, num_rows, length, size) for length in lengths for size in SHAPES[num_rows]
-    )
+    for length in lengths:  # a cache is as long as its texts
+        _fill_with_noise(stack, cache, [Span(slot, 0, length) for slot in range(num_rows)])
+        if not all(_exact_behind(stack, cache, num_rows, length, size) for size in SHAPES[num_rows]):
+            return False
+    return True
 
 
 def _exact_behind(
