@@ -8,6 +8,7 @@ the next one what it wrote, and only `download` waits.
 import ctypes
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from ease_common.errors import DeviceError
 
 TO_DEVICE, TO_HOST, WITHIN = 1, 2, 3  # cudaMemcpyKind
+PINNED_BYTES = 1 << 20  # a direction
 
 
 class Memory(Protocol):
@@ -67,9 +69,9 @@ class CudaMemory:
     """A GPU's memory, through CUDA's runtime library, which onnxruntime-gpu has loaded.
 
     Its stream is an ordinary one, which waits for CUDA's default stream and is waited for by it: what ONNX
-    Runtime does there (weights, while it loads) is in order with the rest, too. Copies are between the device
-    and memory that is not pinned: such a call returns when the host's side has been read, or written. Raises
-    DeviceError for whatever CUDA refuses, and for what failed in a graph before it.
+    Runtime does there (weights, while it loads) is in order with the rest, too. A copy runs later than the
+    call that asks for it, so arrays go by way of pinned memory that is not used again before the next wait.
+    Raises DeviceError for whatever CUDA refuses, and for what failed in a graph before it.
     """
 
     def __init__(self) -> None:
@@ -89,10 +91,14 @@ class CudaMemory:
         )
         self._set = self._function("cudaMemsetAsync", address, number, size, address)
         self._wait = self._function("cudaStreamSynchronize", address)
+        self._pin = self._function("cudaMallocHost", ctypes.POINTER(ctypes.c_void_p), size)
         stream = ctypes.c_void_p()
         create(ctypes.byref(stream))
         assert stream.value is not None, "CUDA made no stream"
         self.stream = stream.value
+        self.lock = threading.Lock()
+        self.leaving, self.arriving = self._pinned(), self._pinned()
+        self.num_leaving = 0  # bytes of `leaving` that copies may not have read yet
         self.provider_options = {
             "user_compute_stream": str(self.stream),
             "use_ep_level_unified_stream": "1",
@@ -100,12 +106,26 @@ class CudaMemory:
 
     def upload(self, pointer: int, array: NDArray[Any]) -> None:
         assert array.flags.c_contiguous
-        self._copy(pointer, array.ctypes.data, array.nbytes, TO_DEVICE, self.stream)
+        with self.lock:
+            for start in range(0, array.nbytes, PINNED_BYTES):
+                num_bytes = min(PINNED_BYTES, array.nbytes - start)
+                if self.num_leaving + num_bytes > PINNED_BYTES:
+                    self._wait(self.stream)
+                    self.num_leaving = 0
+                pinned = self.leaving + self.num_leaving
+                ctypes.memmove(pinned, array.ctypes.data + start, num_bytes)
+                self._copy(pointer + start, pinned, num_bytes, TO_DEVICE, self.stream)
+                self.num_leaving += num_bytes
 
     def download(self, array: NDArray[Any], pointer: int) -> None:
         assert array.flags.c_contiguous
-        self._copy(array.ctypes.data, pointer, array.nbytes, TO_HOST, self.stream)
-        self._wait(self.stream)
+        with self.lock:
+            for start in range(0, array.nbytes, PINNED_BYTES):
+                num_bytes = min(PINNED_BYTES, array.nbytes - start)
+                self._copy(self.arriving, pointer + start, num_bytes, TO_HOST, self.stream)
+                self._wait(self.stream)
+                self.num_leaving = 0
+                ctypes.memmove(array.ctypes.data + start, self.arriving, num_bytes)
 
     def zero(self, pointer: int, num_bytes: int) -> None:
         self._set(pointer, 0, num_bytes, self.stream)
@@ -114,6 +134,12 @@ class CudaMemory:
         self, to: int, to_stride: int, source: int, source_stride: int, num_bytes: int, count: int
     ) -> None:
         self._copy_rows(to, to_stride, source, source_stride, num_bytes, count, WITHIN, self.stream)
+
+    def _pinned(self) -> int:
+        found = ctypes.c_void_p()
+        self._pin(ctypes.byref(found), PINNED_BYTES)
+        assert found.value is not None, "CUDA pinned no memory"
+        return found.value
 
     def _function(self, name: str, *types: Any) -> Callable[..., None]:
         """A function of the library that raises DeviceError for the error that it returns."""

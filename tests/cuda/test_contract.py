@@ -69,6 +69,11 @@ def test_every_node_of_every_graph_is_on_cuda(libraries: Path, bundles: list[Pat
     assert elsewhere == {}
 
 
+def test_copies_that_run_later_are_what_was_asked_for(libraries: Path) -> None:
+    """The stand-ins do them at the next wait."""
+    assert standin.run_over(libraries, [str(HERE / "memory.py")]) == "equal\n"
+
+
 def decode(
     libraries: Path,
     bundle: Path,
