@@ -283,7 +283,7 @@ def exit_outputs(
 ) -> dict[str, NDArray[Any]]:
     """What an exit says of the tokens of a pass that has just run, copied."""
     head: HeadOutput = runner.ask(number, "head", [(sequence, where)])
-    found = {name: getattr(head, name).copy() for name in ("logits", "top_prob", "margin", "entropy")}
+    found = {name: np.array(getattr(head, name)[...]) for name in ("logits", "top_prob", "margin", "entropy")}
     if runner.stack.exits[number].gate is not None:
         found["probability"] = runner.ask(number, "gate", [(sequence, where)]).copy()
     return found

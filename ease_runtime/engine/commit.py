@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ease_common.errors import RequestError
 from ease_runtime.engine.costs import FIRST_LOOK, RequestCost
 from ease_runtime.engine.layout import SegmentShape
+from ease_runtime.engine.sampling import Greedy
 from ease_runtime.engine.schedule import Work
 from ease_runtime.engine.sequence import EXIT, Leaving, Token, TokenSequence
 from ease_runtime.policies import FULL_DEPTH, ExitOutput, HeadOutput
@@ -128,8 +129,11 @@ def _token(
 ) -> Token:
     """The token that the sampler takes for `position` from a head's output for one token, after a segment."""
     top_id = int(output.top_id[0])
+    sampler = sequence.request.sampler
+    if type(sampler) is Greedy:  # without the logits, which may lie on a device
+        return _scored(sequence, segment, output, position, top_id, confidence, layout)
     before = sequence.tokens if len(sequence.tokens) == position else sequence.tokens[:position]
-    chosen = sequence.request.sampler.pick(output.logits[0], top_id, before, position)
+    chosen = sampler.pick(output.logits[0], top_id, before, position)
     if math.isnan(output.logits[0, chosen]):
         raise RequestError(NO_NUMBERS.format(position - 1))
     return _scored(sequence, segment, output, position, chosen, confidence, layout)
@@ -168,20 +172,22 @@ def _scored(
     layout: Layout,
 ) -> Token:
     """A token at `position`, with its depth and log-probabilities, from a head's output for the token before
-    it.
+    it. The logits are read for other tokens than the most probable one.
     """
-    logits = output.logits[0]
     top_id = int(output.top_id[0])
-    base = math.log(output.top_prob[0]) - float(logits[top_id])
+    top_logprob = math.log(output.top_prob[0])
     depth = int(depths(sequence, segment, np.array([position - 1]), layout)[0])
-    best = _largest(logits, sequence.request.num_logprobs)
-    return Token(
-        chosen,
-        depth,
-        confidence,
-        float(logits[chosen]) + base,
-        tuple((i, float(logits[i]) + base) for i in best),
-    )
+    count = sequence.request.num_logprobs
+    if chosen == top_id and count == 0:
+        return Token(chosen, depth, confidence, top_logprob)
+    logits = output.logits[0]
+    base = top_logprob - float(logits[top_id])
+
+    def logprob(token: int) -> float:
+        return top_logprob if token == top_id else float(logits[token]) + base
+
+    best = _largest(logits, count)
+    return Token(chosen, depth, confidence, logprob(chosen), tuple((i, logprob(i)) for i in best))
 
 
 def _emit(sequence: TokenSequence, token: Token, num_running: int) -> bool:

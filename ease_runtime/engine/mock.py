@@ -411,6 +411,7 @@ def _unit(hashes: Hashes) -> NDArray[np.float64]:
 
 def _spoil(output: HeadOutput) -> None:
     """Overwrite an output that its reader should be done with, as the next call to a real head does."""
+    assert isinstance(output.logits, np.ndarray)
     for values in (output.logits, output.top_prob, output.margin, output.entropy):
         values.fill(np.nan)
     output.top_id.fill(-1)

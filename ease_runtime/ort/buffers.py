@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ease_common.errors import DeviceError
+from ease_common.errors import DeviceError, out_of_memory
 from ease_runtime.engine.layout import Span
 from ease_runtime.ort.device import Device, DeviceArray
 
 MOST_PADS = 256  # of a row: what a pass has of other rows' prompts, schedule.CHUNK
 CACHE_STEP = 128  # attention costs with the buffer's length, so it grows with the text, in these steps
+DEVICE_STEP = 512  # the same on a device, where a step is a copy of everything
 SLACK = 0.125  # rows stay in their buffers while that costs at most so much more than in the best ones
 POOL_ROWS = 256  # rows of the hidden pool to begin with
 
@@ -94,12 +95,7 @@ class Table:
             return mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
         except (OSError, MemoryError, OverflowError):
             slots, _, length, _ = self.shape
-            whole = 2 * len(self.pages) * size
-            raise DeviceError(
-                f"not enough memory for keys and values of {slots} texts of {length} tokens "
-                f"({whole / 1e9:.1f} GB); run fewer at once (--batch-size), shorter ones (--max-prompt), or "
-                "free some"
-            ) from None
+            raise _no_memory(slots, length, 2 * len(self.pages) * size) from None
 
     def drop(self, number: int, slot: int | None = None) -> None:
         """Give a layer's memory back, or that of one slot, which is zero then."""
@@ -325,9 +321,16 @@ class RowCache:
         return key.ctypes.data + offset, value.ctypes.data + offset
 
 
-def rounded(length: int) -> int:
+def _no_memory(slots: int, length: int, num_bytes: int) -> DeviceError:
+    return DeviceError(
+        f"not enough memory for keys and values of {slots} texts of {length} tokens "
+        f"({num_bytes / 1e9:.1f} GB); run fewer at once (--batch-size), shorter ones (--max-prompt), or "
+        "free some"
+    )
+
+
+def rounded(length: int, step: int = CACHE_STEP) -> int:
     """The T for a length: in steps of 128, and of 1/32 of a long one, since growing copies."""
-    step = CACHE_STEP
     while length > 32 * step:
         step *= 2
     return -(-length // step) * step
@@ -362,7 +365,9 @@ def _flat(rows: NDArray[Any]) -> NDArray[Any]:
 
 
 class DeviceCache:
-    """As RowCache, in a device's memory: the whole length at once, since the host never copies it."""
+    """As RowCache, in a device's memory, with one T for all slots: there a pass more costs more than to read
+    past the end of short rows. Another T is a copy within the device; `copied_bytes` counts them.
+    """
 
     def __init__(
         self,
@@ -375,35 +380,68 @@ class DeviceCache:
     ) -> None:
         self.num_slots = num_slots
         self.shape = shape
+        self.dtype = dtype
+        self.device = device
+        self.num_layers = sum(layers_per_segment)
         self.copied_bytes = 0
         self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
-        self.length = rounded(
+        self.longest = rounded(
             max_positions + (MOST_PADS if num_slots > 1 else 0)
         )  # of several rows, pads past it
+        self.length = 0
         self.serial = next(Table.serials)
-        size = shape.buffer(num_slots, self.length)
-        self.buffers = [
-            (DeviceArray(size, dtype, device), DeviceArray(size, dtype, device))
-            for _ in range(sum(layers_per_segment))
-        ]
+        self.buffers: list[tuple[DeviceArray, DeviceArray]] = []
 
     def runs(self, part: int, spans: Sequence[Span]) -> list[Run]:
         """As `RowCache.runs`: one pass, always.
 
-        A row alone takes a shorter T where that is a shorter view.
+        A row alone takes a shorter T where that is a shorter view. Raises DeviceError where there is no
+        memory; the cache holds what it held.
         """
         first = spans[0].slot
         num_slots = spans[-1].slot - first + 1
         num_places = max(stop - start for _, start, stop in spans)
+        for slot, start, _ in spans:
+            self.written[part, slot] = start
         write_indices = self.written[part, first : first + num_slots].tolist()
-        for slot, start, stop in spans:
-            write_indices[slot - first] = start
-            self.written[part, slot] = stop
         needed = max(write_indices) + num_places
-        assert needed <= self.length, "a pass has more pads than the cache has room for"
+        self._make_room(needed)
+        for slot, _, stop in spans:
+            self.written[part, slot] = stop
         view = num_slots == 1 and not self.shape.by_head
         length = min(self.length, rounded(needed)) if view else self.length
         return [Run(list(range(len(spans))), list(spans), first, length, self.serial, write_indices)]
+
+    def _make_room(self, needed: int) -> None:
+        """Another T where this is too short for what is needed, or twice as long as all that there is."""
+        kept = int(self.written.max())
+        length = min(rounded(max(needed, kept), DEVICE_STEP), self.longest)
+        assert needed <= length, "a pass has more pads than the cache has room for"
+        if self.length // 2 < length <= self.length:
+            return
+        size = self.shape.buffer(self.num_slots, length)
+        try:
+            buffers = [
+                (DeviceArray(size, self.dtype, self.device), DeviceArray(size, self.dtype, self.device))
+                for _ in range(self.num_layers)
+            ]
+        except RuntimeError as error:  # ONNX Runtime's
+            if not out_of_memory(error):
+                raise
+            num_bytes = 2 * self.num_layers * math.prod(size) * np.dtype(self.dtype).itemsize
+            raise _no_memory(self.num_slots, length, num_bytes) from None
+        position = self.shape.width * np.dtype(self.dtype).itemsize
+        pieces = self.num_slots * self.shape.heads
+        for pair, old in zip(buffers, self.buffers, strict=False) if kept else ():
+            for new, source in zip(pair, old, strict=True):
+                to, stride = new.pointer, length * position
+                new.memory.copy_rows(
+                    to, stride, source.pointer, self.length * position, kept * position, pieces
+                )
+                self.copied_bytes += pieces * kept * position
+        self.buffers = buffers
+        self.length = length
+        self.serial = next(Table.serials)
 
     def free(self, slot: int) -> None:
         """Forget a slot."""
@@ -421,9 +459,11 @@ class DeviceCache:
 
         Shape: (2, count, heads * width).
         """
-        shape = (self.num_slots, self.shape.heads, self.length, self.shape.width)
+        if not self.length:
+            return np.zeros((2, count, self.shape.numbers), self.dtype)
+        shape = (self.shape.heads, self.length, self.shape.width)
         return np.array(
-            [_flat(buffer.read().reshape(shape)[slot, :, :count]) for buffer in self.buffers[layer]]
+            [_flat(buffer.read(slot, 1).reshape(shape)[:, :count]) for buffer in self.buffers[layer]]
         )
 
     def pointers(self, layer: int, run: Run) -> tuple[int, int]:
@@ -514,15 +554,17 @@ class DevicePool(HiddenPool):
 
     def read(self, rows: Int64s) -> NDArray[Any]:
         """A copy of some rows, for the host."""
-        return self.array.read()[rows]
+        if not len(rows):
+            return np.zeros((0, self.shape[1]), self.array.dtype)
+        first = int(rows.min())
+        return self.array.read(first, int(rows.max()) + 1 - first)[rows - first]
 
     def _write(self, first: NDArray[Any]) -> None:
-        with self.array.on_host() as states:
-            states[: len(first)] = first
+        self.array.write(first)
 
     def _replace(self, num_rows: int) -> None:
         self.array = DeviceArray((num_rows, self.array.shape[1]), self.array.dtype.type, self.device)
 
     def row_pointer(self, row: int) -> int:
         """Where a row begins in the device's memory."""
-        return self.array.pointer + row * self.array.shape[1] * self.array.dtype.itemsize
+        return self.array.row_pointer(row)

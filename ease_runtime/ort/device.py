@@ -3,7 +3,9 @@ on a GPU.
 """
 
 import ctypes
+import functools
 import io
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -15,6 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ease_common.errors import DeviceError, did_you_mean
+from ease_runtime.ort.memory import HostMemory, Memory, cuda_memory
 
 DEVICES = ("auto", "cpu", "cuda")
 SILENT = 4  # ONNX Runtime's log level for fatal errors only
@@ -32,6 +35,11 @@ class Device:
     provider: str
     own_memory: bool
     options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> Memory:
+        """Its memory, for who reads and writes it by address. Raises DeviceError where CUDA is missing."""
+        return cuda_memory() if self.provider == CUDA.provider else HostMemory()
 
 
 CPU = Device("cpu", "CPUExecutionProvider", own_memory=False)
@@ -86,20 +94,58 @@ class DeviceArray:
     def __init__(self, shape: tuple[int, ...], dtype: type[np.generic], device: Device) -> None:
         self.shape = shape
         self.dtype = np.dtype(dtype)
-        self.value: Any = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device.name, 0)
+        self.memory = device.memory
+        self.value: Any = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device.name, 0)
+        self.memory.zero(self.pointer, self.num_bytes)
 
     @property
     def pointer(self) -> int:
         """Where it begins, in the device's memory."""
         return int(self.value.data_ptr())
 
-    def read(self) -> NDArray[Any]:
-        """A copy for the host."""
-        return np.array(self.value.numpy())
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def row_pointer(self, row: int) -> int:
+        """Where a row of its first axis begins."""
+        return self.pointer + row * math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def read(self, first: int = 0, count: int | None = None) -> NDArray[Any]:
+        """A copy for the host, of `count` rows of the first axis from `first` on, or of all of them."""
+        copy = np.empty((self.shape[0] if count is None else count, *self.shape[1:]), self.dtype)
+        self.memory.download(copy, self.row_pointer(first))
+        return copy
+
+    def write(self, rows: NDArray[Any]) -> None:
+        """Overwrite its first rows."""
+        self.memory.upload(self.pointer, np.ascontiguousarray(rows, self.dtype))
 
     @contextmanager
     def on_host(self) -> Iterator[NDArray[Any]]:
         """A copy to change, which is written back."""
         copy = self.read()
         yield copy
-        self.value.update_inplace(copy)
+        self.write(copy)
+
+
+class DeviceRows:
+    """Rows (N, W) of an array on a device: slices stay there, any other index fetches them all, once."""
+
+    def __init__(self, array: DeviceArray, first: int, count: int) -> None:
+        self.array = array
+        self.first = first
+        self.shape = (count, *array.shape[1:])
+
+    def __getitem__(self, part: Any) -> Any:
+        if not isinstance(part, slice):
+            return self.on_host[part]
+        first, stop, step = part.indices(self.shape[0])
+        assert step == 1, "rows in a line"
+        return DeviceRows(self.array, self.first + first, max(0, stop - first))
+
+    @functools.cached_property
+    def on_host(self) -> NDArray[Any]:
+        """A copy for the host."""
+        return self.array.read(self.first, self.shape[0])

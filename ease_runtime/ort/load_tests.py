@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ease_common.errors import BundleError, DeviceError
 from ease_runtime.engine.layout import Span
-from ease_runtime.ort.buffers import DeviceCache, HiddenPool, RowCache
+from ease_runtime.ort.buffers import DeviceCache, RowCache
 
 if TYPE_CHECKING:
     from ease_runtime.ort.stack import OrtStack
@@ -53,7 +53,7 @@ def self_test(stack: "OrtStack") -> None:
             "'onnxruntime>=1.31'"
         )
     stack.exact = difference == 0.0
-    if not stack.exact and stack.manifest.precision == "int4" and isinstance(stack.pool, HiddenPool):
+    if not stack.exact and stack.manifest.precision == "int4" and not stack.device.own_memory:
         stack.even = True
         stack.doubles = True
         stack.exact = stack.doubles = bool(np.equal(*_tried(stack)).all())
@@ -95,10 +95,11 @@ def _exact_everywhere(stack: "OrtStack") -> bool:
 
 def _exact_rows(stack: "OrtStack", num_rows: int, lengths: Sequence[int]) -> bool:
     cache = stack.open_cache(num_rows)
-    _fill_with_noise(stack, cache, [Span(slot, 0, lengths[-1]) for slot in range(num_rows)])
-    return all(
-        _exact_behind(stack, cache, num_rows, length, size) for length in lengths for size in SHAPES[num_rows]
-    )
+    for length in lengths:  # a cache is as long as its texts
+        _fill_with_noise(stack, cache, [Span(slot, 0, length) for slot in range(num_rows)])
+        if not all(_exact_behind(stack, cache, num_rows, length, size) for size in SHAPES[num_rows]):
+            return False
+    return True
 
 
 def _exact_behind(

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from ease_common.errors import BundleError, DeviceError
 from ease_common.settings import MOST_THREADS
 from ease_runtime.bundle.signatures import Signature
-from ease_runtime.ort.device import CPU, Device
+from ease_runtime.ort.device import CPU, Device, DeviceArray
 
 INDICES = ("input_ids", "index", "before", "positions", "spread", "places", "write_indices", "top_id")
 TYPES = {
     **dict.fromkeys(INDICES, "tensor(int64)"),
     **dict.fromkeys(("active", "goes_in", "few", "products"), "tensor(bool)"),
 }  # others: float
+ALIGNMENT = 256  # bytes, as CUDA's own allocations have it
 BINDINGS_KEPT = 128  # a graph, of different shapes; building one costs about 100 µs
 
 
@@ -85,7 +86,7 @@ def load_session(
         return ort.InferenceSession(
             changed or str(path),
             options,
-            providers=[(device.provider, dict(device.options))],
+            providers=[(device.provider, {**device.options, **device.memory.provider_options})],
             enable_fallback=0,
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
@@ -132,6 +133,8 @@ class Binding:
     """An IOBinding.
 
     Small inputs and outputs are numpy arrays of its own; the rest is bound by address in the device's memory.
+    A device with its own memory has a copy of the small ones in two blocks: one copy sends all inputs before
+    a run, and one, the only thing that waits, fetches all outputs after it.
     """
 
     def __init__(self, session: ort.InferenceSession, input_names: frozenset[str], device: Device) -> None:
@@ -142,21 +145,27 @@ class Binding:
         # what the changing names are bound to, so that only changes are bound again
         self.bound: dict[str, Any] = {}
         self.own: dict[str, NDArray[Any]] = {}
-        # on a device with its own memory: small inputs, which binding copies there
-        self.sent: dict[str, NDArray[Any]] = {}
+        self.sent = Block(device)
+        self.fetched = Block(device)
 
     def input(self, name: str, array: NDArray[Any]) -> None:
-        """Read an input from a small array, as it is at each run."""
+        """Read an input from a small array, as it is at each run.
+
+        One without axes chooses what a graph does, which the host decides on every device.
+        """
         self.own[name] = array
-        if self.device.own_memory:
-            self.sent[name] = array
+        if self.device.own_memory and array.shape:
+            self.sent.names.append(name)
         else:
             self.io.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def output(self, name: str, array: NDArray[Any]) -> None:
         """Write an output into an array, now and in later runs."""
         self.own[name] = array
-        self.io.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        if self.device.own_memory:
+            self.fetched.names.append(name)
+        else:
+            self.io.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def input_at(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], pointer: int) -> None:
         """Read an input from the device's memory."""
@@ -166,15 +175,64 @@ class Binding:
         """Write an output into the device's memory."""
         self.io.bind_output(name, self.device.name, 0, dtype, shape, pointer)
 
+    def settle(self) -> None:
+        """Give the small arrays, which are all there now, their places on a device with its own memory."""
+        for block, bind in ((self.sent, self.input_at), (self.fetched, self.output_at)):
+            for name, pointer in block.place(self.own).items():
+                bind(name, self.own[name].dtype.type, self.own[name].shape, pointer)
+
     def run(self) -> None:
-        for name, array in self.sent.items():
-            self.io.bind_cpu_input(name, array)
+        """Raises DeviceError where the device fails, in this run or in one before it."""
+        self.sent.send()
         try:
-            self.session.run_with_iobinding(self.io)
+            self.session.run_with_iobinding(self.io, unsynchronised() if self.device.own_memory else None)
         except RuntimeError as error:
             raise DeviceError(
                 f"a graph of this bundle fails on {self.device.name}: {str(error).splitlines()[0]}"
             ) from None
+        self.fetched.fetch()
+
+
+class Block:
+    """Small arrays in a line, in the host's memory and in the device's, so that one copy moves them all."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.names: list[str] = []
+        self.host = np.zeros(0, np.uint8)
+        self.array: DeviceArray | None = None
+
+    def place(self, own: dict[str, NDArray[Any]]) -> dict[str, int]:
+        """Move the arrays of its names into the block, and say where they are on the device."""
+        if not self.names:
+            return {}
+        sizes = [-(-own[name].nbytes // ALIGNMENT) * ALIGNMENT for name in self.names]
+        starts = np.cumsum([0, *sizes]).tolist()
+        self.host = np.zeros(starts[-1], np.uint8)
+        self.array = DeviceArray(self.host.shape, np.uint8, self.device)
+        for name, start in zip(self.names, starts, strict=False):
+            array = own[name]
+            own[name] = self.host[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+            own[name][...] = array
+        return {name: self.array.pointer + start for name, start in zip(self.names, starts, strict=False)}
+
+    def send(self) -> None:
+        """Copy the host's side to the device."""
+        if self.array is not None:
+            self.array.memory.upload(self.array.pointer, self.host)
+
+    def fetch(self) -> None:
+        """Copy the device's side to the host, when it is written."""
+        if self.array is not None:
+            self.array.memory.download(self.host, self.array.pointer)
+
+
+@functools.cache
+def unsynchronised() -> ort.RunOptions:
+    """For runs that need not be done when ONNX Runtime returns: what reads the results waits for them."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
 
 
 class Graph:
@@ -195,6 +253,7 @@ class Graph:
         if (binding := self.bindings.get(shape)) is None:
             binding = self.bindings[shape] = Binding(self.session, self.input_names, self.device)
             self.bind(binding, *shape)
+            binding.settle()
             if len(self.bindings) > BINDINGS_KEPT:
                 self.bindings.popitem(last=False)
         else:

@@ -34,7 +34,7 @@ from ease_runtime.bundle.signatures import (
 )
 from ease_runtime.engine.layout import Call, SegmentShape, Span
 from ease_runtime.ort.buffers import CacheShape, DeviceCache, DevicePool, HiddenPool, Int64s, RowCache
-from ease_runtime.ort.device import CPU, CUDA, SILENT, Device, DeviceArray, choose_device
+from ease_runtime.ort.device import CPU, CUDA, SILENT, Device, DeviceArray, DeviceRows, choose_device
 from ease_runtime.ort.load_tests import products_agree, run_every_graph, self_test
 from ease_runtime.ort.passes import Passes
 from ease_runtime.ort.sessions import Binding, Graph, check_signature, load_session, start_thread_pool
@@ -240,6 +240,7 @@ class OrtStack:
         )
         self.passes = Passes(manifest, self.dtype, self.pool, self.layers_cached, self.num_threads)
         self.logits = np.zeros((0, self.vocab_size), self.dtype)
+        self.logits_there: DeviceArray | None = None  # on a device with its own memory
         # exit and rows whose states stand before the head, after a gate
         self.at_head: tuple[int, ...] | None = None
         try:
@@ -360,7 +361,9 @@ class OrtStack:
         head.run()
         self._note("exit", number, len(rows))
         own = head.own
-        return HeadOutput(own["logits"], own["top_id"], own["top_prob"], own["margin"], own["entropy"])
+        logits = head.bound["logits"]
+        rows_of = DeviceRows(logits, 0, len(rows)) if isinstance(logits, DeviceArray) else logits
+        return HeadOutput(rows_of, own["top_id"], own["top_prob"], own["margin"], own["entropy"])
 
     def _run_before_head(self, graph: Graph, number: int, rows: Int64s) -> Binding:
         """Run an exit's own graph or its gate, which write where the exit's head reads."""
@@ -441,12 +444,24 @@ class OrtStack:
         binding.input_at(
             "exit_hidden", self.dtype, (num_tokens, self.manifest.dim), self._exit_hidden(binding, num_tokens)
         )
-        if len(self.logits) < num_tokens:  # one buffer for all, since each call overwrites the last one's
-            self.logits = np.zeros((2 * num_tokens, self.vocab_size), self.dtype)
-        binding.output("logits", self.logits[:num_tokens])
+        self._bind_logits(binding, num_tokens)
         binding.output("top_id", np.zeros(num_tokens, np.int64))
         for name in ("top_prob", "margin", "entropy"):
             binding.output(name, np.zeros(num_tokens, self.dtype))
+
+    def _bind_logits(self, binding: Binding, num_tokens: int) -> None:
+        """One buffer for all heads, since each call overwrites the last one's; on a device it stays there."""
+        shape = (2 * num_tokens, self.vocab_size)
+        if self.device.own_memory:
+            if self.logits_there is None or self.logits_there.shape[0] < num_tokens:
+                self.logits_there = DeviceArray(shape, self.dtype, self.device)
+            binding.output_at("logits", self.dtype, (num_tokens, self.vocab_size), self.logits_there.pointer)
+            binding.bound["logits"] = self.logits_there
+            return
+        if len(self.logits) < num_tokens:
+            self.logits = np.zeros(shape, self.dtype)
+        binding.output("logits", self.logits[:num_tokens])
+        binding.bound["logits"] = binding.own["logits"]
 
 
 def open_stack(

@@ -14,6 +14,19 @@ from ease_runtime.policies.thresholds import OFF, Thresholds
 Floats = NDArray[np.float32]
 
 
+class Logits(Protocol):
+    """Logits (N, V) as who reads them sees them: an array, or one on a device that is fetched when it is
+    indexed by more than a slice.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, V)"""
+
+    def __getitem__(self, part: Any, /) -> Any:
+        """As an array's."""
+
+
 @dataclass(frozen=True)
 class HeadOutput:
     """What the head says of N tokens. Shapes: logits (N, V), the others (N); entropy in nats.
@@ -21,7 +34,7 @@ class HeadOutput:
     The arrays are views of the stack's buffers: the next head call overwrites them.
     """
 
-    logits: Floats
+    logits: Logits
     top_id: NDArray[np.int64]
     top_prob: Floats
     margin: Floats

@@ -1,7 +1,7 @@
 """Decode over the stand-ins with scripted heads, so that exits are taken: prints the depths as a JSON list.
 
-python tests/cuda/decode.py BUNDLE CATCH_UP [CONFIDENCE...]    # of the first exit, token after token; other
-exits are never sure
+python tests/cuda/decode.py BUNDLE CATCH_UP TEMPERATURE [CONFIDENCE...]    # of the first exit, token after
+token; other exits are never sure
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.sampling import Greedy, GumbelSampler
 from ease_runtime.ort.stack import OrtStack, open_stack
 from ease_runtime.policies import HeadOutput, make_policy
 
@@ -19,7 +20,9 @@ PROMPT = [1, 5, 9]
 
 
 class ScriptedHeads:
-    """Stands in for `run_exit`: the head's graphs run, and what they would say is written by the script."""
+    """Stands in for `run_exit`: the head's graphs run, and the figures that they would say are written by the
+    script. Logits are what lies on the device.
+    """
 
     def __init__(self, stack: OrtStack, confidences: list[float]) -> None:
         self.run = stack.run_exit
@@ -27,19 +30,20 @@ class ScriptedHeads:
 
     def __call__(self, number: int, rows: np.ndarray) -> HeadOutput:
         output = self.run(number, rows)
-        output.logits[:] = 0.0
         output.top_id[:] = 7
-        output.logits[:, 7] = 1.0
         output.top_prob[:] = next(self.confidences, 0.1) if number == 0 else 0.1
         return output
 
 
-bundle, catch_up, *confidences = sys.argv[1:]
+bundle, catch_up, temperature, *confidences = sys.argv[1:]
 stack = open_stack(Path(bundle), device="cuda")
 stack.run_exit = ScriptedHeads(stack, [float(value) for value in confidences])  # type: ignore[method-assign]
 with Path(os.environ["STANDIN_LOG"]).open("a") as log:
     log.write("call decoding\n")  # what was before is the load's
 engine = Engine(stack)
 policy = make_policy("max-prob", 0.5, stack.exit_layers)
-request = engine.start(PROMPT, max_new_tokens=len(confidences), policy=policy, catch_up=catch_up)
+sampler = GumbelSampler(float(temperature), 0, 1.0, 0) if float(temperature) else Greedy()
+request = engine.start(
+    PROMPT, max_new_tokens=len(confidences), policy=policy, catch_up=catch_up, sampler=sampler
+)
 print(json.dumps([token.depth for token in engine.generate(request)]))

@@ -1,10 +1,13 @@
 /* A CUDA runtime without a device, for tests: memory is the host's, kernels are named in a log and not run.
 
    ONNX Runtime's own CUDA provider loads over it, places nodes, chooses kernels and dispatches them. So placement, refusals,
-   launches, copies, synchronisations and whether a graph may be captured are the provider's own; results and times are not.
+   launches, copies, synchronisations, their streams and whether a graph may be captured are the provider's own; results and times
+   are not. What is asked for without a wait (copies, zeros) is done at the next wait and not before, so that memory that is
+   changed or read too early shows.
    The log is the file that STANDIN_LOG names, a line an event. STANDIN_CC is the card's compute capability times ten. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -39,6 +42,7 @@ static void note(const char *format, ...) {
 
 /* What the generated stand-ins of all other functions call. */
 void standin_note(const char *name) { note("call %s", name); }
+void standin_note_in(const char *name, void *stream) { note("call %s stream %zu", name, (size_t)stream); }
 
 static int compute_capability(void) {
     const char *given = getenv("STANDIN_CC");
@@ -61,9 +65,10 @@ static void name_kernel(const void *function, const char *name) {
     kernels[slot].name = name;
 }
 
-static status launch(const void *function, dim3 grid, dim3 block) {
+static status launch(const void *function, dim3 grid, dim3 block, void *stream) {
     const char *name = kernels[slot_of(function)].name;
-    note("kernel %s grid %u,%u,%u block %u,%u,%u", name ? name : "?", grid.x, grid.y, grid.z, block.x, block.y, block.z);
+    note("kernel %s grid %u,%u,%u block %u,%u,%u stream %zu", name ? name : "?", grid.x, grid.y, grid.z, block.x, block.y, block.z,
+         (size_t)stream);
     return OK;
 }
 
@@ -100,21 +105,17 @@ status __cudaGetKernel(void **kernel, const void *function) {
     return OK;
 }
 status __cudaLaunchKernel(void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared, void *stream) {
-    return launch(kernel, grid, block);
+    return launch(kernel, grid, block, stream);
 }
 status cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, void *stream) {
-    return launch(function, grid, block);
+    return launch(function, grid, block, stream);
 }
 status cudaLaunchCooperativeKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, void *stream) {
-    return launch(function, grid, block);
+    return launch(function, grid, block, stream);
 }
-typedef struct { dim3 grid, block; } launch_config; /* how cudaLaunchConfig_t begins */
+typedef struct { dim3 grid, block; size_t shared; void *stream; } launch_config; /* how cudaLaunchConfig_t begins */
 status cudaLaunchKernelExC(const launch_config *config, const void *function, void **arguments) {
-    return launch(function, config->grid, config->block);
-}
-status cudaLaunchHostFunc(void *stream, void (*function)(void *), void *argument) {
-    function(argument);
-    return OK;
+    return launch(function, config->grid, config->block, config->stream);
 }
 status cudaLibraryLoadData(void **library, const void *code, void *options, void *values, unsigned count, void *more, void *others,
                            unsigned num_others) {
@@ -213,9 +214,6 @@ status cudaMalloc(void **pointer, size_t size) {
 status cudaMallocHost(void **pointer, size_t size) { return cudaMalloc(pointer, size); }
 status cudaHostAlloc(void **pointer, size_t size, unsigned flags) { return cudaMalloc(pointer, size); }
 status cudaMallocFromPoolAsync(void **pointer, size_t size, void *pool, void *stream) { return cudaMalloc(pointer, size); }
-status cudaFree(void *pointer) { free(pointer); return OK; }
-status cudaFreeHost(void *pointer) { free(pointer); return OK; }
-status cudaFreeAsync(void *pointer, void *stream) { free(pointer); return OK; }
 status cudaMemPoolCreate(void **pool, const void *properties) { *pool = malloc(1); return OK; }
 status cudaMemPoolGetAttribute(void *pool, int attribute, void *value) { memset(value, 0, 8); return OK; }
 status cudaMemGetInfo(size_t *available, size_t *total) { *available = 70ull << 30; *total = 80ull << 30; return OK; }
@@ -227,43 +225,93 @@ status cudaPointerGetAttributes(void *attributes, const void *pointer) {
     return OK;
 }
 
-static const char *const directions[] = {"host-host", "host-device", "device-host", "device-device", "default"};
-static status copied(void *to, const void *from, size_t size, int direction) {
-    note("copy %s %zu", directions[direction], size);
-    memmove(to, from, size);
+/* Copies and zeros that wait, in the order of all streams: `from` is NULL for zeros. */
+enum { MOST_PENDING = 1 << 16 };
+static struct { char *to; const char *from; size_t to_pitch, from_pitch, width, height; int value; } pending[MOST_PENDING];
+static int num_pending;
+static pthread_mutex_t pending_lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
+
+static void do_pending(void) {
+    pthread_mutex_lock(&pending_lock);
+    for (int i = 0; i < num_pending; i++) {
+        for (size_t row = 0; row < pending[i].height; row++) {
+            char *to = pending[i].to + row * pending[i].to_pitch;
+            if (pending[i].from) memmove(to, pending[i].from + row * pending[i].from_pitch, pending[i].width);
+            else memset(to, pending[i].value, pending[i].width);
+        }
+    }
+    num_pending = 0;
+    pthread_mutex_unlock(&pending_lock);
+}
+static status later(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, int value) {
+    pthread_mutex_lock(&pending_lock);
+    if (num_pending == MOST_PENDING) do_pending();
+    pending[num_pending].to = to;
+    pending[num_pending].from = from;
+    pending[num_pending].to_pitch = to_pitch;
+    pending[num_pending].from_pitch = from_pitch;
+    pending[num_pending].width = width;
+    pending[num_pending].height = height;
+    pending[num_pending++].value = value;
+    pthread_mutex_unlock(&pending_lock);
     return OK;
 }
-status cudaMemcpy(void *to, const void *from, size_t size, int direction) { return copied(to, from, size, direction); }
+
+static const char *const directions[] = {"host-host", "host-device", "device-host", "device-device", "default"};
+enum { DEFAULT_STREAM = 0 };
+static void note_copy(int direction, size_t size, void *stream) { note("copy %s %zu stream %zu", directions[direction], size, (size_t)stream); }
 status cudaMemcpyAsync(void *to, const void *from, size_t size, int direction, void *stream) {
-    return copied(to, from, size, direction);
+    note_copy(direction, size, stream);
+    return later(to, 0, from, 0, size, 1, 0);
+}
+status cudaMemcpy(void *to, const void *from, size_t size, int direction) {
+    cudaMemcpyAsync(to, from, size, direction, DEFAULT_STREAM);
+    do_pending();
+    return OK;
 }
 status cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, int direction,
                          void *stream) {
-    note("copy %s %zu", directions[direction], width * height);
-    for (size_t row = 0; row < height; row++) memmove((char *)to + row * to_pitch, (const char *)from + row * from_pitch, width);
-    return OK;
+    note_copy(direction, width * height, stream);
+    return later(to, to_pitch, from, from_pitch, width, height, 0);
 }
 status cudaMemcpyFromSymbol(void *to, const void *symbol, size_t size, size_t offset, int direction) {
     note("copy device-host %zu", size);
     memset(to, 0, size);
     return OK;
 }
+status cudaMemsetAsync(void *pointer, int value, size_t size, void *stream) {
+    note("memset %zu stream %zu", size, (size_t)stream);
+    return later(pointer, 0, NULL, 0, size, 1, value);
+}
 status cudaMemset(void *pointer, int value, size_t size) {
-    note("memset %zu", size);
-    memset(pointer, value, size);
+    cudaMemsetAsync(pointer, value, size, DEFAULT_STREAM);
+    do_pending();
     return OK;
 }
-status cudaMemsetAsync(void *pointer, int value, size_t size, void *stream) { return cudaMemset(pointer, value, size); }
+status cudaFree(void *pointer) { do_pending(); free(pointer); return OK; }
+status cudaFreeHost(void *pointer) { return cudaFree(pointer); }
+status cudaFreeAsync(void *pointer, void *stream) { return cudaFree(pointer); }
 
 /* ---- streams, events, captured graphs */
 static status handle(void **made) { *made = malloc(1); return OK; }
-status cudaStreamCreate(void **stream) { return handle(stream); }
-status cudaStreamCreateWithFlags(void **stream, unsigned flags) { return handle(stream); }
-status cudaStreamSynchronize(void *stream) { note("sync"); return OK; }
-status cudaDeviceSynchronize(void) { note("sync"); return OK; }
+enum { FIRST_STREAM = 256 }; /* streams are numbers */
+status cudaStreamCreateWithFlags(void **stream, unsigned flags) {
+    static size_t made = FIRST_STREAM;
+    *stream = (void *)made++;
+    return OK;
+}
+status cudaStreamCreate(void **stream) { return cudaStreamCreateWithFlags(stream, 0); }
+status cudaStreamSynchronize(void *stream) { note("sync stream %zu", (size_t)stream); do_pending(); return OK; }
+status cudaDeviceSynchronize(void) { note("sync"); do_pending(); return OK; }
 status cudaEventCreate(void **event) { return handle(event); }
 status cudaEventCreateWithFlags(void **event, unsigned flags) { return handle(event); }
 status cudaEventElapsedTime(float *milliseconds, void *from, void *to) { *milliseconds = 1.0f; return OK; }
+status cudaEventSynchronize(void *event) { note("sync"); do_pending(); return OK; }
+status cudaLaunchHostFunc(void *stream, void (*function)(void *), void *argument) {
+    do_pending();
+    function(argument);
+    return OK;
+}
 status cudaStreamBeginCapture(void *stream, int mode) { note("begin capture"); capturing = 1; return OK; }
 status cudaStreamEndCapture(void *stream, void **graph) { capturing = 0; note("end capture"); return handle(graph); }
 status cudaStreamIsCapturing(void *stream, int *state) { *state = capturing; return OK; }

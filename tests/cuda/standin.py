@@ -85,12 +85,13 @@ def build(folder: Path) -> Path:
 @dataclass(frozen=True)
 class Event:
     """A line of the log: "kernel", "copy", "sync", "malloc", "memset", "call", "replay", "begin" or "end" (of
-    a capture).
+    a capture). `stream` is where it knows one: CUDA's default stream is 0.
     """
 
     kind: str
     what: str
     captured: bool
+    stream: int | None
 
     @property
     def num_bytes(self) -> int:
@@ -102,8 +103,9 @@ def events(log: Path) -> Iterator[Event]:
     """What happened, in order."""
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         captured = line.startswith("captured ")
-        kind, _, what = line.removeprefix("captured ").partition(" ")
-        yield Event(kind, what, captured)
+        line, _, stream = line.removeprefix("captured ").partition(" stream ")
+        kind, _, what = line.partition(" ")
+        yield Event(kind, what, captured, int(stream) if stream else None)
 
 
 def run_over(libraries: Path, arguments: list[str], log: Path | None = None, capability: int = 80) -> str:

@@ -19,6 +19,8 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     pytest.skip("the stand-ins are for Linux on x86-64", allow_module_level=True)
 
 from cuda import standin
+from ease_runtime.bundle.manifest import read_manifest
+from ease_runtime.ort.sessions import ALIGNMENT
 from ease_runtime.ort.stack import CUDA_STEPS
 
 HERE = Path(__file__).parent
@@ -67,14 +69,34 @@ def test_every_node_of_every_graph_is_on_cuda(libraries: Path, bundles: list[Pat
     assert elsewhere == {}
 
 
+def test_copies_that_run_later_are_what_was_asked_for(libraries: Path) -> None:
+    """The stand-ins do them at the next wait."""
+    assert standin.run_over(libraries, [str(HERE / "memory.py")]) == "equal\n"
+
+
 def decode(
-    libraries: Path, bundle: Path, catch_up: str, confidences: list[float], log: Path
-) -> tuple[list[int], Counter[str]]:
-    """Depths of the tokens, and how often each kernel ran for them."""
-    arguments = [str(HERE / "decode.py"), str(bundle), catch_up, *map(str, confidences)]
+    libraries: Path,
+    bundle: Path,
+    catch_up: str,
+    confidences: list[float],
+    log: Path,
+    temperature: float = 0.0,
+) -> tuple[list[int], list[standin.Event]]:
+    """Depths of the tokens, and what happened for them."""
+    arguments = [str(HERE / "decode.py"), str(bundle), catch_up, str(temperature), *map(str, confidences)]
     depths = json.loads(standin.run_over(libraries, arguments, log))
-    decoding = dropwhile(lambda event: event.what != "decoding", standin.events(log))
-    return depths, Counter(event.what.split()[0] for event in decoding if event.kind == "kernel")
+    return depths, list(dropwhile(lambda event: event.what != "decoding", standin.events(log)))
+
+
+def kernels(events: list[standin.Event]) -> list[str]:
+    """The names of those that were launched."""
+    return [event.what.split()[0] for event in events if event.kind == "kernel"]
+
+
+def counts(events: list[standin.Event]) -> dict[str, int]:
+    """How often the host sent something, fetched something, and waited."""
+    found = Counter(event.what.split()[0] if event.kind == "copy" else event.kind for event in events)
+    return {kind: found[kind] for kind in ("host-device", "device-host", "sync")}
 
 
 @pytest.mark.parametrize("catch_up", ["propagate", "recompute", "verify"])
@@ -82,20 +104,54 @@ def test_the_engines_own_loop_runs_and_leaves_early(
     libraries: Path, precisions: tuple[Path, dict[str, Path]], catch_up: str, tmp_path: Path
 ) -> None:
     confidences = [0.9, 0.1, 0.9, 0.9, 0.1, 0.9]
-    depths, kernels = decode(libraries, precisions[1]["fp16"], catch_up, confidences, tmp_path / "log")
+    depths, events = decode(libraries, precisions[1]["fp16"], catch_up, confidences, tmp_path / "log")
     if catch_up == "verify":  # full depth says the same token every time, so that all drafts stand
         assert len(depths) == len(confidences)
         assert 3 in depths
     else:
         assert depths == [3 if confidence > 0.5 else 6 for confidence in confidences]
-    assert sum(kernels.values()) > 100
-    assert any("flash" in name for name in kernels), "fp16 takes Flash"
+    assert len(kernels(events)) > 100
+    assert any("flash" in name for name in kernels(events)), "fp16 takes Flash"
+
+
+FULL = [0.1] * 8
+EARLY = [0.1] + [0.9] * 7  # the prompt's token at full depth, then all at the first of three exits
 
 
 def test_a_token_that_leaves_launches_less(libraries: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    _, full = decode(libraries, tiny_bundle, "propagate", [0.1] * 8, tmp_path / "full")
-    _, early = decode(libraries, tiny_bundle, "propagate", [0.1] + [0.9] * 7, tmp_path / "early")
-    assert sum(early.values()) < 0.75 * sum(full.values())
+    _, full = decode(libraries, tiny_bundle, "propagate", FULL, tmp_path / "full")
+    _, early = decode(libraries, tiny_bundle, "propagate", EARLY, tmp_path / "early")
+    assert len(kernels(early)) < 0.75 * len(kernels(full))
+
+
+@pytest.mark.parametrize(("confidences", "segments"), [(FULL, 8 * 3), (EARLY, 3 + 7)])
+def test_a_segment_and_its_exit_take_two_copies_there_one_back_and_one_wait(
+    libraries: Path, tiny_bundle: Path, tmp_path: Path, confidences: list[float], segments: int
+) -> None:
+    """The head needs nothing, and the next segment reads the states where the last one wrote them."""
+    _, events = decode(libraries, tiny_bundle, "propagate", confidences, tmp_path / "log")
+    assert counts(events) == {"host-device": 2 * segments, "device-host": segments, "sync": segments}
+
+
+@pytest.mark.parametrize(("temperature", "tokens"), [(0.0, 0), (1.0, 8)])
+def test_logits_leave_the_device_where_something_is_drawn_from_them(
+    libraries: Path, tiny_bundle: Path, tmp_path: Path, temperature: float, tokens: int
+) -> None:
+    """Once a token, then. Else what comes back is of one size for any model."""
+    _, events = decode(libraries, tiny_bundle, "propagate", FULL, tmp_path / "log", temperature)
+    fetched = Counter(e.num_bytes for e in events if e.kind == "copy" and e.what.startswith("device-host"))
+    logits = {read_manifest(tiny_bundle).vocab_size * 4: tokens} if tokens else {}
+    assert fetched == {4 * ALIGNMENT: 8 * 3, **logits}
+
+
+def test_everything_is_in_one_stream(libraries: Path, gated: Made, tmp_path: Path) -> None:
+    """So that nothing is read before it is written, though nothing waits in between."""
+    _, events = decode(libraries, gated[1], "recompute", EARLY, tmp_path / "log")
+    streams = Counter(event.stream for event in events if event.kind in ("kernel", "copy", "memset", "sync"))
+    products = {event.stream for event in standin.events(tmp_path / "log") if event.what.startswith("cublas")}
+    (stream,) = streams
+    assert stream, "the default stream would wait for all others"
+    assert products - {None} == {stream}
 
 
 @pytest.mark.parametrize(("precision", "segment_from"), [("int8", 6), ("int4", 17)])

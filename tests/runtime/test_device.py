@@ -14,7 +14,7 @@ import pytest
 from ease_common.errors import BundleError, DeviceError
 from ease_runtime.bundle.manifest import load_manifest, read_manifest
 from ease_runtime.engine.engine import CATCH_UPS, Engine
-from ease_runtime.engine.layout import Call
+from ease_runtime.engine.layout import Call, Span
 from ease_runtime.engine.probe import CallProbe
 from ease_runtime.engine.sampling import GumbelSampler
 from ease_runtime.engine.sequence import Token
@@ -48,19 +48,55 @@ def decode(stack: OrtStack) -> list[list[Token]]:
     return [request.produced for request in requests]
 
 
-def test_memory_of_its_own_gives_the_same_bits(tiny_bundle: Path, tiny_stack: OrtStack) -> None:
-    """And the pool is copied over the host when it is full, without losing a state."""
+def test_memory_of_its_own_gives_the_same_bits(
+    tiny_bundle: Path, tiny_stack: OrtStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the pool is copied over the host when it is full, without losing a state; caches grow with the
+    texts.
+    """
+    monkeypatch.setattr("ease_runtime.ort.buffers.DEVICE_STEP", 32)
     stack = OrtStack(tiny_bundle, device=ELSEWHERE)
     assert decode(stack) == decode(tiny_stack)
     assert stack.pool.serial >= 1
 
 
+def test_a_cache_is_as_long_as_its_texts(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ease_runtime.ort.buffers.DEVICE_STEP", 32)
+    stack = OrtStack(tiny_bundle, device=ELSEWHERE)
+    cache = stack.open_cache(2)
+    row = stack.reserve_rows(200, [])
+
+    def write(slot: int, start: int, stop: int) -> None:
+        for number in range(3):
+            inputs = np.arange(start, stop) % 7
+            stack.run_segment(number, cache, [Span(slot, start, stop)], inputs, row)
+
+    lengths, held = [], []
+    for slot, start, stop in [(0, 0, 5), (1, 0, 40), (1, 40, 41), (1, 41, 70), (1, 10, 11), (1, 11, 50)]:
+        write(slot, start, stop)
+        lengths.append(cache.length)
+        held.append(cache.read(5, 0, 5))
+    assert lengths == [32, 64, 64, 96, 32, 64]  # the last but one text was cut
+    assert all((values == held[0]).all() for values in held)
+    assert held[0].any()
+    cache.free(1)
+    write(0, 5, 6)
+    assert cache.length == 32
+
+
 def test_nothing_large_crosses_to_the_host(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither caches nor states while tokens are decoded, in a pool that is large enough."""
+    """Neither caches nor states while tokens are decoded, in a pool that is large enough; logits, from which
+    tokens are drawn here, do.
+    """
     monkeypatch.setattr("ease_runtime.ort.buffers.POOL_ROWS", 5000)
+    monkeypatch.setattr("ease_runtime.ort.buffers.DEVICE_STEP", 32)
     stack = OrtStack(tiny_bundle, device=ELSEWHERE)
 
-    def crossing(self: DeviceArray) -> np.ndarray:
+    read = DeviceArray.read
+
+    def crossing(self: DeviceArray, *rows: int) -> np.ndarray:
+        if self.shape[1:] == (stack.vocab_size,):
+            return read(self, *rows)
         raise AssertionError("a buffer was copied to the host")
 
     monkeypatch.setattr(DeviceArray, "read", crossing)
@@ -73,6 +109,7 @@ def test_nothing_large_crosses_to_the_host(tiny_bundle: Path, monkeypatch: pytes
 def test_a_broken_row_is_scrubbed_there_too(tiny_bundle: Path) -> None:
     stack = OrtStack(tiny_bundle, device=ELSEWHERE)
     engine = Engine(stack, num_slots=2)
+    list(engine.generate(engine.start([1, 2, 3], max_new_tokens=2)))
     with engine.cache.buffers[0][0].on_host() as keys:  # type: ignore[attr-defined]
         keys[1, :, 3] = np.nan
     engine.cache.scrub()
