@@ -329,8 +329,9 @@ def _no_memory(slots: int, length: int, num_bytes: int) -> DeviceError:
     )
 
 
-def rounded(length: int, step: int = CACHE_STEP) -> int:
-    """The T for a length: in steps of 128, and of 1/32 of a long one, since growing copies."""
+def rounded(length: int, step: int | None = None) -> int:
+    """The T for a length: in steps, of 128 unless told, and of 1/32 of a long one, since growing copies."""
+    step = step or CACHE_STEP
     while length > 32 * step:
         step *= 2
     return -(-length // step) * step

@@ -97,12 +97,12 @@ def test_nothing_is_lost_and_every_answer_is_as_alone(
 ) -> None:
     draw = random.Random(1)
     kinds = [any_request(draw) for _ in range(num_kinds)]
-    with served(LLM(tiny_bundle, num_slots=1, num_threads=1)) as server:
+    with served(LLM(tiny_bundle, num_slots=1)) as server:
         one = client_of(server.url, 1)
         alone = [said(one, kind) for kind in kinds]
     order = [draw.randrange(num_kinds) for _ in range(num_requests)]
     warm = num_requests // 3  # memory has grown to what it is by then
-    llm = LLM(tiny_bundle, num_slots=16, num_threads=1, prefix_bytes=2**20)
+    llm = LLM(tiny_bundle, num_slots=16, prefix_bytes=2**20)
     with served(llm, max_queued=2 * num_clients) as server, ThreadPoolExecutor(num_clients) as pool:
         client = client_of(server.url, num_clients)
         answers = list(pool.map(lambda kind: said(client, kinds[kind]), order[:warm]))
