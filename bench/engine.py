@@ -383,7 +383,7 @@ def simulate(
 
 
 def scaling(stack: OrtStack) -> list[Row]:
-    """More and more rows together: all of them at full depth, then all at each early exit."""
+    """More and more rows together, all of which leave at one exit, the last one being full depth."""
     rows = []
     for exit_index, layer in enumerate(stack.exit_layers):
         thresholds = only(stack, exit_index) if layer < stack.exit_layers[-1] else None

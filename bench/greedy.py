@@ -32,15 +32,15 @@ def main(files: tuple[Path, ...], device: str, compare: bool, json_file: Path | 
         click.echo(f"{same}; mean agreement {sum(shares) / len(shares):.3f}")
         return
     llm = LLM(files[0], device=device)
-    text = llm.encode_part(Path(__file__).with_name("engine.py").read_text(encoding="utf-8"))
+    ids = llm.encode_part(Path(__file__).with_name("engine.py").read_text(encoding="utf-8"))
     answers = []
     for number in range(NUM_PROMPTS):
-        prompt = text[number * PROMPT : (number + 1) * PROMPT]
+        prompt = ids[number * PROMPT : (number + 1) * PROMPT]
         sequence = llm.engine.start(prompt, max_new_tokens=NEW)
         answers.append([token.id for token in llm.engine.generate(sequence)])
     if json_file:
-        text = {"bundle": str(files[0]), "device": llm.stack.device.name, "answers": answers}
-        json_file.write_text(json.dumps(text) + "\n", encoding="utf-8")
+        found = {"bundle": str(files[0]), "device": llm.stack.device.name, "answers": answers}
+        json_file.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
