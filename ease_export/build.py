@@ -7,6 +7,7 @@ The bundle is written aside and renamed, so a killed export leaves nothing under
 
 import json
 import platform
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from ease_runtime.bundle.manifest import (
 from ease_runtime.ort.load_tests import run_every_graph
 from ease_runtime.ort.stack import OrtStack
 from ease_train.model.decoder import Decoder
-from ease_train.training.checkpoint import TEMPLATE_FILE, Checkpoint, load_checkpoint, not_finite
+from ease_train.training.checkpoint import TEMPLATE_FILE, Checkpoint, load_checkpoint, not_finite, with_exits
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -58,13 +59,15 @@ def export_bundle(
     precision: str = "fp32",
     calibration: dict[str, Any] | None = None,
     target: str | None = None,
+    exits: Collection[int] = (),
 ) -> Manifest:
     """Export a checkpoint in one of manifest.PRECISIONS, with a calibration that holds for it; what was
     written is loaded before it gets its name.
 
-    `target` is one of manifest.TARGETS; without it, "cuda" for fp16 and "cpu" for all else. Raises
-    CheckpointError; ExportError when something is at `bundle` that is no bundle, when a weight is no finite
-    number, or when onnxruntime does not run the graphs. A bundle of before is then still there.
+    `target` is one of manifest.TARGETS; without it, "cuda" for fp16 and "cpu" for all else. `exits` are the
+    layers whose exits the bundle gets, beside the last; without them, all. Raises CheckpointError, for layers
+    without an exit, too; ExportError when something is at `bundle` that is no bundle, when a weight is no
+    finite number, or when onnxruntime does not run the graphs. A bundle of before is then still there.
     """
     target = target or target_of(precision)
     if (precision, target) == ("fp16", "cpu"):
@@ -73,7 +76,7 @@ def export_bundle(
         raise ExportError(f"{bundle} is there already and is no bundle; choose another name, or remove it")
     try:
         with written_aside(bundle) as folder:
-            manifest = write_bundle(checkpoint_path, folder, precision, target, calibration or {})
+            manifest = write_bundle(checkpoint_path, folder, precision, target, calibration or {}, exits)
             check_runs(folder, checkpoint_path, precision)
     except OSError as error:
         raise ExportError(
@@ -88,10 +91,17 @@ def target_of(precision: str) -> str:
 
 
 def write_bundle(
-    checkpoint_path: Path, folder: Path, precision: str, target: str, calibration: dict[str, Any]
+    checkpoint_path: Path,
+    folder: Path,
+    precision: str,
+    target: str,
+    calibration: dict[str, Any],
+    exits: Collection[int] = (),
 ) -> Manifest:
     """Write all files of a bundle into an empty folder. Raises CheckpointError, ExportError, OSError."""
     checkpoint = load_checkpoint(checkpoint_path)
+    if exits:
+        checkpoint = with_exits(checkpoint, exits)
     check_finite(checkpoint.model, str(checkpoint_path))
     model = checkpoint.model.eval()
     if precision == "fp16":

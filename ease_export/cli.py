@@ -11,6 +11,7 @@ from rich.table import Table
 from ease_common.chat import ChatTemplate
 from ease_common.commands import CommandGroup
 from ease_common.errors import ExportError
+from ease_common.lists import list_of
 from ease_runtime.bundle.manifest import FORMAT_VERSION, PRECISIONS, TARGETS, Manifest, load_manifest
 from ease_runtime.cli.commands import DEVICE_FLAG, BundleName
 
@@ -41,7 +42,12 @@ def main(debug: bool) -> None:
     help="The device that the graphs are for; they run on the other, slower. "
     "[default: cuda for fp16, cpu for all else]",
 )
-def build(checkpoint: Path, bundle: Path, precision: str, target: str | None) -> None:
+@click.option(
+    "--exits",
+    **list_of(click.INT, "N[,N...]"),
+    help="The bundle gets these of the checkpoint's exits, and the last. [default: all]",
+)
+def build(checkpoint: Path, bundle: Path, precision: str, target: str | None, exits: tuple[int, ...]) -> None:
     """Cut CHECKPOINT at its exits and write BUNDLE (an older bundle there is replaced once the new one is
     complete).
     """
@@ -49,7 +55,7 @@ def build(checkpoint: Path, bundle: Path, precision: str, target: str | None) ->
 
     console = Console()
     with console.status("exporting…"):
-        manifest = export_bundle(checkpoint, bundle, precision, target=target)
+        manifest = export_bundle(checkpoint, bundle, precision, target=target, exits=exits)
     size = sum(info.num_bytes for info in manifest.files.values())
     console.print(
         f"{bundle}: for {manifest.target}, {len(manifest.segments)} segments, {len(manifest.files)} files, "

@@ -64,7 +64,8 @@ def upgrade_bundle(bundle: Path, checkpoint: Path | None = None) -> Upgrade:
             f"{bundle} is of the precision {precision!r}, expected one of: {', '.join(PRECISIONS)}"
         )
     calibration = _calibration(values)
-    manifest = export_bundle(path, bundle, precision, calibration, target or None)
+    exits = [leave["layer"] for leave in values["exits"]]
+    manifest = export_bundle(path, bundle, precision, calibration, target or None, exits)
     return Upgrade(manifest, path, lost_calibration=bool(values.get("calibration")) and not calibration)
 
 

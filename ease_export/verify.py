@@ -32,7 +32,7 @@ from ease_runtime.ort.sessions import load_session
 from ease_runtime.ort.stack import Cache, OrtStack, open_stack
 from ease_runtime.policies import HeadOutput
 from ease_train.model.decoder import Block, Decoder, RoutedBlock
-from ease_train.training.checkpoint import load_checkpoint
+from ease_train.training.checkpoint import load_checkpoint, with_exits
 
 TOLERANCE = 1e-5  # of fp32 arithmetic, of the largest magnitude
 TOLERANCES = {"fp32": TOLERANCE, "fp16": 1e-2, "int8": TOLERANCE, "int4": TOLERANCE}  # by precision
@@ -134,6 +134,8 @@ def verify_bundle(
     """
     checkpoint = load_checkpoint(checkpoint_path)
     stack = open_stack(bundle, device=device, kind=ExactStack)
+    if {*stack.exit_layers} < {*checkpoint.model.config.exits}:
+        checkpoint = with_exits(checkpoint, stack.exit_layers)
     model = checkpoint.model.eval()
     config = model.config
     described = (config.exits, config.vocab_size, config.dim, {*config.gates}, {*config.routed_layers})

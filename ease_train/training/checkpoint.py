@@ -18,8 +18,8 @@ import json
 import pickle
 import platform
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +265,29 @@ def filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Decod
         model.lm_head.weight = model.embed.weight
     model.cos, model.sin = rotary_tables(config)
     return model
+
+
+def with_exits(checkpoint: Checkpoint, layers: Iterable[int]) -> Checkpoint:
+    """A checkpoint with these of its exits alone, the last layer's with them; it holds the same weights, but
+    for those that were the others' own.
+
+    Raises CheckpointError for layers that have no exit.
+    """
+    old = checkpoint.model.config
+    if strange := sorted({*layers} - {*old.exits}):
+        raise CheckpointError(
+            f"there is no exit after layer {strange[0]}, expected some of: {', '.join(map(str, old.exits))}; "
+            "ease-train tune makes new ones"
+        )
+    kept = {*layers, old.num_layers}
+    if kept == {*old.exits}:
+        return checkpoint
+    config = replace(
+        old, exits=tuple(sorted(kept)), gates=tuple(layer for layer in old.gates if layer in kept)
+    )
+    left_out = tuple(f"exits.{layer}." for layer in old.exits if layer not in kept)
+    weights = {
+        name: value for name, value in checkpoint.model.state_dict().items() if not name.startswith(left_out)
+    }
+    model = filled(config, weights, "the checkpoint")
+    return replace(checkpoint, model=model)

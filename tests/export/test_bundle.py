@@ -15,12 +15,14 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import tiny_model
-from ease_common.errors import ExportError
+from ease_common.errors import CheckpointError, ExportError
 from ease_export import build
 from ease_export.build import export_bundle
+from ease_export.cli import main
 from ease_export.plan import GraphSpec
 from ease_export.verify import TOLERANCE, torch_greedy, verify_bundle
 from ease_runtime.bundle.manifest import load_manifest
@@ -28,6 +30,8 @@ from ease_runtime.engine.engine import Engine
 from ease_runtime.ort import stack as stack_module
 from ease_runtime.ort.device import Device
 from ease_runtime.ort.stack import OrtStack
+from ease_runtime.policies.head import MaxProb
+from ease_runtime.policies.thresholds import Thresholds
 from ease_train.model.decoder import Decoder
 from ease_train.training.checkpoint import load_checkpoint, save_checkpoint
 from hit import interrupted
@@ -238,6 +242,43 @@ def test_export_does_not_replace_what_is_no_bundle(tiny_checkpoint: Path, tmp_pa
     with pytest.raises(ExportError, match="is no bundle"):
         export_bundle(tiny_checkpoint, tmp_path / "letters")
     assert (tmp_path / "letters" / "mine.txt").read_text() == "dear"
+
+
+@pytest.mark.parametrize("kept", [(3,), (1, 5), (6,)], ids=str)
+def test_a_bundle_of_some_of_the_exits(
+    cuts: dict[int, tuple[Path, Path]], tmp_path: Path, kept: tuple[int, ...]
+) -> None:
+    """It is the model of before with fewer places to leave, and is verified, and built again, as such."""
+    checkpoint, whole = cuts[4]
+    built = CliRunner().invoke(
+        main,
+        ["build", str(checkpoint), str(tmp_path / "some"), "--exits", ",".join(map(str, kept))],
+    )
+    assert built.exit_code == 0, built.output
+    some = OrtStack(tmp_path / "some")
+    assert some.exit_layers == tuple(sorted({*kept, 6}))
+    assert verify_bundle(tmp_path / "some", checkpoint, 8).ok
+    told = [
+        [
+            (token.id, token.depth)
+            for token in engine.generate(
+                engine.start([5, 200], max_new_tokens=24, policy=only_at(kept, engine.stack.exit_layers))
+            )
+        ]
+        for engine in (Engine(OrtStack(whole)), Engine(some))
+    ]
+    assert told[0] == told[1]
+
+
+def only_at(kept: tuple[int, ...], layers: tuple[int, ...]) -> MaxProb:
+    """Leaves at the first of the kept exits that is sure at all."""
+    return MaxProb(Thresholds.of(["0.02" if layer in kept else "off" for layer in layers[:-1]] or None))
+
+
+def test_exits_that_a_checkpoint_does_not_have_are_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no exit after layer 1, expected some of: "):
+        export_bundle(tiny_checkpoint, tmp_path / "bundle", exits=[1])
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_checkpoint_without_the_gates_of_a_bundle_is_told(
