@@ -8,6 +8,7 @@ In a page a table stands behind a line `<!-- table: NAME -->`. A table of means 
 seeds than it should have.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -97,9 +98,6 @@ def server_and_memory(found: Any) -> dict[str, str]:
     }
 
 
-IN_README = ("off", "off,off,0.0", "0.6,0.6,0.0", "off,0.0,0.0")
-
-
 def small_tables() -> dict[str, str]:
     columns = {
         **NAMED,
@@ -136,18 +134,70 @@ def code_tables() -> dict[str, str]:
     plain = [beside_row(row) for row in found["beside"]]
     rows_of_two = [*map(measured, two["rows"]), *map(beside_row, two["beside"])]
     exits = {"layer": "{layer}", "perplexity": "{ppl:.2f}", "says what full depth says": "{agreement:.3f}"}
-    short = {name: columns[name] for name in (*NAMED, "perplexity", "vs off", "speed-up", "range")}
+    shipped = load("code-shipped.json")
+    completions = {
+        "model": "{bundle}",
+        "threshold": "{threshold}",
+        "mean depth": "{mean_depth:.2f}",
+        "rest of a line as in the file": "{same_lines:.3f}",
+        "functions that end": "{ended:.2f}",
+        "of those, valid": "{valid:.2f}",
+    }
+    packages = {
+        "package": "{package}",
+        "files": "{num_documents}",
+        "ease:code, off": "{off:.2f}",
+        "threshold 0.5": "{early:.2f}",
+        "mean depth": "{depth:.2f}",
+        **{f"plain, {layers}": f"{{plain{layers}:.2f}}" for layers in (6, 8, 12)},
+    }
     return {
         "code": figures([*rows, *plain], columns, 2),
         "code-two": figures(rows_of_two, columns, 2),
         "code-exits": figures(found["exits"], exits),
-        "readme": figures([*(row for row in rows if in_readme(row)), *plain], short, 2),
+        "code-shipped": figures(
+            [*map(measured, shipped["rows"]), *map(beside_row, shipped["beside"])], columns, 2
+        ),
+        "code-shipped-exits": figures(shipped["exits"], exits),
+        "code-completions": figures(load("code-completions.json"), completions, 2),
+        "code-packages": figures(load("code-packages.json"), packages),
     }
 
 
-def in_readme(row: Row) -> bool:
-    """Whether README shows a row of the model of code: one catch-up is enough there."""
-    return row["named"] in IN_README and row["catch_up"] != "recompute"
+def chosen_rows(found: Row) -> str:
+    """README's table: of the measured settings the fastest lossless one, the fastest within 1 and within 5 %,
+    and the plain model whose speed is next to the last one's. A setting has a column.
+    """
+    rows = [measured(row) for row in found["rows"]]
+    lossy = [row for row in rows if row["catch_up"] in ("propagate", "recompute")]
+    lossless = max((row for row in rows if row["catch_up"] == "verify"), key=speed)
+    within = [max((row for row in lossy if row["change"] <= limit), key=speed) for limit in (1, 5)]
+    plain = min(
+        map(beside_row, found["beside"]), key=lambda row: abs(math.log(speed(row) / speed(within[-1])))
+    )
+    asked = "{named}, {catch_up}"
+    columns = {
+        "off": {**rows[0], "asked": "–"},
+        "lossless": {**lossless, "asked": asked.format(**lossless)},
+        "≤ 1 %": {**within[0], "asked": asked.format(**within[0])},
+        "≤ 5 %": {**within[1], "asked": asked.format(**within[1])},
+        plain["named"]: {**plain, "asked": "–"},
+    }
+    lines = {
+        "threshold, catch-up": "{asked}",
+        "perplexity": "{ppl:.2f}",
+        "over off": "{change:+.1f} %",
+        "tokens/s": "{tokens_per_second:.0f}",
+        "speed-up": "{speedup:.2f}",
+        "range": RANGE,
+    }
+    cells = [[name, *(form.format(**row) for row in columns.values())] for name, form in lines.items()]
+    return table(["", *columns], cells)
+
+
+def speed(row: Row) -> float:
+    """Tokens a second."""
+    return float(row["tokens_per_second"])
 
 
 def beside_row(row: Row) -> Row:
@@ -480,9 +530,9 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "engine.md": engine_tables,
     "cost-model.md": cost_model_tables,
     "small.md": small_tables,
-    "code.md": lambda: only(code_tables(), "code", "code-two", "code-exits"),
+    "code.md": code_tables,
     "../../README.md": lambda: (
-        only(code_tables(), "readme") | only(contexts_tables.tables(), "contexts-int4")
+        {"readme": chosen_rows(load("code-shipped.json"))} | only(contexts_tables.tables(), "contexts-int4")
     ),
     "contexts.md": contexts_tables.tables,
     "../pretrained.md": lambda: only(smollm2_tables(), "answers"),
