@@ -49,7 +49,11 @@ def picture(prompt: str, answers: Sequence[Sequence[TokenEvent]], exit_layers: S
     """The SVG of a prompt's answers, each from a new line on."""
     drawing = Drawing(exit_layers)
     drawing.legend()
-    lines = textwrap.wrap(printable(prompt), COLUMNS)
+    lines = [
+        part
+        for line in prompt.splitlines(keepends=True)
+        for part in textwrap.wrap(printable(line), COLUMNS, drop_whitespace=False)
+    ]
     cut = lines[-PROMPT_LINES:]
     for number, line in enumerate(cut):
         drawing.add_prompt(("…" if number == 0 and len(cut) < len(lines) else "") + line)
@@ -80,17 +84,23 @@ def words(events: Sequence[TokenEvent]) -> Iterator[list[TokenEvent]]:
         yield word
 
 
+def before_indentation(text: str) -> str:
+    """A token's text without the blanks that the next line begins with."""
+    return text.rstrip(" \t") if "\n" in text else text
+
+
 def lay_out(events: Sequence[TokenEvent]) -> list[list[Placed]]:
     """Tokens on lines of COLUMNS cells."""
     lines: list[list[Placed]] = [[]]
     column = 0
     for word in words(events):
-        width = sum(max(1, cell_len(printable(event.text))) for event in word)
+        texts = [printable(before_indentation(event.text)) for event in word]
+        width = sum(max(1, cell_len(text)) for text in texts)
         if column and column + width > COLUMNS:
             lines.append([])
             column = 0
-        for event in word:
-            placed = Placed(event, printable(event.text), column)
+        for event, text in zip(word, texts, strict=True):
+            placed = Placed(event, text, column)
             if column and column + placed.width > COLUMNS:
                 lines.append([])
                 placed = Placed(event, placed.text, 0)
@@ -98,7 +108,7 @@ def lay_out(events: Sequence[TokenEvent]) -> list[list[Placed]]:
             column = placed.column + placed.width
         if "\n" in word[-1].text:
             lines.append([])
-            column = 0
+            column = min(len(word[-1].text) - len(before_indentation(word[-1].text)), COLUMNS // 2)
     return [line for line in lines if line]
 
 

@@ -94,3 +94,10 @@ def test_generate_draws(tiny_bundle: Path, tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, [*early, str(tmp_path / "none" / "said.svg")])
     assert refused.exit_code == 1
     assert "is no directory; make it first" in refused.stderr
+
+
+def test_indentation_stands_on_its_line() -> None:
+    """Code looks like code: a break is one with the blanks after it as a token, and not as a box."""
+    first, second = lay_out([event("if x:"), event("\n   "), event(" y")])
+    assert [(one.text, one.column) for one in first] == [("if x:", 0), ("↵", 5)]
+    assert [(one.text, one.column) for one in second] == [(" y", 3)]
