@@ -237,6 +237,8 @@ def measure(bundle: str, name: str, modes: str, threshold: Thresholds, count: in
     done = len(file.read_text(encoding="utf-8").splitlines()) - 1 if file.exists() else -1
     llm = LLM(bundle)
     every = tasks(llm, count)
+    if threshold:  # a forced token is what an exit says, too
+        every = [task for task in every if task.answer is None]
     ways = Modes(llm, modes.split(","), threshold)
     for mode in ways.engines:  # first-time allocations
         ways.run(Task("warm-up", "", ids_of(llm, "What is a river?")), mode)

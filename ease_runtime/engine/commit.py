@@ -239,7 +239,11 @@ def _judge(sequence: TokenSequence, said: ExitOutput, layout: Layout, num_runnin
     if drafts.lookups:
         drafts.lookups.judged(*from_text)
     request_cost = sequence.decision.request_cost
-    if request_cost and drafts.length and sequence.finish_reason is None:
+    if request_cost and drafts.trial and drafts.lookups:
+        price = request_cost.trial(num_running)
+        if drafts.lookups.may_spend(price, len(sequence.produced)):
+            drafts.length, drafts.trial = drafts.trial, 0
+    elif request_cost and drafts.length and sequence.finish_reason is None:
         for segment, seen in by_segment.items():
             request_cost.judged(segment, *seen)
         _adapt_drafting(sequence, request_cost, layout, num_running)

@@ -241,6 +241,13 @@ class RequestCost:
         """Whether leaving early is faster than full depth."""
         return self.early(num_rows) < self.full_depth(num_rows)
 
+    def trial(self, num_rows: int) -> float:
+        """What it costs to ask the exits of FIRST_LOOK tokens that all stay, in tokens at full depth."""
+        asked = self.costs.token_seconds(
+            [1.0] * len(self.entered), self.policy, self.catch_up, num_rows=num_rows, cap=self.cap
+        )
+        return FIRST_LOOK * (asked / self.full_depth(num_rows) - 1.0)
+
     def draft_length(self, num_rows: int) -> int:
         """The drafts after which full depth is best asked; 0 when it is best not to draft."""
         speed, length = self._fastest(self._drafting(), num_rows)

@@ -1,9 +1,13 @@
 """Whether leaving early pays: the arithmetic against hand-made prices, and what the engine does with it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
-from ease_runtime.engine.costs import SIZES, Costs, RequestCost, timed_sizes
+from ease_runtime.drafters import Drafter, Proposal
+from ease_runtime.engine.costs import FIRST_LOOK, SIZES, Costs, RequestCost, timed_sizes
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.layout import Call
 from ease_runtime.engine.mock import MockStack
@@ -259,6 +263,39 @@ def test_an_exit_whose_drafts_are_refused_is_asked_no_more() -> None:
     assert "the exit at layer 2 stopped drafting after" in note
     assert sequence.drafts.judged - sequence.drafts.accepted < 12
     assert {token.depth for token in sequence.produced[40:] if token.drafted} == {3}
+
+
+class Silent(Drafter):
+    """Drafts nothing."""
+
+    name = "silent"
+
+    def propose(self, tokens: Sequence[int], limit: int, state: Any) -> Proposal:
+        return Proposal()
+
+
+@pytest.mark.parametrize(
+    ("head", "first_asked"),
+    [(0.05, 1), (0.5, 120), (5.0, None)],  # of 200 tokens; of two layers that take 2 seconds together
+)
+def test_beside_drafts_from_text_exits_are_tried_where_there_is_time_to_spare(
+    head: float, first_asked: int | None
+) -> None:
+    """A trial of 12 tokens may take two percent of the answer so far, of 64 tokens at first: an answer that
+    exits cannot help keeps 0.98 of its speed.
+    """
+    stack = MockStack(LAYERS, max_positions=300, confidence=lambda exit_index, place: 0.0)
+    stack.trace = []
+    engine = adaptive(stack, prices(stack, (1.0, 1.0), head=head))
+    policy = make_policy("max-prob", [0.5], LAYERS)
+    sequence = engine.start([1], max_new_tokens=200, policy=policy, catch_up="verify", drafters=[Silent()])
+    asked = []
+    for place, _ in enumerate(engine.generate(sequence), 1):
+        asked += [place] * sum((call.graph, call.number) == ("exit", 0) for call in stack.trace)
+        stack.trace.clear()
+    assert len(asked) == (0 if first_asked is None else FIRST_LOOK)
+    if first_asked is not None:
+        assert abs(asked[0] - first_asked) <= 2
 
 
 def test_rows_far_apart_run_apart() -> None:
