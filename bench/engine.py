@@ -137,8 +137,8 @@ def verify(stack: OrtStack) -> list[Row]:
         request_cost.entered = [
             1.0 if k <= exit_segment(stack, exit_index) else 0.0 for k in range(len(stack.layout))
         ]
-        request_cost.drafted = 1.0
-        request_cost.accepted = acceptance
+        request_cost.drafted = [1.0] * len(stack.layout)
+        request_cost.accepted = [acceptance] * len(stack.layout)
         length = max(1, request_cost.draft_length(1))
         tokens = (1.0 - acceptance ** (length + 1)) / (1.0 - acceptance)
         predicted = tokens / request_cost.cycle(length, 1) * request_cost.full_depth(1)
@@ -176,9 +176,10 @@ def break_even(request_cost: RequestCost) -> float | None:
     """The smallest acceptance at which some draft length is as fast as full depth, to 0.01; None when none
     is.
     """
-    request_cost.drafted = 1.0
+    count = len(request_cost.entered)
+    request_cost.drafted = [1.0] * count
     for percent in range(1, 100):
-        request_cost.accepted = percent / 100
+        request_cost.accepted = [percent / 100] * count
         if request_cost.draft_length(1):
             return percent / 100
     return None

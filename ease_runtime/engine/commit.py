@@ -7,8 +7,10 @@ of it.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,6 @@ from ease_runtime.policies import FULL_DEPTH, ExitOutput, HeadOutput
 
 Layout = Sequence[SegmentShape]
 NO_NUMBERS = "the model's logits are no finite numbers at position {}"
-TEXT = "text"  # every drafter but an exit
 
 
 def commit(
@@ -210,16 +211,18 @@ def _judge(sequence: TokenSequence, said: ExitOutput, layout: Layout, num_runnin
     drafts = sequence.drafts
     last = len(layout) - 1
     tokens = drafts.tokens
-    judged = {EXIT: 0, TEXT: 0}
-    accepted = {EXIT: 0, TEXT: 0}
+    from_text = [0, 0]  # judged, accepted
+    by_segment: dict[int, list[int]] = {}  # the same of exits
     for i, before in enumerate(said.positions.tolist()):
         token = _token(sequence, last, output.tokens(i, i + 1), before + 1, float(output.top_prob[i]), layout)
         drafted = i < len(tokens)
         agrees = drafted and tokens[i].id == token.id
         if drafted:
-            kind = EXIT if tokens[i].drafter == EXIT else TEXT
-            judged[kind] += 1
-            accepted[kind] += agrees
+            seen = from_text
+            if tokens[i].drafter == EXIT:
+                seen = by_segment.setdefault(_segment_of(tokens[i].depth, layout), [0, 0])
+            seen[0] += 1
+            seen[1] += agrees
             count = drafts.count(tokens[i].drafter)
             count.judged += 1
             count.accepted += agrees
@@ -234,20 +237,43 @@ def _judge(sequence: TokenSequence, said: ExitOutput, layout: Layout, num_runnin
         if not agrees or sequence.finish_reason is not None:
             break
     if drafts.lookups:
-        drafts.lookups.judged(judged[TEXT], accepted[TEXT])
+        drafts.lookups.judged(*from_text)
     request_cost = sequence.decision.request_cost
-    if request_cost and drafts.length and sequence.finish_reason is None:
-        if judged[EXIT]:
-            request_cost.judged(judged[EXIT], accepted[EXIT])
-        _adapt_drafting(sequence, request_cost, num_running)
+    if request_cost and drafts.trial and drafts.lookups:
+        price = request_cost.trial(num_running)
+        if drafts.lookups.may_spend(price, len(sequence.produced)):
+            drafts.length, drafts.trial = drafts.trial, 0
+    elif request_cost and drafts.length and sequence.finish_reason is None:
+        for segment, seen in by_segment.items():
+            request_cost.judged(segment, *seen)
+        _adapt_drafting(sequence, request_cost, layout, num_running)
     return True
 
 
-def _adapt_drafting(sequence: TokenSequence, request_cost: RequestCost, num_running: int) -> None:
-    """Draft as many tokens as pays; for good none when that is none."""
+def _segment_of(depth: int, layout: Layout) -> int:
+    """The segment behind which a token left that has used so many layers; where it went around some, the
+    first that it may have been.
+    """
+    ends = list(accumulate(shape.num_layers for shape in layout))
+    return bisect_left(ends, depth)
+
+
+def _adapt_drafting(
+    sequence: TokenSequence, request_cost: RequestCost, layout: Layout, num_running: int
+) -> None:
+    """Let those exits draft that are worth it, as many tokens as pays; for good none when that is none."""
     if request_cost.entered[0] < FIRST_LOOK:
         return
     drafts = sequence.drafts
+    given_up = request_cost.give_up_exit(num_running)
+    if given_up is not None:
+        exit_index = layout[given_up].early_exit
+        sequence.counters.asked = sequence.counters.asked - {exit_index}
+        layer = sum(shape.num_layers for shape in layout[: given_up + 1])
+        sequence.notes.append(
+            f"the exit at layer {layer} stopped drafting after {len(sequence.produced)} tokens: the others "
+            "are faster without it"
+        )
     drafts.length = request_cost.draft_length(num_running)
     if drafts.length == 0:
         sequence.counters.asked = frozenset()

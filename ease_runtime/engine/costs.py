@@ -7,12 +7,14 @@ several rows in a pass that point comes sooner.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ease_runtime.engine.layout import SegmentShape
-from ease_runtime.policies import FULL_DEPTH, ExitPolicy
+from ease_runtime.policies import FULL_DEPTH
+from ease_runtime.policies.thresholds import Thresholds
 
 SIZES = (1, 2, 4, 8, 16)  # tokens of the passes that are timed
 SLOTS = 8  # rows of the pass that tells what one row more costs
@@ -23,6 +25,23 @@ FIRST_LOOK = 12  # tokens of a request before it is judged whether leaving early
 
 
 Key = tuple[str, int]  # graph and number of a call
+
+
+class Asking(Protocol):
+    """What costs depend on of a policy: which exits it asks, and for what."""
+
+    @property
+    def thresholds(self) -> Thresholds: ...
+    @property
+    def asks(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class AskedExits:
+    """Some of the exits that a policy asks."""
+
+    thresholds: Thresholds
+    asks: str
 
 
 def timed_sizes(kernel_steps: Sequence[int]) -> tuple[int, ...]:
@@ -71,7 +90,7 @@ class Costs:
     def token_seconds(
         self,
         reach: Sequence[float],
-        policy: ExitPolicy,
+        policy: Asking,
         catch_up: str,
         *,
         num_rows: int = 1,
@@ -95,7 +114,7 @@ class Costs:
         return seconds
 
     def _segment(
-        self, k: int, reach: Sequence[float], policy: ExitPolicy, catch_up: str, rows: float, cap: int
+        self, k: int, reach: Sequence[float], policy: Asking, catch_up: str, rows: float, cap: int
     ) -> float:
         """What a segment, and the layer of the exit behind it, take of a token's time.
 
@@ -127,7 +146,7 @@ class Costs:
             )
         return seconds / (rows * tokens)
 
-    def _ask(self, k: int, reach: Sequence[float], policy: ExitPolicy, rows: float) -> float:
+    def _ask(self, k: int, reach: Sequence[float], policy: Asking, rows: float) -> float:
         """What the exit behind a segment is asked, of a token's time; a head after a gate only for those that
         leave.
         """
@@ -143,13 +162,13 @@ class Costs:
         )
         return reach[k] * self._in_turn(before, rows, rows, reach, policy) / rows + leaving
 
-    def asks(self, k: int, policy: ExitPolicy) -> bool:
+    def asks(self, k: int, policy: Asking) -> bool:
         """Whether tokens are asked at the exit behind a segment."""
         exit_index = self.layout[k].early_exit
         return exit_index is not None and policy.thresholds.at(exit_index) is not None
 
     def _in_turn(
-        self, key: Key, num_tokens: float, rows: float, reach: Sequence[float], policy: ExitPolicy
+        self, key: Key, num_tokens: float, rows: float, reach: Sequence[float], policy: Asking
     ) -> float:
         """A call's time; what is run for every token comes straight after another one where that has left at
         the first exit.
@@ -165,29 +184,44 @@ class Costs:
         return num_slots * self.per_slot[number] * length / CACHE_LENGTH
 
 
+@dataclass(frozen=True)
+class Drafting:
+    """Exits that may draft: the share of the tokens that goes into each segment itself, and of the drafts
+    that full depth accepts.
+    """
+
+    policy: Asking
+    reach: Sequence[float]
+    accepted: float
+
+
 @dataclass
 class RequestCost:
     """How a request's tokens leave, and what that costs against full depth, a token and row.
 
     `entered[k]` of its tokens have gone into segment k themselves; the others passed later, as pending ones.
+    `drafted` and `accepted` are by the segment behind which a draft left.
     """
 
     costs: Costs
-    policy: ExitPolicy
+    policy: Asking
     catch_up: str
     cap: int = DEFAULT_CAP
     entered: list[float] = field(default_factory=list)
-    drafted: float = 4.0  # two numbers to begin with: three of four drafts are accepted
-    accepted: float = 3.0
+    drafted: list[float] = field(default_factory=list)  # to begin with three of four drafts are accepted
+    accepted: list[float] = field(default_factory=list)
     gain: float = 1.0  # speed that drafts are expected to give, full depth being 1
 
     def __post_init__(self) -> None:
-        self.entered = [0.0] * len(self.costs.layout)
+        count = len(self.costs.layout)
+        self.entered = [0.0] * count
+        self.drafted = [4.0] * count
+        self.accepted = [3.0] * count
 
-    def judged(self, drafted: int, accepted: int) -> None:
-        """Note what became of some drafts; what is long ago counts less."""
-        self.drafted = 0.95 * self.drafted + drafted
-        self.accepted = 0.95 * self.accepted + accepted
+    def judged(self, segment: int, drafted: int, accepted: int) -> None:
+        """Note what became of some drafts that left behind a segment; what is long ago counts less."""
+        self.drafted[segment] = 0.95 * self.drafted[segment] + drafted
+        self.accepted[segment] = 0.95 * self.accepted[segment] + accepted
 
     def reach(self) -> list[float]:
         """The share of the tokens that go into each segment themselves, at least one in LONGEST_DRAFT."""
@@ -207,37 +241,94 @@ class RequestCost:
         """Whether leaving early is faster than full depth."""
         return self.early(num_rows) < self.full_depth(num_rows)
 
+    def trial(self, num_rows: int) -> float:
+        """What it costs to ask the exits of FIRST_LOOK tokens that all stay, in tokens at full depth."""
+        asked = self.costs.token_seconds(
+            [1.0] * len(self.entered), self.policy, self.catch_up, num_rows=num_rows, cap=self.cap
+        )
+        return FIRST_LOOK * (asked / self.full_depth(num_rows) - 1.0)
+
     def draft_length(self, num_rows: int) -> int:
-        """The drafts after which full depth is best asked; 0 when it is best not to draft.
+        """The drafts after which full depth is best asked; 0 when it is best not to draft."""
+        speed, length = self._fastest(self._drafting(), num_rows)
+        self.gain = speed * self.full_depth(num_rows)
+        return length
+
+    def give_up_exit(self, num_rows: int) -> int | None:
+        """Ask an exit no more without which drafting is fastest. The segment before it; None: all stay.
+
+        The rule is DEL's (Entezari Zarch et al. 2025, arXiv 2504.05598), tokens over what drafting and
+        judging them costs, with seconds where that counts layers.
+        """
+        asked = [k for k in range(len(self.entered) - 1) if self.costs.asks(k, self.policy)]
+        if len(asked) < 2:
+            return None
+        best, _ = self._fastest(self._drafting(), num_rows)
+        found = None
+        for k in asked:
+            speed, _ = self._fastest(self._drafting(without=k), num_rows)
+            if speed > best:
+                best = speed
+                found = k
+        if found is not None:
+            left = self._drafting(without=found)
+            self.entered = [share * self.entered[0] for share in left.reach]
+            self.policy = left.policy
+        return found
+
+    def _drafting(self, without: int | None = None) -> Drafting:
+        """The exits that are asked, but for the one behind a segment: what would leave there leaves at the
+        next one, if there is one, since confidence grows with depth.
+        """
+        layout = self.costs.layout
+        reach = self.reach()
+        thresholds = [
+            None if k == without else self.policy.thresholds.at(shape.early_exit)
+            for k, shape in enumerate(layout)
+            if shape.early_exit is not None
+        ]
+        policy = AskedExits(Thresholds(tuple(thresholds)), self.policy.asks)
+        for k in range(len(reach) - 1):
+            if not self.costs.asks(k, policy):
+                reach[k + 1] = reach[k]
+        leaving = [reach[k] - reach[k + 1] for k in range(len(reach) - 1)]
+        rates = [min(a / d, 0.999) for a, d in zip(self.accepted, self.drafted, strict=True)]
+        total = sum(leaving)
+        accepted = (
+            sum(share * rate for share, rate in zip(leaving, rates, strict=False)) / total if total else 0.0
+        )
+        return Drafting(policy, reach, accepted)
+
+    def _fastest(self, drafting: Drafting, num_rows: int) -> tuple[float, int]:
+        """Tokens a second, a row, at the best limit of drafts, and that limit; 0: full depth is faster.
 
         A cycle drafts while tokens leave, at most `limit`; j drafts cost j early tokens and one pass over j +
         1, and give (1 - a^(j+1)) / (1 - a) tokens at acceptance a (Leviathan et al. 2023, arXiv 2211.17192,
         equation 1).
         """
-        accepted = min(self.accepted / self.drafted, 0.999)
-        leaves = 1.0 - self.reach()[-1]
-        full_depth = self.full_depth(num_rows)
-        best = 1.0 / full_depth
+        accepted = drafting.accepted
+        leaves = 1.0 - drafting.reach[-1]
+        best = 1.0 / self.full_depth(num_rows)
         length = 0
         for limit in range(1, LONGEST_DRAFT + 1):
             chances = [(1.0 - leaves) * leaves**j for j in range(limit)] + [leaves**limit]
             tokens = sum(
                 chance * (1.0 - accepted ** (j + 1)) / (1.0 - accepted) for j, chance in enumerate(chances)
             )
-            seconds = sum(chance * self.cycle(j, num_rows) for j, chance in enumerate(chances))
+            seconds = sum(chance * self.cycle(j, num_rows, drafting) for j, chance in enumerate(chances))
             if tokens / seconds > best:
                 best = tokens / seconds
                 length = limit
-        self.gain = best * full_depth
-        return length
+        return best, length
 
-    def cycle(self, num_drafts: int, num_rows: int) -> float:
+    def cycle(self, num_drafts: int, num_rows: int, drafting: Drafting | None = None) -> float:
         """Seconds, a row, of drafting and then judging some tokens."""
+        drafting = drafting or self._drafting()
         last = len(self.entered) - 1
         judged = (num_drafts + 1) * num_rows
         deep = self.costs.seconds("segment", last, judged, num_rows)
         deep += self.costs.seconds("exit", self.costs.last_exit, judged)
         draft = self.costs.token_seconds(
-            self.reach(), self.policy, self.catch_up, num_rows=num_rows, cap=self.cap, stop=last
+            drafting.reach, drafting.policy, self.catch_up, num_rows=num_rows, cap=self.cap, stop=last
         )
         return (num_drafts + 1) * draft + deep / num_rows

@@ -170,6 +170,9 @@ class Engine:
         sequence.notes += notes
         if self.costs and asked and (self.adapt or catch_up == "verify"):
             sequence.decision.request_cost = RequestCost(self.costs, policy, catch_up, self.cap)
+            if drafters:
+                drafts = sequence.drafts
+                drafts.length, drafts.trial = 0, drafts.length
         if after is not None and after.slot is not None:
             blocks = frozenset(k for k, leave in enumerate(self.stack.exits) if leave.block is not None)
             self.runner.slots.take_over(sequence, after, blocks)

@@ -133,6 +133,13 @@ class Lookups:
         """What drafts may still cost if all of them are refused, in tokens, for the answer to keep FLOOR."""
         return self.balance + (1.0 - FLOOR) * max(num_produced, FIRST_TOKENS)
 
+    def may_spend(self, price: float, num_produced: int) -> bool:
+        """Whether there is so much to spare for something else; it is then spent."""
+        if price > self.spare(num_produced):
+            return False
+        self.balance -= price
+        return True
+
     def judged(self, drafted: int, accepted: int) -> None:
         """Note what became of the pending drafts: `drafted` of them were judged."""
         if self.pending is None:

@@ -132,6 +132,7 @@ class Drafts:
     """
 
     length: int = 0  # drafts before exits are asked no more; 0: none
+    trial: int = 0  # what `length` shall be once there is time to spare for a trial of the exits
     tokens: list[Token] = field(default_factory=list)
     counts: dict[str, DraftCount] = field(default_factory=dict)  # by drafter
     lookups: Lookups | None = None  # who drafts from text

@@ -50,6 +50,19 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
+def test_drafts_from_text_say_the_same(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    asked = plan(tiny_bundle, folder, tmp_path, runtimes=("lookup",), rounds=1, new_tokens=40)
+    found = compare_peers(asked, [Workload([[5, 17, 30] * 5])])
+    assert [row.runtime for row in found.rows] == [
+        "ease",
+        "ease, drafts from text",
+        "transformers, prompt lookup",
+    ]
+    assert [row.error for row in found.rows] == [None] * 3
+    assert [row.same_texts for row in found.rows] == [1.0] * 3
+
+
 def test_transformers_says_the_same_and_what_is_absent_is_named(
     tiny_bundle: Path, folder: Path, tmp_path: Path
 ) -> None:

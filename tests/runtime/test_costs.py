@@ -1,10 +1,15 @@
 """Whether leaving early pays: the arithmetic against hand-made prices, and what the engine does with it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
-from ease_runtime.engine.costs import SIZES, Costs, RequestCost, timed_sizes
+from ease_runtime.drafters import Drafter, Proposal
+from ease_runtime.engine.costs import FIRST_LOOK, SIZES, Costs, RequestCost, timed_sizes
 from ease_runtime.engine.engine import Engine
+from ease_runtime.engine.layout import Call
 from ease_runtime.engine.mock import MockStack
 from ease_runtime.engine.probe import measure_costs
 from ease_runtime.engine.schedule import near, schedule
@@ -85,7 +90,7 @@ def test_drafts_stop_before_a_step_that_does_not_pay() -> None:
     costs.tables = {("segment", 0): 0.01 + 0.0 * table, ("segment", 1): table}
     costs.tables |= {("exit", k): 0.0 * table for k in range(2)}
     cost = request_cost(costs, (32.0, 2.0), "verify")
-    cost.drafted, cost.accepted = 1000.0, 999.0
+    cost.drafted, cost.accepted = [1000.0] * 2, [999.0] * 2
     assert cost.draft_length(1) == 15
 
 
@@ -130,8 +135,7 @@ def test_draft_length_is_the_best_of_a_simulation(acceptance: float) -> None:
     """
     costs = prices(MockStack(LAYERS), (1.0, 1.0), per_token=0.02, head=0.1)
     made = request_cost(costs, (100, 0), "verify")
-    made.drafted = 1.0
-    made.accepted = acceptance
+    made.drafted, made.accepted = [1.0] * 2, [acceptance] * 2
     dice = np.random.default_rng(0)
     speeds = {0: 1.0 / (1.02 + 1.02 + 0.1)}
     for length in range(1, 17):
@@ -191,6 +195,107 @@ def test_verify_that_pays_stays_on_with_longer_drafts() -> None:
     assert sequence.notes == []
     assert sequence.drafts.accepted == sequence.drafts.judged > 150
     assert sequence.drafts.length == 16
+
+
+LAYERS_3 = (2, 3, 6)
+
+
+def by_layers(stack: MockStack) -> Costs:
+    """Costs that count layers, whatever a pass has of tokens, and nothing else."""
+    flat = np.ones(len(SIZES))
+    costs = Costs(stack.layout, {})
+    costs.tables = {("segment", k): shape.num_layers * flat for k, shape in enumerate(stack.layout)}
+    costs.tables |= {("exit", k): 0.0 * flat for k in range(len(stack.layout))}
+    return costs
+
+
+@pytest.mark.parametrize(
+    ("accepted", "stays"),
+    [((0.9, 0.92), 0), ((0.6, 0.7), 0), ((0.6, 0.9), 1), ((0.3, 0.95), 1)],
+)
+def test_the_exit_that_drafts_is_that_of_del_s_rule(accepted: tuple[float, float], stays: int) -> None:
+    """All tokens leave at the first of two exits: it is given up where the other one has more tokens a layer,
+    (1 - a^(d+1)) / (1 - a) / (d l + L).
+    """
+    stack = MockStack(LAYERS_3)
+    made = RequestCost(by_layers(stack), make_policy("max-prob", [0.5], LAYERS_3), "verify")
+    made.entered = [1000.0, 0.0, 0.0]
+    made.drafted, made.accepted = [1.0] * 3, [*accepted, 1.0]
+    tokens_a_layer = [
+        max((1 - a ** (d + 1)) / (1 - a) / (d * layer + 6) for d in range(1, 17))
+        for a, layer in zip(accepted, LAYERS_3, strict=False)
+    ]
+    assert max(range(2), key=tokens_a_layer.__getitem__) == stays
+    assert made.give_up_exit(1) == (0 if stays else None)
+    assert made.give_up_exit(1) is None
+    assert [made.costs.asks(k, made.policy) for k in range(2)] == [not stays, True]
+
+
+class RightAtTheSecondExit:
+    """Full depth says 1, as the second exit does; the first says 2."""
+
+    def __init__(self, trace: list[Call]) -> None:
+        self.trace = trace
+
+    def pick(self, logits: np.ndarray, top_id: int, tokens: list[int], position: int) -> int:
+        assert self.trace[-1].graph == "exit"
+        return 2 if self.trace[-1].number == 0 else 1
+
+
+def test_an_exit_whose_drafts_are_refused_is_asked_no_more() -> None:
+    """The other one goes on, where both together would not have paid."""
+    stack = MockStack(
+        LAYERS_3, max_positions=300, confidence=lambda exit_index, place: float(exit_index or place % 2)
+    )
+    stack.trace = []
+    engine = adaptive(stack, by_layers(stack))
+    sequence = engine.start(
+        [1],
+        max_new_tokens=200,
+        policy=make_policy("max-prob", [0.5], LAYERS_3),
+        catch_up="verify",
+        sampler=RightAtTheSecondExit(stack.trace),
+    )
+    list(engine.generate(sequence))
+    assert set(sequence.tokens) == {1}
+    assert sequence.counters.asked == {1}
+    (note,) = sequence.notes
+    assert "the exit at layer 2 stopped drafting after" in note
+    assert sequence.drafts.judged - sequence.drafts.accepted < 12
+    assert {token.depth for token in sequence.produced[40:] if token.drafted} == {3}
+
+
+class Silent(Drafter):
+    """Drafts nothing."""
+
+    name = "silent"
+
+    def propose(self, tokens: Sequence[int], limit: int, state: Any) -> Proposal:
+        return Proposal()
+
+
+@pytest.mark.parametrize(
+    ("head", "first_asked"),
+    [(0.05, 1), (0.5, 120), (5.0, None)],  # of 200 tokens; of two layers that take 2 seconds together
+)
+def test_beside_drafts_from_text_exits_are_tried_where_there_is_time_to_spare(
+    head: float, first_asked: int | None
+) -> None:
+    """A trial of 12 tokens may take two percent of the answer so far, of 64 tokens at first: an answer that
+    exits cannot help keeps 0.98 of its speed.
+    """
+    stack = MockStack(LAYERS, max_positions=300, confidence=lambda exit_index, place: 0.0)
+    stack.trace = []
+    engine = adaptive(stack, prices(stack, (1.0, 1.0), head=head))
+    policy = make_policy("max-prob", [0.5], LAYERS)
+    sequence = engine.start([1], max_new_tokens=200, policy=policy, catch_up="verify", drafters=[Silent()])
+    asked = []
+    for place, _ in enumerate(engine.generate(sequence), 1):
+        asked += [place] * sum((call.graph, call.number) == ("exit", 0) for call in stack.trace)
+        stack.trace.clear()
+    assert len(asked) == (0 if first_asked is None else FIRST_LOOK)
+    if first_asked is not None:
+        assert abs(asked[0] - first_asked) <= 2
 
 
 def test_rows_far_apart_run_apart() -> None:

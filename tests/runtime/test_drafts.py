@@ -23,11 +23,11 @@ from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.lookups import FIRST_TOKENS, FLOOR, LONGEST_DRAFT, Acceptance, Load, Lookups
 from ease_runtime.engine.mock import MockStack
 from ease_runtime.engine.pass_costs import PassCosts
-from ease_runtime.engine.sampling import AdjustedGreedy, Adjustments, Greedy, GumbelSampler, Sampler
-from ease_runtime.engine.sequence import TokenSequence
+from ease_runtime.engine.sampling import AdjustedGreedy, Adjustments, GumbelSampler, Sampler
+from ease_runtime.engine.sequence import DraftCount, TokenSequence
+from ease_runtime.generation import Choice, add_drafts
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import make_policy
 from engine_cases import Case, Forced, cases, check_cache, finish, mixes, reference
 
@@ -463,56 +463,100 @@ def test_a_drafter_s_luck_is_its_own() -> None:
 
 # A real bundle.
 
+GRAMMARS: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"regex": "((the |And )(king|sea)[ .]?){1,12}"},
+    {"grammar": 'start: (word " ")+ "so."\nword: "king" | "kin" | "sea" | /[a-c]{1,3}/'},
+    {
+        "json_schema": {
+            "type": "object",
+            "properties": {"name": {"type": "string", "maxLength": 4}, "king": {"enum": ["sea", "so"]}},
+            "required": ["name", "king"],
+            "additionalProperties": False,
+        }
+    },
+)
 
-def test_random_requests_are_full_depth_to_the_bit(tiny_stack: OrtStack) -> None:
-    """200 random prompts, samplers, seeds and drafters, alone and in batches, with exits on and off."""
-    dice = random.Random(5)
-    layers = tiny_stack.exit_layers
-    corpus = CorpusLookup([[dice.randrange(20, 60) for _ in range(300)]])
-    counts: dict[str, list[int]] = {}
-    for num_slots in (1, 4):
-        engine = Engine(tiny_stack, num_slots=num_slots, draft_length=5)
-        for _ in range(25):
-            pairs = [random_pair(engine, dice, layers, corpus) for _ in range(4)]
-            while engine.busy:
-                engine.step()
-            for plain, drafted in pairs:
-                assert said(drafted) == said(plain)
-                assert drafted.finish_reason == plain.finish_reason
-                for name, count in drafted.drafts.counts.items():
-                    known = counts.setdefault(name, [0, 0])
-                    known[0] += count.judged
-                    known[1] += count.accepted
-    assert set(counts) == {"exit", "ngram", "corpus", "dice"}
-    assert all(0 < accepted < judged for judged, accepted in counts.values()), counts
+
+class Echo(Drafter):
+    """Tokens that the text has, at random."""
+
+    name = "echo"
+
+    def begin(self) -> random.Random:
+        return random.Random(0)
+
+    def propose(self, tokens: Sequence[int], limit: int, state: random.Random) -> Proposal:
+        return Proposal(state.choices(tokens, k=min(limit, 3)), state.randint(1, 9))
+
+
+@pytest.mark.parametrize("num_slots", [1, 4])
+@pytest.mark.parametrize(
+    "precision", ["fp32", *(pytest.param(one, marks=pytest.mark.slow) for one in ("int8", "int4"))]
+)
+def test_random_requests_are_full_depth_to_the_bit(
+    precisions: tuple[Path, dict[str, Path]], corpus_file: str, precision: str, num_slots: int
+) -> None:
+    """100 random prompts, samplers, seeds, drafters and grammars, alone and as many in batches, under
+    --exact: tokens, log-probabilities and ends are those of the same request with drafts off.
+    """
+    pytest.importorskip("llguidance")
+    llm = LLM(precisions[1][precision], num_slots=num_slots, exact=True)
+    llm.engine.measure = lambda: None  # who drafts does not depend on the machine
+    assert llm.stack.exact
+    dice = random.Random(num_slots)
+    counts: dict[str, DraftCount] = {}
+    for _ in range(25):
+        pairs = [random_pair(llm, dice, corpus_file) for _ in range(4)]
+        while llm.busy:
+            llm.step()
+        for plain, drafted in pairs:
+            assert plain.sequence.request.catch_up == "recompute"
+            assert said(drafted.sequence) == said(plain.sequence)
+            assert drafted.finish_reason == plain.finish_reason
+            add_drafts(counts, drafted.sequence.drafts.counts)
+    assert set(counts) == {"exit", "ngram", "corpus", "echo", "grammar"}
+    forced = counts.pop("grammar")
+    assert forced.accepted > 0  # nothing else is allowed where a grammar drafts
+    assert all(0 < count.accepted < count.judged for count in counts.values()), counts
 
 
 def said(sequence: TokenSequence) -> list[Any]:
     return [(t.id, t.logprob, t.top_logprobs) for t in sequence.produced]
 
 
-def random_pair(
-    engine: Engine, dice: random.Random, layers: tuple[int, ...], corpus: CorpusLookup
-) -> tuple[TokenSequence, TokenSequence]:
+def random_pair(llm: LLM, dice: random.Random, corpus_file: str) -> tuple[Choice, Choice]:
     """One request at full depth, and with drafts; few tokens to choose from: some guesses are right."""
-    few = tuple((token, 50.0) for token in dice.sample(range(20, 60), dice.randint(2, 4)))
-    prompt = [dice.choice(few)[0] for _ in range(dice.choice([1, 3, 20, 20, 90, 257]))]
-    adjustments = Adjustments(dice.choice([1.0, 1.2]), 0.0, dice.choice([0.0, 0.3]), few, len(prompt))
-    seed = dice.randrange(1000)
-    sampler = dice.choice(
-        [Greedy(), AdjustedGreedy(adjustments), GumbelSampler(2.0, 0, 1.0, seed, 0.0, adjustments)]
+    few = dice.sample(range(20, 60), dice.randint(2, 4))
+    prompt = [dice.choice(few) for _ in range(dice.choice([1, 3, 20, 20, 90, 257]))]
+    grammar = dice.choice(GRAMMARS)
+    request = Options.from_json(
+        {
+            "max_tokens": dice.randint(1, 25),
+            "temperature": dice.choice([0.0, 0.0, 0.7, 2.0]),
+            "top_p": dice.choice([1.0, 0.9]),
+            "top_k": dice.choice([0, 5]),
+            "seed": dice.randrange(1000),
+            "repetition_penalty": dice.choice([1.0, 1.0, 1.2]),
+            "frequency_penalty": dice.choice([0.0, 0.0, 0.3]),
+            "logit_bias": {} if grammar else {str(token): 50.0 for token in few},
+            "logprobs": dice.choice([0, 3]),
+            "stop_token_ids": [] if grammar else dice.sample(few, dice.choice([0, 0, 1])),
+            **grammar,
+        }
     )
-    request = {
-        "max_new_tokens": dice.randint(1, 20),
-        "sampler": sampler,
-        "num_logprobs": dice.choice([0, 3]),
-        "stop_ids": frozenset(dice.sample([token for token, _ in few], dice.choice([0, 0, 1]))),
-    }
-    drafters = dice.sample([NgramLookup(), corpus, Dice(seed, 60)], dice.randint(1, 2))
-    policy = make_policy("max-prob", dice.choice([None, 0.02, 0.1]), layers)
-    return engine.start(prompt, **request), engine.start(
-        prompt, policy=policy, catch_up="verify", drafters=drafters, **request
+    draft = dice.choice(["exit", "ngram", "corpus", "auto", "auto", f"{__name__}:Echo"])
+    exits = {"exit": True, "auto": dice.random() < 0.5}.get(draft, False)
+    drafted = replace(
+        request,
+        draft=draft,
+        catch_up="verify",
+        threshold=(dice.choice([0.0, 0.02, 0.1]),) if exits else None,
+        draft_corpus=corpus_file if draft in ("corpus", "auto") else None,
     )
+    plain, judged = (llm.submit(prompt, options) for options in (request, drafted))
+    return plain.choices[0], judged.choices[0]
 
 
 def generated(bundle: Path, *flags: str) -> Any:

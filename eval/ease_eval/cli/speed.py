@@ -24,6 +24,7 @@ from ease_eval.measure.documents import first_tokens
 from ease_eval.measure.table import choose_texts, quality_cells
 from ease_eval.peers.compare import (
     COLUMNS,
+    LOOKUP,
     RUNTIMES,
     Comparison,
     ComparisonSettings,
@@ -72,10 +73,10 @@ NARROW_COLUMNS = {
 )
 @click.option(
     "--runtimes",
-    **list_of(click.Choice(RUNTIMES), "NAME[,NAME...]"),
+    **list_of(click.Choice((*RUNTIMES, LOOKUP)), "NAME[,NAME...]"),
     default=[",".join(RUNTIMES)],
     show_default=True,
-    help="Those beside EASE.",
+    help="Those beside EASE; lookup: with drafts from text, EASE's --draft auto too.",
 )
 @click.option(
     "--python",

@@ -35,6 +35,12 @@ GENAI_PRECISIONS = ("int4", "int8")  # that its builder makes for a CPU; else fp
 # its builder's options; 0.18 writes a graph that does not load where embedding and 8-bit head are one
 GENAI_8_BIT_HEAD = ("matmul_mixed_precision=last_matmul:int8", "shared_embeddings=false")
 RUNTIMES = ("transformers", "early-exit", "genai", "llama.cpp")  # beside EASE
+LOOKUP = "lookup"  # asked on top of these: drafts from text, EASE's too
+PROMPT_LOOKUP = 10  # tokens that transformers drafts, as the method's author does
+LLAMA_LOOKUPS = (
+    (12, 48),
+    (3, 8),
+)  # tokens that match and that are drafted: llama.cpp's defaults, and shorter
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class ComparisonSettings:
     """What is compared. Raises RequestError for a checkpoint that is none of the bundle's model.
 
     `python` is that of the peers' environment; `settings` (options like threshold and catch_up) make a row of
-    early exits. `runtimes` are those of RUNTIMES that are asked.
+    early exits. `runtimes` are those of RUNTIMES that are asked, and LOOKUP for rows with drafts from text.
     """
 
     bundle: Path
@@ -98,23 +104,39 @@ class ComparisonSettings:
                 Peer("transformers eager", "fp32", python, {"runtime": "transformers eager", **common})
             )
         if "early-exit" in self.runtimes and self.exit_layer is not None:
-            asked = {"runtime": "transformers early exit", "exit_layer": self.exit_layer, **common}
+            how = {"assistant_early_exit": self.exit_layer}
+            asked = {"runtime": "transformers drafts", "how": how, **common}
             peers.append(Peer(f"transformers early exit {self.exit_layer}", "fp32", python, asked))
         if "genai" in self.runtimes:
             precision = manifest.precision if manifest.precision in GENAI_PRECISIONS else "fp32"
             peers.append(self.genai("onnxruntime-genai", precision, (), common))
             if precision == "int4":
                 peers.append(self.genai("onnxruntime-genai, 8-bit head", precision, GENAI_8_BIT_HEAD, common))
+        if LOOKUP in self.runtimes:
+            how = {"prompt_lookup_num_tokens": PROMPT_LOOKUP}
+            asked = {"runtime": "transformers drafts", "how": how, **common}
+            peers.append(self.ease("ease, drafts from text", self.bundle, {"draft": "auto"}, most_rows))
+            peers.append(Peer("transformers, prompt lookup", "fp32", python, asked))
+        for gguf in self.ggufs:
+            peers += self.llama_cpp(gguf, longest, manifest.vocab_size)
+        return peers
+
+    def llama_cpp(self, gguf: Path, longest: int, vocab_size: int) -> list["Peer"]:
+        """llama.cpp with a file, by itself and with drafts from text, whichever are asked."""
+        asked = {
+            "runtime": "llama.cpp",
+            "gguf": str(gguf.resolve()),
+            "context": longest,
+            "vocab_size": vocab_size,
+            "threads": self.threads,
+        }
+        precision = gguf.stem.rpartition(".")[2]
+        peers = []
         if "llama.cpp" in self.runtimes:
-            for gguf in self.ggufs:
-                asked = {
-                    "runtime": "llama.cpp",
-                    "gguf": str(gguf.resolve()),
-                    "context": longest,
-                    "vocab_size": manifest.vocab_size,
-                    "threads": self.threads,
-                }
-                peers.append(Peer("llama.cpp", gguf.stem.rpartition(".")[2], python, asked))
+            peers.append(Peer("llama.cpp", precision, str(self.python), asked))
+        for match, drafts in LLAMA_LOOKUPS if LOOKUP in self.runtimes else ():
+            name = f"llama.cpp, n-grams {match}, {drafts}"
+            peers.append(Peer(name, precision, str(self.python), {**asked, "lookup": (match, drafts)}))
         return peers
 
     def ease(self, name: str, bundle: Path, settings: dict[str, Any], most_rows: int) -> "Peer":

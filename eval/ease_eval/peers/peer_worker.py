@@ -156,7 +156,8 @@ def nll(logits: Any, ids: list[int]) -> float:
 
 
 def ease(asked: dict[str, Any]) -> Runtime:
-    """A bundle under a policy."""
+    """A bundle under a policy, or with drafts from its own text."""
+    from ease_runtime.drafters import NgramLookup
     from ease_runtime.engine.engine import Engine
     from ease_runtime.options import Options
     from ease_runtime.ort.stack import OrtStack
@@ -165,12 +166,14 @@ def ease(asked: dict[str, Any]) -> Runtime:
     engine = Engine(OrtStack(Path(asked["bundle"]), num_threads=asked["threads"]), num_slots=most_rows)
     options = Options(**asked["settings"])
     policy = options.exit_policy(engine.stack.exit_layers)
-    if options.catch_up == "verify":
+    drafters = [NgramLookup()] if options.drafts_from_text else []
+    catch_up = "verify" if drafters else options.catch_up
+    if catch_up == "verify":
         engine.measure()
 
     def run(prompt: list[int], new: int, told: Told) -> None:
         rows = [
-            engine.start(prompt, max_new_tokens=new, policy=policy, catch_up=options.catch_up)
+            engine.start(prompt, max_new_tokens=new, policy=policy, catch_up=catch_up, drafters=drafters)
             for _ in told.ids
         ]
         while engine.busy:
@@ -212,8 +215,10 @@ def transformers_eager(asked: dict[str, Any]) -> Runtime:
     return Runtime("transformers", run, score, asked["rows"])
 
 
-def transformers_early_exit(asked: dict[str, Any]) -> Runtime:
-    """Self-speculation: drafts of one early exit, judged at full depth (LayerSkip, as `generate` has it)."""
+def transformers_drafts(asked: dict[str, Any]) -> Runtime:
+    """Drafts, judged at full depth, of what `how` says to `generate`: an early exit (LayerSkip), or lookup in
+    the prompt.
+    """
     import torch
 
     model = load_transformers(asked)
@@ -227,8 +232,8 @@ def transformers_early_exit(asked: dict[str, Any]) -> Runtime:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
             do_sample=False,
-            assistant_early_exit=asked["exit_layer"],
             streamer=told,
+            **asked["how"],
         )
 
     return Runtime("transformers", run)
@@ -341,6 +346,12 @@ def llama_cpp(asked: dict[str, Any]) -> Runtime:
     parameters.n_ctx = asked["context"]
     parameters.n_parallel = 1
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = num_threads(asked)
+    if asked.get("lookup"):
+        kinds = xllamacpp.common_speculative_type
+        parameters.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        match, drafts = asked["lookup"]
+        parameters.speculative.ngram_simple.size_n = match
+        parameters.speculative.ngram_simple.size_m = drafts
     server = xllamacpp.Server(parameters)
     greedy = {"temperature": 0.0, "ignore_eos": True, "verbose": True, "return_tokens": True}
 
@@ -379,7 +390,7 @@ def llama_cpp(asked: dict[str, Any]) -> Runtime:
 RUNTIMES: dict[str, Callable[[dict[str, Any]], Runtime]] = {
     "ease": ease,
     "transformers eager": transformers_eager,
-    "transformers early exit": transformers_early_exit,
+    "transformers drafts": transformers_drafts,
     "onnxruntime-genai": onnxruntime_genai,
     "llama.cpp": llama_cpp,
 }
