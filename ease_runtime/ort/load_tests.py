@@ -26,12 +26,8 @@ NOT_FINITE = (
 LENGTHS = (100, 1000, 8000)
 SHAPES = {1: (2, 8, 17), 2: (3,)}  # tokens a row, by rows
 NOISE = 9973  # numbers of noise, repeated; prime, so that no two positions are alike
-ROUNDING = {
-    "fp32": 1,
-    "fp16": 20,
-    "int8": 50,
-    "int4": 50,
-}  # times that, by precision: int8 and int4 round activations within products
+# times that, by precision (int8 and int4 round activations within products) and by what is around
+ROUNDING = {"fp32": 1, "fp16": 20, "int8": 50, "int4": 50}
 
 
 def self_test(stack: "OrtStack") -> None:
@@ -45,7 +41,8 @@ def self_test(stack: "OrtStack") -> None:
         raise BundleError(f"{stack.bundle}: its first segment gives no finite numbers; {NOT_FINITE}")
     scale = float(np.abs(apart).max())
     difference = float(np.abs(together - apart).max())
-    if not difference <= SELF_TEST_TOLERANCE * scale * ROUNDING[stack.manifest.precision]:
+    rounding = max(ROUNDING[name] for name in (stack.manifest.precision, stack.manifest.activations))
+    if not difference <= SELF_TEST_TOLERANCE * scale * rounding:
         raise DeviceError(
             f"self-test failed: several tokens in one pass differ by {difference:.2g} (of "
             f"{scale:.2g}) from one at a time; "

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ease_common.errors import BundleError, DeviceError
-from ease_runtime.bundle.manifest import ExitInfo, Manifest, load_manifest, read_manifest
+from ease_runtime.bundle.manifest import FLOATS, ExitInfo, Manifest, load_manifest, read_manifest
 from ease_runtime.bundle.signatures import (
     Signature,
     of_block,
@@ -189,7 +189,7 @@ class OrtStack:
     ) -> None:
         manifest = self.manifest = load_manifest(bundle)
         self.device = device
-        self.dtype = np.float16 if manifest.precision == "fp16" else np.float32
+        self.dtype = FLOATS[manifest.activations]
         self.vocab_size = manifest.vocab_size
         self.max_positions = manifest.max_positions
         self.layout = _layout(manifest)

@@ -40,12 +40,14 @@ def bundles(
     routed: Made,
     routed_with_exits: Made,
     precisions: tuple[Path, dict[str, Path]],
+    halves: dict[str, Path],
 ) -> list[Path]:
-    """Every kind of graph, and every precision."""
+    """Every kind of graph, every precision, and both targets."""
     return [
         tiny_bundle,
         *(bundle for _, bundle in (gated, blocks, routed, routed_with_exits)),
         *precisions[1].values(),
+        *halves.values(),
     ]
 
 
@@ -99,19 +101,28 @@ def counts(events: list[standin.Event]) -> dict[str, int]:
     return {kind: found[kind] for kind in ("host-device", "device-host", "sync")}
 
 
-@pytest.mark.parametrize("catch_up", ["propagate", "recompute", "verify"])
+@pytest.mark.parametrize(
+    ("catch_up", "precision"),
+    [("propagate", "fp16"), ("recompute", "fp16"), ("verify", "fp16"), ("recompute", "int4")],
+)
 def test_the_engines_own_loop_runs_and_leaves_early(
-    libraries: Path, precisions: tuple[Path, dict[str, Path]], catch_up: str, tmp_path: Path
+    libraries: Path,
+    precisions: tuple[Path, dict[str, Path]],
+    halves: dict[str, Path],
+    catch_up: str,
+    precision: str,
+    tmp_path: Path,
 ) -> None:
     confidences = [0.9, 0.1, 0.9, 0.9, 0.1, 0.9]
-    depths, events = decode(libraries, precisions[1]["fp16"], catch_up, confidences, tmp_path / "log")
+    bundle = {**precisions[1], **halves}[precision]
+    depths, events = decode(libraries, bundle, catch_up, confidences, tmp_path / "log")
     if catch_up == "verify":  # full depth says the same token every time, so that all drafts stand
         assert len(depths) == len(confidences)
         assert 3 in depths
     else:
         assert depths == [3 if confidence > 0.5 else 6 for confidence in confidences]
     assert len(kernels(events)) > 100
-    assert any("flash" in name for name in kernels(events)), "fp16 takes Flash"
+    assert any("flash" in name for name in kernels(events)), "fp16 around takes Flash"
 
 
 FULL = [0.1] * 8
@@ -154,16 +165,20 @@ def test_everything_is_in_one_stream(libraries: Path, gated: Made, tmp_path: Pat
     assert products - {None} == {stream}
 
 
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize(("precision", "segment_from"), [("int8", 6), ("int4", 17)])
 def test_products_change_kernels_where_the_cost_model_says(
     libraries: Path,
     precisions: tuple[Path, dict[str, Path]],
+    halves: dict[str, Path],
     precision: str,
     segment_from: int,
+    target: str,
     tmp_path: Path,
 ) -> None:
     """From there on the whole matrix is turned into floats each time; heads have 8 bits in both."""
-    arguments = [str(HERE / "steps.py"), str(precisions[1][precision]), "20"]
+    bundle = (halves if target == "cuda" else precisions[1])[precision]
+    arguments = [str(HERE / "steps.py"), str(bundle), "20"]
     found = json.loads(standin.run_over(libraries, arguments, tmp_path / "log"))
     assert found == {"segment": list(range(segment_from, 21)), "head": list(range(6, 21))}
     assert set(CUDA_STEPS[precision]) == {segment_from, 6}
