@@ -6,8 +6,8 @@ Differences are relative to the largest magnitude of what is compared: hidden st
 as rounding is measured: torch runs a second time from embeddings that are off by one rounding (weights of
 very different sizes carry that far). An int8 or int4 bundle is compared with the model of the same rounded
 weights, by graphs that do not round activations: these are what was exported. What rounding them changes, as
-the bundle does to be fast, is told beside, and is no fault. On CUDA nothing rounds them to int8; there they are
-fp16, and so are the limits.
+the bundle does to be fast, is told beside, and is no fault. In one for CUDA nothing rounds them to int8:
+there they are fp16, and so are the limits.
 """
 
 from collections.abc import Iterator
@@ -124,7 +124,12 @@ class ExactStack(OrtStack):
                 if attribute.name == "accuracy_level":
                     attribute.i = EXACT
         return load_session(
-            path, self.log_level, self.device, changed=model.SerializeToString(), own_threads=self.own_threads
+            path,
+            self.log_level,
+            self.device,
+            changed=model.SerializeToString(),
+            own_threads=self.own_threads,
+            capture=self.captures is not None,
         )
 
 

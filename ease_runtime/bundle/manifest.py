@@ -112,9 +112,9 @@ class Manifest:
     in training.
 
     `target` is the device that its graphs were made for; `activations` is what is around the weights: states,
-    caches and what is not quantised. `drafting_head` is the head that early exits
-    draft with, where that is not full depth's; `exactness` what its makers expect of passes over several tokens:
-    the same bits as one at a time, or the same up to rounding. `similarity` is the graph that compares two
+    caches and what is not quantised. `drafting_head` is the head that early exits draft with, where that is
+    not full depth's; `exactness` what its makers expect of passes over several tokens: the same bits as one
+    at a time, or the same up to rounding. `similarity` is the graph that compares two
     hidden states; `chat_template` a jinja2 file, for models that have one; `special_tokens` the texts of its
     special tokens by their names (`bos_token`, ...), which templates write; `generation` what the model's
     makers sample with, never used unasked.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ease_common.errors import BundleError, DeviceError
 from ease_runtime.engine.layout import Span
 from ease_runtime.ort.buffers import DeviceCache, RowCache
+from ease_runtime.ort.sessions import Captures
 
 if TYPE_CHECKING:
     from ease_runtime.ort.stack import OrtStack
@@ -25,6 +26,7 @@ NOT_FINITE = (
 # GPU divides its sums by all of these. On a CPU it divides them by none, and one length is enough.
 LENGTHS = (100, 1000, 8000)
 SHAPES = {1: (2, 8, 17), 2: (3,)}  # tokens a row, by rows
+RUNS_OF_CAPTURES = 3  # of each of two tokens: the first of all is without, the second captures
 NOISE = 9973  # numbers of noise, repeated; prime, so that no two positions are alike
 # times that, by precision (int8 and int4 round activations within products) and by what is around
 ROUNDING = {"fp32": 1, "fp16": 20, "int8": 50, "int4": 50}
@@ -154,6 +156,30 @@ def products_agree(stack: "OrtStack") -> bool:
     stack.segments[0].bindings.clear()
     one, other = stack.pool.read(np.array([row, row + 2]))
     return bool((one == other).all())
+
+
+def try_captures(stack: "OrtStack", captures: Captures) -> None:
+    """Stop captures where replays are not right. What is tried after this runs without.
+
+    Two tokens in turns, at the first segment and its exit, without captures and then with them: uncaptured,
+    captured and replayed they must say the same, to the bit.
+    """
+    cache = stack.open_cache()
+    row = stack.reserve_rows(2, [])  # and the embedding
+
+    def states_of(token: int) -> NDArray[np.float32]:
+        ids = np.array([token % stack.vocab_size])
+        stack.run_segment(0, cache, [Span(0, 0, 1)], ids, row)
+        figures = stack.run_exit(0, np.array([row])).top_prob
+        return np.concatenate([stack.read_states(np.array([row]))[0], figures]).astype(np.float32)
+
+    captures.on = False
+    expected = [states_of(token) for token in range(2)]
+    captures.on = True
+    found = [states_of(place % 2) for place in range(2 * RUNS_OF_CAPTURES)]
+    if not all(np.array_equal(states, expected[place % 2]) for place, states in enumerate(found)):
+        captures.stop("replays say other things than runs")
+    captures.on = False
 
 
 def run_every_graph(stack: "OrtStack") -> None:

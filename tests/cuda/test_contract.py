@@ -155,6 +155,66 @@ def test_logits_leave_the_device_where_something_is_drawn_from_them(
     assert fetched == {4 * ALIGNMENT: 8 * 3, **logits}
 
 
+def test_a_lone_rows_passes_are_captured(libraries: Path, halves: dict[str, Path], tmp_path: Path) -> None:
+    """Of 1, 2, 4 or 8 tokens, others padded to these, in caches of one, two and three steps: two segments, an
+    exit and its head are a launch each. In 8 bits 5 tokens stay 5: from 6 on other kernels run.
+    """
+    log = tmp_path / "log"
+    found = json.loads(standin.run_over(libraries, [str(HERE / "capture.py"), str(halves["int8"])], log))
+    sizes = [1, 2, 3, 4, 5, 8]
+    assert found == [[length, size] for length in (64, 128, 192) for size in sizes]
+    last: list[Counter[str]] = []
+    for event in standin.events(log):
+        if event.what == "begins":
+            last.append(Counter())
+        elif last:
+            last[-1][event.what if event.what == "ends" else event.kind] += not last[-1]["ends"]
+    launches = [(counts["replay"], counts["kernel"] > 0, counts["begin"]) for counts in last]
+    assert launches == 3 * [(0, True, 0) if size == 5 else (4, False, 0) for size in sizes]
+    assert captured(log) <= LEGAL
+
+
+LEGAL = {"kernel", "memset", "device-device", "cudaGetLastError", "cublasGemmEx"}
+
+
+def captured(log: Path) -> set[str]:
+    """What was asked for while graphs were captured: no wait, no allocation and nothing of the host's memory,
+    which would be other memory at a replay.
+    """
+    inside = [event for event in standin.events(log) if event.captured]
+    return {event.what.split()[0] if event.kind in ("copy", "call") else event.kind for event in inside}
+
+
+@pytest.mark.parametrize("catch_up", ["propagate", "recompute", "verify"])
+def test_what_is_captured_can_be(
+    libraries: Path, precisions: tuple[Path, dict[str, Path]], catch_up: str, tmp_path: Path
+) -> None:
+    decode(libraries, precisions[1]["fp16"], catch_up, [0.9, 0.1] * 8, tmp_path / "log")
+    assert {"kernel", "cublasGemmEx"} <= captured(tmp_path / "log") <= LEGAL
+
+
+@pytest.mark.parametrize(("variable", "replays"), [("1", 3 * 2), ("0", 0)], ids=["captured", "off"])
+def test_a_token_is_a_launch_for_each_segment_exit_and_head(
+    libraries: Path,
+    precisions: tuple[Path, dict[str, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    replays: int,
+    tmp_path: Path,
+) -> None:
+    """At full depth, of two segments. The variable turns it off."""
+    monkeypatch.setenv("EASE_CUDA_GRAPHS", variable)
+    _, events = decode(libraries, precisions[1]["fp16"], "propagate", FULL, tmp_path / "log")
+    tokens = [place for place, event in enumerate(events) if event.what == "token"]
+    last = events[tokens[-2] : tokens[-1]]
+    assert counts(last) == {"host-device": 2 * 2, "device-host": 2, "sync": 2}
+    found = Counter(event.kind for event in last)
+    assert found["replay"] == replays
+    assert found["kernel"] == 0 if replays else found["kernel"] > 100
+    fetched = [event.num_bytes for event in last if event.what.startswith("device-host")]
+    assert fetched == [4 * ALIGNMENT] * 2, "no logits"
+
+
 def test_everything_is_in_one_stream(libraries: Path, gated: Made, tmp_path: Path) -> None:
     """So that nothing is read before it is written, though nothing waits in between."""
     _, events = decode(libraries, gated[1], "recompute", EARLY, tmp_path / "log")
