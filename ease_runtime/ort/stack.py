@@ -46,6 +46,7 @@ from ease_runtime.ort.device import CPU, CUDA, SILENT, Device, DeviceArray, Devi
 from ease_runtime.ort.load_tests import products_agree, run_every_graph, self_test, try_captures
 from ease_runtime.ort.passes import Passes, fill
 from ease_runtime.ort.sessions import (
+    CAPTURED_SIZES,
     Binding,
     Captures,
     Graph,
@@ -128,7 +129,8 @@ class Stack(Protocol):
     vocab_size: int
     max_positions: int
     exact: bool  # several tokens in one pass give the bits of one at a time, with `even` where that needs it
-    # tokens of a pass from which on other kernels compute its products, where that makes a step in its time
+    # tokens of a pass from which on other kernels compute its products, or it is not captured any more, where
+    # that makes a step in its time
     kernel_steps: tuple[int, ...]
     even: bool  # no pass of an odd number of tokens, where kernels compute the last of them in another way
     trace: list[Call] | None
@@ -276,6 +278,8 @@ class OrtStack:
             if self.captures is not None and self.spare is not None:
                 self.captures.on = not self.captures.failed
                 self.spare.clear()  # of the texts that were tried
+                if self.captures.on:
+                    self.kernel_steps = (*self.kernel_steps, CAPTURED_SIZES[-1] + 1)
         except RuntimeError as error:  # ONNX Runtime's
             raise BundleError(
                 f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; export the "
@@ -333,7 +337,8 @@ class OrtStack:
         return self.pool.reserve(num_rows, live)
 
     def wait(self) -> None:
-        self.device.memory.wait()
+        if self.device.own_memory:
+            self.device.memory.wait()
 
     def read_states(self, rows: Int64s) -> NDArray[Any]:
         return self.pool.read(rows)

@@ -17,7 +17,7 @@ from ease_runtime.engine.layout import Span
 from ease_runtime.engine.sampling import GumbelSampler
 from ease_runtime.engine.sequence import Token
 from ease_runtime.ort import sessions
-from ease_runtime.ort.device import Device
+from ease_runtime.ort.device import CUDA, Device, why_no_cuda
 from ease_runtime.ort.sessions import captured_size
 from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import FULL_DEPTH, make_policy
@@ -230,6 +230,18 @@ def test_a_capture_that_fails_runs_without(
 def test_they_can_be_turned_off(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EASE_CUDA_GRAPHS", "0")
     assert OrtStack(bundle, device=ELSEWHERE).captures is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(why_no_cuda() is not None, reason=f"CUDA: {why_no_cuda()}")
+def test_on_a_gpu_too(bundle: Path) -> None:
+    """To the bit: the same kernels run."""
+    stack = OrtStack(bundle, device=CUDA)
+    assert stack.captures is not None
+    found = decode(stack)
+    assert not stack.captures.failed
+    stack.captures.on = False
+    assert decode(stack) == found
 
 
 def test_near_the_last_position(stack: OrtStack) -> None:
