@@ -451,6 +451,13 @@ def show(name: str, rows: list[Row], console: Console) -> None:
     console.print(table)
 
 
+def captured(stack: OrtStack) -> Row:
+    """How many CUDA graphs there are, and what they take of the GPU's memory; none where there are none."""
+    if stack.captures is None or stack.captures.failed:
+        return {"captured_graphs": 0, "captured_mb": 0.0}
+    return {"captured_graphs": len(stack.captures.found), "captured_mb": stack.captures.num_bytes / 1e6}
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--only", "names", default=",".join(SECTIONS), help=f"Some of: {', '.join(SECTIONS)}.")
@@ -468,7 +475,14 @@ def main(bundle: Path, names: str, device: str, threads: int, json_file: Path | 
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(
             json.dumps(
-                {"bundle": str(bundle), "device": stack.device.name, "threads": threads, **results}, indent=2
+                {
+                    "bundle": str(bundle),
+                    "device": stack.device.name,
+                    "threads": threads,
+                    **captured(stack),
+                    **results,
+                },
+                indent=2,
             )
             + "\n",
             encoding="utf-8",

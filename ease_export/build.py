@@ -35,6 +35,7 @@ from ease_export.trace import Tracer
 from ease_export.weights import WeightFiles
 from ease_runtime.bundle.manifest import (
     CACHE_LAYOUTS,
+    FLOATS,
     FORMAT_VERSION,
     MANIFEST_FILE,
     WEIGHT_BITS,
@@ -90,6 +91,11 @@ def target_of(precision: str) -> str:
     return "cuda" if precision == "fp16" else "cpu"
 
 
+def activations_of(precision: str, target: str) -> str:
+    """What is around the weights: fp16 on CUDA, where FlashAttention takes nothing wider, but for fp32."""
+    return "fp16" if target == "cuda" and precision != "fp32" else "fp32"
+
+
 def write_bundle(
     checkpoint_path: Path,
     folder: Path,
@@ -104,10 +110,12 @@ def write_bundle(
         checkpoint = with_exits(checkpoint, exits)
     check_finite(checkpoint.model, str(checkpoint_path))
     model = checkpoint.model.eval()
-    if precision == "fp16":
+    activations = activations_of(precision, target)
+    dtype = FLOATS[activations]
+    quantizer = WeightQuantizer(model, precision, checkpoint.grids, dtype) if precision in BITS else None
+    if activations == "fp16":
         check_finite(model.half(), f"{checkpoint_path} in fp16")
     pack(model)
-    quantizer = WeightQuantizer(model, precision, checkpoint.grids) if precision in BITS else None
     tracer = Tracer(model)
     files = WeightFiles(folder)
     for plan in plan_graphs(model, CACHE_LAYOUTS[target]):
@@ -176,15 +184,17 @@ def describe(
     calibration: dict[str, Any],
 ) -> Manifest:
     """The manifest of the files written so far."""
+    activations = activations_of(precision, target)
     model = checkpoint.model
     config = checkpoint.model.config
     return Manifest(
         format_version=FORMAT_VERSION,
         target=target,
         precision=precision,
+        activations=activations,
         weights=form,
         cache_layout=CACHE_LAYOUTS[target],
-        exactness="rounding" if precision in ("fp16", "int4") else "bits",
+        exactness="rounding" if activations == "fp16" or precision == "int4" else "bits",
         vocab_size=config.vocab_size,
         dim=config.dim,
         kv_dim=config.kv_dim,

@@ -34,7 +34,7 @@ def main(debug: bool) -> None:
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="Of the weights; fp16 is meant for CUDA.",
+    help="Of the weights; fp16 is meant for CUDA. int8 and int4 for CUDA have fp16 around.",
 )
 @click.option(
     "--target",
@@ -209,8 +209,8 @@ def render_manifest(manifest: Manifest, bundle: Path, console: Console) -> None:
         return graph, f"{graph}.data"
 
     console.print(
-        f"{bundle}: {manifest.precision} for {manifest.target}, {manifest.num_layers} layers of width "
-        f"{manifest.dim}, "
+        f"{bundle}: {manifest.precision} with activations in {manifest.activations} for {manifest.target}, "
+        f"{manifest.num_layers} layers of width {manifest.dim}, "
         f"vocabulary {manifest.vocab_size}, "
         f"context {manifest.max_positions}, K/V {manifest.kv_dim} wide a token and layer"
     )

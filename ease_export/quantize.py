@@ -5,6 +5,8 @@ tied embedding is stored once; where blocks do not fill its rows, the lookup cut
 end. In int4, too, the embedding and the LM heads have 8 bits: with 4, SmolLM2-135M lost twice as much
 perplexity. Norms, exits' adapters, gates and routers, which are small and decide, stay fp32.
 
+A bundle for CUDA has fp16 around: activations, caches and what is not quantised, and the blocks' scales.
+
 A matrix that came in whole numbers, from a file of 4 or 8 bits or by `ease-export quantize`, and that nobody
 has trained since, keeps these: nothing is rounded again. Where blocks have offsets, a small product of the
 sums of a block is added. Others are rounded number by number, in 4 bits with a zero point for each block.
@@ -15,7 +17,7 @@ Shapes: O outputs (or words), I inputs, K blocks of a row.
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -120,10 +122,10 @@ def not_zero(scales: Tensor) -> Tensor:
 
 
 def quantized_matrices(
-    model: Decoder, precision: str, grids: Mapping[str, Grid]
+    model: Decoder, precision: str, grids: Mapping[str, Grid], dtype: type[np.generic] = np.float32
 ) -> Iterator[tuple[Tensor, Grid]]:
     """Each quantised weight once, and its grid: that of the file it came from where it still is that, or else
-    a rounded one.
+    a rounded one; `dtype` is what its scales are stored in.
     """
     seen = set[int]()
     outer = {id(module) for module in outer_modules(model)}
@@ -138,7 +140,7 @@ def quantized_matrices(
         found = next(kept, None)
         if found is None:
             found = rounded_outer(matrix) if id(module) in outer else rounded(matrix, bits)
-        yield weight, found
+        yield weight, found.halved() if dtype is np.float16 else found
 
 
 def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterator[Grid]:
@@ -153,23 +155,28 @@ def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterat
 @dataclass(frozen=True)
 class Held:
     """A matrix as products and lookups hold it: `offsets` (K, O) are what each block's numbers, less their
-    middle, are offset by; `zero_points` (O, bytes of a row) are packed.
+    middle, are offset by (in fp16 times the block's size, since there means are offset: sums could overflow);
+    `zero_points` (O, bytes of a row) are packed.
     """
 
     grid: Grid
-    offsets: NDArray[np.float32] | None
+    offsets: NDArray[Any] | None
     zero_points: NDArray[np.uint8] | None
 
     @classmethod
-    def of(cls, grid: Grid) -> Self:
-        """A grid; its offsets are those of a kernel that takes the middle off each number."""
+    def of(cls, grid: Grid, dtype: type[np.generic] = np.float32) -> Self:
+        """A grid, its scales and offsets of a type; offsets are those of a kernel that takes the middle off
+        each number.
+        """
         offsets = zero_points = None
         if grid.offsets is not None:
-            offsets = np.ascontiguousarray((grid.offsets + grid.middle * grid.scales).T)
+            from_middle = grid.offsets + grid.middle * grid.scales
+            factor = grid.block if dtype is np.float16 else 1
+            offsets = np.ascontiguousarray((from_middle * factor).T, dtype)
         if grid.zeros is not None:
             whole = np.pad(grid.zeros, ((0, 0), (0, grid.zeros.shape[1] % (8 // grid.bits))))
             zero_points = np.ascontiguousarray(packed(whole, grid.bits))
-        return cls(grid, offsets, zero_points)
+        return cls(replace(grid, scales=np.asarray(grid.scales, dtype)), offsets, zero_points)
 
     def rows(self, first: int, last: int) -> "Held":
         """Outputs [first, last), but for the offsets in the same memory."""
@@ -191,28 +198,31 @@ def _rows(parts: Sequence[Held], first: int, last: int) -> list[Held]:
 
 
 class WeightQuantizer:
-    """A model's quantised matrices, and what rewrites the nodes that use them."""
+    """A model's quantised matrices, and what rewrites the nodes that use them.
 
-    def __init__(self, model: Decoder, precision: str, grids: Mapping[str, Grid]) -> None:
+    The model may be cast to the graphs' `dtype`, and packed, once this is made; then its weights stay where
+    they are.
+    """
+
+    def __init__(
+        self, model: Decoder, precision: str, grids: Mapping[str, Grid], dtype: type[np.generic] = np.float32
+    ) -> None:
         self.precision = precision
-        self.grids: list[tuple[int, int, Grid]] = []  # by where their weights begin and end in memory
-        self.kept: list[Tensor] = []  # so that no other weight gets the same memory
-        self.done: list[tuple[int, int, list[Held]]] = []  # likewise, of what graphs have asked for
-        for weight, grid in quantized_matrices(model, precision, grids):
-            begin = weight.data_ptr()
-            self.grids.append((begin, begin + weight.numel() * weight.element_size(), grid))
-            self.kept.append(weight)
+        self.dtype = dtype
+        self.matrices = list(quantized_matrices(model, precision, grids, dtype))
+        # by where a matrix that graphs have asked for begins and ends in memory
+        self.done: list[tuple[int, int, list[Held]]] = []
 
     @property
     def form(self) -> WeightForm:
         """The form of most of the products."""
-        grids = [grid for *_, grid in self.grids]
+        grids = [grid for _, grid in self.matrices]
         blocks = Counter(grid.block for grid in grids if grid.bits == BITS[self.precision])
         symmetric = all(grid.offsets is None and grid.zeros is None for grid in grids)
         exact = all(grid.kind != ROUNDED for grid in grids)
         return WeightForm(BITS[self.precision], blocks.most_common(1)[0][0], symmetric, exact)
 
-    def held(self, matrix: NDArray[np.float32]) -> list[Held]:
+    def held(self, matrix: NDArray[Any]) -> list[Held]:
         """A matrix (O, I) of a graph, which is one of the model's or several that lie together: in as many
         parts, one below the other, as it has forms. The same arrays whenever it or some rows of it are asked
         for; no parts for one that is not quantised.
@@ -223,10 +233,10 @@ class WeightQuantizer:
             if first <= begin and end <= last:
                 row = (begin - first) // matrix.strides[0]
                 return _rows(found, row, row + len(matrix))
-        inside = [part for part in self.grids if begin <= part[0] and part[1] <= end]
-        grids = [grid for _, _, grid in sorted(inside, key=lambda part: part[0])]
-        groups = itertools.groupby(grids, key=lambda grid: grid.form)
-        parts = [Held.of(joined(list(group))) for _, group in groups]
+        places = ((weight.data_ptr(), weight.nbytes, grid) for weight, grid in self.matrices)
+        inside = {first: grid for first, size, grid in places if begin <= first and first + size <= end}
+        groups = itertools.groupby((inside[first] for first in sorted(inside)), key=lambda grid: grid.form)
+        parts = [Held.of(joined(list(group)), self.dtype) for _, group in groups]
         if parts:
             self.done.append((begin, end, parts))
         return parts
@@ -245,10 +255,11 @@ class WeightQuantizer:
 class _Rewriter:
     """The nodes of a graph that uses quantised matrices, and the weights that these name.
 
-    `sums` are the names of sums of blocks, by the name of what was summed: products of one state share them.
+    `sums` are the names of sums of blocks (in fp16 of means), by the name of what was summed: products of one
+    state share them.
     """
 
-    held: Callable[[NDArray[np.float32]], list[Held]]
+    held: Callable[[NDArray[Any]], list[Held]]
     weights: Weights
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     added: Weights = field(default_factory=dict)
@@ -305,22 +316,25 @@ class _Rewriter:
         more = [] if bias is None else ["", bias]  # after the place of g_idx
         inputs = [state, f"{name}/numbers", f"{name}/scales", zeros, *more]
         sizes = {"K": width, "N": len(grid.scales), "bits": grid.bits, "block_size": grid.block}
-        self._add("MatMulNBits", inputs, product, accuracy_level=ACCURACY_LEVEL, **sizes)
+        if grid.scales.dtype == np.float32:  # kernels for fp16 round no activations
+            sizes["accuracy_level"] = ACCURACY_LEVEL
+        self._add("MatMulNBits", inputs, product, **sizes)
         if held.zero_points is not None:
             self.added[zeros] = held.zero_points
         if held.offsets is not None:
             self.added[f"{name}/offsets"] = held.offsets
-            sums = self._summed(state, grid.block)
+            reduction = "ReduceMean" if held.offsets.dtype == np.float16 else "ReduceSum"
+            sums = self._summed(state, grid.block, reduction)
             self._add("MatMul", [sums, f"{name}/offsets"], f"{output}/sums")
             self._add("Add", [product, f"{output}/sums"], output)
 
-    def _summed(self, name: str, block: int) -> str:
-        """The name of the sums of blocks of a state. Shape: (N, I) -> (N, K)."""
+    def _summed(self, name: str, block: int, reduction: str) -> str:
+        """The name of the sums (or means) of blocks of a state. Shape: (N, I) -> (N, K)."""
         if name not in self.sums:
             self.sums[name] = f"{name}/block_sums"
             self.added |= {"sum/shape": np.array([0, -1, block]), "sum/axis": np.array([-1])}
             self._add("Reshape", [name, "sum/shape"], f"{name}/blocks")
-            self._add("ReduceSum", [f"{name}/blocks", "sum/axis"], self.sums[name], keepdims=0)
+            self._add(reduction, [f"{name}/blocks", "sum/axis"], self.sums[name], keepdims=0)
         return self.sums[name]
 
     def _lookup(self, node: onnx.NodeProto, name: str, grid: Grid, width: int) -> None:
@@ -338,10 +352,14 @@ class _Rewriter:
             self._add("Slice", [f"{output}/blocks", *(f"{name}/{bound}" for bound in bounds)], output)
 
 
-def round_trip(model: Decoder, precision: str, grids: Mapping[str, Grid]) -> None:
-    """Give a model, in place, the weights that its quantised bundle computes with."""
+def round_trip(
+    model: Decoder, precision: str, grids: Mapping[str, Grid], dtype: type[np.generic] = np.float32
+) -> None:
+    """Give a model, in place, the weights that its quantised bundle computes with; `dtype` is what is around
+    them.
+    """
     with torch.no_grad():
-        for weight, grid in quantized_matrices(model, precision, grids):
+        for weight, grid in quantized_matrices(model, precision, grids, dtype):
             weight.copy_(torch.from_numpy(grid.dequantized(weight.shape[1])))
 
 

@@ -72,7 +72,12 @@ def engine_tables() -> dict[str, str]:
 
 def server_and_memory(found: Any) -> dict[str, str]:
     """Those of engine.md's tables that are about many rows."""
-    scaling = {"rows": "{rows}", "tokens/s": "{tokens_per_second:.1f}", "over one row": "{over_one_row:.2f}"}
+    scaling = {
+        "leave after": "{layer}",
+        "rows": "{rows}",
+        "tokens/s": "{tokens_per_second:.1f}",
+        "over one row": "{over_one_row:.2f}",
+    }
     clients = {
         "clients": "{clients}",
         "tokens/s of one": "{one_tokens_per_second:.0f}",

@@ -133,3 +133,16 @@ def precisions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     for precision, bundle in bundles.items():
         export_bundle(path / "checkpoint", bundle, precision)
     return path / "checkpoint", bundles
+
+
+@pytest.fixture(scope="session")
+def halves(precisions: tuple[Path, dict[str, Path]]) -> dict[str, Path]:
+    """The same checkpoint in whole numbers for CUDA, with fp16 around."""
+    from ease_export.build import export_bundle
+    from ease_export.quantize import BITS
+
+    checkpoint = precisions[0]
+    bundles = {precision: checkpoint.parent / f"{precision}-cuda" for precision in BITS}
+    for precision, bundle in bundles.items():
+        export_bundle(checkpoint, bundle, precision, target="cuda")
+    return bundles

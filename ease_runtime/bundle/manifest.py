@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from ease_common.chat import SPECIAL_TOKENS
 from ease_common.errors import BundleError, RequestError, shown
 from ease_runtime.policies.thresholds import Thresholds
@@ -25,6 +27,7 @@ MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 TARGETS = ("cpu", "cuda")
+FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}  # of activations
 CACHE_LAYOUTS = {
     "cpu": "BGTP",  # slots, heads, positions, width of a head
     "cuda": "BTK",  # slots, positions, width of all heads: what Flash reads; also older bundles for the CPU
@@ -108,9 +111,10 @@ class Manifest:
     `start_id` is the token that stands before a text, if there is one; each of `stop_ids` ends one, the first
     in training.
 
-    `target` is the device that its graphs were made for; `drafting_head` the head that early exits draft
-    with, where that is not full depth's; `exactness` what its makers expect of passes over several tokens:
-    the same bits as one at a time, or the same up to rounding. `similarity` is the graph that compares two
+    `target` is the device that its graphs were made for; `activations` is what is around the weights: states,
+    caches and what is not quantised. `drafting_head` is the head that early exits draft with, where that is
+    not full depth's; `exactness` what its makers expect of passes over several tokens: the same bits as one
+    at a time, or the same up to rounding. `similarity` is the graph that compares two
     hidden states; `chat_template` a jinja2 file, for models that have one; `special_tokens` the texts of its
     special tokens by their names (`bos_token`, ...), which templates write; `generation` what the model's
     makers sample with, never used unasked.
@@ -119,6 +123,7 @@ class Manifest:
     format_version: int
     target: str
     precision: str
+    activations: str
     weights: WeightForm
     cache_layout: str
     exactness: str
@@ -208,6 +213,7 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
         format_version=version,
         target=table.choice("target", TARGETS),
         precision=table.choice("precision", PRECISIONS),
+        activations=_activations(table),
         weights=_weights(table.table("weights")),
         cache_layout=table.choice("cache_layout", tuple(CACHE_LAYOUTS.values())),
         exactness=table.choice("exactness", EXACTNESS),
@@ -236,6 +242,13 @@ def parse_manifest(values: Any, path: Path) -> Manifest:
     )
     _check_shape(manifest, table)
     return manifest
+
+
+def _activations(table: "_Table") -> str:
+    """Bundles of before do not say it: fp16 in those of fp16 alone."""
+    if table.has("activations"):
+        return table.choice("activations", tuple(FLOATS))
+    return "fp16" if table.text("precision") == "fp16" else "fp32"
 
 
 def _special_tokens(table: "_Table") -> dict[str, str]:

@@ -197,6 +197,9 @@ class MockStack:
         count = len(self.exit_layers)  # of segments, and of places for blocks, used or not
         return MockCache(self.exit_layers[-1] + count, 2 * count, num_slots, self.max_positions)
 
+    def wait(self) -> None:
+        pass
+
     def read_states(self, rows: Int64s) -> Hashes:
         return self.pool.states[rows]
 

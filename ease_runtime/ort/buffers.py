@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ease_common.errors import DeviceError, out_of_memory
 from ease_runtime.engine.layout import Span
 from ease_runtime.ort.device import Device, DeviceArray
+from ease_runtime.ort.sessions import captured_size
 
 MOST_PADS = 256  # of a row: what a pass has of other rows' prompts, schedule.CHUNK
 CACHE_STEP = 128  # attention costs with the buffer's length, so it grows with the text, in these steps
@@ -365,9 +366,16 @@ def _flat(rows: NDArray[Any]) -> NDArray[Any]:
     return rows.swapaxes(0, 1).reshape(rows.shape[1], rows.shape[0] * rows.shape[2])
 
 
+Pairs = list[tuple[DeviceArray, DeviceArray]]  # keys and values, by layer
+
+
 class DeviceCache:
     """As RowCache, in a device's memory, with one T for all slots: there a pass more costs more than to read
     past the end of short rows. Another T is a copy within the device; `copied_bytes` counts them.
+
+    A lone row whose passes are captured takes its buffers from `spare` (by T, a power of two of steps) and
+    leaves them there: graphs are captured for addresses, which then come again. Of a buffer its passes see
+    what they need, in steps, too.
     """
 
     def __init__(
@@ -378,6 +386,7 @@ class DeviceCache:
         max_positions: int,
         dtype: type[np.generic],
         device: Device,
+        spare: dict[int, list[Pairs]] | None = None,
     ) -> None:
         self.num_slots = num_slots
         self.shape = shape
@@ -386,12 +395,15 @@ class DeviceCache:
         self.num_layers = sum(layers_per_segment)
         self.copied_bytes = 0
         self.written = np.zeros((len(layers_per_segment), num_slots), np.int64)
-        self.longest = rounded(
-            max_positions + (MOST_PADS if num_slots > 1 else 0)
-        )  # of several rows, pads past it
+        self.spare = spare if num_slots == 1 else None
+        pads = num_slots > 1 or self.spare is not None
+        self.longest = rounded(max_positions + (MOST_PADS if pads else 0))  # pads go past it
         self.length = 0
         self.serial = next(Table.serials)
-        self.buffers: list[tuple[DeviceArray, DeviceArray]] = []
+        self.buffers: Pairs = []
+
+    def __del__(self) -> None:
+        self._leave()
 
     def runs(self, part: int, spans: Sequence[Span]) -> list[Run]:
         """As `RowCache.runs`: one pass, always.
@@ -402,6 +414,8 @@ class DeviceCache:
         first = spans[0].slot
         num_slots = spans[-1].slot - first + 1
         num_places = max(stop - start for _, start, stop in spans)
+        if self.spare is not None:
+            num_places = captured_size(num_places)
         for slot, start, _ in spans:
             self.written[part, slot] = start
         write_indices = self.written[part, first : first + num_slots].tolist()
@@ -410,7 +424,8 @@ class DeviceCache:
         for slot, _, stop in spans:
             self.written[part, slot] = stop
         view = num_slots == 1 and not self.shape.by_head
-        length = min(self.length, rounded(needed)) if view else self.length
+        step = CACHE_STEP if self.spare is None else DEVICE_STEP
+        length = min(self.length, rounded(needed, step)) if view else self.length
         return [Run(list(range(len(spans))), list(spans), first, length, self.serial, write_indices)]
 
     def _make_room(self, needed: int) -> None:
@@ -418,19 +433,14 @@ class DeviceCache:
         kept = int(self.written.max())
         length = min(rounded(max(needed, kept), DEVICE_STEP), self.longest)
         assert needed <= length, "a pass has more pads than the cache has room for"
-        if self.length // 2 < length <= self.length:
+        if self.spare is None:
+            fits = self.length // 2 < length <= self.length
+        else:
+            fits = length <= self.length
+            length = min(DEVICE_STEP << (-(-length // DEVICE_STEP) - 1).bit_length(), self.longest)
+        if fits:
             return
-        size = self.shape.buffer(self.num_slots, length)
-        try:
-            buffers = [
-                (DeviceArray(size, self.dtype, self.device), DeviceArray(size, self.dtype, self.device))
-                for _ in range(self.num_layers)
-            ]
-        except RuntimeError as error:  # ONNX Runtime's
-            if not out_of_memory(error):
-                raise
-            num_bytes = 2 * self.num_layers * math.prod(size) * np.dtype(self.dtype).itemsize
-            raise _no_memory(self.num_slots, length, num_bytes) from None
+        buffers = self._buffers(length)
         position = self.shape.width * np.dtype(self.dtype).itemsize
         pieces = self.num_slots * self.shape.heads
         for pair, old in zip(buffers, self.buffers, strict=False) if kept else ():
@@ -440,9 +450,35 @@ class DeviceCache:
                     to, stride, source.pointer, self.length * position, kept * position, pieces
                 )
                 self.copied_bytes += pieces * kept * position
+        self._leave()
         self.buffers = buffers
         self.length = length
         self.serial = next(Table.serials)
+
+    def _buffers(self, length: int) -> Pairs:
+        """Zeros for every layer. Raises DeviceError where there is no memory."""
+        if self.spare and self.spare.get(length):
+            buffers = self.spare[length].pop()
+            for array in itertools.chain(*buffers):
+                array.memory.zero(array.pointer, array.num_bytes)
+            return buffers
+        size = self.shape.buffer(self.num_slots, length)
+        try:
+            return [
+                (DeviceArray(size, self.dtype, self.device), DeviceArray(size, self.dtype, self.device))
+                for _ in range(self.num_layers)
+            ]
+        except RuntimeError as error:  # ONNX Runtime's
+            if not out_of_memory(error):
+                raise
+            num_bytes = 2 * self.num_layers * math.prod(size) * np.dtype(self.dtype).itemsize
+            raise _no_memory(self.num_slots, length, num_bytes) from None
+
+    def _leave(self) -> None:
+        """Let another cache have the buffers, where they are kept for that."""
+        if self.spare is not None and self.buffers:
+            self.spare.setdefault(self.length, []).append(self.buffers)
+            self.buffers = []
 
     def free(self, slot: int) -> None:
         """Forget a slot."""

@@ -28,13 +28,14 @@ class Device:
     """A place to run.
 
     `own_memory`: buffers stay there, and the host reads or writes one only whole, and rarely. `options`: of
-    its provider.
+    its provider. `captures`: its passes can be captured as CUDA graphs.
     """
 
     name: str  # as ONNX Runtime calls it
     provider: str
     own_memory: bool
     options: Mapping[str, str] = field(default_factory=dict)
+    captures: bool = False
 
     @property
     def memory(self) -> Memory:
@@ -44,7 +45,7 @@ class Device:
 
 CPU = Device("cpu", "CPUExecutionProvider", own_memory=False)
 # Products of fp32 keep its 24 bits: a GPU's default for them is TF32, of 11.
-CUDA = Device("cuda", "CUDAExecutionProvider", own_memory=True, options={"use_tf32": "0"})
+CUDA = Device("cuda", "CUDAExecutionProvider", own_memory=True, options={"use_tf32": "0"}, captures=True)
 
 
 def choose_device(name: str) -> Device:

@@ -5,6 +5,7 @@ session of the process is given that stream) and the copies here. So a graph rea
 the next one what it wrote, and only `download` waits.
 """
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -25,6 +26,16 @@ class Memory(Protocol):
     """Reads and writes a device's memory, by address."""
 
     provider_options: dict[str, str]  # of every session that works on this memory
+    lock: threading.RLock  # who has it is alone: what is asked for meanwhile would be captured, too
+
+    def wait(self) -> None:
+        """Until all that was asked for is done."""
+
+    def num_free(self) -> int:
+        """Bytes that nothing has."""
+
+    def stop_capture(self) -> None:
+        """Give up a capture that has failed, so that the memory can be used again."""
 
     def upload(self, pointer: int, array: NDArray[Any]) -> None:
         """Write an array there; it may change as soon as this returns."""
@@ -46,6 +57,16 @@ class HostMemory:
 
     def __init__(self) -> None:
         self.provider_options: dict[str, str] = {}
+        self.lock = threading.RLock()
+
+    def wait(self) -> None:
+        pass
+
+    def num_free(self) -> int:
+        return 0
+
+    def stop_capture(self) -> None:
+        pass
 
     def upload(self, pointer: int, array: NDArray[Any]) -> None:
         assert array.flags.c_contiguous
@@ -90,13 +111,15 @@ class CudaMemory:
             "cudaMemcpy2DAsync", address, size, address, size, size, size, number, address
         )
         self._set = self._function("cudaMemsetAsync", address, number, size, address)
-        self._wait = self._function("cudaStreamSynchronize", address)
+        self._synchronize = self._function("cudaStreamSynchronize", address)
         self._pin = self._function("cudaMallocHost", ctypes.POINTER(ctypes.c_void_p), size)
+        self._sizes = self._function("cudaMemGetInfo", *[ctypes.POINTER(ctypes.c_size_t)] * 2)
+        self._end_capture = self._function("cudaStreamEndCapture", address, ctypes.POINTER(ctypes.c_void_p))
         stream = ctypes.c_void_p()
         create(ctypes.byref(stream))
         assert stream.value is not None, "CUDA made no stream"
         self.stream = stream.value
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.leaving, self.arriving = self._pinned(), self._pinned()
         self.num_leaving = 0  # bytes of `leaving` that copies may not have read yet
         self.provider_options = {
@@ -110,8 +133,7 @@ class CudaMemory:
             for start in range(0, array.nbytes, PINNED_BYTES):
                 num_bytes = min(PINNED_BYTES, array.nbytes - start)
                 if self.num_leaving + num_bytes > PINNED_BYTES:
-                    self._wait(self.stream)
-                    self.num_leaving = 0
+                    self.wait()
                 pinned = self.leaving + self.num_leaving
                 ctypes.memmove(pinned, array.ctypes.data + start, num_bytes)
                 self._copy(pointer + start, pinned, num_bytes, TO_DEVICE, self.stream)
@@ -123,17 +145,32 @@ class CudaMemory:
             for start in range(0, array.nbytes, PINNED_BYTES):
                 num_bytes = min(PINNED_BYTES, array.nbytes - start)
                 self._copy(self.arriving, pointer + start, num_bytes, TO_HOST, self.stream)
-                self._wait(self.stream)
-                self.num_leaving = 0
+                self.wait()
                 ctypes.memmove(array.ctypes.data + start, self.arriving, num_bytes)
 
     def zero(self, pointer: int, num_bytes: int) -> None:
-        self._set(pointer, 0, num_bytes, self.stream)
+        with self.lock:
+            self._set(pointer, 0, num_bytes, self.stream)
 
     def copy_rows(
         self, to: int, to_stride: int, source: int, source_stride: int, num_bytes: int, count: int
     ) -> None:
-        self._copy_rows(to, to_stride, source, source_stride, num_bytes, count, WITHIN, self.stream)
+        with self.lock:
+            self._copy_rows(to, to_stride, source, source_stride, num_bytes, count, WITHIN, self.stream)
+
+    def wait(self) -> None:
+        with self.lock:
+            self._synchronize(self.stream)
+            self.num_leaving = 0
+
+    def stop_capture(self) -> None:
+        with contextlib.suppress(DeviceError):  # it says that it has failed
+            self._end_capture(self.stream, ctypes.byref(ctypes.c_void_p()))
+
+    def num_free(self) -> int:
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._sizes(ctypes.byref(free), ctypes.byref(total))
+        return free.value
 
     def _pinned(self) -> int:
         found = ctypes.c_void_p()

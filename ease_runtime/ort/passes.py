@@ -4,7 +4,7 @@ hidden states, small inputs).
 Shapes: N new tokens in all, B neighbouring slots of the cache, S new tokens of the longest of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from ease_runtime.bundle.manifest import Manifest
 from ease_runtime.engine.layout import Span
 from ease_runtime.ort.buffers import DeviceCache, HiddenPool, Int64s, RowCache, Run
-from ease_runtime.ort.sessions import Binding, Graph
+from ease_runtime.ort.device import Device, DeviceArray
+from ease_runtime.ort.sessions import CAPTURED_SIZES, Binding, Graph
 
-BUFFERED = (-1, -1, -1)  # where a pass with a token named twice has its states, and no rows of the pool
+BUFFERED = (-1, -1, -1)  # where a pass has its states that go to a buffer, and no rows of the pool
 FEW_PLACES = 8  # new tokens of a row up to which the forms of attention for few are faster (measured)
 
 
@@ -23,7 +24,8 @@ class Passes:
     """Runs passes over a cache and a pool.
 
     `layers_cached` counts the layers of each part of the cache: segments, then exits' own layers.
-    `products_agree` says whether attention may be products (see load_tests.py).
+    `products_agree` says whether attention may be products (see load_tests.py). `padded` says to how many
+    tokens a pass over a lone row is padded.
     """
 
     def __init__(
@@ -33,7 +35,9 @@ class Passes:
         pool: HiddenPool,
         layers_cached: Sequence[int],
         num_threads: int,
+        device: Device,
     ) -> None:
+        self.device = device
         self.dim = manifest.dim
         self.num_kv_heads = manifest.num_kv_heads
         self.dtype = dtype
@@ -41,6 +45,7 @@ class Passes:
         self.layers_cached = layers_cached
         self.num_threads = num_threads
         self.products_agree = False
+        self.padded: Callable[[int], int] = lambda num_tokens: num_tokens
 
     def run(
         self,
@@ -92,17 +97,20 @@ class Passes:
         """The binding for a run, with the cache, the pool and the small inputs in place.
 
         It covers the slots from the first to the last span. Those without new tokens, and rows with fewer
-        than the longest, write pads past what they hold. Where it has to be of an `even` number of
-        tokens, the last one is named twice; its second place is its first.
+        than the longest, write pads past what they hold; so does a lone row that is padded to be captured.
+        Where it has to be of an `even` number of tokens, the last one is named twice; its second place is its
+        first.
         """
         num_slots = len(run.write_indices)
         num_places = max(stop - start for _, start, stop in run.spans)
-        odd = even and len(inputs) % 2
-        binding = graph.binding(run.first, num_slots, num_places, len(inputs) + int(odd))
-        _fill(binding.own["index" if part else "input_ids"], inputs)
+        num_tokens = len(inputs) + int(even and len(inputs) % 2)
+        if cache.num_slots == 1 and num_tokens == num_places:
+            num_places = num_tokens = self.padded(num_tokens)
+        binding = graph.binding(run.first, num_slots, num_places, num_tokens)
+        fill(binding.own["index" if part else "input_ids"], inputs)
         binding.own["write_indices"][:] = run.write_indices
         for name, values in own.items():
-            _fill(binding.own[name], values)
+            fill(binding.own[name], values)
         if num_slots > 1:
             places = binding.own["places"]
             _spread(binding.own["spread"], places, run.spans)
@@ -114,7 +122,9 @@ class Passes:
         return binding
 
     def _bind_cache(self, binding: Binding, part: int, cache: RowCache | DeviceCache, run: Run) -> None:
-        """Past and present are one buffer, so the cache is written in place."""
+        """Past and present are one buffer, so the cache is written in place. Passes over a lone row's cache,
+        whose addresses come again, are captured.
+        """
         first_layer = sum(self.layers_cached[:part])
         shape = cache.shape.buffer(len(run.write_indices), run.length)
         for i in range(self.layers_cached[part]):
@@ -122,6 +132,7 @@ class Passes:
                 binding.input_at(f"past_{name}.{i}", self.dtype, shape, pointer)
                 binding.output_at(f"present_{name}.{i}", self.dtype, shape, pointer)
         binding.bound["cache"] = (run.serial, run.length)
+        binding.captured = cache.num_slots == 1 and len(binding.own["places"]) in CAPTURED_SIZES
 
     def bind_pool(self, binding: Binding) -> None:
         """Let a graph read the pool where it is now."""
@@ -142,8 +153,13 @@ class Passes:
         binding.bound["hidden"] = (self.pool.serial, out_row, in_all)
 
     def _run_into_pool(self, binding: Binding, out_row: int | None, num_tokens: int, in_all: int) -> None:
-        """Run a pass whose states, if any, go to the pool; with a token named twice, by way of a buffer."""
+        """Run a pass whose states, if any, go to the pool; by way of a buffer with a token named twice, and
+        where the pass may be captured, whose addresses may not change.
+        """
         count = len(binding.own["places"])
+        if out_row is not None and binding.captures is not None and binding.captured:
+            self._run_by_buffer(binding, out_row, num_tokens, in_all)
+            return
         if out_row is None or count == num_tokens:
             self._bind_hidden(binding, out_row, num_tokens, in_all)
             binding.run()
@@ -157,6 +173,23 @@ class Passes:
         for place, name in enumerate(names):
             first = out_row + place * in_all
             self.pool.states[first : first + num_tokens] = binding.own[name][:num_tokens]
+
+    def _run_by_buffer(self, binding: Binding, out_row: int, num_tokens: int, in_all: int) -> None:
+        """Run a pass with its states in a buffer of the binding, on the device, and copy them to the pool."""
+        count = len(binding.own["places"])
+        names = ("hidden", "embedded") if "input_ids" in binding.input_names else ("hidden",)
+        buffer: DeviceArray | None = binding.bound.get("states")
+        if buffer is None:
+            shape = (len(names) * count, self.dim)
+            buffer = binding.bound["states"] = DeviceArray(shape, self.dtype, self.device)
+        if binding.bound.get("hidden") != BUFFERED:
+            for place, name in enumerate(names):
+                binding.output_at(name, self.dtype, (count, self.dim), buffer.row_pointer(place * count))
+            binding.bound["hidden"] = BUFFERED
+        binding.run()
+        row = self.dim * buffer.dtype.itemsize
+        to = self.pool.row_pointer(out_row)
+        buffer.memory.copy_rows(to, in_all * row, buffer.pointer, count * row, num_tokens * row, len(names))
 
     def bind(self, binding: Binding, first: int, num_slots: int, num_places: int, num_tokens: int) -> None:
         """Fill a new binding of a graph over the cache with its small inputs."""
@@ -197,7 +230,7 @@ def _spread(spread: Int64s, places: Int64s, spans: Sequence[Span]) -> None:
         token += count
 
 
-def _fill(array: NDArray[Any], values: NDArray[Any]) -> None:
-    """Values into an array that may have room for the last of them once more."""
+def fill(array: NDArray[Any], values: NDArray[Any]) -> None:
+    """Values into an array that may have room for the last of them some times more."""
     array[: len(values)] = values
     array[len(values) :] = values[-1]

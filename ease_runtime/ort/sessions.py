@@ -1,8 +1,9 @@
 """ONNX Runtime sessions, and IOBindings over numpy buffers that are kept from pass to pass."""
 
 import functools
+import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from ease_common.errors import BundleError, DeviceError
 from ease_common.settings import MOST_THREADS
 from ease_runtime.bundle.signatures import Signature
 from ease_runtime.ort.device import CPU, Device, DeviceArray
+from ease_runtime.ort.memory import Memory
+
+log = logging.getLogger(__name__)
 
 INDICES = ("input_ids", "index", "before", "positions", "spread", "places", "write_indices", "top_id")
 TYPES = {
@@ -22,6 +26,9 @@ TYPES = {
 }  # others: float
 ALIGNMENT = 256  # bytes, as CUDA's own allocations have it
 BINDINGS_KEPT = 128  # a graph, of different shapes; building one costs about 100 µs
+CAPTURED_SIZES = (1, 2, 4, 8)  # tokens of passes that are captured; fewer than the next are padded to it
+MOST_CAPTURED = 512  # CUDA graphs of a stack
+MOST_CAPTURED_BYTES = 1 << 30  # of the GPU's memory that they may have taken before the last one
 
 
 @functools.cache
@@ -62,12 +69,14 @@ def load_session(
     *,
     changed: bytes | None = None,
     own_threads: bool = False,
+    capture: bool = False,
 ) -> ort.InferenceSession:
     """Open a graph, or a `changed` form of it over the same files of weights.
 
     Raises BundleError when ONNX Runtime cannot.
 
-    Sessions share the process's threads, unless this one has its `own_threads`.
+    Sessions share the process's threads, unless this one has its `own_threads`. `capture`: runs may be
+    captured as CUDA graphs (see Captures).
     """
     options = ort.SessionOptions()
     if device.provider != CPU.provider:
@@ -82,11 +91,13 @@ def load_session(
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)
         )
+    graphs = {"enable_cuda_graph": "1"} if capture else {}
     try:
+        of_provider = {**device.options, **device.memory.provider_options, **graphs}
         return ort.InferenceSession(
             changed or str(path),
             options,
-            providers=[(device.provider, {**device.options, **device.memory.provider_options})],
+            providers=[(device.provider, of_provider)],
             enable_fallback=0,
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
@@ -129,16 +140,84 @@ def _compare_signature(session: ort.InferenceSession, path: Path, signature: Sig
                 )
 
 
+def captured_size(num_tokens: int, kernel_steps: Sequence[int] = ()) -> int:
+    """How many tokens a pass of so many is padded to, so that it is captured; it stays as it is where it has
+    more than all that are, or where the pads would let other kernels run.
+    """
+    size = next((size for size in CAPTURED_SIZES if size >= num_tokens), num_tokens)
+    return num_tokens if any(num_tokens < step <= size for step in kernel_steps) else size
+
+
+class Captures:
+    """The runs of a stack's sessions that are CUDA graphs: one launch each, for dozens of kernels a layer.
+
+    ONNX Runtime captures a run under an id and replays it, whatever is bound then: so an id stands for the
+    addresses and shapes that were. It never forgets a graph before its session ends. So graphs and their
+    memory are counted, and where there are `MOST_CAPTURED` of them, or they have taken `MOST_CAPTURED_BYTES`,
+    other addresses are run without.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.on = True
+        self.failed = False
+        self.num_bytes = 0
+        self.found: dict[Hashable, ort.RunOptions] = {}
+        self.without = unsynchronised("-1")
+
+    def run_first(
+        self, session: ort.InferenceSession, io: ort.IOBinding, places: Mapping[str, Hashable]
+    ) -> ort.RunOptions:
+        """The run over some addresses that may capture, after one without: how the next are to be done."""
+        options = self._options((id(session), *sorted(places.items())))
+        before = self.memory.num_free()
+        try:
+            session.run_with_iobinding(io, options)
+        except RuntimeError as error:
+            self.memory.stop_capture()
+            self.stop(str(error).splitlines()[0])
+            session.run_with_iobinding(io, self.without)
+            return self.without
+        self.num_bytes += max(0, before - self.memory.num_free())
+        return options
+
+    def _options(self, key: Hashable) -> ort.RunOptions:
+        if key in self.found:
+            return self.found[key]
+        if len(self.found) == MOST_CAPTURED or self.num_bytes >= MOST_CAPTURED_BYTES:
+            return self.without
+        self.found[key] = unsynchronised(str(len(self.found) + 1))
+        return self.found[key]
+
+    def stop(self, reason: str) -> None:
+        """Run everything without from here on."""
+        log.warning("passes are not captured as CUDA graphs here, and are slower: %s", reason)
+        self.on = False
+        self.failed = True
+
+
 class Binding:
     """An IOBinding.
 
     Small inputs and outputs are numpy arrays of its own; the rest is bound by address in the device's memory.
     A device with its own memory has a copy of the small ones in two blocks: one copy sends all inputs before
-    a run, and one, the only thing that waits, fetches all outputs after it.
+    a run, and one, the only thing that waits, fetches all outputs after it. Runs are captured where
+    `captured`, from the second on over the same addresses.
     """
 
-    def __init__(self, session: ort.InferenceSession, input_names: frozenset[str], device: Device) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        input_names: frozenset[str],
+        device: Device,
+        captures: Captures | None = None,
+    ) -> None:
         self.session = session
+        self.captures = captures
+        self.captured = False
+        self.places: dict[str, Hashable] = {}  # on a device with its own memory: what is bound where
+        self.runs = 0  # over these
+        self.options: ort.RunOptions = None
         self.io = session.io_binding()
         self.input_names = input_names
         self.device = device
@@ -169,11 +248,18 @@ class Binding:
 
     def input_at(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], pointer: int) -> None:
         """Read an input from the device's memory."""
+        self._note_place(name, shape, pointer)
         self.io.bind_input(name, self.device.name, 0, dtype, shape, pointer)
 
     def output_at(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], pointer: int) -> None:
         """Write an output into the device's memory."""
+        self._note_place(name, shape, pointer)
         self.io.bind_output(name, self.device.name, 0, dtype, shape, pointer)
+
+    def _note_place(self, name: str, shape: tuple[int, ...], pointer: int) -> None:
+        if self.captures is not None:
+            self.places[name] = pointer, shape
+            self.runs = 0
 
     def settle(self) -> None:
         """Give the small arrays, which are all there now, their places on a device with its own memory."""
@@ -185,12 +271,26 @@ class Binding:
         """Raises DeviceError where the device fails, in this run or in one before it."""
         self.sent.send()
         try:
-            self.session.run_with_iobinding(self.io, unsynchronised() if self.device.own_memory else None)
+            if self.captures is None:
+                options = unsynchronised() if self.device.own_memory else None
+                self.session.run_with_iobinding(self.io, options)
+            else:
+                with self.captures.memory.lock:
+                    self._run_with(self.captures)
         except RuntimeError as error:
             raise DeviceError(
                 f"a graph of this bundle fails on {self.device.name}: {str(error).splitlines()[0]}"
             ) from None
         self.fetched.fetch()
+
+    def _run_with(self, captures: Captures) -> None:
+        """A run, the second over the same addresses captured."""
+        may = captures.on and self.captured
+        if may and self.runs == 1:
+            self.options = captures.run_first(self.session, self.io, self.places)
+        else:
+            self.session.run_with_iobinding(self.io, self.options if may and self.runs else captures.without)
+        self.runs += may
 
 
 class Block:
@@ -228,10 +328,15 @@ class Block:
 
 
 @functools.cache
-def unsynchronised() -> ort.RunOptions:
-    """For runs that need not be done when ONNX Runtime returns: what reads the results waits for them."""
+def unsynchronised(graph_id: str = "") -> ort.RunOptions:
+    """For runs that need not be done when ONNX Runtime returns: what reads the results waits for them.
+
+    `graph_id`, where runs may be captured: of the CUDA graph; -1 for none.
+    """
     options = ort.RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    if graph_id:
+        options.add_run_config_entry("gpu_graph_id", graph_id)
     return options
 
 
@@ -241,7 +346,14 @@ class Graph:
     `bind` fills a new one.
     """
 
-    def __init__(self, session: ort.InferenceSession, bind: Callable[..., None], device: Device) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        bind: Callable[..., None],
+        device: Device,
+        captures: Captures | None = None,
+    ) -> None:
+        self.captures = captures
         self.session = session
         self.bind = bind
         self.device = device
@@ -249,9 +361,13 @@ class Graph:
         self.bindings: OrderedDict[Hashable, Binding] = OrderedDict()
 
     def binding(self, *shape: int) -> Binding:
-        """The binding for a shape, which is passed to `bind` when it is new."""
+        """The binding for a shape, whose last number is that of tokens, and which is passed to `bind` when it
+        is new.
+        """
         if (binding := self.bindings.get(shape)) is None:
-            binding = self.bindings[shape] = Binding(self.session, self.input_names, self.device)
+            binding = Binding(self.session, self.input_names, self.device, self.captures)
+            self.bindings[shape] = binding
+            binding.captured = shape[-1] in CAPTURED_SIZES
             self.bind(binding, *shape)
             binding.settle()
             if len(self.bindings) > BINDINGS_KEPT:

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ease_common.errors import BundleError, DeviceError
-from ease_runtime.bundle.manifest import ExitInfo, Manifest, load_manifest, read_manifest
+from ease_runtime.bundle.manifest import FLOATS, ExitInfo, Manifest, load_manifest, read_manifest
 from ease_runtime.bundle.signatures import (
     Signature,
     of_block,
@@ -33,14 +33,32 @@ from ease_runtime.bundle.signatures import (
     of_similarity,
 )
 from ease_runtime.engine.layout import Call, SegmentShape, Span
-from ease_runtime.ort.buffers import CacheShape, DeviceCache, DevicePool, HiddenPool, Int64s, RowCache
+from ease_runtime.ort.buffers import (
+    CacheShape,
+    DeviceCache,
+    DevicePool,
+    HiddenPool,
+    Int64s,
+    Pairs,
+    RowCache,
+)
 from ease_runtime.ort.device import CPU, CUDA, SILENT, Device, DeviceArray, DeviceRows, choose_device
-from ease_runtime.ort.load_tests import products_agree, run_every_graph, self_test
-from ease_runtime.ort.passes import Passes
-from ease_runtime.ort.sessions import Binding, Graph, check_signature, load_session, start_thread_pool
+from ease_runtime.ort.load_tests import products_agree, run_every_graph, self_test, try_captures
+from ease_runtime.ort.passes import Passes, fill
+from ease_runtime.ort.sessions import (
+    CAPTURED_SIZES,
+    Binding,
+    Captures,
+    Graph,
+    captured_size,
+    check_signature,
+    load_session,
+    start_thread_pool,
+)
 from ease_runtime.policies import HeadOutput
 
 log = logging.getLogger(__name__)
+CUDA_GRAPHS = "EASE_CUDA_GRAPHS"  # 0: passes are not captured
 
 # Tokens from which CUDA's MatMulNBits turns the whole matrix into floats each time, for cuBLAS: 6 in 8 bits,
 # 17 in 4 (seen in the kernels that onnxruntime-gpu 1.31 launches). In int4, too, the heads have 8 bits.
@@ -111,7 +129,8 @@ class Stack(Protocol):
     vocab_size: int
     max_positions: int
     exact: bool  # several tokens in one pass give the bits of one at a time, with `even` where that needs it
-    # tokens of a pass from which on other kernels compute its products, where that makes a step in its time
+    # tokens of a pass from which on other kernels compute its products, or it is not captured any more, where
+    # that makes a step in its time
     kernel_steps: tuple[int, ...]
     even: bool  # no pass of an odd number of tokens, where kernels compute the last of them in another way
     trace: list[Call] | None
@@ -128,6 +147,9 @@ class Stack(Protocol):
 
         Rows named in `live` keep their states; they may move, in place.
         """
+
+    def wait(self) -> None:
+        """Until all calls are done: some return before, where nothing that they write is the host's."""
 
     def read_states(self, rows: Int64s) -> NDArray[Any]:
         """A copy of hidden states for the host. Shape: (N) -> (N, D)."""
@@ -189,7 +211,7 @@ class OrtStack:
     ) -> None:
         manifest = self.manifest = load_manifest(bundle)
         self.device = device
-        self.dtype = np.float16 if manifest.precision == "fp16" else np.float32
+        self.dtype = FLOATS[manifest.activations]
         self.vocab_size = manifest.vocab_size
         self.max_positions = manifest.max_positions
         self.layout = _layout(manifest)
@@ -209,6 +231,8 @@ class OrtStack:
             *(s.num_layers for s in parts),
             *(int(e.block is not None) for e in manifest.exits),
         ]  # segment by segment, then blocks
+        self.captures = Captures(device.memory) if device.captures and captures_here(manifest) else None
+        self.spare: dict[int, list[Pairs]] | None = None if self.captures is None else {}
         heads = {  # first: loading peaks at twice a graph's size
             head: self._load(head, of_head(manifest), self._bind_head)
             for head in dict.fromkeys(e.head for e in manifest.exits)
@@ -238,21 +262,35 @@ class OrtStack:
             if device.own_memory
             else HiddenPool(manifest.dim, self.dtype)
         )
-        self.passes = Passes(manifest, self.dtype, self.pool, self.layers_cached, self.num_threads)
+        self.passes = Passes(manifest, self.dtype, self.pool, self.layers_cached, self.num_threads, device)
+        self.passes.padded = self.padded
         self.logits = np.zeros((0, self.vocab_size), self.dtype)
         self.logits_there: DeviceArray | None = None  # on a device with its own memory
         # exit and rows whose states stand before the head, after a gate
         self.at_head: tuple[int, ...] | None = None
         try:
             self.passes.products_agree = products_agree(self)
+            if self.captures is not None:
+                try_captures(self, self.captures)
             self_test(self)
             if device.own_memory:
                 run_every_graph(self)
+            if self.captures is not None and self.spare is not None:
+                self.captures.on = not self.captures.failed
+                self.spare.clear()  # of the texts that were tried
+                if self.captures.on:
+                    self.kernel_steps = (*self.kernel_steps, CAPTURED_SIZES[-1] + 1)
         except RuntimeError as error:  # ONNX Runtime's
             raise BundleError(
                 f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; export the "
                 "bundle again"
             ) from None
+
+    def padded(self, num_tokens: int) -> int:
+        """Of how many tokens a pass of so many is, so that it is captured."""
+        if self.captures is None or self.captures.failed:
+            return num_tokens
+        return captured_size(num_tokens, self.kernel_steps)
 
     def _load(self, name: str, signature: Signature, bind: Callable[..., None]) -> Graph:
         session = self._session(self.bundle / name)
@@ -262,7 +300,7 @@ class OrtStack:
             signature,
             "tensor(float16)" if self.dtype is np.float16 else "tensor(float)",
         )
-        return Graph(session, bind, self.device)
+        return Graph(session, bind, self.device, self.captures)
 
     def _exit(self, number: int, info: ExitInfo) -> StackExit:
         return StackExit(
@@ -278,7 +316,8 @@ class OrtStack:
         return self.manifest.exit_layers
 
     def _session(self, path: Path) -> ort.InferenceSession:
-        return load_session(path, self.log_level, self.device, own_threads=self.own_threads)
+        capture = self.captures is not None
+        return load_session(path, self.log_level, self.device, own_threads=self.own_threads, capture=capture)
 
     def open_cache(self, num_slots: int = 1) -> RowCache | DeviceCache:
         manifest = self.manifest
@@ -287,7 +326,7 @@ class OrtStack:
         shape = CacheShape(heads, manifest.kv_dim // heads, by_head)
         if self.device.own_memory:
             return DeviceCache(
-                self.layers_cached, num_slots, shape, self.max_positions, self.dtype, self.device
+                self.layers_cached, num_slots, shape, self.max_positions, self.dtype, self.device, self.spare
             )
         files = [manifest.files.get(f"{segment.graph}.data") for segment in manifest.segments]
         weight_bytes = sum(info.num_bytes for info in files if info is not None)
@@ -296,6 +335,10 @@ class OrtStack:
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         self.at_head = None
         return self.pool.reserve(num_rows, live)
+
+    def wait(self) -> None:
+        if self.device.own_memory:
+            self.device.memory.wait()
 
     def read_states(self, rows: Int64s) -> NDArray[Any]:
         return self.pool.read(rows)
@@ -330,7 +373,7 @@ class OrtStack:
         binding = self._look(graph, rows)
         binding.run()
         self._note("route", number, len(rows))
-        return binding.own["goes_in"]
+        return binding.own["goes_in"][: len(rows)]
 
     def run_routed(
         self, number: int, cache: Cache, spans: Sequence[Span], positions: Int64s, rows: Int64s, out_row: int
@@ -340,10 +383,10 @@ class OrtStack:
 
     def run_similarity(self, rows: Int64s, before: Int64s) -> NDArray[np.float32]:
         binding = self._look(self.similarity, rows)
-        binding.own["before"][:] = before
+        fill(binding.own["before"], before)
         binding.run()
         self._note("similarity", 0, len(rows))
-        return binding.own["similarity"]
+        return binding.own["similarity"][: len(rows)]
 
     def run_gate(self, number: int, rows: Int64s) -> NDArray[np.float32]:
         graph = self.exit_graphs[number].gate
@@ -351,27 +394,31 @@ class OrtStack:
         binding = self._run_before_head(graph, number, rows)
         self.at_head = (number, *rows.tolist())
         self._note("gate", number, len(rows))
-        return binding.own["probability"]
+        return binding.own["probability"][: len(rows)]
 
     def run_exit(self, number: int, rows: Int64s) -> HeadOutput:
         if self.at_head != (number, *rows.tolist()):  # a gate leaves its states where the head reads them
             self._run_before_head(self.exit_graphs[number].before_head, number, rows)
         self.at_head = None
-        head = self.exit_graphs[number].head.binding(len(rows))
+        head = self.exit_graphs[number].head.binding(self.padded(len(rows)))
         head.run()
         self._note("exit", number, len(rows))
-        own = head.own
         logits = head.bound["logits"]
         rows_of = DeviceRows(logits, 0, len(rows)) if isinstance(logits, DeviceArray) else logits
-        return HeadOutput(rows_of, own["top_id"], own["top_prob"], own["margin"], own["entropy"])
+        figures = (head.own[name][: len(rows)] for name in ("top_id", "top_prob", "margin", "entropy"))
+        return HeadOutput(rows_of, *figures)
 
     def _run_before_head(self, graph: Graph, number: int, rows: Int64s) -> Binding:
         """Run an exit's own graph or its gate, which write where the exit's head reads."""
         binding = self._look(graph, rows)
-        head = self.exit_graphs[number].head.binding(len(rows))
+        num_tokens = self.padded(len(rows))
+        head = self.exit_graphs[number].head.binding(num_tokens)
         if binding.bound.get("head") is not head:
             binding.output_at(
-                "exit_hidden", self.dtype, (len(rows), self.manifest.dim), self._exit_hidden(head, len(rows))
+                "exit_hidden",
+                self.dtype,
+                (num_tokens, self.manifest.dim),
+                self._exit_hidden(head, num_tokens),
             )
             binding.bound["head"] = head
         binding.run()
@@ -379,9 +426,9 @@ class OrtStack:
 
     def _look(self, graph: Graph, rows: Int64s) -> Binding:
         """The binding of a graph that looks at some rows of the pool."""
-        binding = graph.binding(len(rows))
+        binding = graph.binding(self.padded(len(rows)))
         self.passes.bind_pool(binding)
-        binding.own["index"][:] = rows
+        fill(binding.own["index"], rows)
         return binding
 
     def _note(
@@ -495,6 +542,13 @@ def open_stack(
     stack = kind(bundle, num_threads=num_threads)  # a bundle that is broken everywhere says so here
     log.warning("%s cannot run this bundle, so it runs on the CPU: %s", chosen.name, reason)
     return stack
+
+
+def captures_here(manifest: Manifest) -> bool:
+    """Whether a bundle's passes may be captured as CUDA graphs: not those that choose a form of attention
+    while they run, and not where the variable EASE_CUDA_GRAPHS is 0.
+    """
+    return manifest.cache_layout == "BTK" and os.environ.get(CUDA_GRAPHS) != "0"
 
 
 def _layout(manifest: Manifest) -> tuple[SegmentShape, ...]:

@@ -71,6 +71,15 @@ class Grid:
         arrays = {part: array[first:last] for part in PARTS if (array := getattr(self, part)) is not None}
         return replace(self, **arrays)
 
+    def halved(self) -> Self:
+        """With scales and offsets that fp16 holds: scales, and what a block is offset by from its middle."""
+        scales = self.scales.astype(np.float16).astype(np.float32)
+        offsets = None
+        if self.offsets is not None:
+            from_middle = (self.offsets + self.middle * self.scales).astype(np.float16)
+            offsets = from_middle - self.middle * scales
+        return replace(self, scales=scales, offsets=offsets)
+
     def widened(self) -> Self:
         """The same symmetric grid in 8 bits."""
         if self.bits == 8:

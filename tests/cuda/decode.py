@@ -35,15 +35,24 @@ class ScriptedHeads:
         return output
 
 
+def note(what: str) -> None:
+    """A line in the stand-ins' log, where it is now."""
+    with Path(os.environ["STANDIN_LOG"]).open("a") as log:
+        log.write(f"call {what}\n")
+
+
 bundle, catch_up, temperature, *confidences = sys.argv[1:]
 stack = open_stack(Path(bundle), device="cuda")
 stack.run_exit = ScriptedHeads(stack, [float(value) for value in confidences])  # type: ignore[method-assign]
-with Path(os.environ["STANDIN_LOG"]).open("a") as log:
-    log.write("call decoding\n")  # what was before is the load's
+note("decoding")  # what was before is the load's
 engine = Engine(stack)
 policy = make_policy("max-prob", 0.5, stack.exit_layers)
 sampler = GumbelSampler(float(temperature), 0, 1.0, 0) if float(temperature) else Greedy()
 request = engine.start(
     PROMPT, max_new_tokens=len(confidences), policy=policy, catch_up=catch_up, sampler=sampler
 )
-print(json.dumps([token.depth for token in engine.generate(request)]))
+depths = []
+for token in engine.generate(request):
+    depths.append(token.depth)
+    note("token")
+print(json.dumps(depths))

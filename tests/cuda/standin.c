@@ -17,7 +17,7 @@
 typedef int status;
 typedef struct { unsigned x, y, z; } dim3;
 
-enum { OK = 0, OUT_OF_MEMORY = 2 };
+enum { OK = 0, OUT_OF_MEMORY = 2, CAPTURE_UNSUPPORTED = 900 };
 enum { DEVICE_MEMORY = 2 }; /* of cudaPointerAttributes.type */
 
 static int capturing = 0;
@@ -205,8 +205,11 @@ status cudaDriverGetVersion(int *version) { *version = 13000; return OK; }
 status cudaRuntimeGetVersion(int *version) { *version = 13000; return OK; }
 
 /* ---- memory */
+enum { GRAPH_BYTES = 1 << 20 }; /* of an instantiated graph */
+static size_t num_graphs = 0;
 status cudaMalloc(void **pointer, size_t size) {
     note("malloc %zu", size);
+    if (capturing) return CAPTURE_UNSUPPORTED;
     if (posix_memalign(pointer, 256, size ? size : 1)) return OUT_OF_MEMORY;
     memset(*pointer, 0, size);
     return OK;
@@ -216,7 +219,7 @@ status cudaHostAlloc(void **pointer, size_t size, unsigned flags) { return cudaM
 status cudaMallocFromPoolAsync(void **pointer, size_t size, void *pool, void *stream) { return cudaMalloc(pointer, size); }
 status cudaMemPoolCreate(void **pool, const void *properties) { *pool = malloc(1); return OK; }
 status cudaMemPoolGetAttribute(void *pool, int attribute, void *value) { memset(value, 0, 8); return OK; }
-status cudaMemGetInfo(size_t *available, size_t *total) { *available = 70ull << 30; *total = 80ull << 30; return OK; }
+status cudaMemGetInfo(size_t *available, size_t *total) { *available = (70ull << 30) - num_graphs * GRAPH_BYTES; *total = 80ull << 30; return OK; }
 status cudaPointerGetAttributes(void *attributes, const void *pointer) {
     memset(attributes, 0, POINTER_ATTRIBUTES_SIZE);
     set32(attributes, 0, DEVICE_MEMORY);
@@ -301,12 +304,17 @@ status cudaStreamCreateWithFlags(void **stream, unsigned flags) {
     return OK;
 }
 status cudaStreamCreate(void **stream) { return cudaStreamCreateWithFlags(stream, 0); }
-status cudaStreamSynchronize(void *stream) { note("sync stream %zu", (size_t)stream); do_pending(); return OK; }
-status cudaDeviceSynchronize(void) { note("sync"); do_pending(); return OK; }
+static status wait_for_all(void) {
+    if (capturing) return CAPTURE_UNSUPPORTED;
+    do_pending();
+    return OK;
+}
+status cudaStreamSynchronize(void *stream) { note("sync stream %zu", (size_t)stream); return wait_for_all(); }
+status cudaDeviceSynchronize(void) { note("sync"); return wait_for_all(); }
 status cudaEventCreate(void **event) { return handle(event); }
 status cudaEventCreateWithFlags(void **event, unsigned flags) { return handle(event); }
 status cudaEventElapsedTime(float *milliseconds, void *from, void *to) { *milliseconds = 1.0f; return OK; }
-status cudaEventSynchronize(void *event) { note("sync"); do_pending(); return OK; }
+status cudaEventSynchronize(void *event) { note("sync"); return wait_for_all(); }
 status cudaLaunchHostFunc(void *stream, void (*function)(void *), void *argument) {
     do_pending();
     function(argument);
@@ -315,7 +323,11 @@ status cudaLaunchHostFunc(void *stream, void (*function)(void *), void *argument
 status cudaStreamBeginCapture(void *stream, int mode) { note("begin capture"); capturing = 1; return OK; }
 status cudaStreamEndCapture(void *stream, void **graph) { capturing = 0; note("end capture"); return handle(graph); }
 status cudaStreamIsCapturing(void *stream, int *state) { *state = capturing; return OK; }
-status cudaGraphInstantiate(void **executable, void *graph, unsigned long long flags) { return handle(executable); }
+status cudaGraphInstantiate(void **executable, void *graph, unsigned long long flags) {
+    num_graphs++;
+    return handle(executable);
+}
+status cudaGraphExecDestroy(void *executable) { num_graphs--; return OK; }
 status cudaGraphLaunch(void *executable, void *stream) { note("replay"); return OK; }
 
 /* ---- errors, of which there are none */

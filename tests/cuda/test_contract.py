@@ -40,12 +40,14 @@ def bundles(
     routed: Made,
     routed_with_exits: Made,
     precisions: tuple[Path, dict[str, Path]],
+    halves: dict[str, Path],
 ) -> list[Path]:
-    """Every kind of graph, and every precision."""
+    """Every kind of graph, every precision, and both targets."""
     return [
         tiny_bundle,
         *(bundle for _, bundle in (gated, blocks, routed, routed_with_exits)),
         *precisions[1].values(),
+        *halves.values(),
     ]
 
 
@@ -99,19 +101,28 @@ def counts(events: list[standin.Event]) -> dict[str, int]:
     return {kind: found[kind] for kind in ("host-device", "device-host", "sync")}
 
 
-@pytest.mark.parametrize("catch_up", ["propagate", "recompute", "verify"])
+@pytest.mark.parametrize(
+    ("catch_up", "precision"),
+    [("propagate", "fp16"), ("recompute", "fp16"), ("verify", "fp16"), ("recompute", "int4")],
+)
 def test_the_engines_own_loop_runs_and_leaves_early(
-    libraries: Path, precisions: tuple[Path, dict[str, Path]], catch_up: str, tmp_path: Path
+    libraries: Path,
+    precisions: tuple[Path, dict[str, Path]],
+    halves: dict[str, Path],
+    catch_up: str,
+    precision: str,
+    tmp_path: Path,
 ) -> None:
     confidences = [0.9, 0.1, 0.9, 0.9, 0.1, 0.9]
-    depths, events = decode(libraries, precisions[1]["fp16"], catch_up, confidences, tmp_path / "log")
+    bundle = {**precisions[1], **halves}[precision]
+    depths, events = decode(libraries, bundle, catch_up, confidences, tmp_path / "log")
     if catch_up == "verify":  # full depth says the same token every time, so that all drafts stand
         assert len(depths) == len(confidences)
         assert 3 in depths
     else:
         assert depths == [3 if confidence > 0.5 else 6 for confidence in confidences]
     assert len(kernels(events)) > 100
-    assert any("flash" in name for name in kernels(events)), "fp16 takes Flash"
+    assert any("flash" in name for name in kernels(events)), "fp16 around takes Flash"
 
 
 FULL = [0.1] * 8
@@ -144,6 +155,66 @@ def test_logits_leave_the_device_where_something_is_drawn_from_them(
     assert fetched == {4 * ALIGNMENT: 8 * 3, **logits}
 
 
+def test_a_lone_rows_passes_are_captured(libraries: Path, halves: dict[str, Path], tmp_path: Path) -> None:
+    """Of 1, 2, 4 or 8 tokens, others padded to these, in caches of one, two and three steps: two segments, an
+    exit and its head are a launch each. In 8 bits 5 tokens stay 5: from 6 on other kernels run.
+    """
+    log = tmp_path / "log"
+    found = json.loads(standin.run_over(libraries, [str(HERE / "capture.py"), str(halves["int8"])], log))
+    sizes = [1, 2, 3, 4, 5, 8]
+    assert found == [[length, size] for length in (64, 128, 192) for size in sizes]
+    last: list[Counter[str]] = []
+    for event in standin.events(log):
+        if event.what == "begins":
+            last.append(Counter())
+        elif last:
+            last[-1][event.what if event.what == "ends" else event.kind] += not last[-1]["ends"]
+    launches = [(counts["replay"], counts["kernel"] > 0, counts["begin"]) for counts in last]
+    assert launches == 3 * [(0, True, 0) if size == 5 else (4, False, 0) for size in sizes]
+    assert captured(log) <= LEGAL
+
+
+LEGAL = {"kernel", "memset", "device-device", "cudaGetLastError", "cublasGemmEx"}
+
+
+def captured(log: Path) -> set[str]:
+    """What was asked for while graphs were captured: no wait, no allocation and nothing of the host's memory,
+    which would be other memory at a replay.
+    """
+    inside = [event for event in standin.events(log) if event.captured]
+    return {event.what.split()[0] if event.kind in ("copy", "call") else event.kind for event in inside}
+
+
+@pytest.mark.parametrize("catch_up", ["propagate", "recompute", "verify"])
+def test_what_is_captured_can_be(
+    libraries: Path, precisions: tuple[Path, dict[str, Path]], catch_up: str, tmp_path: Path
+) -> None:
+    decode(libraries, precisions[1]["fp16"], catch_up, [0.9, 0.1] * 8, tmp_path / "log")
+    assert {"kernel", "cublasGemmEx"} <= captured(tmp_path / "log") <= LEGAL
+
+
+@pytest.mark.parametrize(("variable", "replays"), [("1", 3 * 2), ("0", 0)], ids=["captured", "off"])
+def test_a_token_is_a_launch_for_each_segment_exit_and_head(
+    libraries: Path,
+    precisions: tuple[Path, dict[str, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    replays: int,
+    tmp_path: Path,
+) -> None:
+    """At full depth, of two segments. The variable turns it off."""
+    monkeypatch.setenv("EASE_CUDA_GRAPHS", variable)
+    _, events = decode(libraries, precisions[1]["fp16"], "propagate", FULL, tmp_path / "log")
+    tokens = [place for place, event in enumerate(events) if event.what == "token"]
+    last = events[tokens[-2] : tokens[-1]]
+    assert counts(last) == {"host-device": 2 * 2, "device-host": 2, "sync": 2}
+    found = Counter(event.kind for event in last)
+    assert found["replay"] == replays
+    assert found["kernel"] == 0 if replays else found["kernel"] > 100
+    fetched = [event.num_bytes for event in last if event.what.startswith("device-host")]
+    assert fetched == [4 * ALIGNMENT] * 2, "no logits"
+
+
 def test_everything_is_in_one_stream(libraries: Path, gated: Made, tmp_path: Path) -> None:
     """So that nothing is read before it is written, though nothing waits in between."""
     _, events = decode(libraries, gated[1], "recompute", EARLY, tmp_path / "log")
@@ -154,16 +225,22 @@ def test_everything_is_in_one_stream(libraries: Path, gated: Made, tmp_path: Pat
     assert products - {None} == {stream}
 
 
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize(("precision", "segment_from"), [("int8", 6), ("int4", 17)])
 def test_products_change_kernels_where_the_cost_model_says(
     libraries: Path,
     precisions: tuple[Path, dict[str, Path]],
+    halves: dict[str, Path],
     precision: str,
     segment_from: int,
+    target: str,
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     """From there on the whole matrix is turned into floats each time; heads have 8 bits in both."""
-    arguments = [str(HERE / "steps.py"), str(precisions[1][precision]), "20"]
+    monkeypatch.setenv("EASE_CUDA_GRAPHS", "0")  # replays name no kernels
+    bundle = (halves if target == "cuda" else precisions[1])[precision]
+    arguments = [str(HERE / "steps.py"), str(bundle), "20"]
     found = json.loads(standin.run_over(libraries, arguments, tmp_path / "log"))
     assert found == {"segment": list(range(segment_from, 21)), "head": list(range(6, 21))}
     assert set(CUDA_STEPS[precision]) == {segment_from, 6}

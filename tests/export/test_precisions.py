@@ -2,6 +2,8 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +16,8 @@ import tiny_model
 from ease_export.build import export_bundle
 from ease_export.cli import main
 from ease_export.quantize import BITS, matrices, round_trip
-from ease_export.verify import TOLERANCES, verify_bundle
+from ease_export.verify import TOLERANCES, difference, verify_bundle
+from ease_runtime.bundle.manifest import load_manifest
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.layout import Span
 from ease_runtime.ort.buffers import RowCache
@@ -242,6 +245,41 @@ def test_fp16_is_fp16(bundles: dict[str, Path], checkpoint: Path) -> None:
     report = verify_bundle(bundles["fp16"], checkpoint, 8)
     assert report.ok, report
     assert max(d.relative for d in report.differences) > TOLERANCES["fp32"]
+
+
+@pytest.mark.parametrize("precision", BITS)
+def test_for_cuda_whole_numbers_have_fp16_around(
+    halves: dict[str, Path], bundles: dict[str, Path], checkpoint: Path, precision: str
+) -> None:
+    manifest = load_manifest(halves[precision])
+    expected = load_manifest(bundles[precision])
+    assert (manifest.activations, manifest.cache_layout, manifest.exactness) == ("fp16", "BTK", "rounding")
+    assert (expected.activations, manifest.weights) == ("fp32", expected.weights)
+    graph = onnx.load(halves[precision] / "segment_02.onnx", load_external_data=False).graph
+    kinds = {tensor.data_type for tensor in graph.initializer}
+    assert kinds <= {onnx.TensorProto.FLOAT16, onnx.TensorProto.UINT8, onnx.TensorProto.INT64}
+    assert any(node.op_type == "MatMulNBits" for node in graph.node)
+    report = verify_bundle(halves[precision], checkpoint, 8)
+    assert report.ok, report
+    assert report.rounding == (), "on CUDA nothing rounds activations to int8"
+    assert max(d.relative for d in report.differences) > TOLERANCES["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("activations", "output", "relative", "ok"),
+    [
+        ("fp16", "top_prob", 0.9e-2, True),
+        ("fp16", "top_prob", 1.1e-2, False),
+        ("fp16", "margin", 1.1e-2, True),  # of two probabilities
+        ("fp16", "margin", 2.1e-2, False),
+        ("fp32", "margin", 1.1e-5, False),
+    ],
+)
+def test_what_counts_as_rounding(activations: str, output: str, relative: float, ok: bool) -> None:
+    stack: Any = SimpleNamespace(manifest=SimpleNamespace(activations=activations))
+    expected = torch.tensor([[0.5, 1.0]] * 2)
+    found = np.array([0.5, 1.0 - relative], np.float32)
+    assert difference(stack, "head.onnx", output, found, expected).ok == ok
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ CALIBRATION = {
     "data": "x",
     "tested": [CANDIDATE],
 }
-NEW = ("target", "weights", "cache_layout", "exactness", "drafting_head")
+NEW = ("target", "activations", "weights", "cache_layout", "exactness", "drafting_head")
 
 
 @pytest.fixture

@@ -145,6 +145,20 @@ def test_a_newer_format(bundle: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("precision", "bits", "block", "activations"),
+    [("fp32", 32, None, "fp32"), ("fp16", 16, None, "fp16"), ("int4", 4, 32, "fp32")],
+)
+def test_activations_of_bundles_of_before(
+    bundle: Path, precision: str, bits: int, block: int | None, activations: str
+) -> None:
+    values = json.loads((bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
+    del values["activations"]
+    values["precision"] = precision
+    values["weights"] |= {"bits": bits, "block": block}
+    assert parse_manifest(values, bundle / MANIFEST_FILE).activations == activations
+
+
 def test_an_older_format(bundle: Path) -> None:
     """Said first, too, with the command that builds it again."""
     edit(bundle, lambda values: (values.clear(), values.update(format_version=FORMAT_VERSION - 1)))
@@ -332,6 +346,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an unknown cache": (
         lambda v: v.update(cache_layout="TKB"),
         "cache_layout = 'TKB', expected one of: BGTP, BTK",
+    ),
+    "unknown activations": (
+        lambda v: v.update(activations="bf16"),
+        "activations = 'bf16', expected one of: fp32, fp16",
     ),
     "an unknown exactness": (
         lambda v: v.update(exactness="none"),

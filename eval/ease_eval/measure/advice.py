@@ -158,6 +158,7 @@ class Cycle:
             clock = [time.perf_counter()]
             for probe in probes:
                 probe.once(cache, rows[: probe.call.num_tokens], out_row)
+                stack.wait()
                 clock.append(time.perf_counter())
             if number:
                 self.seconds.append(np.diff(clock).tolist())

@@ -1,0 +1,255 @@
+"""Passes that are captured as CUDA graphs: what is replayed is what would have run.
+
+Without a GPU, sessions stand in that replay as CUDA does: over the addresses that were bound when a run was
+captured, whatever is bound now. They compute on the CPU, so tokens can be compared to the bit.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from ease_runtime.engine.engine import CATCH_UPS, Engine
+from ease_runtime.engine.layout import Span
+from ease_runtime.engine.sampling import GumbelSampler
+from ease_runtime.engine.sequence import Token
+from ease_runtime.ort import sessions
+from ease_runtime.ort.device import CUDA, Device, why_no_cuda
+from ease_runtime.ort.sessions import captured_size
+from ease_runtime.ort.stack import OrtStack
+from ease_runtime.policies import FULL_DEPTH, make_policy
+
+pytest.importorskip("torch", reason="bundles are exported here")
+
+ELSEWHERE = Device("cpu", "CPUExecutionProvider", own_memory=True, captures=True)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "steps", "expected"),
+    [
+        (1, (), 1),
+        (3, (), 4),
+        (5, (), 8),
+        (8, (), 8),
+        (9, (), 9),
+        (5, (6,), 5),
+        (3, (6,), 4),
+        (6, (6,), 8),
+        (5, (6, 17), 5),
+    ],
+)
+def test_a_pass_is_padded_to_one_that_is_captured(
+    num_tokens: int, steps: tuple[int, ...], expected: int
+) -> None:
+    """Unless the pads would let other kernels run: from `steps` on."""
+    assert captured_size(num_tokens, steps) == expected
+
+
+class Recorded:
+    """An IOBinding that knows what it is bound to."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.real = session.io_binding()
+        self.bound: dict[str, tuple[str, tuple[Any, ...]]] = {}
+
+    def bind_input(self, *arguments: Any) -> None:
+        self._bind("bind_input", arguments)
+
+    def bind_output(self, *arguments: Any) -> None:
+        self._bind("bind_output", arguments)
+
+    def _bind(self, how: str, arguments: tuple[Any, ...]) -> None:
+        self.bound[arguments[0]] = how, arguments
+        getattr(self.real, how)(*arguments)
+
+
+class Replaying:
+    """A session whose runs under an id are those of the first run under it."""
+
+    runs: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session = session
+        self.captured: dict[str, ort.IOBinding] = {}
+        self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
+
+    def io_binding(self) -> Recorded:
+        return Recorded(self.session)
+
+    def run_with_iobinding(self, io: Recorded, options: ort.RunOptions) -> None:
+        graph = options.get_run_config_entry("gpu_graph_id")
+        self.runs["run" if graph == "-1" else "replay" if graph in self.captured else "capture"] += 1
+        if graph == "-1":
+            self.session.run_with_iobinding(io.real, options)
+            return
+        if graph not in self.captured:
+            self.captured[graph] = self.session.io_binding()
+            for how, arguments in io.bound.values():
+                getattr(self.captured[graph], how)(*arguments)
+        self.session.run_with_iobinding(self.captured[graph], options)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For CUDA, in fp32, whose bits do not depend on how tokens are batched."""
+    from ease_export.build import export_bundle
+
+    path = tmp_path_factory.mktemp("captures") / "bundle"
+    export_bundle(tiny_checkpoint, path, "fp32", target="cuda")
+    return path
+
+
+@pytest.fixture
+def stack(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> OrtStack:
+    """Over sessions that replay, its caches growing in short steps."""
+    monkeypatch.setattr("ease_runtime.ort.buffers.DEVICE_STEP", 32)
+    monkeypatch.setattr(Replaying, "runs", Counter())
+    return over(Replaying, bundle, monkeypatch)
+
+
+def over(kind: type[Replaying], bundle: Path, monkeypatch: pytest.MonkeyPatch) -> OrtStack:
+    load = sessions.load_session
+
+    def load_session(*arguments: Any, capture: bool, **options: Any) -> Any:
+        session = load(*arguments, **options)
+        return kind(session) if capture else session
+
+    monkeypatch.setattr("ease_runtime.ort.stack.load_session", load_session)
+    return OrtStack(bundle, device=ELSEWHERE)
+
+
+def decode(stack: OrtStack, num_slots: int = 1) -> list[list[Token]]:
+    """Every catch-up and kind of policy; long texts and short ones, over caches old and new."""
+    layers = stack.exit_layers
+    found = []
+    for i, catch_up in enumerate(CATCH_UPS):
+        engine = Engine(stack, num_slots=num_slots)
+        for policy in (
+            FULL_DEPTH,
+            make_policy("max-prob", [0.4], layers),
+            make_policy("similarity", [0.6], layers),
+        ):
+            for length in (2, 40):
+                prompt = [1 + i, 5, 9, 4] * length
+                request = engine.start(
+                    prompt[:-1],
+                    max_new_tokens=30,
+                    policy=policy,
+                    catch_up=catch_up,
+                    sampler=GumbelSampler(0.8, 0, 1.0, i),
+                )
+                found.append(list(engine.generate(request)))
+    return found
+
+
+def test_replays_say_what_runs_say(bundle: Path, stack: OrtStack) -> None:
+    """And most passes are replays."""
+    expected = OrtStack(bundle)
+    before = Counter(Replaying.runs)
+    assert decode(stack) == decode(expected)
+    runs = Replaying.runs - before
+    assert runs["replay"] > 5 * (runs["run"] + runs["capture"])
+    assert stack.captures is not None
+    assert len(stack.captures.found) >= runs["capture"] > 0
+
+
+def test_a_lone_rows_caches_come_again(stack: OrtStack) -> None:
+    """So that no request captures what one before it did."""
+    decode(stack)
+    before = Replaying.runs["capture"]
+    decode(stack)
+    assert Replaying.runs["capture"] == before
+
+
+def test_other_passes_are_not_captured(stack: OrtStack) -> None:
+    """Over the cache of several rows, and of more than 8 tokens."""
+    cache = stack.open_cache(2)
+    row = stack.reserve_rows(64, [])
+    before = Replaying.runs["run"]
+    for _ in range(4):
+        stack.run_segment(0, cache, [Span(1, 0, 1)], np.ones(1, np.int64), row)
+        stack.run_segment(0, cache, [Span(0, 0, 9)], np.ones(9, np.int64), row)
+    assert Replaying.runs["run"] == before + 8
+
+
+def test_what_is_captured_is_bounded(stack: OrtStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In number and in bytes; other addresses then run without, and say the same."""
+    assert stack.captures is not None
+    monkeypatch.setattr(sessions, "MOST_CAPTURED", len(stack.captures.found) + 3)
+    tokens = decode(stack)
+    assert len(stack.captures.found) == sessions.MOST_CAPTURED
+    monkeypatch.setattr(sessions, "MOST_CAPTURED", 10**6)
+    monkeypatch.setattr(stack.captures, "num_bytes", sessions.MOST_CAPTURED_BYTES)
+    captured = Replaying.runs["capture"]
+    assert decode(stack) == tokens
+    assert Replaying.runs["capture"] == captured
+
+
+def test_wrong_replays_are_found_at_load(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then nothing is captured, and one line says so."""
+
+    class Forgetful(Replaying):
+        """Replays run nothing."""
+
+        def run_with_iobinding(self, io: Recorded, options: ort.RunOptions) -> None:
+            if options.get_run_config_entry("gpu_graph_id") not in self.captured:
+                super().run_with_iobinding(io, options)
+
+    stack = over(Forgetful, bundle, monkeypatch)
+    assert stack.captures is not None
+    assert stack.captures.failed
+    (line,) = caplog.messages
+    assert line.startswith("passes are not captured as CUDA graphs here, and are slower: ")
+    assert decode(stack) == decode(OrtStack(bundle))
+
+
+def test_a_capture_that_fails_runs_without(
+    bundle: Path, stack: OrtStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As all that come after it do."""
+    assert stack.captures is not None
+    run = Replaying.run_with_iobinding
+
+    def fails(self: Replaying, io: Recorded, options: ort.RunOptions) -> None:
+        if options.get_run_config_entry("gpu_graph_id") not in ("-1", *self.captured):
+            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing\nat place")
+        run(self, io, options)
+
+    monkeypatch.setattr(Replaying, "run_with_iobinding", fails)
+    assert decode(stack) == decode(OrtStack(bundle))
+    (line,) = caplog.messages
+    assert line.endswith("slower: CUDA failure 900: operation not permitted when stream is capturing")
+    assert stack.captures.failed
+
+
+def test_they_can_be_turned_off(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EASE_CUDA_GRAPHS", "0")
+    assert OrtStack(bundle, device=ELSEWHERE).captures is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(why_no_cuda() is not None, reason=f"CUDA: {why_no_cuda()}")
+def test_on_a_gpu_too(bundle: Path) -> None:
+    """To the bit: the same kernels run."""
+    stack = OrtStack(bundle, device=CUDA)
+    assert stack.captures is not None
+    found = decode(stack)
+    assert not stack.captures.failed
+    stack.captures.on = False
+    assert decode(stack) == found
+
+
+def test_near_the_last_position(stack: OrtStack) -> None:
+    """Pads go past it."""
+    engine = Engine(stack)
+    last = stack.max_positions - 3
+    policy = make_policy("max-prob", [0.4], stack.exit_layers)
+    tokens = list(
+        engine.generate(engine.start([2] * last, max_new_tokens=3, policy=policy, catch_up="verify"))
+    )
+    assert len(tokens) == 3
