@@ -171,15 +171,14 @@ def code_tables() -> dict[str, str]:
 
 def chosen_rows(found: Row) -> str:
     """README's table: of the measured settings the fastest lossless one, the fastest within 1 and within 5 %,
-    and the plain model whose speed is next to the last one's. A setting has a column.
+    and the plain smaller model whose speed is next to the last one's. A setting has a column.
     """
     rows = [measured(row) for row in found["rows"]]
     lossy = [row for row in rows if row["catch_up"] in ("propagate", "recompute")]
     lossless = max((row for row in rows if row["catch_up"] == "verify"), key=speed)
     within = [max((row for row in lossy if row["change"] <= limit), key=speed) for limit in (1, 5)]
-    plain = min(
-        map(beside_row, found["beside"]), key=lambda row: abs(math.log(speed(row) / speed(within[-1])))
-    )
+    smaller = (beside_row(row) for row in found["beside"] if row["num_layers"] < found["exits"][-1]["layer"])
+    plain = min(smaller, key=lambda row: abs(math.log(speed(row) / speed(within[-1]))))
     asked = "{named}, {catch_up}"
     columns = {
         "off": {**rows[0], "asked": "–"},
