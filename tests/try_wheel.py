@@ -55,6 +55,8 @@ def main(bundle: str) -> None:
     )
     assert said.returncode == 0, said.stderr
     assert said.stdout.strip(), "it says something"
+    shipped = run("ease-run", "generate", "ease:code", "--prompt", "def f(x):", "--max-tokens", "8")
+    assert shipped.returncode == 0, shipped.stderr
     print(f"{len(told)} --help, {len(WITHOUT_EXTRAS)} lines about extras, a text: as they should be")
 
 
