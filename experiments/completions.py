@@ -2,6 +2,7 @@
 
     python experiments/completions.py packages DIR          # three packages, as DIR/NAME.jsonl
     python experiments/completions.py complete BUNDLE...    # adds to docs/experiments/code-completions.json
+    python experiments/completions.py speed BUNDLE          # drafts: docs/experiments/code-drafts.json
 
 Lines and functions are drawn from the test split of python-stdlib, the same for every bundle. A line's prompt
 is its file up to a space somewhere past its middle; a function's ends with its `def` line; both are cut to
@@ -23,13 +24,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
+from drafts import Modes, Task, compare, row_of
 
 from ease_common.files import write_whole
+from ease_runtime.cli.commands import ThresholdFlag
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
+from ease_runtime.policies.thresholds import Thresholds
 from ease_train.data.corpora import load_documents
 
 OUT = Path("docs/experiments/code-completions.json")
+DRAFTS = Path("docs/experiments/code-drafts.json")
 PACKAGES = ("bottle==0.13.4", "requests==2.32.5", "attrs==25.3.0")  # none is a copy of the library's modules
 FILES = 19  # of a package, the largest: fewer than a source needs to be divided into splits
 CONTEXT = 320  # tokens of a prompt
@@ -181,6 +186,24 @@ def complete(bundles: tuple[Path, ...], thresholds: tuple[str, ...]) -> None:
                 rows.append(asdict(row(bundle, threshold, lines, functions)))
                 click.echo(rows[-1])
                 write_whole(OUT, json.dumps(rows, indent=2) + "\n")
+
+
+@main.command()
+@click.argument("bundle")
+@click.option("--threshold", type=ThresholdFlag(), default="0.5", show_default=True)
+@click.option("--count", default=24, show_default=True, help="Functions.")
+def speed(bundle: str, threshold: Thresholds, count: int) -> None:
+    """What drafts of the exit and from text gain over full depth, whose answer all have, on functions."""
+    llm = LLM(bundle)
+    prompts = [Task("functions", "code", llm.encode(place.before)[-CONTEXT:]) for place in function_places()]
+    ways = Modes(llm, ("off", "exit", "ngram", "auto"), threshold)
+    for mode in ways.engines:  # first-time allocations
+        ways.run(prompts[-1], mode)
+    found = [compare(ways, task) for task in prompts[:count]]
+    rows = [row_of(bundle, "functions", mode, found) for mode in ("exit", "ngram", "auto")]
+    for one in rows:
+        click.echo(json.dumps(one))
+    write_whole(DRAFTS, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from ease_runtime.engine.sampling import Given
 from ease_runtime.generation import Timing
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.policies.thresholds import Thresholds
+from ease_runtime.policies.thresholds import OFF, Thresholds
 
 OUT = Path("docs/experiments/verify.json")
 RAW = Path("runs/drafts")
@@ -88,7 +88,7 @@ class Modes:
             self.options[name] = Options(
                 draft=name,
                 catch_up="recompute" if name == "off" else "verify",
-                threshold=threshold if exits else None,
+                threshold=threshold if exits else OFF,  # not what the bundle is calibrated to
             )
 
     def run(self, task: Task, mode: str) -> Record:

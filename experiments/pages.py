@@ -148,6 +148,16 @@ def code_tables() -> dict[str, str]:
         "functions that end": "{ended:.2f}",
         "of those, valid": "{valid:.2f}",
     }
+    drafts = {
+        "drafts": "{mode}",
+        "speed-up": "{speedup:.2f}",
+        "95 %": "{interval[0]:.2f}–{interval[1]:.2f}",
+        "before a loop": "{speedup_before:.2f}",
+        "slowest prompt": "{lowest:.2f}",
+        "accepted": "{acceptance:.2f}",
+        "share of the tokens": "{share:.2f}",
+        "of them the exit's": "{share_of_exits:.2f}",
+    }
     packages = {
         "package": "{package}",
         "files": "{num_documents}",
@@ -165,6 +175,7 @@ def code_tables() -> dict[str, str]:
         ),
         "code-shipped-exits": figures(shipped["exits"], exits),
         "code-completions": figures(load("code-completions.json"), completions, 2),
+        "code-drafts": figures(load("code-drafts.json"), drafts),
         "code-packages": figures(load("code-packages.json"), packages),
     }
 
