@@ -455,7 +455,7 @@ def drafts_tables() -> dict[str, str]:
 def lookup_table() -> str:
     """Runtimes with drafts from text and without: how many times faster EASE with them is."""
     lines = []
-    for precision in ("fp32", "int4"):
+    for precision in ("fp32",):
         rows = load(f"verify-peers-{precision}.json")["rows"]
         ours = next(row for row in rows if row["runtime"] == "ease, drafts from text")
         lines += [
