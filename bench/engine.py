@@ -1,6 +1,7 @@
 """The engine against what its own graph calls cost: forced depth, verify, batches, memory.
 
     python bench/engine.py BUNDLE [--only depth,verify,adapt,batch,scaling,memory] [--json FILE]
+    python bench/engine.py BUNDLE --only verify --draft-exit 4 --acceptance 0.8
 
 Exits are scripted, so random weights will do. Settings take turns within a round; figures are medians over
 rounds, speed-ups are ratios within a round. "ideal" is the sum of the calls, each timed by itself.
@@ -10,6 +11,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,13 +128,17 @@ def run_to_end(engine: Engine, sequences: list[TokenSequence]) -> float:
     return time.perf_counter() - began
 
 
-def verify(stack: OrtStack) -> list[Row]:
-    """Every token drafted at half depth, and accepted with a probability: measured against the cost model."""
+def verify(
+    stack: OrtStack, exit_layer: int | None = None, acceptances: Sequence[float] = (0.6, 0.8, 0.9)
+) -> list[Row]:
+    """Every token drafted at one exit, by default at half depth, and accepted with a probability: measured
+    against the cost model.
+    """
     costs = measure_costs(stack)
-    exit_index = half_exit(stack)
+    exit_index = half_exit(stack) if exit_layer is None else stack.exit_layers.index(exit_layer)
     rows = []
     policy = Coin(thresholds=only(stack, exit_index), probability=1.0)
-    for acceptance in (0.6, 0.8, 0.9):
+    for acceptance in acceptances:
         request_cost = RequestCost(costs, policy, "verify")
         request_cost.entered = [
             1.0 if k <= exit_segment(stack, exit_index) else 0.0 for k in range(len(stack.layout))
@@ -159,7 +165,12 @@ def verify(stack: OrtStack) -> list[Row]:
                 "acceptance": acceptance,
                 "accepted": sequence.drafts.accepted / sequence.drafts.judged,
                 "draft_length": length,
+                "layer": stack.exit_layers[exit_index],
+                "draft_ms": 1000 * request_cost.draft(1),
+                "head_ms": 1000 * costs.seconds("exit", exit_index, 1),
+                "full_depth_ms": 1000 * request_cost.full_depth(1),
                 "speedup": speedup,
+                "range": [min(rounds), max(rounds)],
                 "model_speedup": predicted,
                 "measured_over_model": speedup / predicted,
                 "break_even_acceptance": break_even(request_cost),
@@ -434,7 +445,7 @@ def memory(stack: OrtStack) -> list[Row]:
     ]
 
 
-SECTIONS = {
+SECTIONS: dict[str, Callable[..., list[Row]]] = {
     "depth": depth,
     "verify": verify,
     "adapt": adapt,
@@ -463,13 +474,24 @@ def captured(stack: OrtStack) -> Row:
 @click.option("--only", "names", default=",".join(SECTIONS), help=f"Some of: {', '.join(SECTIONS)}.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--threads", default=0, help="CPU threads; 0 takes all.")
+@click.option("--draft-exit", type=int, help="Layer of the exit that drafts, for verify; that of half depth.")
+@click.option("--acceptance", type=float, multiple=True, help="For verify; may be repeated.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure here.")
-def main(bundle: Path, names: str, device: str, threads: int, json_file: Path | None) -> None:
+def main(
+    bundle: Path,
+    names: str,
+    device: str,
+    threads: int,
+    draft_exit: int | None,
+    acceptance: tuple[float, ...],
+    json_file: Path | None,
+) -> None:
     """Measure the engine on a bundle with scripted exits."""
     stack = open_stack(bundle, device=device, num_threads=threads)
     results = {}
     for name in names.split(","):
-        results[name] = SECTIONS[name](stack)
+        asked = {"exit_layer": draft_exit} | ({"acceptances": acceptance} if acceptance else {})
+        results[name] = SECTIONS[name](stack, **(asked if name == "verify" else {}))
         show(name, results[name], Console())
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)

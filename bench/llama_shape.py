@@ -3,7 +3,8 @@
     python bench/llama_shape.py runs/bench/135m                 # writes checkpoint/ and bundle/ there
     python bench/llama_shape.py runs/gpu/1b --shape 1b --precision fp16 --target cuda     # bundle-fp16/
 
-What is there stays. 135m: SmolLM2-135M's 30 layers of width 576 and vocabulary of 49,152; 1b: Llama-3.2-1B's
+What is there stays. With --reduced-head early exits have a head over that many tokens.
+135m: SmolLM2-135M's 30 layers of width 576 and vocabulary of 49,152; 1b: Llama-3.2-1B's
 16 layers of width 2,048 and vocabulary of 128,256. fp32 is called bundle/, others bundle-PRECISION/.
 """
 
@@ -44,12 +45,13 @@ SHAPES = {
 }
 
 
-def make_checkpoint(folder: Path, shape: str) -> None:
+def make_checkpoint(folder: Path, shape: str, reduced_head: int) -> None:
     """A checkpoint of random weights, unless it is there."""
     if folder.is_dir():
         return
+    head = {"exit_head": "reduced", "exit_vocab_size": reduced_head} if reduced_head else {}
     tokenizer_config = TokenizerConfig(kind="bpe", bpe_vocab_size=300)
-    config = ModelConfig(**{"max_positions": 2048, "tie_embeddings": True, **SHAPES[shape]})
+    config = ModelConfig(**{"max_positions": 2048, "tie_embeddings": True, **SHAPES[shape], **head})
     train = TrainConfig(layer_weights={config.num_layers: 1.0}, steps=1, sequence_length=64)
     torch.manual_seed(0)
     recipe = Recipe(f"{shape}-shape", "", "", config, tokenizer_config, train)
@@ -62,9 +64,10 @@ def make_checkpoint(folder: Path, shape: str) -> None:
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="135m", show_default=True)
 @click.option("--precision", default="fp32", show_default=True, help="As ease-export build has it.")
 @click.option("--target", type=click.Choice(TARGETS), help="As ease-export build has it.")
-def main(folder: Path, shape: str, precision: str, target: str | None) -> None:
+@click.option("--reduced-head", default=0, help="Tokens of the early exits' head; 0: the model's own.")
+def main(folder: Path, shape: str, precision: str, target: str | None, reduced_head: int) -> None:
     """Write what is missing in FOLDER."""
-    make_checkpoint(folder / "checkpoint", shape)
+    make_checkpoint(folder / "checkpoint", shape, reduced_head)
     bundle = folder / ("bundle" if precision == "fp32" else f"bundle-{precision}")
     if not bundle.is_dir():
         began = time.perf_counter()

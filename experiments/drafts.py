@@ -36,6 +36,7 @@ OUT = Path("docs/experiments/verify.json")
 RAW = Path("runs/drafts")
 PROMPTS = Path(os.environ.get("EASE_DATA_DIR", "data")) / "prompts" / "spec_bench_half.jsonl"
 KINDS = {"summaries": ("summarization",), "retrieval": ("rag",), "free": ("writing", "roleplay", "stem")}
+GIVEN = "editing, given answers"
 LOOP = 12  # tokens that come again
 NEW_TOKENS = 96
 EVERY = 3  # of the edits is done by the model itself, too
@@ -59,7 +60,7 @@ def tasks(llm: LLM, count: int) -> list[Task]:
     found = []
     for place, edit in enumerate(EDITS):
         prompt = ids_of(llm, f"{edit.order}, and answer with the whole text only:\n\n{edit.text}")
-        found.append(Task("editing, given answers", edit.sort, prompt, llm.encode_part(edit.edited)))
+        found.append(Task(GIVEN, edit.sort, prompt, llm.encode_part(edit.edited)))
         if place % EVERY == 0:
             found.append(Task("editing", edit.sort, prompt))
     rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
@@ -276,6 +277,12 @@ def interleaved(every: Sequence[Task]) -> list[Task]:
     return [queues[kind][place] for _, kind, place in sorted(order)]
 
 
+def kinds_of(found: Sequence[Record]) -> dict[str, list[Record]]:
+    """The prompts of each kind, and all that the model answers itself."""
+    kinds = {one["kind"]: [other for other in found if other["kind"] == one["kind"]] for one in found}
+    return {**kinds, "all, own answers": [one for one in found if one["kind"] != GIVEN]}
+
+
 @main.command()
 def collect() -> None:
     """Write the rows of every file in runs/drafts; those of others stay."""
@@ -285,13 +292,16 @@ def collect() -> None:
         name = head["name"]
         rows = [
             row_of(name, kind, mode, of_kind)
-            for kind in dict.fromkeys(one["kind"] for one in found)
+            for kind, of_kind in kinds_of(found).items()
             for mode in found[0]["ceiling"]
-            if (of_kind := [one for one in found if one["kind"] == kind])
         ]
-        known["rows"] = [row for row in known.get("rows", []) if row["name"] != name] + rows
+        given = [one for one in found if one["kind"] == GIVEN]
+        sorts = {one["sort"]: [other for other in given if other["sort"] == one["sort"]] for one in given}
+        edits = [row_of(name, sort, "auto", of_sort) for sort, of_sort in sorts.items()]
+        for key, new in (("rows", rows), ("edits", edits)):
+            known[key] = [row for row in known.get(key, []) if row["name"] != name] + new
         known["all_accepted"] = {**known.get("all_accepted", {}), name: head["all_accepted"]}
-        for row in rows:
+        for row in (*rows, *edits):
             click.echo(json.dumps(row))
     write_whole(OUT, json.dumps(known, indent=1) + "\n")
 

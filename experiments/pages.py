@@ -20,6 +20,7 @@ from tables import FOLDER, FORCED_DEPTHS, PageError, Row, figures, leaves_early,
 from training_tables import depth_tables, methods_tables, original_tables
 
 NAMED = {"threshold": "{named}", "catch-up": "{catch_up}"}
+EXITS_BESIDE = "exits"  # in the names of verify.json whose bundles have them
 RANGE = "{speedup_range[0]:.2f}–{speedup_range[1]:.2f}"  # the slowest and the fastest round
 
 
@@ -413,6 +414,16 @@ def precision_tables() -> dict[str, str]:
 
 
 def drafts_tables() -> dict[str, str]:
+    found = load("verify.json")
+    speeds = {
+        "speed-up": "{speedup:.2f}",
+        "95 %": "{interval[0]:.2f}–{interval[1]:.2f}",
+        "slowest": "{lowest:.2f}",
+        "accepted": "{acceptance:.2f}",
+        "share of the tokens": "{share:.2f}",
+        "ceiling": "{ceiling:.2f}",
+        "of it": "{of_ceiling:.2f}",
+    }
     columns = {
         "weights": "{name}",
         "prompts": "{kind}",
@@ -420,14 +431,76 @@ def drafts_tables() -> dict[str, str]:
         "same texts": "{same}",
         "tokens": "{tokens}",
         "before a loop": "{before}",
-        "speed-up": "{speedup:.2f}",
-        "before a loop, too": "{speedup_before:.2f}",
-        "range over prompts": "{lowest:.2f}–{highest:.2f}",
-        "accepted": "{acceptance:.2f}",
-        "share of the tokens": "{share:.2f}",
+        "speed-up before": "{speedup_before:.2f}",
+        "95 % of that": "{interval_before[0]:.2f}–{interval_before[1]:.2f}",
+        **speeds,
         "off, tokens/s": "{off_tokens_per_second:.1f}",
     }
-    return {"drafts": figures(load("verify.json")["rows"], columns, 2)}
+    exits = {
+        "prompts": "{kind}",
+        "--draft": "{mode}",
+        "number": "{prompts}",
+        "same texts": "{same}",
+        **speeds,
+        "of exits": "{share_of_exits:.3f}",
+    }
+    edits = {"weights": "{name}", "edit": "{kind}", "number": "{prompts}", **speeds}
+    plain = [row for row in found["rows"] if EXITS_BESIDE not in row["name"]]
+    beside = [row for row in found["rows"] if EXITS_BESIDE in row["name"]]
+    priced = {name: prices for name, prices in found["all_accepted"].items() if EXITS_BESIDE not in name}
+    counts = list(next(iter(priced.values())))
+    return {
+        "drafts": figures(plain, columns, 2),
+        "edits": figures(found["edits"], edits, 2),
+        "prices": table(
+            ["weights", *counts],
+            [[name, *(f"{prices[count]:.2f}" for count in counts)] for name, prices in priced.items()],
+            1,
+        ),
+        "beside": figures(beside, exits, 2),
+        "lookups": lookup_table(),
+        "one-billion": one_billion_table(),
+    }
+
+
+def lookup_table() -> str:
+    """Runtimes with drafts from text and without: how many times faster EASE with them is."""
+    lines = []
+    for precision in ("fp32",):
+        rows = load(f"verify-peers-{precision}.json")["rows"]
+        ours = next(row for row in rows if row["runtime"] == "ease, drafts from text")
+        lines += [
+            {**row, "bundle": precision, "ratio": ours["tokens_per_second"] / row["tokens_per_second"]}
+            for row in rows
+            if row["error"] is None
+        ]
+    columns = {
+        "EASE's bundle": "{bundle}",
+        "runtime": "{runtime}",
+        "weights": "{precision}",
+        "tokens/s": "{tokens_per_second:.1f}",
+        "EASE with drafts is": "{ratio:.2f}",
+        "texts as EASE's": "{same_texts:.2f}",
+    }
+    return figures(lines, columns, 3)
+
+
+def one_billion_table() -> str:
+    columns = {
+        "head that drafts": "{head}",
+        "acceptance": "{acceptance:.1f}",
+        "as it fell": "{accepted:.2f}",
+        "drafts": "{draft_length}",
+        "a draft, ms": "{draft_ms:.1f}",
+        "its head, ms": "{head_ms:.1f}",
+        "full depth, ms": "{full_depth_ms:.1f}",
+        "speed-up": "{speedup:.2f}",
+        "range": "{range[0]:.2f}–{range[1]:.2f}",
+        "cost model": "{model_speedup:.2f}",
+        "break-even": "{break_even_acceptance:.2f}",
+    }
+    found = load("verify-1b.json")
+    return figures(({"head": head, **row} for head, rows in found.items() for row in rows), columns)
 
 
 def weight_tables() -> dict[str, str]:

@@ -321,14 +321,18 @@ class RequestCost:
                 length = limit
         return best, length
 
+    def draft(self, num_rows: int, drafting: Drafting | None = None) -> float:
+        """Seconds of one draft, a row."""
+        drafting = drafting or self._drafting()
+        last = len(self.entered) - 1
+        return self.costs.token_seconds(
+            drafting.reach, drafting.policy, self.catch_up, num_rows=num_rows, cap=self.cap, stop=last
+        )
+
     def cycle(self, num_drafts: int, num_rows: int, drafting: Drafting | None = None) -> float:
         """Seconds, a row, of drafting and then judging some tokens."""
-        drafting = drafting or self._drafting()
         last = len(self.entered) - 1
         judged = (num_drafts + 1) * num_rows
         deep = self.costs.seconds("segment", last, judged, num_rows)
         deep += self.costs.seconds("exit", self.costs.last_exit, judged)
-        draft = self.costs.token_seconds(
-            drafting.reach, drafting.policy, self.catch_up, num_rows=num_rows, cap=self.cap, stop=last
-        )
-        return (num_drafts + 1) * draft + deep / num_rows
+        return (num_drafts + 1) * self.draft(num_rows, drafting) + deep / num_rows
