@@ -151,7 +151,8 @@ def test_replays_say_what_runs_say(bundle: Path, stack: OrtStack) -> None:
 
 
 def test_a_lone_rows_caches_come_again(stack: OrtStack) -> None:
-    """So that no request captures what one before it did."""
+    """So that no request captures what two before it ran, once without and once to capture it."""
+    decode(stack)
     decode(stack)
     before = Replaying.runs["capture"]
     decode(stack)
