@@ -39,8 +39,8 @@ TOLERANCE = 1e-5  # of fp32 arithmetic, of the largest magnitude
 TOLERANCES = {"fp32": TOLERANCE, "fp16": 1e-2}  # by what activations are
 # of a margin, a difference of two probabilities each of which fp16 rounds (1.1e-2 in a trained model)
 MARGIN_TOLERANCES = {"fp32": TOLERANCE, "fp16": 2e-2}
-EPSILON = 2.0**-23  # one rounding of fp32
-ROUNDINGS = 8  # so many of them at each segment's beginning are allowed for
+EPSILONS = {"fp32": 2.0**-23, "fp16": 2.0**-11}  # one rounding
+ROUNDINGS = {"fp32": 8, "fp16": 2}  # so many of them at each segment's beginning are allowed for
 EXACT = 1  # MatMulNBits' accuracy level that keeps activations in fp32
 NORMAL_95 = 1.96  # standard deviations
 NUM_TOKENS = 48  # of the pass that compares graphs
@@ -226,13 +226,13 @@ def top_tokens(stack: OrtStack, ids: list[int]) -> list[NDArray[np.int64]]:
     return found
 
 
-def with_rounding(hidden: Tensor) -> Tensor:
-    """A hidden state, and beside it one that is off by one rounding more.
+def with_rounding(stack: OrtStack, hidden: Tensor) -> Tensor:
+    """A hidden state, and beside it one that is off by one rounding more, of the bundle's activations.
 
     Shape: (1 or 2, S, D) -> (2, S, D).
     """
     signs = torch.randint(0, 2, hidden.shape[1:], generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return torch.stack((hidden[0], hidden[-1] * (1 + EPSILON * signs)))
+    return torch.stack((hidden[0], hidden[-1] * (1 + EPSILONS[stack.manifest.activations] * signs)))
 
 
 def difference(stack: OrtStack, graph: str, output: str, found: NDArray[Any], expected: Tensor) -> Difference:
@@ -243,12 +243,13 @@ def difference(stack: OrtStack, graph: str, output: str, found: NDArray[Any], ex
     """
     found, (reference, other) = found.astype(np.float32), expected.numpy()
     tolerances = MARGIN_TOLERANCES if output == "margin" else TOLERANCES
-    tolerance = tolerances[stack.manifest.activations]
+    activations = stack.manifest.activations
+    tolerance = tolerances[activations]
     if found.shape == reference.shape and not reference.size:
         return Difference(graph, output, 0.0, tolerance)
     scale = float(np.abs(reference).max()) or 1.0
     relative, rounding = (float(np.abs(values - reference).max()) / scale for values in (found, other))
-    return Difference(graph, output, relative, max(tolerance, ROUNDINGS * rounding))
+    return Difference(graph, output, relative, max(tolerance, ROUNDINGS[activations] * rounding))
 
 
 def torch_greedy(model: Decoder, prompt: list[int], num_tokens: int) -> list[int]:
@@ -278,7 +279,7 @@ def compare_graphs(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
             states.append(runner.states(sequence, start, stop))
             if exit_index is not None:
                 outputs.append(exit_outputs(runner, sequence, exit_index, slice(start, stop)))
-        before = with_rounding(hidden)
+        before = with_rounding(stack, hidden)
         hidden = model.run_layers(before, segment.first_layer, segment.last_layer)
         yield difference(stack, segment.graph, "hidden", np.concatenate(states), hidden)
         if segment.route_graph:
@@ -394,7 +395,7 @@ def compare_propagation(stack: OrtStack, model: Decoder) -> Iterator[Difference]
     through = runner.open(ids.tolist())
     hidden = model.embed(torch.from_numpy(ids)[None])
     for k, segment in enumerate(stack.manifest.segments):
-        hidden = with_rounding(hidden)
+        hidden = with_rounding(stack, hidden)
         if segment.kv_graph:
             runner.propagate(k, [(left, 0, count)])
             yield from compare_caches(stack, model, runner.cache, hidden, k, frozen=True)

@@ -20,6 +20,7 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):
 
 from cuda import standin
 from ease_runtime.bundle.manifest import read_manifest
+from ease_runtime.engine.engine import CATCH_UPS
 from ease_runtime.ort.sessions import ALIGNMENT
 from ease_runtime.ort.stack import CUDA_STEPS
 
@@ -33,6 +34,18 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def kinds(blocks: Made, routed_with_exits: Made) -> dict[str, Path]:
+    """In int4 for CUDA: exits with layers of their own, gates and a reduced head; routed layers."""
+    from ease_export.build import export_bundle
+
+    found = {}
+    for name, (checkpoint, _) in (("blocks", blocks), ("routed", routed_with_exits)):
+        found[name] = checkpoint.parent / "int4-cuda"
+        export_bundle(checkpoint, found[name], "int4", target="cuda")
+    return found
+
+
+@pytest.fixture(scope="session")
 def bundles(
     tiny_bundle: Path,
     gated: Made,
@@ -41,6 +54,7 @@ def bundles(
     routed_with_exits: Made,
     precisions: tuple[Path, dict[str, Path]],
     halves: dict[str, Path],
+    kinds: dict[str, Path],
 ) -> list[Path]:
     """Every kind of graph, every precision, and both targets."""
     return [
@@ -48,6 +62,7 @@ def bundles(
         *(bundle for _, bundle in (gated, blocks, routed, routed_with_exits)),
         *precisions[1].values(),
         *halves.values(),
+        *kinds.values(),
     ]
 
 
@@ -61,6 +76,7 @@ def test_every_node_of_every_graph_is_on_cuda(libraries: Path, bundles: list[Pat
         "block_02.onnx",
         "gate_01.onnx",
         "route_02.onnx",
+        "reduced_head.onnx",
         "similarity.onnx",
     }
     elsewhere = {
@@ -185,11 +201,19 @@ def captured(log: Path) -> set[str]:
     return {event.what.split()[0] if event.kind in ("copy", "call") else event.kind for event in inside}
 
 
-@pytest.mark.parametrize("catch_up", ["propagate", "recompute", "verify"])
+@pytest.mark.parametrize(
+    ("name", "catch_up"),
+    [*(("fp16", catch_up) for catch_up in CATCH_UPS), ("blocks", "recompute"), ("routed", "recompute")],
+)
 def test_what_is_captured_can_be(
-    libraries: Path, precisions: tuple[Path, dict[str, Path]], catch_up: str, tmp_path: Path
+    libraries: Path,
+    precisions: tuple[Path, dict[str, Path]],
+    kinds: dict[str, Path],
+    name: str,
+    catch_up: str,
+    tmp_path: Path,
 ) -> None:
-    decode(libraries, precisions[1]["fp16"], catch_up, [0.9, 0.1] * 8, tmp_path / "log")
+    decode(libraries, {**precisions[1], **kinds}[name], catch_up, [0.9, 0.1] * 8, tmp_path / "log")
     assert {"kernel", "cublasGemmEx"} <= captured(tmp_path / "log") <= LEGAL
 
 
