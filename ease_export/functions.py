@@ -1,4 +1,4 @@
-"""ONNX functions of our own: attention in the fastest of three forms, and the mask that two of them need.
+"""ONNX functions of our own: attention in the fastest of three forms, and the masks that some of them need.
 
 A function is a node in the graph that names it; ONNX Runtime puts its body in its place when it loads. So
 `If` stands around the attention alone, and every layer's is the same node.
@@ -14,12 +14,16 @@ OPSET = 24
 DOMAIN = "ease"
 FEW_OR_MANY = f"{DOMAIN}::FewOrMany"
 MASK = f"{DOMAIN}::Mask"
+WINDOW_MASK = f"{DOMAIN}::WindowMask"
+MASKS = ("Mask", "WindowMask")
 
 
 def add_functions(model: onnx.ModelProto) -> None:
     """Give a model the functions that its nodes name, if there are any."""
     named = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
-    model.functions.extend(function for function in (few_or_many(), mask()) if function.name in named)
+    model.functions.extend(
+        function for function in (few_or_many(), mask(), window_mask()) if function.name in named
+    )
     if named and DOMAIN not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 
@@ -67,6 +71,41 @@ def mask() -> onnx.FunctionProto:
     Shapes: rows (B, R*S), past_key (B, G, T, P), few () bool -> (B, 1, R*S, T), or (1, 1, 1, 1).
     """
     few = [
+        *_columns_and_queries(),
+        _node("LessOrEqual", ["columns", "queries"], "seen"),
+        _constant("nothing", np.float32(0.0)),
+        _constant("never", np.float32(-np.inf)),
+        _node("Where", ["seen", "nothing", "never"], "few_mask"),
+    ]
+    many = [_constant("many_mask", np.zeros((1, 1, 1, 1), np.float32))]
+    body = [_either("few", few, many, "mask")]
+    return _function("Mask", ["rows", "past_key", "few"], "mask", body)
+
+
+def window_mask() -> onnx.FunctionProto:
+    """0 where a query at `row` of its cache sees a position, the last `window` ones, itself included; -inf
+    elsewhere, in the type of the cache.
+
+    Shapes: rows (B, R), past_key (B, G, T, P) -> (B, 1, R, T). Attribute: `window`.
+    """
+    body = [
+        *_columns_and_queries(),
+        _node("LessOrEqual", ["columns", "queries"], "before"),
+        _attribute("window", "value_int", "width"),
+        _node("Sub", ["queries", "width"], "behind_it"),
+        _node("Greater", ["columns", "behind_it"], "near"),
+        _node("And", ["before", "near"], "seen"),
+        _constant("nothing", np.float32(0.0)),
+        _constant("never", np.float32(-np.inf)),
+        _node("Where", ["seen", "nothing", "never"], "wide"),
+        _node("CastLike", ["wide", "past_key"], "mask"),
+    ]
+    return _function("WindowMask", ["rows", "past_key"], "mask", body, ["window"])
+
+
+def _columns_and_queries() -> list[onnx.NodeProto]:
+    """The positions of a buffer as (1, 1, 1, T), and those of queries as (B, 1, R, 1)."""
+    return [
         _constant("begin", [0, 0, 0]),
         _constant("end", [1, 1, 1]),
         _constant("axes", [0, 1, 3]),
@@ -80,15 +119,8 @@ def mask() -> onnx.FunctionProto:
         _constant("line", [1, 1, 1, -1]),
         _node("Reshape", ["positions", "line"], "columns"),
         _constant("behind", [1, 3]),
-        _node("Unsqueeze", ["rows", "behind"], "queries"),  # (B, 1, R*S, 1)
-        _node("LessOrEqual", ["columns", "queries"], "seen"),
-        _constant("nothing", np.float32(0.0)),
-        _constant("never", np.float32(-np.inf)),
-        _node("Where", ["seen", "nothing", "never"], "few_mask"),
+        _node("Unsqueeze", ["rows", "behind"], "queries"),
     ]
-    many = [_constant("many_mask", np.zeros((1, 1, 1, 1), np.float32))]
-    body = [_either("few", few, many, "mask")]
-    return _function("Mask", ["rows", "past_key", "few"], "mask", body)
 
 
 def _node(operator: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
@@ -112,7 +144,11 @@ def _shape_of_groups(output: str) -> onnx.NodeProto:
 def _attribute(name: str, kind: str, output: str) -> onnx.NodeProto:
     """A constant that is an attribute of the function."""
     node = helper.make_node("Constant", [], [output])
-    types = {"value_ints": onnx.AttributeProto.INTS, "value_float": onnx.AttributeProto.FLOAT}
+    types = {
+        "value_int": onnx.AttributeProto.INT,
+        "value_ints": onnx.AttributeProto.INTS,
+        "value_float": onnx.AttributeProto.FLOAT,
+    }
     node.attribute.append(_reference(kind, name, types[kind]))
     return node
 

@@ -11,6 +11,7 @@ one product saves, the Split behind it takes (more, in prompts).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.onnx import ops
 
-from ease_export.functions import FEW_OR_MANY, MASK, OPSET
+from ease_export.functions import FEW_OR_MANY, MASK, OPSET, WINDOW_MASK
+from ease_train.model.blocks import Attention, Residual
 from ease_train.model.decoder import Block, Decoder, RoutedBlock
 
 
@@ -100,6 +102,9 @@ def blocks_of(model: Decoder) -> Iterator[Block]:
         yield block
 
 
+Tables = Sequence[tuple[Tensor, Tensor]]  # cosines and sines
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Where the new tokens stand: the inputs that every graph over a cache shares.
@@ -121,37 +126,61 @@ class Placement:
 
     Positions follow from where the tokens are written, unless they are given, as (N): a routed layer's cache
     has gaps. Places are counted by sums over ones: ONNX Runtime moves what computes on a Shape to the CPU,
-    and then no graph loads on CUDA.
+    and then no graph loads on CUDA. `tables` are the rotary tables (cos, sin), and those of windowed layers
+    where these have their own.
     """
 
-    def __init__(self, ragged: Ragged, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> None:
+    def __init__(self, ragged: Ragged, tables: Tables, positions: Tensor | None = None) -> None:
         self.ragged = ragged
         self.spread = ragged.spread
         self.places = ragged.places
         self.write_indices = ragged.write_indices
-        self.cos = cos
-        self.sin = sin
-        limit = cos.shape[0] - 1
+        self.tables = tables
+        limit = tables[0][0].shape[0] - 1
         self.ones = (ragged.spread == ragged.spread).long()  # (B, S)
         self.lengths = ragged.write_indices + self.ones.sum(dim=1)  # (B)
         self.written = ragged.write_indices[:, None] + self.ones.cumsum(dim=1) - 1  # (B, S), in the cache
         found = self.written if positions is None else torch.take(positions, ragged.spread)
         self.positions = found.clamp(max=limit - 1)  # (B, S); pads may reach past the limit
+        self.masks = dict[int, Tensor]()  # by window
+
+    def window_mask(self, window: int, rows: Tensor, past_key: Tensor) -> Tensor:
+        """0 where a query at `rows` of its cache sees a position, -inf elsewhere; layers of one window share
+        it. Shape: (B, R), (B, G, T, P) -> (B, 1, R, T).
+        """
+        if window not in self.masks:
+            shape = (rows.shape[0], 1, rows.shape[1], past_key.shape[2])
+            self.masks[window] = ops.symbolic(
+                WINDOW_MASK,
+                (rows, past_key),
+                {"window": window},
+                dtype=past_key.dtype,
+                shape=shape,
+                version=1,
+            )
+        return self.masks[window]
 
     def spread_out(self, x: Tensor) -> Tensor:
         """Tokens in their rows. Shape: (N, X) -> (B, S, X)."""
         return F.embedding(self.spread, x)
 
-    def rotate(self, x: Tensor, positions: Tensor, num_heads: int) -> Tensor:
-        """RotaryEmbedding at some positions.
+    def rotate(self, x: Tensor, positions: Tensor, num_heads: int, table: int | None) -> Tensor:
+        """RotaryEmbedding at some positions, by one of the tables or by none.
 
         Shape: (B, S, heads*P) or (B, heads, S, P), (B, S) -> the same.
         """
-        return ops.rotary_embedding(x, self.cos, self.sin, positions, num_heads=num_heads)
+        if table is None:
+            return x
+        return ops.rotary_embedding(x, *self.tables[table], positions, num_heads=num_heads)
 
 
-class CachedBlock(nn.Module):
-    """One layer over a cache: what both layouts share."""
+def rotary_table(attention: Attention) -> int | None:
+    """Which of the rotary tables turns a layer's heads; None for none."""
+    return int(attention.local) if attention.rotated else None
+
+
+class CachedBlock(Residual):
+    """One layer over a cache: what both layouts share. Around its attention it is the trained layer."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -159,21 +188,30 @@ class CachedBlock(nn.Module):
         self.num_heads = attention.num_heads
         self.num_kv_heads = attention.num_kv_heads
         self.head_dim = attention.head_dim
+        self.window = attention.window
+        self.scale = attention.scale
+        self.table = rotary_table(attention)
+        self.parallel = block.parallel
         self.attention_norm = block.attention_norm
         self.qkv = packed([attention.q_proj, attention.k_proj, attention.v_proj])
         self.q_norm = attention.q_norm
         self.k_norm = attention.k_norm
         self.o_proj = attention.o_proj
+        self.attention_out_norm = block.attention_out_norm
         self.mlp_norm = block.mlp_norm
         self.mlp = block.mlp
+        self.mlp_out_norm = block.mlp_out_norm
+
+    def extra_repr(self) -> str:
+        """What graphs of the same modules may differ in."""
+        return f"window={self.window}, table={self.table}"
 
     def forward(
         self, x: Tensor, past_key: Tensor, past_value: Tensor, where: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Shape: x (N, D), past of the layout -> (N, D) and two of the layout."""
         mixed, key, value = self.attend(self.qkv(self.attention_norm(x)), past_key, past_value, where)
-        x = x + self.o_proj(mixed)
-        return x + self.mlp(self.mlp_norm(x)), key, value
+        return self.close(x, self.o_proj(mixed)), key, value
 
     def attend(
         self, qkv: Tensor, past_key: Tensor, past_value: Tensor, where: Any
@@ -192,9 +230,14 @@ class CachedKV(nn.Module):
         super().__init__()
         self.num_kv_heads = block.attention.num_kv_heads
         self.head_dim = block.attention.head_dim
+        self.table = rotary_table(block.attention)
         self.attention_norm = block.attention_norm
         self.kv = packed([block.attention.k_proj, block.attention.v_proj])
         self.k_norm = block.attention.k_norm
+
+    def extra_repr(self) -> str:
+        """What graphs of the same modules may differ in."""
+        return f"table={self.table}"
 
     def forward(
         self, x: Tensor, past_key: Tensor, past_value: Tensor, where: Placement
@@ -237,10 +280,8 @@ class HeadPlacement(Placement):
     ONNX Runtime's kernel takes another path for a single query whose last bits differ.
     """
 
-    def __init__(
-        self, ragged: Ragged, cos: Tensor, sin: Tensor, positions: Tensor | None, sizes: HeadSizes
-    ) -> None:
-        super().__init__(ragged, cos, sin, positions)
+    def __init__(self, ragged: Ragged, tables: Tables, positions: Tensor | None, sizes: HeadSizes) -> None:
+        super().__init__(ragged, tables, positions)
         self.head_dim = sizes.head_dim
         self.in_all = sizes.num_heads + 2 * sizes.groups
         self.keys = self._heads(ragged.spread, sizes.num_heads, sizes.groups)
@@ -261,16 +302,17 @@ class QueryPlacement(HeadPlacement):
     def __init__(
         self,
         ragged: Ragged,
-        cos: Tensor,
-        sin: Tensor,
+        tables: Tables,
         positions: Tensor | None,
         sizes: HeadSizes,
         past_key: Tensor,
     ) -> None:
-        super().__init__(ragged, cos, sin, positions, sizes)
+        super().__init__(ragged, tables, positions, sizes)
         assert ragged.few is not None, "of the layout BGTP"
         self.forms = ragged.few, ragged.products
         self.mask: Tensor | None = None
+        self.past_key = past_key
+        self.in_a_group = sizes.in_a_group
         copied = int(sizes.in_a_group == 1)
         self.query_positions = self.positions
         spread = ragged.spread
@@ -290,6 +332,13 @@ class QueryPlacement(HeadPlacement):
         head = torch.arange(sizes.num_heads) * num_places  # (H)
         self.back = (places + row * num_places * (sizes.num_heads - 1))[:, None] + head  # (N, H)
 
+    @cached_property
+    def window_rows(self) -> Tensor:
+        """Where in the cache each query of a group stands. Shape: (B, R*S), or (B, S+1) of a single head."""
+        if self.in_a_group == 1:
+            return torch.cat((self.written[:, :1], self.written), dim=1)
+        return torch.cat([self.written] * self.in_a_group, dim=1)
+
 
 class HeadBlock(CachedBlock):
     """One layer over a cache (B, G, T, P)."""
@@ -301,8 +350,8 @@ class HeadBlock(CachedBlock):
         heads = where.by_head(qkv)
         q = self.q_norm(F.embedding(where.queries, heads))  # (B, H, S, P)
         k = self.k_norm(F.embedding(where.keys, heads))
-        q = where.rotate(q, where.query_positions, self.num_heads)
-        k = where.rotate(k, where.positions, self.num_kv_heads)
+        q = where.rotate(q, where.query_positions, self.num_heads, self.table)
+        k = where.rotate(k, where.positions, self.num_kv_heads, self.table)
         key = scatter_rows(past_key, k, where.write_indices)
         value = scatter_rows(past_value, F.embedding(where.values, heads), where.write_indices)
         mixed = self._mix(q, key, value, where)
@@ -313,11 +362,15 @@ class HeadBlock(CachedBlock):
 
     def _mix(self, q: Tensor, key: Tensor, value: Tensor, where: QueryPlacement) -> Tensor:
         """Shape: (B, H, S, P) -> (B*H*S, P)."""
-        attributes: dict[str, Any] = {"scale": self.head_dim**-0.5}
+        attributes: dict[str, Any] = {"scale": self.scale or self.head_dim**-0.5}
         inputs: tuple[Tensor | None, ...]
-        if where.mask is not None:
+        mask, forms = where.mask, where.forms
+        if self.window:
+            mask = where.window_mask(self.window, where.window_rows, where.past_key)
+            forms = torch.tensor(True), forms[1]
+        if mask is not None:
             attributes["by_group"] = [0, self.num_kv_heads, -1, self.head_dim]
-            inputs = (q, key, value, where.mask, where.lengths, *where.forms)
+            inputs = (q, key, value, mask, where.lengths, *forms)
             mixed = ops.symbolic(FEW_OR_MANY, inputs, attributes, dtype=q.dtype, shape=q.shape, version=1)
         else:
             attributes["is_causal"] = 1
@@ -334,14 +387,16 @@ class HeadKV(CachedKV):
         """See CachedKV."""
         heads = where.by_head(kv)
         k = self.k_norm(F.embedding(where.keys, heads))
-        return where.rotate(k, where.positions, self.num_kv_heads), F.embedding(where.values, heads)
+        k = where.rotate(k, where.positions, self.num_kv_heads, self.table)
+        return k, F.embedding(where.values, heads)
 
 
 class FlatPlacement(Placement):
     """With a copy of each row's first query, and where each token stands then."""
 
-    def __init__(self, ragged: Ragged, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> None:
-        super().__init__(ragged, cos, sin, positions)
+    def __init__(self, ragged: Ragged, tables: Tables, positions: Tensor | None, past_key: Tensor) -> None:
+        super().__init__(ragged, tables, positions)
+        self.past_key = past_key
         self.query_positions = torch.cat((self.positions[:, :1], self.positions), dim=1)  # (B, S+1)
         self.query_spread = torch.cat((ragged.spread[:, :1], ragged.spread), dim=1)
         copies = gather(
@@ -365,18 +420,23 @@ class FlatBlock(CachedBlock):
         q, k, v = torch.split(qkv, [self.num_heads * self.head_dim, kv_width, kv_width], dim=-1)
         q = _per_head(self.q_norm, q, self.num_heads)
         k = _per_head(self.k_norm, k, self.num_kv_heads)
-        k = where.rotate(where.spread_out(k), where.positions, self.num_kv_heads)
+        k = where.rotate(where.spread_out(k), where.positions, self.num_kv_heads, self.table)
         key = scatter_rows(past_key, k, where.write_indices)
         value = scatter_rows(past_value, where.spread_out(v), where.write_indices)
         q = where.rotate(
-            F.embedding(where.query_spread, q), where.query_positions, self.num_heads
+            F.embedding(where.query_spread, q), where.query_positions, self.num_heads, self.table
         )  # (B, S+1, H*P)
         attributes: dict[str, Any] = {
-            "is_causal": 1,
+            "is_causal": int(not self.window),
             "q_num_heads": self.num_heads,
             "kv_num_heads": self.num_kv_heads,
         }
-        inputs = (q, key, value, None, None, None, where.lengths)
+        if self.scale is not None:
+            attributes["scale"] = self.scale
+        inputs: tuple[Tensor | None, ...] = (q, key, value, None, None, None, where.lengths)
+        if self.window:
+            rows = torch.cat((where.written[:, :1], where.written), dim=1)
+            inputs = (q, key, value, where.window_mask(self.window, rows, where.past_key[:, None]))
         mixed = ops.symbolic("Attention", inputs, attributes, dtype=q.dtype, shape=q.shape, version=OPSET)
         return F.embedding(where.query_places, mixed.flatten(0, 1)), key, value
 
@@ -388,7 +448,8 @@ class FlatKV(CachedKV):
         """See CachedKV."""
         k, v = kv.chunk(2, dim=-1)
         k = _per_head(self.k_norm, k, self.num_kv_heads)
-        return where.rotate(where.spread_out(k), where.positions, self.num_kv_heads), where.spread_out(v)
+        k = where.rotate(where.spread_out(k), where.positions, self.num_kv_heads, self.table)
+        return k, where.spread_out(v)
 
 
 def _per_head(norm: nn.Module, x: Tensor, num_heads: int) -> Tensor:
@@ -410,24 +471,26 @@ class CacheForm:
         config = model.config
         self.layout = layout
         self.by_head = layout == "BGTP"
-        self.cos, self.sin = (
-            torch.cat((table, table[-1:])).to(model.embed.weight.dtype) for table in (model.cos, model.sin)
-        )
+        names = ("cos", "sin", "local_cos", "local_sin") if config.local_rope_theta else ("cos", "sin")
+        self.tables = {
+            name: torch.cat((table, table[-1:])).to(model.embed.weight.dtype)
+            for name, table in ((name, getattr(model, name)) for name in names)
+        }
         self.sizes = HeadSizes(config.num_heads, config.num_kv_heads, config.head_dim)
 
     def placement(
-        self, ragged: Ragged, tables: tuple[Tensor, Tensor], past_key: Tensor, positions: Tensor | None = None
+        self, ragged: Ragged, tables: Tables, past_key: Tensor, positions: Tensor | None = None
     ) -> Placement:
         """Where the new tokens of a pass go, by the graph's own rotary tables."""
         if not self.by_head:
-            return FlatPlacement(ragged, *tables, positions)
-        return QueryPlacement(ragged, *tables, positions, self.sizes, past_key)
+            return FlatPlacement(ragged, tables, positions, past_key)
+        return QueryPlacement(ragged, tables, positions, self.sizes, past_key)
 
-    def kv_placement(self, ragged: Ragged, tables: tuple[Tensor, Tensor]) -> Placement:
+    def kv_placement(self, ragged: Ragged, tables: Tables) -> Placement:
         """The same of a pass that only writes keys and values."""
         if not self.by_head:
-            return Placement(ragged, *tables)
-        return HeadPlacement(ragged, *tables, None, replace(self.sizes, num_heads=0))
+            return Placement(ragged, tables)
+        return HeadPlacement(ragged, tables, None, replace(self.sizes, num_heads=0))
 
     def block(self, block: nn.Module) -> CachedBlock:
         """A layer over a cache of this layout."""

@@ -17,29 +17,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from ease_export.layers import CacheForm, Placement, Ragged, gather
+from ease_export.layers import CacheForm, Placement, Ragged, Tables, gather
 from ease_train.model import exits
 from ease_train.model.decoder import Decoder, RoutedBlock
 
 
-class _OverCache(nn.Module):
+class OverCache(nn.Module):
     """What graphs over a cache share: the layers and the rotary tables."""
-
-    cos: Tensor
-    sin: Tensor
 
     def __init__(self, form: CacheForm, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.form = form
         self.blocks = nn.ModuleList(blocks)
-        self.register_buffer("cos", form.cos)
-        self.register_buffer("sin", form.sin)
+        for name, table in form.tables.items():
+            self.register_buffer(name, table)
+
+    @property
+    def tables(self) -> Tables:
+        """Cosines and sines, and those of windowed layers where these have their own."""
+        found = [getattr(self, name) for name in self.form.tables]
+        return list(zip(found[::2], found[1::2], strict=True))
 
     def placement(
         self, ragged: Sequence[Tensor], past: Sequence[Tensor], positions: Tensor | None = None
     ) -> Placement:
         """Where the new tokens go."""
-        return self.form.placement(Ragged(*ragged), (self.cos, self.sin), past[0], positions)
+        return self.form.placement(Ragged(*ragged), self.tables, past[0], positions)
 
     def run(
         self, hidden: Tensor, active: Tensor, ragged: Sequence[Tensor], past: Sequence[Tensor]
@@ -57,7 +60,7 @@ class _OverCache(nn.Module):
         return hidden, *present
 
 
-class FirstSegment(_OverCache):
+class FirstSegment(OverCache):
     """segment_01: input_ids (N), active (N), ragged, past -> embedded, hidden (N, D), present.
 
     `embedded` is what entered the first layer: the state before the first exit, for policies that compare.
@@ -75,7 +78,7 @@ class FirstSegment(_OverCache):
         return embedded, *self.run(embedded, active, ragged, past)
 
 
-class Segment(_OverCache):
+class Segment(OverCache):
     """segment_k: pool (M, D), index (N), then as the first segment -> hidden (N, D), present.
 
     Also block_k, an exit's own layer.
@@ -95,7 +98,7 @@ class Segment(_OverCache):
         return self.run(F.embedding(index, pool), active, ragged, past)
 
 
-class PropagateKV(_OverCache):
+class PropagateKV(OverCache):
     """kv_k: keys and values of tokens that have left, every layer's from the one frozen hidden state.
 
     No `active`, no hidden out.
@@ -108,22 +111,22 @@ class PropagateKV(_OverCache):
         self, pool: Tensor, index: Tensor, ragged: Sequence[Tensor], past: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         hidden = F.embedding(index, pool)
-        where = self.form.kv_placement(Ragged(*ragged), (self.cos, self.sin))
+        where = self.form.kv_placement(Ragged(*ragged), self.tables)
         present: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             present += block(hidden, past[2 * i], past[2 * i + 1], where)
         return tuple(present)
 
 
-class Routed(_OverCache):
+class Routed(OverCache):
     """segment_k of the kind `routed`: pool (M, D), index (N), positions (N), ragged, past -> as a segment.
 
     Runs only the tokens that go in: x + router(x) * (block(x) - x). `write_indices` counts those that went in
     before.
     """
 
-    def __init__(self, model: Decoder, form: CacheForm, layer: int) -> None:
-        routed = model.layers[layer - 1]
+    def __init__(self, form: CacheForm, layers: Iterable[nn.Module]) -> None:
+        (routed,) = layers
         assert isinstance(routed, RoutedBlock)
         super().__init__(form, [form.block(routed.block)])
         self.router = routed.router

@@ -3,9 +3,10 @@
 Traces and writes nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ease_export.modules import (
     FirstSegment,
     GateHead,
     Head,
+    OverCache,
     PropagateKV,
     ReducedHead,
     Route,
@@ -25,20 +27,21 @@ from ease_export.modules import (
     Segment,
     Similarity,
 )
-from ease_train.model.decoder import Decoder, RoutedBlock
+from ease_train.model.blocks import Attention
+from ease_train.model.decoder import Block, Decoder, RoutedBlock
 
 HEAD_FILE = "head.onnx"
 REDUCED_HEAD_FILE = "reduced_head.onnx"  # of all early exits
 SIMILARITY_FILE = "similarity.onnx"
-TRACED_LAYERS = 2  # all the others are the second again, with weights of their own
+TRACED_LAYERS = 2  # all the others are the second again, with weights of their own, where they are alike
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSpec:
     """One graph to export: its module, and how it is traced.
 
-    `traced` is `module` with no more than two of its `num_layers` layers (0: it has none); inputs and names
-    are those of `traced`.
+    `traced` is `module` with the first `num_traced` of its `num_layers` layers (0: it has none); inputs and
+    names are those of `traced`.
     """
 
     file: str
@@ -50,6 +53,7 @@ class GraphSpec:
     output_names: list[str]
     weights: str  # the external file of its large weights, unless another graph has written them
     num_layers: int = 0
+    num_traced: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,17 +166,36 @@ def _pool(model: Decoder) -> Inputs:
     return [("pool", _states(model), {0: "M"}), _tokens("index")]
 
 
+def num_traced(layers: Many[nn.Module]) -> int:
+    """How many of a segment's layers stand for all: two, unless those after the first differ in what they
+    attend to.
+    """
+    kinds = {(a.window, a.rotated, a.local) for layer in layers[1:] for a in [_attention_of(layer)]}
+    return len(layers) if len(kinds) > 1 else min(len(layers), TRACED_LAYERS)
+
+
+def _attention_of(layer: nn.Module) -> Attention:
+    assert isinstance(layer, Block | RoutedBlock)
+    return layer.attention
+
+
 def _over_cache(
-    cut: Cut, kind: str, modules: Many[nn.Module], form: CacheForm, inputs: Inputs, outputs: list[str]
+    cut: Cut,
+    kind: str,
+    make: Callable[[Many[nn.Module]], OverCache],
+    layers: Many[nn.Module],
+    inputs: Inputs,
+    outputs: list[str],
 ) -> GraphSpec:
     """A graph that reads and writes the caches of a segment's layers, after its own inputs and where its
-    tokens stand.
-
-    `modules` are the whole and the part that is traced.
+    tokens stand. `make` makes its module over some layers.
     """
-    num_layers = cut.last - cut.first + 1
-    names = [f"{name}.{i}" for i in range(min(num_layers, TRACED_LAYERS)) for name in ("key", "value")]
-    past = [torch.zeros(form.shape(ROWS, LENGTH), dtype=form.cos.dtype) for _ in names]
+    count = num_traced(layers)
+    module = make(layers)
+    traced = module if count == len(layers) else make(layers[:count])
+    form = module.form
+    names = [f"{name}.{i}" for i in range(count) for name in ("key", "value")]
+    past = [torch.zeros(form.shape(ROWS, LENGTH), dtype=form.tables["cos"].dtype) for _ in names]
     ragged: Inputs = [
         ("spread", torch.arange(ROWS * PLACES).clamp(max=TOKENS - 1).reshape(ROWS, PLACES), {0: "B", 1: "S"}),
         ("places", torch.arange(TOKENS), {0: "N"}),
@@ -182,44 +205,44 @@ def _over_cache(
         ragged += [(name, torch.tensor(True), {}) for name in ("few", "products")]
     return GraphSpec(
         file=cut.file(kind),
-        module=modules[0],
-        traced=modules[-1],
+        module=module,
+        traced=traced,
         inputs=(*(example for _, example, _ in inputs), [example for _, example, _ in ragged], past),
         input_names=[*(name for name, _, _ in [*inputs, *ragged]), *(f"past_{name}" for name in names)],
         axes=(*(axes for _, _, axes in inputs), [axes for _, _, axes in ragged], [form.axes for _ in names]),
         output_names=[*outputs, *(f"present_{name}" for name in names)],
         weights=f"{cut.file('segment' if kind == 'kv' else kind)}.data",
-        num_layers=num_layers,
+        num_layers=len(layers),
+        num_traced=count,
     )
 
 
 def _segment_plan(model: Decoder, form: CacheForm, cut: Cut) -> GraphSpec:
-    layers = model.layers[cut.first - 1 : cut.last]
-    inputs = [_tokens("active", torch.bool)]
+    layers = [*model.layers[cut.first - 1 : cut.last]]
+    active = _tokens("active", torch.bool)
     if cut.number:
-        modules = [Segment(form, part) for part in (layers, layers[:TRACED_LAYERS])]
-        return _over_cache(cut, "segment", modules, form, [*_pool(model), *inputs], ["hidden"])
-    first = [FirstSegment(form, part, model.embed) for part in (layers, layers[:TRACED_LAYERS])]
-    return _over_cache(cut, "segment", first, form, [_tokens("input_ids"), *inputs], ["embedded", "hidden"])
+        make = partial(Segment, form)
+        return _over_cache(cut, "segment", make, layers, [*_pool(model), active], ["hidden"])
+    first = partial(FirstSegment, form, embed=model.embed)
+    inputs = [_tokens("input_ids"), active]
+    return _over_cache(cut, "segment", first, layers, inputs, ["embedded", "hidden"])
 
 
 def _kv_plan(model: Decoder, form: CacheForm, cut: Cut) -> GraphSpec:
-    layers = model.layers[cut.first - 1 : cut.last]
-    modules = [PropagateKV(form, part) for part in (layers, layers[:TRACED_LAYERS])]
-    return _over_cache(cut, "kv", modules, form, _pool(model), [])
+    layers = [*model.layers[cut.first - 1 : cut.last]]
+    return _over_cache(cut, "kv", partial(PropagateKV, form), layers, _pool(model), [])
 
 
 def _block_plan(model: Decoder, form: CacheForm, cut: Cut, block: nn.Module) -> GraphSpec:
     """An exit's own layer, as a segment of one. `cut` has the exit's number."""
-    module = Segment(form, [block])
-    return _over_cache(
-        cut, "block", [module], form, [*_pool(model), _tokens("active", torch.bool)], ["hidden"]
-    )
+    inputs = [*_pool(model), _tokens("active", torch.bool)]
+    return _over_cache(cut, "block", partial(Segment, form), [block], inputs, ["hidden"])
 
 
 def _routed_plan(model: Decoder, form: CacheForm, cut: Cut) -> GraphSpec:
-    module = Routed(model, form, cut.first)
-    return _over_cache(cut, "segment", [module], form, [*_pool(model), _tokens("positions")], ["hidden"])
+    layers = [*model.layers[cut.first - 1 : cut.last]]
+    inputs = [*_pool(model), _tokens("positions")]
+    return _over_cache(cut, "segment", partial(Routed, form), layers, inputs, ["hidden"])
 
 
 def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str]) -> GraphSpec:

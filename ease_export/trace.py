@@ -22,8 +22,8 @@ from torch import nn
 from torch.export import Dim
 
 from ease_common.errors import ExportError
-from ease_export.functions import DOMAIN, OPSET, add_functions
-from ease_export.plan import TRACED_LAYERS, GraphSpec
+from ease_export.functions import DOMAIN, MASKS, OPSET, add_functions
+from ease_export.plan import GraphSpec
 from ease_train.model.decoder import Decoder
 
 COMPARED_SIZE = 1024  # numbers: torch.onnx looks for equal weights up to this size
@@ -49,7 +49,7 @@ class Tracer:
             self.traced[form] = trace(plan)
         model = onnx.ModelProto()
         model.CopyFrom(self.traced[form])
-        if plan.num_layers > TRACED_LAYERS:
+        if plan.num_layers > plan.num_traced:
             repeat_layer(model.graph, plan.num_layers)
         return model
 
@@ -166,7 +166,7 @@ def reached_by(graph: onnx.GraphProto, layer: int) -> list[int]:
     reached = set[str]()
     indices = []
     for index, node in enumerate(graph.node):
-        if node.domain == DOMAIN and node.op_type == "Mask":
+        if node.domain == DOMAIN and node.op_type in MASKS:
             continue
         if any(name in reached or f"{name}.".startswith(starts) for name in node.input):
             reached.update(node.output)

@@ -315,7 +315,8 @@ def compare_routed(
     yield Difference(segment.route_graph or "", "goes_in", share, TOLERANCES[stack.manifest.activations])
     positions = torch.from_numpy(np.flatnonzero(inside))
     keys_values = routed.block.attention.keys_values(
-        routed.block.attention_norm(hidden[:, positions]), model.cos[positions], model.sin[positions]
+        routed.block.attention_norm(hidden[:, positions]),
+        *(table[positions] for table in model.rotary(routed)),
     )
     written = _written(runner.cache, segment, len(positions))[0]
     for place, name in enumerate(("present_key", "present_value")):
@@ -335,7 +336,8 @@ def compare_caches(
     for layer in range(segment.first_layer, segment.last_layer + 1):
         block = model.layers[layer - 1]
         assert isinstance(block, Block), "the checkpoint has the bundle's layers"
-        k, v = block.attention.keys_values(block.attention_norm(hidden), model.cos[:count], model.sin[:count])
+        tables = (table[:count] for table in model.rotary(block))
+        k, v = block.attention.keys_values(block.attention_norm(hidden), *tables)
         keys.append(k.transpose(1, 2).flatten(2))
         values.append(v.transpose(1, 2).flatten(2))
         if not frozen:

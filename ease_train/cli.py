@@ -342,11 +342,21 @@ def gates(
     help="Trained exits for it, from `export-exits`.",
 )
 @click.option("--max-positions", type=click.IntRange(2), help="Cut the model's context to so many tokens.")
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A LoRA folder of peft, merged into the model's weights.",
+)
 def import_(
-    source: str, out: Path, layers: tuple[int, ...], with_exits: Path | None, max_positions: int | None
+    source: str,
+    out: Path,
+    layers: tuple[int, ...],
+    with_exits: Path | None,
+    max_positions: int | None,
+    adapter: Path | None,
 ) -> None:
-    """Turn a pretrained model into a checkpoint: a Hugging Face directory or hub id, or a .gguf file (Llama,
-    Mistral, Qwen).
+    """Turn a pretrained model into a checkpoint: a Hugging Face directory or hub id, or a .gguf file (of the
+    families in docs/pretrained.md).
     """
     from ease_train.convert.huggingface import import_model
     from ease_train.training.checkpoint import save_checkpoint
@@ -359,7 +369,7 @@ def import_(
             "trained; leave one out"
         )
     with alone_at(out):
-        checkpoint = import_model(source, layers, max_positions, with_exits, report=click.echo)
+        checkpoint = import_model(source, layers, max_positions, with_exits, click.echo, adapter)
         save_checkpoint(checkpoint, out)
     config = checkpoint.recipe.model
     parameters = sum(p.numel() for p in checkpoint.model.parameters())

@@ -27,6 +27,16 @@ ROPE3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
+OF_PHI4 = {"hidden_size": 96, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+    "long_factor": [4.0] * 6,
+}
+ALL_ROTATED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+GEMMA_LAYERS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 6}),
     "llama3": ("Llama", {"rope_parameters": {**ROPE3, "original_max_position_embeddings": 32}}),
@@ -39,6 +49,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"rms_norm_eps": 1e-5}),
     "qwen2.5": ("Qwen2", {"tie_word_embeddings": True, "sliding_window": 16, "use_sliding_window": False}),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "windowed mistral": ("Mistral", {"sliding_window": 10, "head_dim": 12}),
+    "windowed qwen2": ("Qwen2", {"sliding_window": 10, "use_sliding_window": True, "max_window_layers": 2}),
+    "smollm3": ("SmolLM3", {"pad_token_id": 1}),
+    "uneven smollm3": ("SmolLM3", {"pad_token_id": 1, "no_rope_layers": [0, 1, 1, 0]}),
+    "phi3": ("Phi3", {"pad_token_id": 1, "sliding_window": 10}),
+    "phi4": (
+        "Phi3",
+        {"pad_token_id": 1, "tie_word_embeddings": True, "rope_parameters": LONGROPE, **OF_PHI4},
+    ),
+    "pythia": ("GPTNeoX", {"num_key_value_heads": None, "head_dim": None, "hidden_size": 96}),
+    "serial neox": ("GPTNeoX", {"use_parallel_residual": False, "rope_parameters": ALL_ROTATED}),
+    "gemma3": (
+        "Gemma3Text",
+        {"sliding_window": 10, "head_dim": 16, "query_pre_attn_scalar": 20, "layer_types": GEMMA_LAYERS},
+    ),
 }
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{{ eos_token "
@@ -71,7 +96,7 @@ def make_model(family: str, **changes: Any) -> Any:
     kind, fields = FAMILIES.get(family, (family, {}))
     torch.manual_seed(3)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **fields, **changes})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(0.5, 1.5) if parameter.ndim == 1 else parameter.mul_(8.0)

@@ -27,9 +27,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ease_common.errors import ModelImportError
+from ease_train.convert.families import family_named, known
+from ease_train.convert.family import LLAMA3_SCALING, ROTATED, by_pairs
 from ease_train.convert.grid import Grid, packed
 from ease_train.convert.huggingface import read_template
-from ease_train.convert.source_model import FAMILIES, LLAMA3_SCALING, SourceModel, hf_name
+from ease_train.convert.source_model import SourceModel, Weights, model_config
 from ease_train.convert.text_format import TextFormat
 from ease_train.convert.vocabularies import (
     Split,
@@ -41,23 +43,26 @@ from ease_train.convert.vocabularies import (
     unigram,
 )
 from ease_train.model.blocks import stretched
+from ease_train.model.decoder import Decoder
+from ease_train.training.config import ModelConfig
 
 OUTER = {"token_embd": "embed", "output_norm": "norm", "output": "lm_head"}
-IN_BLOCK = {
-    "attn_norm": "attention_norm",
-    "attn_q": "attention.q_proj",
-    "attn_k": "attention.k_proj",
-    "attn_v": "attention.v_proj",
-    "attn_output": "attention.o_proj",
-    "ffn_norm": "mlp_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+IN_BLOCK: dict[str, tuple[str, ...]] = {
+    "attn_norm": ("attention_norm",),
+    "attn_q": ("attention.q_proj",),
+    "attn_k": ("attention.k_proj",),
+    "attn_v": ("attention.v_proj",),
+    "attn_q_norm": ("attention.q_norm",),
+    "attn_k_norm": ("attention.k_norm",),
+    "attn_output": ("attention.o_proj",),
+    "post_attention_norm": ("attention_out_norm",),
+    "ffn_norm": ("mlp_norm",),
+    "ffn_gate": ("mlp.gate_proj",),
+    "ffn_up": ("mlp.up_proj",),
+    "ffn_down": ("mlp.down_proj",),
+    "post_ffw_norm": ("mlp_out_norm",),
 }
-BIASED = ("attn_q", "attn_k", "attn_v")
-HEAD_NORMS = {"attn_q_norm": "attention.q_norm", "attn_k_norm": "attention.k_norm"}
 ROPE_FACTORS = "rope_freqs.weight"
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # "llama" is Mistral's and SmolLM2's, too
 
 NEUTRAL: dict[str, Any] = {  # what llama.cpp computes otherwise with another value
     "attention.causal": True,
@@ -293,17 +298,20 @@ GRIDS: dict[GGMLQuantizationType, tuple[int, int, Callable[[NDArray[np.uint8]], 
 }
 
 
-class Dequantised(Mapping[str, Tensor]):
-    """The tensors of a file as fp32 by their Hugging Face names, each dequantised when it is asked for."""
+class Dequantised(Weights):
+    """The tensors of a file as fp32, each dequantised when it is asked for."""
 
     def __init__(self, tensors: Mapping[str, PackedTensor]) -> None:
-        self.tensors = {hf_name(name): tensor for name, tensor in tensors.items()}
+        self.tensors = tensors
+
+    def called(self, name: str) -> str:
+        return self.tensors[name].name if name in self.tensors else name
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].floats()
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self.tensors if name is not None)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -328,11 +336,14 @@ class GGUFFile:
         self.reader = _opened(path)
         self.metadata = Metadata(self.reader)
         self.architecture = self.metadata.value("general.architecture", str, "unknown")
-        if self.architecture not in ARCHITECTURES:
-            expected = ", ".join(ARCHITECTURES)
+        kinds = {family.gguf: kind for kind in known() if (family := family_named(kind)).gguf}
+        if self.architecture not in kinds:
+            expected = ", ".join(kinds)
             raise ModelImportError(
                 f"{path} holds a model of the type '{self.architecture}'; expected one of: {expected}"
             )
+        self.kind = kinds[self.architecture]
+        self.family = family_named(self.kind)
         self._check_whole()
         self.stored = {tensor.name: tensor for tensor in self.reader.tensors}
         self.config = self._config()
@@ -385,13 +396,18 @@ class GGUFFile:
             if number < 1:
                 raise ModelImportError(f"{arch}.{name} = {number}, expected at least 1")
         head_dim = read.value(f"{arch}.attention.key_length", int, width // heads)
-        for name in ("attention.value_length", "rope.dimension_count"):
-            if (found := read.value(f"{arch}.{name}", int, head_dim)) != head_dim:
-                raise ModelImportError(f"{arch}.{name} = {found}, expected the width of a head, {head_dim}")
+        rotated = read.value(f"{arch}.rope.dimension_count", int, head_dim)
+        found = {"attention.value_length": read.value(f"{arch}.attention.value_length", int, head_dim)}
+        if not self.family.partial:
+            found["rope.dimension_count"] = rotated
+        for name, number in found.items():
+            if number != head_dim:
+                raise ModelImportError(f"{arch}.{name} = {number}, expected the width of a head, {head_dim}")
         window = read.value(f"{arch}.attention.sliding_window", int, 0)
         positions = read.value(f"{arch}.context_length", int)
-        return {
-            "model_type": arch,
+        cut = window > 0 and not self.family.gguf_windows
+        values = {
+            "model_type": self.kind,
             "vocab_size": self._vocab_size(),
             "hidden_size": width,
             "num_hidden_layers": read.value(f"{arch}.block_count", int),
@@ -399,11 +415,15 @@ class GGUFFile:
             "num_key_value_heads": read.per_layer(f"{arch}.attention.head_count_kv", heads),
             "head_dim": head_dim,
             "intermediate_size": read.per_layer(f"{arch}.feed_forward_length"),
-            "max_position_embeddings": min(positions, window) if window > 0 else positions,
-            "rms_norm_eps": read.value(f"{arch}.attention.layer_norm_rms_epsilon", float),
+            "max_position_embeddings": min(positions, window) if cut else positions,
+            "sliding_window": window if window > 0 and not cut else None,
             "tie_word_embeddings": "output.weight" not in self.stored,
-            "rope_parameters": self._rope(head_dim),
+            "rope_parameters": self._rope(head_dim) | {"partial_rotary_factor": rotated / head_dim},
         }
+        eps = self.family.names.get("norm_eps", "rms_norm_eps") or ""
+        kind = "layer_norm_rms_epsilon" if eps == "rms_norm_eps" else "layer_norm_epsilon"
+        values[eps] = read.value(f"{arch}.attention.{kind}", float)
+        return values | self.family.gguf_fields(values, lambda key, *rest: read.value(f"{arch}.{key}", *rest))
 
     def _vocab_size(self) -> int:
         if "token_embd.weight" not in self.stored:
@@ -430,7 +450,7 @@ class GGUFFile:
                 f"{arch}.rope.scaling.type = '{kind}' cannot be imported; expected none or linear"
             )
         linear = kind == "linear" and factor != 1.0
-        if ROPE_FACTORS not in self.stored or arch != "llama":
+        if ROPE_FACTORS not in self.stored or not self.family.paired:
             scaling = {"rope_type": "linear", "factor": factor} if linear else {"rope_type": "default"}
             return {**scaling, "rope_theta": theta}
         if linear:
@@ -438,18 +458,15 @@ class GGUFFile:
                 f"both {ROPE_FACTORS} and {arch}.rope.scaling.factor = {factor} stretch the rotary "
                 "embedding; expected one"
             )
-        factors = self._packed(ROPE_FACTORS).floats().double()
+        stored = self.stored[ROPE_FACTORS]
+        packed_factors = PackedTensor(ROPE_FACTORS, stored.tensor_type, (int(stored.shape[0]),), stored.data)
+        factors = packed_factors.floats().double()
         if len(factors) != head_dim // 2:
             raise ModelImportError(
                 f"{ROPE_FACTORS} has {len(factors)} values, expected {head_dim // 2}, one for each "
                 "rotated pair"
             )
         return {**rope_scaling(factors, theta), "rope_theta": theta}
-
-    def _packed(self, name: str, heads: int = 0) -> PackedTensor:
-        stored = self.stored[name]
-        shape = tuple(int(size) for size in reversed(stored.shape))
-        return PackedTensor(name, stored.tensor_type, shape, stored.data, heads)
 
     def _tensors(self) -> dict[str, PackedTensor]:
         """The tensors by our names: each that the model needs, and none beside."""
@@ -459,47 +476,68 @@ class GGUFFile:
                 f"{self.architecture}.block_count = {layers}, but the file holds {len(self.stored)} "
                 "tensors in all"
             )
-        ours = {f"{theirs}.weight": f"{name}.weight" for theirs, name in OUTER.items()}
-        for layer in range(layers):
-            ours |= {
-                f"blk.{layer}.{theirs}": f"layers.{layer}.{name}" for theirs, name in self._in_block.items()
-            }
-        optional = {"output.weight"} | ({ROPE_FACTORS} if self.architecture == "llama" else set())
-        if missing := [name for name in ours if name not in self.stored and name not in optional]:
+        sizes = model_config(self.config, (), 1, tied=False)
+        with torch.device("meta"):
+            expected = Decoder(sizes).state_dict()
+        places = {name: self._place(name) for name in expected}
+        optional = {"output.weight"} | ({ROPE_FACTORS} if self.family.paired else set())
+        theirs = list(dict.fromkeys(name for name, _ in places.values()))
+        if missing := [name for name in theirs if name not in self.stored and name not in optional]:
             raise ModelImportError(
                 f"the file lacks {len(missing)} tensors that the model needs, the first is {missing[0]}"
             )
-        if strange := [name for name in self.stored if name not in ours and name not in optional]:
+        if strange := [name for name in self.stored if name not in theirs and name not in optional]:
             raise ModelImportError(
                 f"the file holds {len(strange)} tensors that this decoder has no place for, the first is "
                 f"{strange[0]}"
             )
-        return {
-            name: self._packed(theirs, self._paired_heads(theirs))
-            for theirs, name in ours.items()
-            if theirs in self.stored
-        }
+        firsts = dict[str, int]()  # rows of each tensor that are taken
+        found = {}
+        for name, (stored, _) in sorted(places.items(), key=lambda item: item[1]):
+            if stored in self.stored:
+                rows = len(expected[name])
+                first = firsts.get(stored, 0)
+                firsts[stored] = first + rows
+                found[name] = self._packed(name, stored, first, rows, sizes)
+        return {name: found[name] for name in expected if name in found}
+
+    def _place(self, name: str) -> tuple[str, int]:
+        """The tensor that holds one of our weights, and which of its parts it is."""
+        module, _, kind = name.rpartition(".")
+        outer = {ours: theirs for theirs, ours in OUTER.items()}
+        if module in outer:
+            return f"{outer[module]}.{kind}", 0
+        _, number, inner = module.split(".", 2)
+        theirs, place = self._in_block[inner]
+        return f"blk.{number}.{theirs}.{kind}", place
 
     @cached_property
-    def _in_block(self) -> dict[str, str]:
-        inner = IN_BLOCK | (HEAD_NORMS if FAMILIES[self.architecture].normed else {})
-        names = {f"{theirs}.weight": f"{name}.weight" for theirs, name in inner.items()}
-        if FAMILIES[self.architecture].biased:
-            names |= {f"{theirs}.bias": f"{IN_BLOCK[theirs]}.bias" for theirs in BIASED}
-        return names
+    def _in_block(self) -> dict[str, tuple[str, int]]:
+        """Where each module of a layer is: the name of theirs, and which of its parts it is."""
+        names = {**IN_BLOCK, **self.family.gguf_in_layer}
+        return {part: (theirs, n) for theirs, parts in names.items() for n, part in enumerate(parts)}
 
-    def _paired_heads(self, name: str) -> int:
-        heads = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}
-        inner = name.split(".", 2)[-1]
-        if self.architecture != "llama" or inner not in heads:
-            return 0
-        count = int(self.config[heads[inner]])
-        rows = int(self.stored[name].shape[-1])
-        if rows != count * self.config["head_dim"]:
-            raise ModelImportError(
-                f"{name} has {rows} rows, expected {count} heads of {self.config['head_dim']}"
-            )
-        return count
+    def _packed(self, ours: str, name: str, first: int, rows: int, sizes: ModelConfig) -> PackedTensor:
+        """Rows of a tensor: all that it has, unless it holds several of our weights."""
+        stored = self.stored[name]
+        shape = tuple(int(size) for size in reversed(stored.shape))
+        inner = ours.split(".", 2)[-1].rpartition(".")[0]
+        data = stored.data
+        fused = inner in self._in_block and len(self._parts(inner)) > 1
+        if fused:
+            data, shape = data[first : first + rows], (rows, *shape[1:])
+        if inner not in ROTATED:
+            return PackedTensor(name, stored.tensor_type, shape, data)
+        heads = sizes.num_heads if inner == ROTATED[0] else sizes.num_kv_heads
+        if shape[0] != heads * sizes.head_dim:
+            raise ModelImportError(f"{name} has {shape[0]} rows, expected {heads} heads of {sizes.head_dim}")
+        if sizes.rotary_dim:
+            data = data[by_pairs(torch.arange(len(data)), sizes).numpy()]
+        paired = self.family.paired and ours.endswith("weight")
+        return PackedTensor(name, stored.tensor_type, shape, data, heads if paired else 0)
+
+    def _parts(self, inner: str) -> tuple[str, ...]:
+        return {**IN_BLOCK, **self.family.gguf_in_layer}[self._in_block[inner][0]]
 
     def tokenizer_and_text_format(self) -> tuple[Tokenizer, TextFormat]:
         """The tokenizer, and how texts begin and end. Raises ModelImportError for what is not known."""

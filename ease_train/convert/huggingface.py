@@ -33,7 +33,11 @@ from ease_common.errors import CheckpointError, ModelImportError, SettingWarning
 from ease_common.files import written_aside
 from ease_common.hub import hub_failure, is_hub_id
 from ease_common.tokenizers import whole_texts
-from ease_train.convert.source_model import ROTARY_BUFFER, SourceModel, hf_name, model_config, source_config
+from ease_train.convert.adapter import Adapter
+from ease_train.convert.families import family_of
+from ease_train.convert.family import Family
+from ease_train.convert.files import opened_tensors, read_json
+from ease_train.convert.source_model import SourceModel, Weights, filled_in, model_config, source_config
 from ease_train.convert.text_format import TextFormat
 from ease_train.data.tokens import tokens_without_row
 from ease_train.model.decoder import Decoder
@@ -43,14 +47,10 @@ from ease_train.training.renames import renamed
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-OF_AN_ADAPTER = (
-    "it is an adapter of peft; merge it into its model and save that (merge_and_unload, save_pretrained)"
-)
+OF_AN_ADAPTER = "it is an adapter of peft; import the model it belongs to, with --adapter DIRECTORY"
 EXITS, EXIT_WEIGHTS = "ease.json", "ease_exits.safetensors"  # what transformers has no place for
 REDUCED_HEAD = "reduced_head.known.weight"
-EMBEDDING = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
-OF_THE_EMBEDDING = EMBEDDING.removeprefix("model.")
+EMBEDDING, LM_HEAD = "embed.weight", "lm_head.weight"
 NEEDED_OF_HUB = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 GENERATION = (
     "do_sample",
@@ -73,14 +73,20 @@ def import_model(
     max_positions: int | None = None,
     with_exits: Path | None = None,
     report: Callable[[str], object] | None = None,
+    adapter: Path | None = None,
 ) -> Checkpoint:
-    """Another project's model as a checkpoint with untrained exits, whose norms start as the final norm.
+    """Another project's model as a checkpoint with untrained exits, whose norms start as the final norm; the
+    low-rank changes of an `adapter` of peft's are merged.
 
     Raises ModelImportError, ConfigError.
 
     Without `exits` it has those in the folder `with_exits`, or those that `export_model` wrote beside it, if
     any. `report` is called with each line of what of a .gguf file was used.
     """
+    if source.endswith(".gguf") and adapter is not None:
+        raise ModelImportError(
+            f"an adapter goes by the names of weights in transformers: give a directory, not {source}"
+        )
     if source.endswith(".gguf"):
         source_model = read_gguf_file(Path(source))
         folder = None
@@ -89,7 +95,8 @@ def import_model(
                 report(line)
     else:
         folder = Path(source) if Path(source).is_dir() else download(source)
-        source_model = read_directory(folder)
+        source_model = read_directory(folder, adapter)
+        source = source if adapter is None else f"{source} with the adapter {adapter}"
     if with_exits is None and not exits and folder is not None and (folder / EXITS).is_file():
         with_exits = folder
     if with_exits is not None:
@@ -124,8 +131,9 @@ def download(name: str) -> Path:
         raise ModelImportError(f"{name} did not come from the Hugging Face hub: {said}") from None
 
 
-def read_directory(folder: Path) -> SourceModel:
-    """A Hugging Face model directory; its weights are read one by one as they are asked for.
+def read_directory(folder: Path, adapter: Path | None = None) -> SourceModel:
+    """A Hugging Face model directory; its weights are read one by one, and merged with an adapter's changes,
+    as they are asked for.
 
     Raises ModelImportError.
     """
@@ -134,11 +142,12 @@ def read_directory(folder: Path) -> SourceModel:
         raise ModelImportError(f"{folder} is no Hugging Face model: config.json is missing{_other(folder)}")
     if "recipe" in config:
         raise ModelImportError(f"{folder} is a checkpoint of this project already; nothing to import")
-    model_config(
+    sizes = model_config(
         config, exits=(), max_positions=1, tied=False
     )  # refused in our words, before transformers reads the same file
     tokenizer, names = read_named_tokenizer(folder)
-    return SourceModel(config, Shards(folder), tokenizer, read_text_format(folder, config, tokenizer, names))
+    weights = Shards(folder, family_of(config), sizes, None if adapter is None else Adapter(adapter))
+    return SourceModel(config, weights, tokenizer, read_text_format(folder, config, tokenizer, names))
 
 
 def _other(folder: Path) -> str:
@@ -153,51 +162,56 @@ def _other(folder: Path) -> str:
     return ""
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None when there is no such file. Raises ModelImportError."""
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelImportError(f"{path} is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ModelImportError(f"{path} holds no JSON object")
-    return values
-
-
-class Shards(Mapping[str, Tensor]):
-    """The tensors of a directory's safetensors files as fp32, read when they are asked for.
-
-    Raises ModelImportError.
+class Shards(Weights):
+    """The weights of a directory's safetensors files. Raises ModelImportError.
 
     As transformers has it, `model.safetensors` goes before an index, and names may lack the prefix of the
     decoder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        names = dict[str, Path]()
+    def __init__(
+        self, folder: Path, family: Family, sizes: ModelConfig, adapter: Adapter | None = None
+    ) -> None:
+        self.family = family
+        self.sizes = sizes
+        self.adapter = adapter
+        stored = dict[str, Path]()
         for name in _weight_files(folder):
-            with _opened(folder / name) as file:
-                names |= dict.fromkeys(file.keys(), folder / name)
-        bare = OF_THE_EMBEDDING in names
-        self.places = {
-            f"model.{name}" if bare and name != LM_HEAD else name: (path, name)
-            for name, path in names.items()
-        }
+            with opened_tensors(folder / name) as file:
+                stored |= dict.fromkeys(file.keys(), folder / name)
+        prefix, _, embedding = self.called(EMBEDDING).partition(".")
+        bare = embedding in stored
+        head = self.called(LM_HEAD)
+        self.places = dict[str, tuple[Path, str]]()
+        strange = list[str]()
+        for name, path in stored.items():
+            whole = f"{prefix}.{name}" if bare and name != head else name
+            ours = family.held(whole)
+            self.places |= dict.fromkeys(ours, (path, name))
+            if not ours and not name.endswith(family.ignored):
+                strange.append(name)
+        self.strange = tuple(strange)
+        if adapter is not None:
+            adapter.check({self.called(name) for name in self.places})
+
+    def called(self, name: str) -> str:
+        found = self.family.stored(name)
+        return name if found is None else found[0]
 
     def __getitem__(self, name: str) -> Tensor:
         path, stored = self.places[name]
-        with _opened(path) as file:
+        with opened_tensors(path) as file:
             tensor: Tensor = file.get_tensor(stored)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ModelImportError(
-                f"{path.name}: {name} is stored as {tensor.dtype}; quantised weights cannot be imported"
+                f"{path.name}: {stored} is stored as {tensor.dtype}; quantised weights cannot be imported"
             )
-        return tensor.to(torch.float32, copy=True)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.places
+        if self.adapter is not None:
+            tensor = self.adapter.merged(self.called(name), tensor)
+        try:
+            return self.family.taken(tensor, name, self.sizes)
+        except ModelImportError as error:
+            raise ModelImportError(f"{stored}: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -236,13 +250,6 @@ def _instead(folder: Path) -> str:
         "transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(OTHER) writes them so"
     )
     return f"; weights in another form (.bin, .pt) are not read: {remedy}"
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safetensors.safe_open(path, framework="pt")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ModelImportError(f"{path} is no safetensors file: {error}") from None
 
 
 def read_named_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str | None]]:
@@ -400,20 +407,22 @@ def start_id(tokenizer: Tokenizer) -> int | None:
 
 
 def _template(folder: Path, named: Mapping[str, Any]) -> str | None:
-    """The chat template: a file of its own, or in the tokenizer's configuration, alone or as the one named
-    'default'.
+    """The chat template: a file of its own, that of a processor, or in the tokenizer's configuration, alone
+    or as the one named 'default', or else the first. Raises ModelImportError.
     """
     path = folder / "chat_template.jinja"
-    template = path.read_bytes() if path.is_file() else named.get("chat_template")
+    if path.is_file():
+        return read_template(path.read_bytes())
+    of_processor = read_json(folder / "chat_template.json") or {}
+    template = of_processor.get("chat_template", named.get("chat_template"))
     if isinstance(template, list):
         named_so = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        if "default" not in named_so:
-            warn(
-                f"no chat template is named 'default' (there are: {', '.join(map(str, named_so))}); "
-                "imported without one"
-            )
-        template = named_so.get("default")
-    return read_template(template) if isinstance(template, str | bytes) else None
+        chosen = "default" if "default" in named_so else next(iter(named_so), None)
+        if chosen not in ("default", None):
+            names = ", ".join(map(str, named_so))
+            warn(f"no chat template is named 'default' (there are: {names}); {chosen!r} is taken")
+        template = named_so.get(chosen)
+    return read_template(template) if isinstance(template, str) else None
 
 
 def read_template(source: str | bytes) -> str | None:
@@ -453,7 +462,7 @@ def is_tied(source_model: SourceModel) -> bool:
     """Whether embedding and LM head are one matrix: config.json says so, and the files hold no two that
     differ.
     """
-    if source_model.config.get("tie_word_embeddings", False) is not True:
+    if filled_in(source_model.config, family_of(source_model.config))["tie_word_embeddings"] is not True:
         return False
     if not {EMBEDDING, LM_HEAD} <= source_model.weights.keys():
         return True
@@ -493,48 +502,49 @@ def _checkpoint(
     )
 
 
-def converted(
-    source_model: Mapping[str, Tensor], config: ModelConfig, exit_weights: Mapping[str, Tensor]
-) -> Decoder:
-    """A decoder with a source model's weights, each of which it uses (but old files' rotary tables).
+def converted(source: Weights, config: ModelConfig, exit_weights: Mapping[str, Tensor]) -> Decoder:
+    """A decoder with a source model's weights, each of which it uses.
 
     Raises ModelImportError when some lack, do not fit, belong to nothing here or are no finite numbers.
     """
     with torch.device("meta"):
         expected = Decoder(config).state_dict()
-    theirs = {name: known for name in expected if (known := hf_name(name)) is not None}
-    used = set(theirs.values())
+    named = [name for name in expected if family_part(name)]
+    asked = {name: name for name in named}
     if config.tie_embeddings:
-        del theirs["lm_head.weight"]
-        theirs["embed.weight"] = (
-            EMBEDDING if EMBEDDING in source_model else LM_HEAD
-        )  # one of them, or two that are equal
-    if missing := sorted({*theirs.values()} - source_model.keys()):
+        del asked[LM_HEAD]
+        asked[EMBEDDING] = EMBEDDING if EMBEDDING in source else LM_HEAD  # one of them, or two that are equal
+    if missing := sorted({source.called(name) for name in asked.values() if name not in source}):
         untied = (
-            f"; config.json ties no {LM_HEAD} to the embedding (tie_word_embeddings)"
-            if missing[0] == LM_HEAD
+            f"; config.json ties no {missing[0]} to the embedding (tie_word_embeddings)"
+            if missing[0] == source.called(LM_HEAD)
             else ""
         )
         raise ModelImportError(
             f"the model's files lack {len(missing)} weights, the first is {missing[0]}{untied}"
         )
-    if strange := [name for name in source_model if name not in used and not name.endswith(ROTARY_BUFFER)]:
+    if strange := [*source.strange, *(source.called(name) for name in source if name not in named)]:
         found = f"the model's files hold {len(strange)} weights that this decoder has no place for"
         raise ModelImportError(f"{found}, the first is {strange[0]}")
     weights = dict[str, Tensor]()
-    for name, known in theirs.items():
-        weights[name] = _checked(known, source_model[known], expected[name].shape)
+    for name, known in asked.items():
+        weights[name] = _checked(source.called(known), source[known], expected[name].shape)
     weights |= {name: _checked(name, value, value.shape) for name, value in exit_weights.items()}
     if REDUCED_HEAD in expected and REDUCED_HEAD not in weights:
-        lm_head = weights["embed.weight" if config.tie_embeddings else "lm_head.weight"]
+        lm_head = weights[EMBEDDING if config.tie_embeddings else LM_HEAD]
         weights[REDUCED_HEAD] = lm_head[weights["reduced_head.ids"]]
-    for name in (f"exits.{layer}.norm.weight" for layer in config.exits):
-        if name in expected and name not in weights:
-            weights[name] = weights["norm.weight"].clone()
+    for name in expected:
+        if name not in weights and name.startswith("exits.") and ".norm." in name:
+            weights[name] = weights[f"norm.{name.rpartition('.')[2]}"].clone()
     try:
         return filled(config, weights, "the model's files")
     except CheckpointError as error:
         raise ModelImportError(str(error)) from None
+
+
+def family_part(name: str) -> bool:
+    """Whether a weight is the model's own, and none of the exits'."""
+    return name.partition(".")[0] in ("embed", "layers", "norm", "lm_head")
 
 
 def _checked(name: str, weight: Tensor, shape: torch.Size) -> Tensor:
@@ -572,7 +582,7 @@ def adopt_with_exits(
                 f"the exits in {folder} belong to another model: {name} = {value}, but "
                 f"{getattr(config, name)} in {source}"
             )
-    with _opened(folder / EXIT_WEIGHTS) as file:
+    with opened_tensors(folder / EXIT_WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     exit_weights = {
         name: tensor.float() if tensor.is_floating_point() else tensor
@@ -634,16 +644,15 @@ def export_model(checkpoint: Checkpoint, out: Path) -> None:
         )
     model = checkpoint.recipe.model
     ours = checkpoint.model.state_dict()
-    config = source_config(model)
+    family, config = source_config(model)
     if model.tie_embeddings:
-        del ours["lm_head.weight"]
-    theirs = {
-        known: value.contiguous() for name, value in ours.items() if (known := hf_name(name)) is not None
-    }
+        del ours[LM_HEAD]
+    theirs = family.given(ours, model)
     exits = {name: value.contiguous() for name, value in exit_tensors(checkpoint).items()}
     stops = checkpoint.text_format.stop_ids
     generation = {"eos_token_id": list(stops), **checkpoint.text_format.generation}
     begin = generation.get("bos_token_id", checkpoint.text_format.start_id)
+    pad = generation.get("pad_token_id")
     try:
         with written_aside(out) as folder:
             save_file(theirs, folder / WEIGHTS, metadata={"format": "pt"})
@@ -651,7 +660,12 @@ def export_model(checkpoint: Checkpoint, out: Path) -> None:
             write_json(folder / EXITS, {"model": model.to_dict()})
             write_json(
                 folder / "config.json",
-                {**config, "bos_token_id": begin, "eos_token_id": stops[0] if stops else None},
+                {
+                    **config,
+                    "bos_token_id": begin,
+                    "eos_token_id": stops[0] if stops else None,
+                    "pad_token_id": pad,
+                },
             )
             write_json(folder / "generation_config.json", generation)
             write_tokenizer(checkpoint, begin, folder)

@@ -1,4 +1,4 @@
-"""A Llama-family decoder whose hidden state can be read at several exits.
+"""A decoder whose hidden state can be read at several exits.
 
 Knows nothing about losses, tokenizers or files. Shapes: B batch, S sequence, D width, P width of a head, V
 vocabulary. Layers and exits are numbered from 1.
@@ -11,12 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ease_train.model.blocks import Block, rotary_tables
+from ease_train.model.blocks import Block, make_norm, rotary_tables
 from ease_train.model.exits import Exit, Gate, LMHead, ReducedHead, exit_adapter, start_as_identity
 from ease_train.model.routed import RoutedBlock
 from ease_train.training.config import ModelConfig
 
 __all__ = ["Block", "Decoder", "RoutedBlock"]
+
+
+class Embedding(nn.Embedding):
+    """Rows of a table, times a scale. Shape: (...) int64 -> (..., D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.vocab_size, config.dim)
+        self.scale = config.embed_scale
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        found = super().forward(input_ids)
+        return found if self.scale == 1.0 else found * self.scale
 
 
 class Decoder(nn.Module):
@@ -31,6 +43,8 @@ class Decoder(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    local_cos: Tensor
+    local_sin: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -39,17 +53,18 @@ class Decoder(nn.Module):
         early = config.exits[:-1]
         # in the backward pass, instead of keeping them: less memory, more time
         self.recompute_activations = False
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.embed = Embedding(config)
         layers = range(1, config.num_layers + 1)
         self.layers = nn.ModuleList(
-            RoutedBlock(config) if layer in config.routed_layers else Block(config) for layer in layers
+            RoutedBlock(config, layer) if layer in config.routed_layers else Block(config, layer)
+            for layer in layers
         )
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
+        self.norm = make_norm(config, config.dim) if config.final_norm else nn.Identity()
         parts: dict[str, dict[int, nn.Module]] = {}  # kind by kind: a seed draws the weights in this order
         if config.exit_norm == "own" and config.final_norm:
-            parts["norm"] = {layer: nn.RMSNorm(config.dim, config.norm_eps) for layer in early}
+            parts["norm"] = {layer: make_norm(config, config.dim) for layer in early}
         if config.exit_adapter != "none":
-            parts["adapter"] = {layer: exit_adapter(config) for layer in early}
+            parts["adapter"] = {layer: exit_adapter(config, layer) for layer in early}
         if config.exit_head == "own":
             parts["head"] = {layer: LMHead(config) for layer in early}
         reduced_head = ReducedHead(config) if early and config.exit_head == "reduced" else None
@@ -62,15 +77,24 @@ class Decoder(nn.Module):
             self.exits[str(layer)] = Exit(own, {"norm": self.norm, "head": head})
         self.reduced_head = reduced_head
         self.lm_head = lm_head
-        cos, sin = rotary_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.set_rotary_tables()
         for part in self.parts():
             part.apply(self._initialise)
         for adapter in parts.get("adapter", {}).values():
             start_as_identity(adapter)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
+
+    def set_rotary_tables(self) -> None:
+        """Compute the rotary tables, which no file holds."""
+        for prefix in ("", "local_") if self.config.local_rope_theta else ("",):
+            for name, table in zip(("cos", "sin"), rotary_tables(self.config, bool(prefix)), strict=True):
+                self.register_buffer(prefix + name, table, persistent=False)
+
+    def rotary(self, block: nn.Module) -> tuple[Tensor, Tensor]:
+        """The rotary tables of a layer. Shape: two of (max_positions, P/2)."""
+        assert isinstance(block, Block | RoutedBlock)
+        return (self.local_cos, self.local_sin) if block.attention.local else (self.cos, self.sin)
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -112,8 +136,7 @@ class Decoder(nn.Module):
         return self._through(self.layers[layer - 1], hidden)
 
     def _through(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        cos = self.cos[: hidden.shape[1]]
-        sin = self.sin[: hidden.shape[1]]
+        cos, sin = (table[: hidden.shape[1]] for table in self.rotary(block))
         if self.recompute_activations and isinstance(block, Block):
             return cast(Tensor, checkpoint(block, hidden, cos, sin, use_reentrant=False))
         return cast(Tensor, block(hidden, cos, sin))

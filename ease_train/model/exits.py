@@ -48,15 +48,15 @@ class MLPAdapter(nn.Module):
         return out
 
 
-def exit_adapter(config: ModelConfig) -> LowRankAdapter | MLPAdapter | Block:
-    """The adapter of one exit, of the kind that the configuration names.
+def exit_adapter(config: ModelConfig, layer: int) -> LowRankAdapter | MLPAdapter | Block:
+    """The adapter of the exit after `layer`, of the kind that the configuration names.
 
     A block is a layer of the exit's own, with its own keys and values (EE-LLM, Chen et al. 2024, arXiv
-    2312.04916; Kangaroo, Liu et al. 2024, arXiv 2404.18911). Each starts as the identity, since what it adds
-    starts at zero (`start_as_identity`).
+    2312.04916; Kangaroo, Liu et al. 2024, arXiv 2404.18911), like the one that follows. Each starts as the
+    identity, since what it adds starts at zero (`start_as_identity`).
     """
     if config.exit_adapter == "block":
-        return Block(config)
+        return Block(config, layer + 1)
     if config.exit_adapter == "low-rank":
         return LowRankAdapter(config.dim, config.adapter_width)
     return MLPAdapter(config.dim, config.adapter_width, config.norm_eps)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from ease_train.model.blocks import Block
+from ease_train.model.blocks import Attention, Block
 from ease_train.model.exits import TokenScore
 from ease_train.training.config import ModelConfig
 
@@ -33,9 +33,9 @@ class RoutedBlock(nn.Module):
     threshold: Tensor
     num_batches: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.block = Block(config)
+        self.block = Block(config, layer)
         self.router = TokenScore(config.dim, bias=False)
         self.predictor = (
             TokenScore(config.dim, max(8, config.dim // 4)) if config.routing_rule == "predictor" else None
@@ -45,6 +45,11 @@ class RoutedBlock(nn.Module):
             self.register_buffer("num_batches", torch.zeros(()))
         self.capacity = config.capacity
         self.predictor_loss: Tensor | None = None
+
+    @property
+    def attention(self) -> Attention:
+        """Its block's."""
+        return self.block.attention
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self._expert_choice(x, cos, sin) if self.training else self._causal(x, cos, sin)

@@ -34,7 +34,6 @@ from ease_common.files import restore_interrupted, written_aside
 from ease_common.tokenizers import whole_texts
 from ease_train.convert.grid import Grid, load_grids, save_grids
 from ease_train.convert.text_format import TextFormat
-from ease_train.model.blocks import rotary_tables
 from ease_train.model.decoder import Decoder
 from ease_train.training.config import ModelConfig, Recipe
 from ease_train.training.logs import metrics_csv
@@ -263,7 +262,7 @@ def filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Decod
     model.load_state_dict(weights, assign=True)
     if tied:
         model.lm_head.weight = model.embed.weight
-    model.cos, model.sin = rotary_tables(config)
+    model.set_rotary_tables()
     return model
 
 

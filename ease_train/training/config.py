@@ -44,7 +44,7 @@ OF_THE_EXITS = (
 
 @dataclass(frozen=True)
 class ModelConfig(Section, table="model"):
-    """A Llama-family decoder with exits (layers are numbered from 1; the last layer is always an exit)."""
+    """A decoder with exits (layers are numbered from 1; the last layer is always an exit)."""
 
     vocab_size: int = setting(0, "words in the vocabulary; 0 takes the tokenizer's size", AT_LEAST_0)
     dim: int = setting(256, "width of the hidden state", AT_LEAST_1)
@@ -60,11 +60,35 @@ class ModelConfig(Section, table="model"):
     rope_scaling: tuple[float, ...] = setting(
         (), "stretch of that embedding: FACTOR, or Llama 3's FACTOR LOW HIGH POSITIONS; empty: none", ABOVE_0
     )
-    norm_eps: float = setting(1e-5, "epsilon of every RMSNorm", SHARE)
+    rope_factors: tuple[float, ...] = setting(
+        (), "stretch of each rotated pair by itself (Phi-3's longrope); empty: none", ABOVE_0
+    )
+    rope_gain: float = setting(1.0, "what rotated pairs are multiplied by (longrope)", ABOVE_0)
+    rotary_dim: int = setting(0, "width of the rotated part of a head (GPT-NeoX); 0 takes all", AT_LEAST_0)
+    unrotated_layers: tuple[int, ...] = setting((), "layers without that embedding (SmolLM3)", AT_LEAST_1)
+    sliding_window: int = setting(
+        0, "tokens that `windowed_layers` attend to, oneself included; 0: all", AT_LEAST_0
+    )
+    windowed_layers: tuple[int, ...] = setting((), "layers with a sliding window (Gemma 3)", AT_LEAST_1)
+    local_rope_theta: float = setting(
+        0.0, "base of the rotary embedding in `windowed_layers`, unscaled; 0: as in the others", AT_LEAST_0
+    )
+    embed_scale: float = setting(1.0, "what embedded tokens are multiplied by (Gemma)", ABOVE_0)
+    query_scale: float = setting(
+        0.0, "what attention scores are multiplied by; 0 takes head_dim ** -0.5", AT_LEAST_0
+    )
+    norm: str = setting("rms", "'rms', or 'layer' with a bias (GPT-NeoX)", ("rms", "layer"))
+    norm_eps: float = setting(1e-5, "epsilon of every norm", SHARE)
+    post_norms: bool = setting(False, "norms after attention and MLP, too (Gemma 3)")
+    parallel_residual: bool = setting(False, "attention and MLP read the same state (GPT-NeoX)")
+    activation: str = setting("silu", "'silu', 'gelu' or 'gelu-tanh'", ("silu", "gelu", "gelu-tanh"))
+    gated: bool = setting(True, "the MLP is a gated linear unit")
     tie_embeddings: bool = setting(True, "one matrix for the embedding and the LM head")
-    final_norm: bool = setting(True, "RMSNorm before the LM head (the original EASE has none)")
+    final_norm: bool = setting(True, "norm before the LM head (the original EASE has none)")
     attention_bias: bool = setting(False, "bias in the query, key and value projections (Qwen2)")
-    qk_norm: bool = setting(False, "RMSNorm on each query and key head (Qwen3)")
+    output_bias: bool = setting(False, "bias in the projection behind attention (GPT-NeoX)")
+    mlp_bias: bool = setting(False, "biases in the MLP (GPT-NeoX)")
+    qk_norm: bool = setting(False, "norm on each query and key head (Qwen3)")
     exits: tuple[int, ...] = setting(
         (4, 8, 12), "layers after which a token may leave; the last is always one", AT_LEAST_1
     )
@@ -118,6 +142,15 @@ class ModelConfig(Section, table="model"):
                 f"model: rope_scaling = {list(self.rope_scaling)}, expected FACTOR or FACTOR LOW HIGH "
                 "POSITIONS"
             )
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ConfigError(
+                f"model: rotary_dim = {self.rotary_dim}, expected an even part of head_dim = {self.head_dim}"
+            )
+        if len(self.rope_factors) not in (0, (self.rotary_dim or self.head_dim) // 2):
+            raise ConfigError(
+                f"model: {len(self.rope_factors)} rope_factors, expected one for each of the "
+                f"{(self.rotary_dim or self.head_dim) // 2} rotated pairs"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model: num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.num_kv_heads}"
@@ -151,9 +184,17 @@ class ModelConfig(Section, table="model"):
     def _check_layers(self) -> None:
         if strange := sorted({*self.gates} - {*self.exits[:-1]}):
             raise ConfigError(f"model: gates = {strange}, expected early exits: {list(self.exits[:-1])}")
-        if strange := sorted(layer for layer in {*self.routed_layers} if not 1 <= layer <= self.num_layers):
+        for name in ("routed_layers", "unrotated_layers", "windowed_layers"):
+            if strange := sorted(n for n in {*getattr(self, name)} if not 1 <= n <= self.num_layers):
+                raise ConfigError(f"model: {name} = {strange}, expected layers from 1 to {self.num_layers}")
+        if bool(self.windowed_layers) != bool(self.sliding_window):
             raise ConfigError(
-                f"model: routed_layers = {strange}, expected layers from 1 to {self.num_layers}"
+                f"model: sliding_window = {self.sliding_window} with windowed_layers = "
+                f"{list(self.windowed_layers)}; set both or neither"
+            )
+        if both := sorted({*self.windowed_layers} & {*self.routed_layers}):
+            raise ConfigError(
+                f"model: layers {both} are both routed and windowed; a routed layer sees some tokens only"
             )
 
     @property

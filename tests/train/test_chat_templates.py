@@ -151,8 +151,8 @@ def test_a_template_that_cannot_be_read_costs_chat_only(llama: Path, tmp_path: P
         (b"\xff\xfe{", False, "cannot be read .'utf-8' codec"),
         (
             [{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}],
-            False,
-            "named 'default' .there are: rag, tool_use",
+            True,
+            "named 'default' .there are: rag, tool_use.; 'rag' is taken",
         ),
     ],
 )
@@ -163,6 +163,13 @@ def test_what_else_is_no_template(
     with pytest.warns(SettingWarning, match=message):
         found = import_model(str(folder)).text_format
     assert (found.chat_template is not None) == kept
+
+
+def test_a_processors_template_is_taken_before_the_tokenizers(llama: Path, tmp_path: Path) -> None:
+    """chat_template.json, as transformers' processors write it."""
+    folder = with_template(llama, tmp_path / "hf", "of the tokenizer")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "of the processor"}))
+    assert import_model(str(folder)).text_format.chat_template == "of the processor"
 
 
 def test_special_tokens_reach_the_template_and_go_back(llama: Path, tmp_path: Path) -> None:

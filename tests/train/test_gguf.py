@@ -32,17 +32,51 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-ARCHITECTURES = {"Llama": "llama", "Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}
+IN_GEMMA = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+IN_PHI = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+IN_NEOX = {
+    "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+}
+OWN_NAMES = {"gemma3": IN_GEMMA, "phi3": IN_PHI, "gptneox": IN_NEOX}
+OUTER = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "gpt_neox.embed_in": "token_embd",
+    "gpt_neox.final_layer_norm": "output_norm",
+    "embed_out": "output",
+}
+ARCHITECTURES = {
+    "Llama": "llama",
+    "Mistral": "llama",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "SmolLM3": "smollm3",
+    "Gemma3Text": "gemma3",
+    "Phi3": "phi3",
+    "GPTNeoX": "gptneox",
+}
+FAMILIES = [
+    *("llama2", "llama3", "linear", "smollm2", "mistral", "qwen2", "qwen2.5", "qwen3", "smollm3", "gemma3"),
+    *("phi3", "pythia", "serial neox"),
+]
 Change = Callable[[gguf.GGUFWriter], None]
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str) -> str:
     module, _, kind = name.rpartition(".")
     if module in OUTER:
         return f"{OUTER[module]}.{kind}"
-    number, _, inner = module.removeprefix("model.layers.").partition(".")
-    return f"blk.{number}.{NAMES[inner]}.{kind}"
+    number, _, inner = module.partition(".layers.")[2].partition(".")
+    names = NAMES | OWN_NAMES.get(arch, {})
+    return f"blk.{number}.{names[inner]}.{kind}"
 
 
 def interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -56,15 +90,20 @@ def tensors_of(model: Any, arch: str) -> dict[str, np.ndarray]:
     config = model.config
     heads = (
         {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-        if arch == "llama"
+        if arch in ("llama", "smollm3")
         else {}
     )
-    named = {gguf_name(name): value.numpy() for name, value in model.state_dict().items()}
+    named = {gguf_name(name, arch): value.numpy() for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
         named.pop("output.weight", None)
     found = {}
     for name, value in named.items():
         part = name.split(".")[-2]
+        if arch == "gemma3" and value.ndim == 1:
+            value = value + 1
+        if arch == "gptneox" and part == "attn_qkv":  # head by head there, here one after another
+            value = np.concatenate(value.reshape(config.num_attention_heads, 3, -1, *value.shape[1:]), axis=1)
+            value = value.reshape(-1, *value.shape[2:])
         found[name] = interleaved(value, heads[part]) if part in heads and name.endswith("weight") else value
     return found
 
@@ -86,12 +125,18 @@ def write_gguf(
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(
-        config.head_dim if hasattr(config, "head_dim") else config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    if arch == "gptneox":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_parallel_residual(config.use_parallel_residual)
+        writer.add_rope_dimension_count(int(head_dim * config.rope_parameters["partial_rotary_factor"]))
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(
+        config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]
     )
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     add_tokenizer(writer)
     if change:
@@ -169,19 +214,28 @@ def model() -> Any:
     return source_models.make_model("llama2")
 
 
-@pytest.mark.parametrize("family", source_models.FAMILIES)
+def windowed(writer: gguf.GGUFWriter) -> None:
+    writer.add_sliding_window(10)
+    writer.add_uint32("gemma3.attention.sliding_window_pattern", 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_read_is_the_model_that_was_written(family: str, tmp_path: Path) -> None:
-    theirs = source_models.make_model(family)
+    theirs = source_models.make_model(family, **({"query_pre_attn_scalar": 16} if family == "gemma3" else {}))
     arch = ARCHITECTURES[source_models.FAMILIES[family][0]]
     tensors = tensors_of(theirs, arch)
     if family == "llama3":
         tensors["rope_freqs.weight"] = llama3_factors(theirs.config.rope_parameters, theirs.config.head_dim)
-    change: Change | None = (lambda writer: stretch(writer, 2.0)) if family == "linear" else None
+    changes: dict[str, Change] = {
+        "linear": lambda writer: stretch(writer, 2.0),
+        "gemma3": windowed,
+        "phi3": lambda writer: writer.add_sliding_window(10),
+    }
+    change = changes.get(family)
     write_gguf(theirs, tmp_path / "model.gguf", arch, tensors=tensors, change=change)
     ours = import_model(str(tmp_path / "model.gguf"), (2,)).model
-    assert torch.equal(
-        ours.layers[1].attention.k_proj.weight, theirs.state_dict()["model.layers.1.self_attn.k_proj.weight"]
-    )
+    if (name := "model.layers.1.self_attn.k_proj.weight") in theirs.state_dict():
+        assert torch.equal(ours.layers[1].attention.k_proj.weight, theirs.state_dict()[name])
     ids = torch.arange(3, 99)[None]
     with torch.no_grad():
         expected = theirs(ids).logits

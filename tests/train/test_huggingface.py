@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import source_models
 from ease_common.errors import ModelImportError
 from ease_train.cli import main
+from ease_train.convert import families
+from ease_train.convert.families import family_named
 from ease_train.convert.huggingface import export_exits, export_model, import_model
-from ease_train.convert.source_model import FAMILIES
 from ease_train.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ease_train.training.config import load_recipe
 from ease_train.training.tune import tuned_recipe, with_exits
@@ -80,15 +81,19 @@ def test_the_pages_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """docs/contributing/family.md adds one in a few lines."""
     page = Path(__file__).parents[2] / "docs" / "contributing" / "family.md"
     (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    monkeypatch.setitem(FAMILIES, "seed_oss", FAMILIES["llama"])  # taken out again afterwards
-    exec(code, {})
+    (tmp_path / "seed_oss.py").write_text(code)
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    monkeypatch.setitem(
+        sys.modules, "ease_train.convert.families.seed_oss", None
+    )  # taken out again afterwards
+    del sys.modules["ease_train.convert.families.seed_oss"]
     reference = source_models.make_model("SeedOss", head_dim=16)
     model = import_model(str(source_models.write_model(reference, tmp_path / "hf"))).model
     expected = logits_of(reference)
     assert ((logits_of(model) - expected).abs().max() / expected.abs().max()).item() <= TOLERANCE
     assert greedy(model) == greedy(reference)
     unsaid = transformers.SeedOssConfig().to_dict()
-    assert all(unsaid[name] == value for name, value in FAMILIES["seed_oss"].unsaid.items())
+    assert all(unsaid[name] == value for name, value in family_named("seed_oss").unsaid.items())
 
 
 def generated(reference: Any) -> list[int]:
@@ -288,12 +293,50 @@ def test_without_transformers_a_tokenizer_is_its_file_or_refused(
         import_model(str(folder))
 
 
-def test_a_sliding_window_cuts_the_context(tmp_path: Path) -> None:
-    model = source_models.make_model("mistral")
-    model.config.sliding_window = 32
+def test_a_sliding_window_is_of_some_layers_and_none_where_texts_are_no_longer(tmp_path: Path) -> None:
+    model = source_models.make_model("windowed qwen2")
     source_models.write_model(model, tmp_path / "hf")
-    assert import_model(str(tmp_path / "hf")).recipe.model.max_positions == 32
-    assert import_model(str(tmp_path / "hf"), (), 16).recipe.model.max_positions == 16
+    found = import_model(str(tmp_path / "hf")).recipe.model
+    assert (found.max_positions, found.sliding_window, found.windowed_layers) == (128, 10, (3, 4))
+    short = import_model(str(tmp_path / "hf"), (), 10).recipe.model
+    assert (short.max_positions, short.sliding_window, short.windowed_layers) == (10, 0, ())
+
+
+def test_exits_of_an_untouched_model_are_layerskips(tmp_path: Path) -> None:
+    """The final norm and the head, after any layer."""
+    theirs = source_models.make_model("llama3")
+    model = import_model(str(source_models.write_model(theirs, tmp_path / "hf")), (1, 2, 3)).model
+    with torch.no_grad():
+        states = theirs(IDS, output_hidden_states=True).hidden_states
+        for layer, hidden in model.exit_states(IDS):
+            if layer < 4:
+                expected = theirs.lm_head(theirs.model.norm(states[layer]))
+                found = model.exit(layer).head(model.exit_hidden(hidden, layer))
+                assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_longropes_context_ends_where_its_other_factors_begin(tmp_path: Path) -> None:
+    """Past it transformers turns every position anew."""
+    source_models.write_model(source_models.make_model("phi4"), tmp_path / "hf")
+    assert import_model(str(tmp_path / "hf")).recipe.model.max_positions == 64
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"model_type": "mixtral"}, "mixtures of experts are not computed here"),
+        ({"model_type": "unheard_of", "num_local_experts": 8}, "mixtures of experts"),
+        ({"model_type": "bloom"}, "ALiBi"),
+        ({"model_type": "falcon", "alibi": True}, "ALiBi"),
+        ({"model_type": "gpt2"}, "learned positions"),
+        ({"model_type": "gemma3", "vision_config": {}}, "images or sound"),
+        ({"model_type": "gemma2"}, "softcapped scores"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "encoders"),
+    ],
+)
+def test_an_unknown_type_is_refused_with_what_is_missing(values: dict[str, Any], why: str) -> None:
+    with pytest.raises(ModelImportError, match=rf"'{values['model_type']}' cannot be imported \({why}"):
+        families.family_of(values)
 
 
 def test_a_model_with_trained_exits_and_untrained_tokens_round_trips(
@@ -398,9 +441,10 @@ def edited(source: Path, folder: Path, **changes: Any) -> Path:
     [
         (
             {"model_type": "gemma2"},
-            "models of the type 'gemma2' cannot be imported; expected one of: llama, mistral, qwen2, qwen3",
+            "models of the type 'gemma2' cannot be imported (softcapped scores are not computed here); "
+            "expected one of: llama, gemma3_text, gpt_neox, mistral, phi3, qwen2, qwen3, smollm3",
         ),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu', which this decoder does not compute"),
+        ({"hidden_act": "relu2"}, "hidden_act = 'relu2', expected one that this decoder computes: silu"),
         ({"attention_bias": True}, "attention_bias = True, which this decoder does not compute"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}, which"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rotary embeddings of the kind 'yarn'"),

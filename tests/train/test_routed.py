@@ -29,7 +29,7 @@ def config() -> ModelConfig:
 
 @pytest.fixture
 def block(config: ModelConfig) -> RoutedBlock:
-    block = RoutedBlock(config)
+    block = RoutedBlock(config, 1)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.4)
@@ -157,7 +157,7 @@ def test_the_predictor_can_be_learned(block: RoutedBlock, config: ModelConfig) -
 
 
 def test_the_threshold_is_a_running_mean_of_what_the_top_share_reaches(config: ModelConfig) -> None:
-    block = RoutedBlock(replace(config, routing_rule="threshold", capacity=0.25)).train()
+    block = RoutedBlock(replace(config, routing_rule="threshold", capacity=0.25), 1).train()
     batches = [torch.randn(4, 8, 16) for _ in range(130)]
     reached = []
     for x in batches:

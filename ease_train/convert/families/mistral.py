@@ -1,0 +1,23 @@
+"""Mistral: Llama, in its first version with a sliding window in every layer."""
+
+from typing import Any
+
+from ease_train.convert.family import Family, Values, rotary_fields, rotary_settings, windows
+from ease_train.training.config import ModelConfig
+
+
+def settings(values: Values) -> dict[str, Any]:
+    every = range(1, values["num_hidden_layers"] + 1)
+    return {**rotary_settings(values), **windows({**values, "layer_types": None}, every)}
+
+
+def fields(config: ModelConfig) -> dict[str, Any]:
+    return {**rotary_fields(config), "sliding_window": config.sliding_window or None}
+
+
+FAMILY = Family(
+    architecture="MistralForCausalLM",
+    unsaid={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    settings=settings,
+    fields=fields,
+)
