@@ -33,7 +33,7 @@ def test_a_wheel_holds_the_packages_and_their_data(tmp_path: Path) -> None:
         for package in PACKAGES
         for folder in [ROOT / "eval" / package if package == "ease_eval" else ROOT / package]
         for file in folder.rglob("*")
-        if file.suffix in (".py", ".toml", ".html", ".j2") or "shipped" in file.parts and file.is_file()
+        if file.suffix in (".py", ".toml", ".html", ".j2") or ("shipped" in file.parts and file.is_file())
     }
     assert sources <= names
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == set(PACKAGES)
