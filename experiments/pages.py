@@ -437,6 +437,7 @@ def drafts_tables() -> dict[str, str]:
         "off, tokens/s": "{off_tokens_per_second:.1f}",
     }
     exits = {
+        "bundle": "{name}",
         "prompts": "{kind}",
         "--draft": "{mode}",
         "number": "{prompts}",
@@ -457,7 +458,7 @@ def drafts_tables() -> dict[str, str]:
             [[name, *(f"{prices[count]:.2f}" for count in counts)] for name, prices in priced.items()],
             1,
         ),
-        "beside": figures(beside, exits, 2),
+        "beside": figures(beside, exits, 3),
         "lookups": lookup_table(),
         "one-billion": one_billion_table(),
     }
