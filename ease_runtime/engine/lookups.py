@@ -77,6 +77,7 @@ class Lookups:
         self.acceptance = {drafter.name: Acceptance() for drafter in drafters}
         self.asked_at = 0  # tokens that stood when the drafters were last asked
         self.pending: Choice | None = None  # drafts that have yet to be judged
+        self.untried: list[Choice] = []  # proposals of before that did not draft, where exits may
         self.balance = 0.0  # tokens gained by drafts, in the time of one without
         self.restart()
 
@@ -85,9 +86,11 @@ class Lookups:
         self.states = [drafter.begin() for drafter in self.drafters]
         self.asked_at = 0
         self.pending = None
+        self.untried = []
 
     def choose(self, tokens: Sequence[int], limit: int, load: Load) -> Choice | None:
         """The drafts that give most tokens a second; None where none do. All of `tokens` stand."""
+        self._learn_of_untried(tokens)
         self.asked_at = len(tokens)
         if self.pass_costs is not None:
             limit = min(limit, LONGEST_DRAFT)
@@ -103,7 +106,25 @@ class Lookups:
             self.pending = Choice(name, bucket_of(longest.match), longest.tokens[:limit])
         else:
             self.pending = self._best(proposals, limit, load)
+        if load.other_gain > 1.0:
+            self.untried = [
+                Choice(name, bucket_of(proposal.match), proposal.tokens)
+                for name, proposal in proposals
+                if self.pending is None or name != self.pending.name
+            ]
         return self.pending
+
+    def _learn_of_untried(self, tokens: Sequence[int]) -> None:
+        """Judge the proposals of before that did not draft, while exits did, by what was said in their place:
+        else a drafter that exits have outdone is never known to have been right.
+        """
+        said = tokens[self.asked_at :]
+        for choice in self.untried:
+            pairs = list(zip(choice.tokens, said, strict=False))
+            right = next((at for at, (one, other) in enumerate(pairs) if one != other), len(pairs))
+            if pairs:
+                self.acceptance[choice.name].judged(choice.bucket, min(right + 1, len(pairs)), right)
+        self.untried = []
 
     def _best(self, proposals: Sequence[tuple[str, Proposal]], limit: int, load: Load) -> Choice | None:
         """The drafter and the number of its tokens with the highest expected speed, of those that may fail.

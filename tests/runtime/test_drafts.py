@@ -452,6 +452,21 @@ def test_what_wrong_drafts_may_cost_is_bounded() -> None:
     assert lookups.balance == pytest.approx(-spent)
 
 
+@pytest.mark.parametrize(
+    ("said", "judged", "right"), [([1, 1], 2, 2), ([1, 5], 2, 1), ([5], 1, 0), ([1] * 9, 4, 4)]
+)
+def test_proposals_that_did_not_draft_are_judged_by_what_was_said(
+    said: list[int], judged: int, right: int
+) -> None:
+    """So that exits which seem faster do not keep n-grams from being known."""
+    lookups = Lookups([Fixed(2)], priced(0.25))
+    expected = Acceptance()
+    expected.judged(1, judged, right)
+    assert lookups.choose([7, 7], 4, Load(0, 0, 9, other_gain=100.0)) is None
+    lookups.choose([7, 7, *said], 4, Load(0, 0, 9, other_gain=100.0))
+    assert lookups.acceptance["fixed"] == expected
+
+
 def test_a_drafter_s_luck_is_its_own() -> None:
     lookups = Lookups([NgramLookup(), Fixed(2)], None)
     before = lookups.acceptance["ngram"].rate(1)
