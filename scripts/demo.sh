@@ -44,7 +44,7 @@ export_to "$run/checkpoint" "$run/bundle"
 export_to "$run/plain6-checkpoint" "$run/plain6"
 
 say "4/5 generate: each token in the colour of the layer where it left, beside full depth"
-ease-run generate "$run/bundle" --prompt "And it came to pass" --max-tokens 120 --threshold 0.3 --catch-up propagate \
+ease-run generate "$run/bundle" --prompt "And it came to pass" --max-tokens 120 --threshold 0.2 --catch-up propagate \
     --temperature 0.8 --top-p 0.9 --seed 1 --show-exits --compare
 
 say "5/5 measure perplexity and speed over thresholds, and beside the six layers (two minutes)"
@@ -52,7 +52,7 @@ if [ -f "$run/table.md" ] && [ ! "$run/bundle/manifest.json" -nt "$run/table.md"
     echo "reusing $run/table.json and $run/table.md (remove them to measure again)"
     cat "$run/table.md"
 else
-    ease-eval table "$run/bundle" --beside "$run/plain6" --data kjv --split test --thresholds 0,0.3,0.6 --catch-up propagate --catch-up verify \
+    ease-eval table "$run/bundle" --beside "$run/plain6" --data kjv --split test --thresholds 0,0.2,0.5 --catch-up propagate --catch-up verify \
         --scored-tokens 10000 --texts 4 --new-tokens 96 --rounds 3 --json "$run/table.json" --markdown "$run/table.md"
 fi
 cat <<END
