@@ -157,9 +157,9 @@ def test_int8_keeps_what_is_symmetric(on_grids: Path) -> None:
     middle = np.full(grid.scales.shape, grid.middle, np.uint8)
     grids = {**checkpoint.grids, name: replace(grid, kind="with zero points", zeros=middle)}
     quantizer = WeightQuantizer(checkpoint.model, "int8", grids)
-    kinds = {grid.kind for *_, grid in quantizer.grids}
+    kinds = {grid.kind for *_, grid in quantizer.matrices}
     assert kinds == {"rounded", "Q4_0", "Q6_K", "Q8_0"}
-    assert {grid.bits for *_, grid in quantizer.grids} == {8}
+    assert {grid.bits for *_, grid in quantizer.matrices} == {8}
 
 
 def product(quantizer: WeightQuantizer, weight: np.ndarray, state: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def known() -> list[str]:
 
 def family_named(kind: str) -> Family:
     """The family of a model_type that is known."""
-    found: Family = import_module(f"{__name__}.{kind}").FAMILY
+    found: Family = import_module(f"ease_train.convert.families.{kind}").FAMILY
     return found
 
 
