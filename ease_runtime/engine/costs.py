@@ -310,12 +310,14 @@ class RequestCost:
         leaves = 1.0 - drafting.reach[-1]
         best = 1.0 / self.full_depth(num_rows)
         length = 0
+        draft = self.draft(num_rows, drafting)
+        cycles = [self._cycle(j, num_rows, draft) for j in range(LONGEST_DRAFT + 1)]
         for limit in range(1, LONGEST_DRAFT + 1):
             chances = [(1.0 - leaves) * leaves**j for j in range(limit)] + [leaves**limit]
             tokens = sum(
                 chance * (1.0 - accepted ** (j + 1)) / (1.0 - accepted) for j, chance in enumerate(chances)
             )
-            seconds = sum(chance * self.cycle(j, num_rows, drafting) for j, chance in enumerate(chances))
+            seconds = sum(chance * cycles[j] for j, chance in enumerate(chances))
             if tokens / seconds > best:
                 best = tokens / seconds
                 length = limit
@@ -329,10 +331,14 @@ class RequestCost:
             drafting.reach, drafting.policy, self.catch_up, num_rows=num_rows, cap=self.cap, stop=last
         )
 
-    def cycle(self, num_drafts: int, num_rows: int, drafting: Drafting | None = None) -> float:
+    def cycle(self, num_drafts: int, num_rows: int) -> float:
         """Seconds, a row, of drafting and then judging some tokens."""
+        return self._cycle(num_drafts, num_rows, self.draft(num_rows))
+
+    def _cycle(self, num_drafts: int, num_rows: int, draft: float) -> float:
+        """The same at so many seconds a draft."""
         last = len(self.entered) - 1
         judged = (num_drafts + 1) * num_rows
         deep = self.costs.seconds("segment", last, judged, num_rows)
         deep += self.costs.seconds("exit", self.costs.last_exit, judged)
-        return (num_drafts + 1) * self.draft(num_rows, drafting) + deep / num_rows
+        return (num_drafts + 1) * draft + deep / num_rows
