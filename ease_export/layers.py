@@ -144,6 +144,11 @@ class Placement:
         self.positions = found.clamp(max=limit - 1)  # (B, S); pads may reach past the limit
         self.masks = dict[int, Tensor]()  # by window
 
+    @property
+    def first_copied(self) -> Tensor:
+        """Where in the cache the queries stand, of which each row's first comes twice. Shape: (B, S+1)."""
+        return torch.cat((self.written[:, :1], self.written), dim=1)
+
     def window_mask(self, window: int, rows: Tensor, past_key: Tensor) -> Tensor:
         """0 where a query at `rows` of its cache sees a position, -inf elsewhere; layers of one window share
         it. Shape: (B, R), (B, G, T, P) -> (B, 1, R, T).
@@ -336,7 +341,7 @@ class QueryPlacement(HeadPlacement):
     def window_rows(self) -> Tensor:
         """Where in the cache each query of a group stands. Shape: (B, R*S), or (B, S+1) of a single head."""
         if self.in_a_group == 1:
-            return torch.cat((self.written[:, :1], self.written), dim=1)
+            return self.first_copied
         return torch.cat([self.written] * self.in_a_group, dim=1)
 
 
@@ -435,8 +440,8 @@ class FlatBlock(CachedBlock):
             attributes["scale"] = self.scale
         inputs: tuple[Tensor | None, ...] = (q, key, value, None, None, None, where.lengths)
         if self.window:
-            rows = torch.cat((where.written[:, :1], where.written), dim=1)
-            inputs = (q, key, value, where.window_mask(self.window, rows, where.past_key[:, None]))
+            mask = where.window_mask(self.window, where.first_copied, where.past_key[:, None])
+            inputs = (q, key, value, mask)
         mixed = ops.symbolic("Attention", inputs, attributes, dtype=q.dtype, shape=q.shape, version=OPSET)
         return F.embedding(where.query_places, mixed.flatten(0, 1)), key, value
 

@@ -195,11 +195,12 @@ def complete(bundles: tuple[Path, ...], thresholds: tuple[str, ...]) -> None:
 def speed(bundle: str, threshold: Thresholds, count: int) -> None:
     """What drafts of the exit and from text gain over full depth, whose answer all have, on functions."""
     llm = LLM(bundle)
-    prompts = [Task("functions", "code", llm.encode(place.before)[-CONTEXT:]) for place in function_places()]
+    places = function_places()[:count]
+    prompts = [Task("functions", "code", llm.encode(place.before)[-CONTEXT:]) for place in places]
     ways = Modes(llm, ("off", "exit", "ngram", "auto"), threshold)
     for mode in ways.engines:  # first-time allocations
         ways.run(prompts[-1], mode)
-    found = [compare(ways, task) for task in prompts[:count]]
+    found = [compare(ways, task) for task in prompts]
     rows = [row_of(bundle, "functions", mode, found) for mode in ("exit", "ngram", "auto")]
     for one in rows:
         click.echo(json.dumps(one))

@@ -107,7 +107,7 @@ def rope_of(values: Values) -> dict[str, Any]:
 def rotary_dim(values: Values, rope: Values) -> int:
     """The width of the rotated part of a head; 0 for all of it. Raises ModelImportError."""
     share = values.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
-    width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    width = head_width(values)
     if share == 1.0:
         return 0
     part = int(width * share) if type(share) in (int, float) and 0 < share < 1 else 0
@@ -117,6 +117,12 @@ def rotary_dim(values: Values, rope: Values) -> int:
             f"part of a head's {width} numbers"
         )
     return part
+
+
+def head_width(values: Values) -> int:
+    """The width of an attention head."""
+    width: int = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    return width
 
 
 def positive(value: Any, what: str) -> float:
@@ -246,12 +252,7 @@ class Family:
         """Where each of our modules is: the name of theirs (within a layer, if it is in one), and which of
         its parts it is.
         """
-        inner = {
-            part: (theirs, place)
-            for theirs, parts in self.in_layer.items()
-            for place, part in enumerate(parts)
-        }
-        return inner | {ours: (theirs, 0) for theirs, ours in self.outer.items()}
+        return places_of(self.in_layer) | {ours: (theirs, 0) for theirs, ours in self.outer.items()}
 
     def stored(self, name: str) -> tuple[str, int] | None:
         """The name of the tensor that holds one of our weights, and which of its parts it is; None for what
@@ -278,7 +279,7 @@ class Family:
 
     def taken(self, whole: Tensor, name: str, sizes: ModelConfig) -> Tensor:
         """One of our weights, of the tensor that holds it. Raises ModelImportError."""
-        inner = _inner(name)
+        inner = inner_name(name)
         theirs, place = self.ours[inner]
         parts = self.in_layer.get(theirs, ())
         if len(parts) > 1:
@@ -300,7 +301,7 @@ class Family:
         for name, weight in weights.items():
             if (found := self.stored(name)) is None:
                 continue
-            inner = _inner(name)
+            inner = inner_name(name)
             if inner in ROTATED and config.rotary_dim:
                 weight = by_pairs(weight, config, back=True)
             if self.norm_offset and inner.endswith("norm"):
@@ -318,7 +319,12 @@ class Family:
         return torch.cat(list(parts)) if len(parts) > 1 else parts[0].contiguous()
 
 
-def _inner(name: str) -> str:
+def places_of(in_layer: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, int]]:
+    """By our modules of a layer: the name of theirs, and which of its parts it is."""
+    return {part: (theirs, place) for theirs, parts in in_layer.items() for place, part in enumerate(parts)}
+
+
+def inner_name(name: str) -> str:
     """A weight's module within its layer, or in the model. `layers.3.mlp.up_proj.weight` -> `mlp.up_proj`."""
     module = name.rpartition(".")[0]
     return module.split(".", 2)[2] if module.startswith("layers.") else module

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ease_common.errors import ModelImportError
 from ease_train.convert.families import family_named, known
-from ease_train.convert.family import LLAMA3_SCALING, ROTATED, by_pairs
+from ease_train.convert.family import LLAMA3_SCALING, ROTATED, by_pairs, inner_name, places_of
 from ease_train.convert.grid import Grid, packed
 from ease_train.convert.huggingface import read_template
 from ease_train.convert.source_model import SourceModel, Weights, model_config
@@ -512,18 +512,21 @@ class GGUFFile:
         return f"blk.{number}.{theirs}.{kind}", place
 
     @cached_property
+    def _in_layer(self) -> dict[str, tuple[str, ...]]:
+        """What each tensor of a layer holds, by its name in the file."""
+        return {**IN_BLOCK, **self.family.gguf_in_layer}
+
+    @cached_property
     def _in_block(self) -> dict[str, tuple[str, int]]:
-        """Where each module of a layer is: the name of theirs, and which of its parts it is."""
-        names = {**IN_BLOCK, **self.family.gguf_in_layer}
-        return {part: (theirs, n) for theirs, parts in names.items() for n, part in enumerate(parts)}
+        return places_of(self._in_layer)
 
     def _packed(self, ours: str, name: str, first: int, rows: int, sizes: ModelConfig) -> PackedTensor:
         """Rows of a tensor: all that it has, unless it holds several of our weights."""
         stored = self.stored[name]
         shape = tuple(int(size) for size in reversed(stored.shape))
-        inner = ours.split(".", 2)[-1].rpartition(".")[0]
+        inner = inner_name(ours)
         data = stored.data
-        fused = inner in self._in_block and len(self._parts(inner)) > 1
+        fused = inner in self._in_block and len(self._in_layer[self._in_block[inner][0]]) > 1
         if fused:
             data, shape = data[first : first + rows], (rows, *shape[1:])
         if inner not in ROTATED:
@@ -535,9 +538,6 @@ class GGUFFile:
             data = data[by_pairs(torch.arange(len(data)), sizes).numpy()]
         paired = self.family.paired and ours.endswith("weight")
         return PackedTensor(name, stored.tensor_type, shape, data, heads if paired else 0)
-
-    def _parts(self, inner: str) -> tuple[str, ...]:
-        return {**IN_BLOCK, **self.family.gguf_in_layer}[self._in_block[inner][0]]
 
     def tokenizer_and_text_format(self) -> tuple[Tokenizer, TextFormat]:
         """The tokenizer, and how texts begin and end. Raises ModelImportError for what is not known."""

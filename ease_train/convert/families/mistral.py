@@ -7,8 +7,12 @@ from ease_train.training.config import ModelConfig
 
 
 def settings(values: Values) -> dict[str, Any]:
-    every = range(1, values["num_hidden_layers"] + 1)
-    return {**rotary_settings(values), **windows({**values, "layer_types": None}, every)}
+    return {**rotary_settings(values), **windows_everywhere(values)}
+
+
+def windows_everywhere(values: Values) -> dict[str, Any]:
+    """A sliding window of every layer, whatever layer_types says."""
+    return windows({**values, "layer_types": None}, range(1, values["num_hidden_layers"] + 1))
 
 
 def fields(config: ModelConfig) -> dict[str, Any]:

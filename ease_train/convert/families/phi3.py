@@ -8,16 +8,16 @@ import math
 from typing import Any
 
 from ease_common.errors import ModelImportError, shown
+from ease_train.convert.families import mistral
 from ease_train.convert.family import (
     Family,
     Values,
     check_field,
+    head_width,
     positive,
     rope_of,
     rotary_dim,
-    rotary_fields,
     rotary_settings,
-    windows,
 )
 from ease_train.training.config import ModelConfig
 
@@ -27,22 +27,21 @@ LONG = ("longrope", "su", "yarn")  # three names of one
 def settings(values: Values) -> dict[str, Any]:
     rope = rope_of(values)
     long = rope.get("rope_type", rope.get("type")) in LONG
-    every = range(1, values["num_hidden_layers"] + 1)
     return {
         **(_longrope(values, rope) if long else rotary_settings(values, partial=True)),
-        **windows({**values, "layer_types": None}, every),
+        **mistral.windows_everywhere(values),
     }
 
 
 def _longrope(values: Values, rope: dict[str, Any]) -> dict[str, Any]:
     original = values.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
     check_field("original_max_position_embeddings", original)
-    width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     part = rotary_dim(values, rope)
+    pairs = (part or head_width(values)) // 2
     short = rope.get("short_factor")
-    if not isinstance(short, list) or len(short) != (part or width) // 2:
+    if not isinstance(short, list) or len(short) != pairs:
         raise ModelImportError(
-            f"config.json has short_factor = {shown(short)}, expected {(part or width) // 2} numbers, one "
+            f"config.json has short_factor = {shown(short)}, expected {pairs} numbers, one "
             "for each rotated pair"
         )
     factor = positive(rope.get("factor") or values["max_position_embeddings"] / original, "factor")
@@ -59,7 +58,7 @@ def _longrope(values: Values, rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def fields(config: ModelConfig) -> dict[str, Any]:
-    values = {**rotary_fields(config), "sliding_window": config.sliding_window or None}
+    values = mistral.fields(config)
     if not config.rope_factors:
         return values
     rope = {

@@ -3,15 +3,8 @@
 from typing import Any
 
 from ease_common.errors import ModelImportError, shown
-from ease_train.convert.family import (
-    Family,
-    Values,
-    check_field,
-    rotary_fields,
-    rotary_settings,
-    window_fields,
-    windows,
-)
+from ease_train.convert.families.qwen2 import asked_fields
+from ease_train.convert.family import Family, Values, check_field, rotary_settings, windows
 from ease_train.training.config import ModelConfig
 
 
@@ -43,9 +36,7 @@ def _unrotated(values: Values) -> tuple[int, ...]:
 def fields(config: ModelConfig) -> dict[str, Any]:
     turned = [int(layer not in config.unrotated_layers) for layer in range(1, config.num_layers + 1)]
     return {
-        **rotary_fields(config),
-        **window_fields(config),
-        "use_sliding_window": config.sliding_window > 0,
+        **asked_fields(config),
         "no_rope_layers": turned,
     }
 
