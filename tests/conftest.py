@@ -123,6 +123,7 @@ def precisions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     Tied, with biases and normed queries, so that every kind of product is there; grouped heads wider than dim
     / heads.
     """
+    pytest.importorskip("torch", reason="no torch to export a bundle with")
     from ease_export.build import export_bundle
     from ease_runtime.bundle.manifest import PRECISIONS
 
