@@ -5,10 +5,10 @@ with Bar("step", total=600, console=Console()) as bar:
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+T = TypeVar("T")
 EVERY = 15.0  # seconds from one line to the next
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -76,3 +77,24 @@ class Bar:
     def print(self, text: str, **how: Any) -> None:
         """A line of its own."""
         self.progress.console.print(text, soft_wrap=True, **how)
+
+
+class Each(Protocol):
+    """Goes through items; `unit` is what one of them is when it is done."""
+
+    def __call__(self, unit: str, items: Sequence[T], /) -> Iterable[T]: ...
+
+
+def silently(unit: str, items: Sequence[T]) -> Sequence[T]:
+    """The items."""
+    return items
+
+
+def told(unit: str, items: Sequence[T]) -> Iterator[T]:
+    """The items, and between them a line on stderr now and then; on a terminal, too, since a bar that draws
+    itself would take time from what is measured.
+    """
+    with Bar(unit, total=len(items), console=Console(stderr=True, force_terminal=False)) as bar:
+        for done, item in enumerate(items):
+            bar.update(done)
+            yield item

@@ -17,17 +17,19 @@ from typing import Any, Self
 
 from ease_common.errors import RequestError
 from ease_common.files import held
+from ease_common.progress import Each, silently
 
 
 class Journal:
     """The finished parts of one run, by name.
 
     `file` is where the run's result goes, which no other run may write meanwhile; None keeps nothing for
-    another run.
+    another run. `each` goes through what takes long: `told` says how far it has come.
     """
 
-    def __init__(self, file: Path | None, asked: dict[str, Any]) -> None:
+    def __init__(self, file: Path | None, asked: dict[str, Any], each: Each = silently) -> None:
         self.file = file
+        self.each = each
         self.path = None if file is None else file.with_name(f".{file.name}.journal")
         self.asked: dict[str, Any] = json.loads(json.dumps(asked))
         self.found: dict[str, Any] = {}

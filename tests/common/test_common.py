@@ -17,7 +17,7 @@ from ease_common.errors import BundleError, DataError, EaseError, RequestError, 
 from ease_common.extras import extra_of, missing_extra
 from ease_common.files import write_whole, written_aside
 from ease_common.lists import FiniteFloat, list_of
-from ease_common.progress import Bar
+from ease_common.progress import Bar, silently, told
 
 
 def test_one_root_catches_every_error() -> None:
@@ -179,3 +179,15 @@ def test_progress_without_a_terminal_is_a_line_every_15_seconds(terminal: bool, 
     assert len(said) == lines
     if not terminal:
         assert said[-1] == "step 120/600, loss 480, 0:04:00 left"
+
+
+def test_what_is_told_of_items_is_a_line_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ease_common.progress.EVERY", 0.0)
+    assert list(told("texts timed", ["a", "b", "c"])) == list(silently("", ["a", "b", "c"]))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert [line.split(",")[0] for line in said.err.splitlines()] == [
+        f"texts timed {done}/3" for done in range(3)
+    ]

@@ -313,11 +313,11 @@ def test_a_killed_table_ends_in_the_same_json(
     counted: list[str] = []
 
     def counting(name: str, run: Any) -> Any:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             counted.append(name)
             if counted == ["scores", "times", "exits"]:
                 raise KeyboardInterrupt
-            return run(*arguments)
+            return run(*arguments, **named)
 
         return call
 

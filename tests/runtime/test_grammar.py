@@ -177,6 +177,30 @@ def test_a_follower_goes_back_and_forth(llm: LLM) -> None:
         assert follower.allowed(size)[ids[place]]
 
 
+def test_certain_text_is_the_tokenizers_and_always_accepted(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token is allowed where the text is certain, whatever else the model would write it in."""
+    monkeypatch.setattr(llm.engine, "measure", lambda: None)
+    monkeypatch.setattr(llm.engine, "costs", None)
+    monkeypatch.setattr(llm.engine, "pass_costs", None)
+    text = "and the king went up to the mountain"
+    written = llm.encode_part(text)
+    follower = llm.grammars.follow(Regex(text))
+    for place, token in enumerate(written):
+        follower.go_to(written[:place])
+        assert np.flatnonzero(follower.allowed(llm.stack.vocab_size)).tolist() == [token]
+    letters = {llm.encode_part(letter)[-1]: 90.0 for letter in set(text)}
+    options = Options(regex=Regex(text), logit_bias=letters, draft="auto")
+    generation = llm.submit("And", options)
+    while llm.busy:
+        llm.step()
+    sequence = generation.choices[0].sequence
+    assert [token.id for token in sequence.produced][: len(written)] == written
+    count = sequence.drafts.counts["grammar"]
+    assert count.accepted == count.judged > 4
+
+
 class Stubborn:
     """Says a letter whatever is allowed."""
 

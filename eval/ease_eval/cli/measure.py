@@ -17,6 +17,7 @@ from ease_common.commands import given_flags
 from ease_common.errors import RequestError
 from ease_common.files import write_whole
 from ease_common.lists import list_of
+from ease_common.progress import told
 from ease_eval.journal import Journal
 from ease_eval.measure.documents import Document, first_tokens
 from ease_eval.measure.latency import Setting
@@ -27,6 +28,7 @@ from ease_eval.measure.table import (
     SettingName,
     Speed,
     Table,
+    batch_cells,
     choose_texts,
     make_settings,
     make_table,
@@ -58,7 +60,7 @@ NARROW_COLUMNS = (
     "of\nideal",
 )
 
-REPORT_DOCUMENTS = 24  # that depth by position and reliability are drawn from
+REPORT_DOCUMENTS = 24  # whose beginnings, of --scored-tokens together, reliability is drawn from
 PASSAGE_LEAST = 32  # tokens of a document that the passage may begin with
 
 PARSE_SPECIAL = click.option(
@@ -285,7 +287,7 @@ class Measurement:
     def qualities(self) -> list[Quality]:
         """What is said, without the clock."""
         documents = list(first_tokens(self.documents, self.amounts.scored_tokens))
-        return measure_quality(self.llm, documents, self.settings(), Journal(None, {}))
+        return measure_quality(self.llm, documents, self.settings(), Journal(None, {}, told))
 
 
 BATCH_FLAG = click.option(
@@ -339,7 +341,9 @@ def table(
                 else json_file
             )
             journal = open_journals.enter_context(
-                Journal(part, measurement.source | {"batches": batches, "beside": list(map(str, beside))})
+                Journal(
+                    part, measurement.source | {"batches": batches, "beside": list(map(str, beside))}, told
+                )
             )
             if journal.num_read:
                 click.echo(f"{journal.num_read} parts of {bundle} are there from a run before", err=True)
@@ -429,7 +433,7 @@ def latency(bundle: Path, json_file: Path | None, **given: Any) -> None:
     settings = measurement.settings()
     amounts = measurement.amounts
     texts = choose_texts(measurement.encoded, amounts, measurement.llm.stack.max_positions)
-    found, _ = measure_speed(measurement.llm, settings, texts, amounts.num_rounds, Journal(None, {}))
+    found, _ = measure_speed(measurement.llm, settings, texts, amounts.num_rounds, Journal(None, {}, told))
     rows = [
         TimedSetting(s.policy.name, s.policy.thresholds, s.catch_up, **vars(speed))
         for s, (speed, _) in zip(settings, found, strict=True)
@@ -523,14 +527,16 @@ def report(bundle: Path, out: Path, batches: tuple[int, ...], **given: Any) -> N
             "ends in .html"
         )
     measurement = Measurement.of(bundle, **given)
-    shown = [ids for ids in measurement.encoded if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
-    if not shown:
+    long_enough = [ids for ids in measurement.encoded if len(ids) > PASSAGE_LEAST][:REPORT_DOCUMENTS]
+    if not long_enough:
         raise RequestError(
             f"no document has more than {PASSAGE_LEAST} tokens to show a passage of; give longer ones: --data"
         )
-    result = measurement.table(batches=batches)
+    result = measurement.table(Journal(None, {}, told), batches)
     warn_of_unknown(result.rows[0])
-    write_whole(out, make_report(measurement.llm, result, shown, out))
+    share = max(PASSAGE_LEAST, measurement.amounts.scored_tokens // len(long_enough))
+    beginnings = [ids[: share + 1] for ids in long_enough]
+    write_whole(out, make_report(measurement.llm, result, beginnings, out))
     click.echo(f"{out}: written, with its figures in {out.with_suffix('')}")
 
 
@@ -546,11 +552,5 @@ def render(result: Table, console: Console) -> None:
     if result.batches:
         together = narrow_table("batch", "at", "catch-up", "tok/s", "speed-up")
         for one in result.batches:
-            together.add_row(
-                str(one.batch),
-                str(one.threshold),
-                one.catch_up,
-                f"{one.tokens_per_second:.0f}",
-                f"{one.speedup:.2f}x",
-            )
+            together.add_row(*batch_cells(one))
         console.print(together)

@@ -15,6 +15,7 @@ from ease_common.commands import given_flags
 from ease_common.errors import RequestError
 from ease_common.files import write_whole
 from ease_common.lists import FiniteFloat
+from ease_common.progress import told
 from ease_eval.cli.measure import PARSE_SPECIAL, POLICY_FLAG
 from ease_eval.journal import Journal
 from ease_eval.measure.agreement import compare, read_prompts
@@ -142,6 +143,7 @@ def calibrate(
         data=data,
         split=split,
         seed=seed,
+        each=told,
     )
     certificate = replace(certificate, data_sha256=sum_of(corpus))
     if json_file:
@@ -291,7 +293,7 @@ def tasks(
     asked["filters"] = FILTERS
     for note in without_effect(found, options, chat):
         click.echo(f"note: {note}", err=True)
-    with Journal(json_file, asked) as journal:
+    with Journal(json_file, asked, told) as journal:
         if journal.num_read:
             click.echo(f"{journal.num_read} answers are there from a run before", err=True)
         results = [run_task(llm, task, options, journal, shots, chat) for task in found]

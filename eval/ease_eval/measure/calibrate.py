@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ease_common.errors import RequestError, did_you_mean
 from ease_common.files import write_whole
+from ease_common.progress import Each, silently
 from ease_eval.measure.perplexity import Scores, record_exits, score_documents
 from ease_eval.results import as_json
 from ease_runtime.bundle.manifest import MANIFEST_FILE
@@ -173,6 +174,7 @@ def calibrate(
     data: str,
     split: str,
     seed: int = 0,
+    each: Each = silently,
 ) -> Certificate:
     """Fit candidates on a third of the documents (ids), test them on the others.
 
@@ -201,7 +203,9 @@ def calibrate(
     confidences, exits, off = record_exits(engine, fit, everything)
     vectors = candidates(confidences, np.array([harm(scores, off, risk) for scores in exits]), delta)
     policies = [FULL_DEPTH, *(make_policy(policy, vector, layers) for vector in vectors)]
-    by_document = [score_documents(engine, [ids], policies, catch_up) for ids in test]
+    by_document = [
+        score_documents(engine, [ids], policies, catch_up) for ids in each("documents tested", test)
+    ]
     risks = [np.array([harm(s[i], s[0], risk).mean() for s in by_document]) for i in range(1, len(policies))]
     depths = [
         float(np.concatenate([s[i].depths for s in by_document]).mean()) for i in range(1, len(policies))

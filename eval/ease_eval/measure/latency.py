@@ -13,9 +13,11 @@ against the engine.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 
+from ease_common.progress import Each, silently
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.layout import Call
 from ease_runtime.engine.probe import CallProbe
@@ -63,6 +65,7 @@ def measure(
     texts: Sequence[Text],
     num_rounds: int,
     between: Callable[[], None] = lambda: None,
+    each: Each = silently,
 ) -> tuple[list[Timings], dict[Call, float]]:
     """Time every setting on every text, `num_rounds` times after one warm-up; and each graph call by itself,
     in between.
@@ -81,16 +84,17 @@ def measure(
     probes = [
         CallProbe(engine.stack, call) for call in sorted({call for t in own for call in t.calls}, key=str)
     ]
-    for number in range(num_rounds):
-        for timing in timings:
-            timing.rounds.append(0.0)
-        for place, text in enumerate(texts):
-            for i in range(len(settings)):
-                turn = (i + place + number) % len(settings)
-                _decode(engine, settings[turn], text, timings[turn])
-        for probe in probes:
-            probe.run()
-        between()
+    for number, place in each("texts timed", list(product(range(num_rounds), range(len(texts))))):
+        if place == 0:
+            for timing in timings:
+                timing.rounds.append(0.0)
+        for i in range(len(settings)):
+            turn = (i + place + number) % len(settings)
+            _decode(engine, settings[turn], texts[place], timings[turn])
+        if place == len(texts) - 1:
+            for probe in probes:
+                probe.run()
+            between()
     return timings, {probe.call: float(np.median(probe.seconds)) for probe in probes}
 
 
@@ -134,7 +138,11 @@ def _trace(engine: Engine, setting: Setting, text: Text, timing: Timings) -> Non
 
 
 def time_batches(
-    stack: Stack, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int
+    stack: Stack,
+    settings: Sequence[Setting],
+    texts: Sequence[Text],
+    num_rounds: int,
+    each: Each = silently,
 ) -> list[list[float]]:
     """Decode all texts at once in an engine with a slot for each, settings taking turns after one warm-up
     round.
@@ -144,7 +152,7 @@ def time_batches(
     """
     engine = Engine(stack, num_slots=len(texts))
     speeds: list[list[float]] = [[] for _ in settings]
-    for number in range(num_rounds + 1):
+    for number in each(f"rounds of {len(texts)} texts at once", range(num_rounds + 1)):
         for i in range(len(settings)):
             turn = (i + number) % len(settings)
             speed = _decode_together(engine, settings[turn], texts)

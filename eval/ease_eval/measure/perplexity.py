@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ease_common.errors import RequestError
+from ease_common.progress import Each, silently
 from ease_runtime.engine.commit import depths
 from ease_runtime.engine.engine import Engine
 from ease_runtime.engine.sequence import TokenSequence
@@ -102,7 +103,11 @@ def windows(num_ids: int, length: int, stride: int) -> Iterator[Window]:
 
 
 def score_documents(
-    engine: Engine, documents: Sequence[Sequence[int]], policies: Sequence[ExitPolicy], catch_up: str
+    engine: Engine,
+    documents: Sequence[Sequence[int]],
+    policies: Sequence[ExitPolicy],
+    catch_up: str,
+    each: Each = silently,
 ) -> list[Scores]:
     """Score every document under each policy, in windows of the model's context with half a window's stride.
 
@@ -111,7 +116,7 @@ def score_documents(
     check_scorable(engine, policies, catch_up)
     length = engine.stack.max_positions
     parts: list[list[Scores]] = [[] for _ in policies]
-    for ids in documents:
+    for ids in each(f"documents scored, {catch_up}", documents):
         for window in windows(len(ids), length, max(1, length // 2)):
             inputs = ids[window.start : window.stop]
             targets = np.array(ids[window.start + 1 : window.stop + 1], np.int64)

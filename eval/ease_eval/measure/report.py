@@ -22,14 +22,12 @@ from ease_eval.measure.figures import (
     save,
     svg,
 )
-from ease_eval.measure.latency import Setting
 from ease_eval.measure.reliability import measure_reliability
-from ease_eval.measure.table import COLUMNS, BatchFigures, Table, TableRow, cells, score_settings
+from ease_eval.measure.table import COLUMNS, POSITION_BIN, Table, TableRow, batch_cells, cells
 from ease_runtime.cli.show import drafts_line
 from ease_runtime.generation import Completion
 from ease_runtime.llm import LLM
 from ease_runtime.options import Options
-from ease_runtime.policies import make_policy
 
 TITLES = {
     "perplexity-speed": "What it costs and what it saves",
@@ -50,7 +48,7 @@ TIME_COLUMNS = (
 )
 PROMPT_TOKENS = 24
 PASSAGE_TOKENS = 120
-BINS = 16
+BINS = 16  # at most, along a text
 # Tints of the early exits' and the last layer's passages, light and dark, in the order of depth.
 TINTS = (
     ("#b6e3ff", "#0c4a7c"),
@@ -63,19 +61,24 @@ TINTS = (
 
 
 def make_report(llm: LLM, table: Table, documents: Sequence[Sequence[int]], out: Path) -> str:
-    """The report's text; its figures go to a folder beside `out`."""
+    """The report's text; its figures go to a folder beside `out`. Reliability is measured on `documents`, one
+    of whose beginnings is gone on with.
+    """
     rows = table.rows
+    along, width = depths_along(rows)
     found = measure_reliability(llm.engine, documents, rows[0].policy)
     draws = {
         "perplexity-speed": pareto(rows),
         "depth-shares": depth_shares(rows),
-        "depth-by-position": by_position(depths_by_position(llm, documents, rows), bin_width(documents)),
+        "depth-by-position": by_position(along, width),
         "reliability": reliability(found),
     }
     if len(rows) == 1:
         del draws["perplexity-speed"]
     if not found:
         del draws["reliability"]
+    if not along:
+        del draws["depth-by-position"]
     save(draws, out.with_suffix(""))
     prompt = documents[0][:PROMPT_TOKENS]
     passages = [passage(llm, prompt, row) for row in rows]
@@ -133,17 +136,6 @@ def time_cells(row: TableRow) -> list[str]:
     ]
 
 
-def batch_cells(figures: BatchFigures) -> list[str]:
-    """A batch's figures as texts: rows, threshold, catch-up, tokens a second of all, speed-up."""
-    return [
-        str(figures.batch),
-        str(figures.threshold),
-        figures.catch_up if figures.threshold else "–",
-        f"{figures.tokens_per_second:.0f}",
-        f"{figures.speedup:.2f}x ({figures.speedup_range[0]:.2f}–{figures.speedup_range[1]:.2f})",
-    ]
-
-
 def passage(llm: LLM, prompt: Sequence[int], row: TableRow) -> Completion:
     """A greedy continuation under a row's setting."""
     room = llm.stack.max_positions - len(prompt)
@@ -156,30 +148,16 @@ def passage(llm: LLM, prompt: Sequence[int], row: TableRow) -> Completion:
     return llm.complete(list(prompt), options)
 
 
-def bin_width(documents: Sequence[Sequence[int]]) -> int:
-    """Positions in a bin, so that BINS of them cover the longest document's first window."""
-    return max(1, -(-(max(map(len, documents)) - 1) // BINS))
-
-
-def depths_by_position(
-    llm: LLM, documents: Sequence[Sequence[int]], rows: Sequence[TableRow]
-) -> dict[str, list[float]]:
-    """Mean depth in each bin of positions, for every setting but off (for off where it is alone)."""
-    limit = llm.stack.max_positions
-    width = bin_width(documents)
-    shown = rows[1:] or rows
-    settings = [
-        Setting(make_policy(row.policy, row.threshold, llm.stack.exit_layers), row.catch_up) for row in shown
-    ]
-    totals = np.zeros((len(shown), BINS))
-    counts = np.zeros(BINS)
-    for ids in documents:
-        scores = score_settings(llm, [ids[: limit + 1]], settings)
-        place = np.minimum(np.arange(len(scores[0].depths)) // width, BINS - 1)
-        totals += [np.bincount(place, one.depths, BINS) for one in scores]
-        counts += np.bincount(place, minlength=BINS)
-    used = counts > 0
+def depths_along(rows: Sequence[TableRow]) -> tuple[dict[str, list[float]], int]:
+    """Mean depth along the scored texts for every setting but off (for off where it is alone), in up to BINS
+    parts, and the positions of a part. verify has none: full depth says what it says.
+    """
+    shown = [row for row in rows[1:] or rows if row.depth_by_position]
+    group = -(-max((len(row.depth_by_position) for row in shown), default=1) // BINS)
     return {
-        row_label(row): (total[used] / counts[used]).tolist()
-        for row, total in zip(shown, totals, strict=True)
-    }
+        row_label(row): [
+            float(np.mean(row.depth_by_position[start : start + group]))
+            for start in range(0, len(row.depth_by_position), group)
+        ]
+        for row in shown
+    }, group * POSITION_BIN

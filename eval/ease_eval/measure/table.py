@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ease_common.errors import RequestError
+from ease_common.progress import Each, silently
 from ease_eval.journal import Journal
 from ease_eval.measure.documents import Document, coverage, first_tokens
 from ease_eval.measure.latency import Setting, Text, Timings, ideal_seconds, measure, time_batches
@@ -227,6 +228,17 @@ def cells(row: TableRow) -> list[str]:
     ]
 
 
+def batch_cells(figures: BatchFigures) -> list[str]:
+    """A batch's figures as texts: rows, threshold, catch-up, tokens a second of all, speed-up."""
+    return [
+        str(figures.batch),
+        str(figures.threshold),
+        figures.catch_up if figures.threshold else "–",
+        f"{figures.tokens_per_second:.0f}",
+        f"{figures.speedup:.2f}x ({figures.speedup_range[0]:.2f}–{figures.speedup_range[1]:.2f})",
+    ]
+
+
 def beside_cells(row: BesideRow) -> list[str]:
     """Another bundle's row as the texts of COLUMNS."""
     return [
@@ -311,7 +323,8 @@ def make_table(
     several = []
     for size in batches:
         several += journal.once(
-            f"batch {size}", partial(measure_batch, llm, settings, texts, amounts.num_rounds, size)
+            f"batch {size}",
+            partial(measure_batch, llm, settings, texts, amounts.num_rounds, size, journal.each),
         )
     return Table(
         **provenance(bundle, llm, num_threads),
@@ -358,7 +371,7 @@ def measure_quality(
     covered = coverage(llm.tokenizer, documents)
     scored = Scored(encoded, covered.num_bytes, covered.unknown_share)
     found: list[list[Any]] = journal.once(
-        "scores", lambda: [s.to_lists() for s in score_settings(llm, encoded, settings)]
+        "scores", lambda: [s.to_lists() for s in score_settings(llm, encoded, settings, journal.each)]
     )
     scores = [Scores.from_lists(lists) for lists in found]
     return [
@@ -415,7 +428,8 @@ def measure_beside(
 
     def score(other: LLM) -> list[Any]:
         policy = full_depth(other).policy
-        return score_documents(other.engine, encoded, [policy], "recompute")[0].to_lists()
+        (scores,) = score_documents(other.engine, encoded, [policy], "recompute", journal.each)
+        return scores.to_lists()
 
     found = []
     for path, other in beside.items():
@@ -447,7 +461,7 @@ def measure_speed(
 
     def timed() -> list[Any]:
         others = [full_depth(other) for other in beside]
-        timings, seconds = measure(llm.engine, [*settings, *others], texts, num_rounds)
+        timings, seconds = measure(llm.engine, [*settings, *others], texts, num_rounds, each=journal.each)
         own, rest = timings[: len(settings)], timings[len(settings) :]
         speeds = [[asdict(make_speed(t, own[0], seconds, llm)), np.array(t.depths).tolist()] for t in own]
         return [speeds, [asdict(make_pace(t, own[0])) for t in rest]]
@@ -504,13 +518,18 @@ def make_speed(timing: Timings, off: Timings, call_seconds: dict[Call, float], l
 
 
 def measure_batch(
-    llm: LLM, settings: Sequence[Setting], texts: Sequence[Text], num_rounds: int, batch: int
+    llm: LLM,
+    settings: Sequence[Setting],
+    texts: Sequence[Text],
+    num_rounds: int,
+    batch: int,
+    each: Each = silently,
 ) -> list[dict[str, Any]]:
     """Every setting's BatchFigures, as JSON has them; `batch` texts are decoded at once, the same ones again
     where there are fewer.
     """
     chosen = [texts[i % len(texts)] for i in range(batch)]
-    speeds = time_batches(llm.stack, settings, chosen, num_rounds)
+    speeds = time_batches(llm.stack, settings, chosen, num_rounds, each)
     found = []
     for setting, mine in zip(settings, speeds, strict=True):
         speedups = [a / b for a, b in zip(mine, speeds[0], strict=True)]
@@ -621,22 +640,16 @@ def choose_texts(documents: Sequence[Sequence[int]], amounts: Amounts, limit: in
     return [Text(tuple(long_enough[i][:length]), amounts.prompt_tokens) for i in places]
 
 
-def score_settings(llm: LLM, documents: Sequence[Sequence[int]], settings: Sequence[Setting]) -> list[Scores]:
+def score_settings(
+    llm: LLM, documents: Sequence[Sequence[int]], settings: Sequence[Setting], each: Each = silently
+) -> list[Scores]:
     """Quality of every setting; those that share a catch-up share its passes where it allows."""
     scores: dict[int, Scores] = {}
     for catch_up in CATCH_UPS:
-        mine = [i for i, s in enumerate(settings) if s.catch_up == catch_up]
-        scores |= (
-            dict(
-                zip(
-                    mine,
-                    score_documents(llm.engine, documents, [settings[i].policy for i in mine], catch_up),
-                    strict=True,
-                )
-            )
-            if mine
-            else {}
-        )
+        mine = {i: s.policy for i, s in enumerate(settings) if s.catch_up == catch_up}
+        if mine:
+            found = score_documents(llm.engine, documents, list(mine.values()), catch_up, each)
+            scores |= dict(zip(mine, found, strict=True))
     return [scores[i] for i in range(len(settings))]
 
 

@@ -134,7 +134,7 @@ def run_task(
     ]  # answers to a file that has changed since are asked for anew
     answers = []
     faults = list(task.faults)
-    for item in items:
+    for item in journal.each(f"items of {task.path.name} answered", items):
         try:
             answers.append(Answer(**journal.once(f"{task.path}:{item.line}:{said}", _asker(asking, item))))
         except NoTokensError as error:
