@@ -442,6 +442,7 @@ def drafts_tables() -> dict[str, str]:
         "--draft": "{mode}",
         "number": "{prompts}",
         "same texts": "{same}",
+        "speed-up before": "{speedup_before:.2f}",
         **speeds,
         "of exits": "{share_of_exits:.3f}",
     }
@@ -467,7 +468,7 @@ def drafts_tables() -> dict[str, str]:
 def lookup_table() -> str:
     """Runtimes with drafts from text and without: how many times faster EASE with them is."""
     lines = []
-    for precision in ("fp32",):
+    for precision in ("fp32", "int4"):
         rows = load(f"verify-peers-{precision}.json")["rows"]
         ours = next(row for row in rows if row["runtime"] == "ease, drafts from text")
         lines += [
