@@ -462,13 +462,6 @@ def show(name: str, rows: list[Row], console: Console) -> None:
     console.print(table)
 
 
-def captured(stack: OrtStack) -> Row:
-    """How many CUDA graphs there are, and what they take of the GPU's memory; none where there are none."""
-    if stack.captures is None or stack.captures.failed:
-        return {"captured_graphs": 0, "captured_mb": 0.0}
-    return {"captured_graphs": len(stack.captures.found), "captured_mb": stack.captures.num_bytes / 1e6}
-
-
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--only", "names", default=",".join(SECTIONS), help=f"Some of: {', '.join(SECTIONS)}.")
@@ -501,7 +494,7 @@ def main(
                     "bundle": str(bundle),
                     "device": stack.device.name,
                     "threads": threads,
-                    **captured(stack),
+                    "captured": stack.captured()._asdict(),
                     **results,
                 },
                 indent=2,

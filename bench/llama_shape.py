@@ -5,7 +5,8 @@
 
 What is there stays. With --reduced-head early exits have a head over that many tokens.
 135m: SmolLM2-135M's 30 layers of width 576 and vocabulary of 49,152; 1b: Llama-3.2-1B's
-16 layers of width 2,048 and vocabulary of 128,256. fp32 is called bundle/, others bundle-PRECISION/.
+16 layers of width 2,048 and vocabulary of 128,256; tiny: for trying commands.
+fp32 is called bundle/, others bundle-PRECISION/.
 """
 
 import time
@@ -41,6 +42,16 @@ SHAPES = {
         "ffn_dim": 8192,
         "exits": (4, 8, 16),
         "rope_theta": 5e5,
+    },
+    "tiny": {
+        "vocab_size": 49152,
+        "dim": 64,
+        "num_layers": 8,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ffn_dim": 128,
+        "exits": (2, 4, 8),
+        "rope_theta": 1e4,
     },
 }
 

@@ -14,6 +14,7 @@ from ease_common.errors import ExportError
 from ease_common.lists import list_of
 from ease_runtime.bundle.manifest import FORMAT_VERSION, PRECISIONS, TARGETS, Manifest, load_manifest
 from ease_runtime.cli.commands import DEVICE_FLAG, BundleName
+from ease_runtime.ort.device import CPU, CUDA, why_no_cuda
 
 if TYPE_CHECKING:
     from ease_export.verify import Report
@@ -40,7 +41,7 @@ def main(debug: bool) -> None:
     "--target",
     type=click.Choice(TARGETS),
     help="The device that the graphs are for; they run on the other, slower. "
-    "[default: cuda for fp16, cpu for all else]",
+    "[default: what this machine runs; cuda for fp16]",
 )
 @click.option(
     "--exits",
@@ -54,17 +55,34 @@ def build(checkpoint: Path, bundle: Path, precision: str, target: str | None, ex
     from ease_export.build import export_bundle
 
     console = Console()
+    chosen = target or target_here(precision)
     with console.status("exporting…"):
-        manifest = export_bundle(checkpoint, bundle, precision, target=target, exits=exits)
+        manifest = export_bundle(checkpoint, bundle, precision, target=chosen, exits=exits)
     size = sum(info.num_bytes for info in manifest.files.values())
+    why = "" if target else why_target(precision, chosen)
     console.print(
-        f"{bundle}: for {manifest.target}, {len(manifest.segments)} segments, {len(manifest.files)} files, "
+        f"{bundle}: for {chosen}{why}, {len(manifest.segments)} segments, {len(manifest.files)} files, "
         f"{size / 1e6:.1f} MB"
     )
     if manifest.chat_template and (
         problem := ChatTemplate((bundle / manifest.chat_template).read_bytes()).problem
     ):
         click.echo(f"warning: {problem}", err=True)
+
+
+def target_here(precision: str) -> str:
+    """The target where none is asked for: what this machine runs; in fp16 always CUDA."""
+    return CUDA.name if precision == "fp16" or why_no_cuda() is None else CPU.name
+
+
+def why_target(precision: str, target: str) -> str:
+    """What is said of a target that nobody asked for."""
+    if precision == "fp16":
+        return ""
+    if target == CPU.name:
+        return " (what this machine runs; --target cuda is for GPUs)"
+    faster = "--precision fp16 is faster there, " if precision == "fp32" else ""
+    return f" (what this machine runs; {faster}--target cpu is for CPUs)"
 
 
 @main.command()
@@ -208,8 +226,10 @@ def render_manifest(manifest: Manifest, bundle: Path, console: Console) -> None:
     def with_weights(graph: str) -> tuple[str, str]:
         return graph, f"{graph}.data"
 
+    elsewhere = CPU.name if manifest.target == CUDA.name else CUDA.name
     console.print(
-        f"{bundle}: {manifest.precision} with activations in {manifest.activations} for {manifest.target}, "
+        f"{bundle}: {manifest.precision} with activations in {manifest.activations} for {manifest.target} "
+        f"(runs on {elsewhere}, too, slower), "
         f"{manifest.num_layers} layers of width {manifest.dim}, "
         f"vocabulary {manifest.vocab_size}, "
         f"context {manifest.max_positions}, K/V {manifest.kv_dim} wide a token and layer"

@@ -218,7 +218,7 @@ def train(study: Study, only: tuple[str, ...], seeds: tuple[int, ...], threads: 
                     )
                     call("ease-train", "gates", str(folder / "checkpoint"), "--out", str(last), *gates)
             if not (folder / "bundle").is_dir():
-                call("ease-export", "build", str(last), str(folder / "bundle"))
+                call("ease-export", "build", str(last), str(folder / "bundle"), "--target", "cpu")
                 click.echo(f"{name}, seed {seed}: {time.time() - began:.0f} s")
 
 

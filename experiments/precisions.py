@@ -35,7 +35,8 @@ print(int(lines["VmRSS"].split()[0]) / 1e3)
 
 def export(checkpoint: Path, bundle: Path, precision: str) -> dict[str, float]:
     """Seconds and largest memory of an export, all its threads' CPU time."""
-    command = ["ease-export", "build", str(checkpoint), str(bundle), "--precision", precision]
+    what = ["--precision", precision, "--target", "cpu"]
+    command = ["ease-export", "build", str(checkpoint), str(bundle), *what]
     _, status, used = os.wait4(subprocess.Popen(command).pid, 0)
     if status:
         raise click.ClickException(f"failed: {' '.join(command)}")

@@ -25,8 +25,8 @@ fit plain6 standard --num-layers 6 --exits 6 --layer-weights 6 1
     [ -d tuned ] || ease-train tune tuned8 --exits 4,6,8,12 --layer-weights 4 1 --layer-weights 6 1 --layer-weights 8 0.3 --steps 1000 $tuning $text --out tuned
     [ -d gated ] || ease-train gates tuned --gate-width 64 --batch-size 8 --steps 120 --eval-tokens 24000 $text --out gated
 }
-[ -d bundle ] || ease-export build gated bundle --precision int8
-[ -d plain ] || ease-export build plain6 plain --precision int8
+[ -d bundle ] || ease-export build gated bundle --precision int8 --target cpu
+[ -d plain ] || ease-export build plain6 plain --precision int8 --target cpu
 ease-eval table bundle --beside plain --data python-stdlib --split test --policy gate --exit-thresholds off,off,0 --exit-thresholds off,0.9,0 \
     --exit-thresholds off,0.8,0 --exit-thresholds 0.8,0.8,0 --exit-thresholds 0.6,0.6,0 --exit-thresholds off,0,0 --catch-up propagate --catch-up recompute \
     --scored-tokens 15000 --texts 6 --new-tokens 128 --rounds 5 --json code.json

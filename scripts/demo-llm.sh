@@ -15,7 +15,7 @@ fi
 [ -d "$run/checkpoint" ] || ease-train import "$run/$model" --out "$run/checkpoint" --with-exits exits/smollm2-135m-instruct
 
 for precision in fp32 int8 int4; do
-    [ -d "$run/$precision" ] || ease-export build "$run/checkpoint" "$run/$precision" --precision "$precision"
+    [ -d "$run/$precision" ] || ease-export build "$run/checkpoint" "$run/$precision" --precision "$precision" --target cpu
     echo "== $precision: What is the capital of France?"
     printf 'What is the capital of France?\n' | ease-run chat "$run/$precision" --max-tokens 40
 done

@@ -28,7 +28,7 @@ export_to() { # CHECKPOINT BUNDLE: done where it must be
     if [ -f "$2/manifest.json" ] && [ ! "$1/config.json" -nt "$2/manifest.json" ]; then
         echo "reusing $2 (remove it to export again)"
     else
-        ease-export build "$1" "$2"
+        ease-export build "$1" "$2" --target cpu  # where there is a GPU, too: the demo is of a CPU
         ease-export verify "$2" --checkpoint "$1"
     fi
 }

@@ -15,10 +15,10 @@ steps="--steps 2250 --warmup-steps 180 --learning-rate 0.0025 --eval-every 450 -
         $text $shape $steps --out e468
     for layers in 6 8 12; do
         [ -d "plain$layers" ] || ease-train fit standard --num-layers "$layers" --exits "$layers" --layer-weights "$layers" 1 $text $shape $steps --out "plain$layers"
-        [ -d "plain-$layers" ] || ease-export build "plain$layers" "plain-$layers" --precision int8
+        [ -d "plain-$layers" ] || ease-export build "plain$layers" "plain-$layers" --precision int8 --target cpu
     done
 }
-[ -d code ] || ease-export build e468 code --precision int8 --exits 6,12
+[ -d code ] || ease-export build e468 code --precision int8 --exits 6,12 --target cpu
 [ -f code-shipped.json ] || ease-eval table code --beside plain-6 --beside plain-8 --beside plain-12 --data python-stdlib --split test \
     --thresholds 0,0.5,0.7,0.9 --catch-up propagate,recompute,verify --scored-tokens 10000 --texts 5 --new-tokens 96 --rounds 5 --json code-shipped.json
 ease-eval calibrate code --data python-stdlib+test --split validation --tokens 448 --delta 0.1

@@ -139,12 +139,12 @@ def generate(
     depths = [event.depth for event in shown]
     compared = compare_with_full_depth(llm, text, options, timing, depths) if compare else None
     if as_json:
-        object_ = as_object(shown, timing, compared, llm.token_text)
+        object_ = as_object(shown, timing, compared, llm)
         click.echo(json.dumps(object_, ensure_ascii=False).encode())  # JSON is UTF-8 in every locale
         return
     print_notes(timing)
     if show_exits or compare:
-        print_summary(shown, timing, llm.stack.exit_layers, compared, console)
+        print_summary(shown, timing, llm.stack, compared, console)
 
 
 def without_effect(
@@ -255,7 +255,7 @@ def answer(
         events.close()
     print_notes(timing)
     if exit_layers is not None:
-        print_summary(shown, timing, exit_layers, None, console)
+        print_summary(shown, timing, conversation.llm.stack, None, console)
 
 
 @main.command()

@@ -11,6 +11,8 @@ from rich.text import Text
 from ease_runtime.cli.comparison import Comparison
 from ease_runtime.engine.sequence import DraftCount
 from ease_runtime.generation import Timing, TokenEvent, drafter_shares
+from ease_runtime.llm import TextEngine
+from ease_runtime.ort.stack import Stack
 
 DEPTH_COLOURS = (
     "green",
@@ -82,13 +84,14 @@ def print_notes(timing: Timing) -> None:
 def print_summary(
     events: list[TokenEvent],
     timing: Timing,
-    exit_layers: tuple[int, ...],
+    stack: Stack,
     compared: Comparison | None,
     console: Console,
 ) -> None:
     """Depth and speed in a line, and beside full depth in another."""
     if not events:
         return
+    exit_layers = stack.exit_layers
     shares = ", ".join(
         f"{sum(e.depth == layer for e in events) / len(events):.0%} at {layer}" for layer in exit_layers
     )
@@ -102,6 +105,12 @@ def print_summary(
         f"prefill {timing.prefill_seconds * 1000:.1f} ms, then {timing.tokens_per_second:.0f} tokens/s",
         style="dim",
     )
+    captured = stack.captured()
+    if captured.num_graphs:
+        console.print(
+            f"{captured.num_graphs} passes are CUDA graphs by now, in {captured.num_bytes / 1e6:.1f} MB",
+            style="dim",
+        )
     if compared:
         console.print(compared.line(), style="dim")
 
@@ -118,17 +127,18 @@ def drafts_line(drafts: Mapping[str, DraftCount], num_tokens: int) -> str:
 
 
 def as_object(
-    events: list[TokenEvent], timing: Timing, compared: Comparison | None, token_text: Callable[[int], str]
+    events: list[TokenEvent], timing: Timing, compared: Comparison | None, llm: TextEngine
 ) -> dict[str, Any]:
     """What `--json` prints: the first completion, and all of them where there are several."""
     choices = [
         {
             "text": "".join(e.text for e in choice),
-            "tokens": [token_object(e, token_text) for e in choice],
+            "tokens": [token_object(e, llm.token_text) for e in choice],
             "finish_reason": choice[-1].finish_reason,
         }
         for choice in by_choice(events)
     ]
+    captured = llm.stack.captured()
     return {
         **choices[0],
         **({"choices": choices} if len(choices) > 1 else {}),
@@ -146,6 +156,7 @@ def as_object(
             "decode_seconds": timing.decode_seconds,
             "tokens_per_second": timing.tokens_per_second,
         },
+        **({"captured": captured._asdict()} if captured.num_graphs else {}),
         **({"compared": compared.to_json()} if compared else {}),
     }
 

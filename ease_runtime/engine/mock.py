@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ease_runtime.engine.layout import Call, SegmentShape, Span
 from ease_runtime.ort.buffers import Int64s
-from ease_runtime.ort.stack import Cache, StackExit
+from ease_runtime.ort.stack import Cache, Captured, StackExit
 from ease_runtime.policies import HeadOutput
 
 # a token's logits spread over ±(a share of) this, so that confidences spread over (0, 1)
@@ -199,6 +199,9 @@ class MockStack:
 
     def wait(self) -> None:
         pass
+
+    def captured(self) -> Captured:
+        return Captured()
 
     def read_states(self, rows: Int64s) -> Hashes:
         return self.pool.states[rows]

@@ -23,11 +23,13 @@ NOT_FINITE = (
     "its weights hold NaN or infinity, or overflow: get the model's own weights again, then export them"
 )
 # Lengths of text, and rows and tokens of passes, that are compared with passes of one token: attention on a
-# GPU divides its sums by all of these. On a CPU it divides them by none, and one length is enough.
-LENGTHS = (100, 1000, 8000)
+# GPU divides its sums by all of these, and by the length of the buffer. So most lengths are right before a
+# step of that, which passes of several tokens cross. On a CPU it divides them by none: one length is enough.
+LENGTHS = (100, 508, 1020, 4092, 8188, 16_380, 32_764)
+LENGTHS_ON_CPU = (1000,)
 SHAPES = {1: (2, 8, 17), 2: (3,), 8: (2,)}  # tokens a row, by rows
 MOST_ON_CPU = 2  # rows
-MOST_TRIED = 16_000  # tokens of all rows together: they take memory
+MOST_TRIED_BYTES = 1 << 28  # of keys and values of all rows in the first segment: they take memory and time
 RUNS_OF_CAPTURES = 3  # of each of two tokens: the first of all is without, the second captures
 NOISE = 9973  # numbers of noise, repeated; prime, so that no two positions are alike
 # times that, by precision (int8 and int4 round activations within products) and by what is around
@@ -87,7 +89,7 @@ def _exact_everywhere(stack: "OrtStack") -> bool:
     longest = stack.max_positions - max(max(sizes) for sizes in SHAPES.values())
     if longest < 1:
         return True
-    lengths = {min(length, longest) for length in (LENGTHS if stack.device.own_memory else LENGTHS[1:2])}
+    lengths = {min(length, longest) for length in (LENGTHS if stack.device.own_memory else LENGTHS_ON_CPU)}
     stack.even = stack.doubles
     shapes = [rows for rows in SHAPES if stack.device.own_memory or rows <= MOST_ON_CPU]
     exact = all(_exact_rows(stack, num_rows, sorted(lengths)) for num_rows in shapes)
@@ -96,8 +98,10 @@ def _exact_everywhere(stack: "OrtStack") -> bool:
 
 
 def _exact_rows(stack: "OrtStack", num_rows: int, lengths: Sequence[int]) -> bool:
-    cache = stack.open_cache(num_rows)
-    for length in (length for length in lengths if num_rows * length <= MOST_TRIED):  # it grows with them
+    cache = stack.open_cache(num_rows, 1)
+    token_bytes = 2 * stack.layers_cached[0] * stack.manifest.kv_dim * np.dtype(stack.dtype).itemsize
+    most = MOST_TRIED_BYTES // (num_rows * token_bytes)
+    for length in (length for length in lengths if length <= most):  # it grows with them
         _fill_with_noise(stack, cache, [Span(slot, 0, length) for slot in range(num_rows)])
         if not all(_exact_behind(stack, cache, num_rows, length, size) for size in SHAPES[num_rows]):
             return False
@@ -127,13 +131,12 @@ def _exact_behind(
 
 def _fill_with_noise(stack: "OrtStack", cache: RowCache | DeviceCache, spans: Sequence[Span]) -> None:
     """Give the first segment keys and values to read, other ones at every position."""
-    noise = np.random.default_rng(0).standard_normal(NOISE)
+    noise = np.random.default_rng(0).standard_normal(NOISE).astype(stack.dtype)
     runs = cache.runs(0, spans)
     for layer in range(stack.layers_cached[0]):
         if isinstance(cache, DeviceCache):
             for array in cache.buffers[layer]:
-                with array.on_host() as values:
-                    values[:] = np.resize(noise, values.shape)
+                array.write(np.resize(noise, array.shape))
         else:
             for run in runs:
                 for values in cache.tables[run.length].layer(layer):

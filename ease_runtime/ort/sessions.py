@@ -169,11 +169,13 @@ class Captures:
         self, session: ort.InferenceSession, io: ort.IOBinding, places: Mapping[str, Hashable]
     ) -> ort.RunOptions:
         """The run over some addresses that may capture, after one without: how the next are to be done."""
-        options = self._options((id(session), *sorted(places.items())))
+        key = (id(session), *sorted(places.items()))
+        options = self._options(key)
         before = self.memory.num_free()
         try:
             session.run_with_iobinding(io, options)
         except RuntimeError as error:
+            self.found.pop(key, None)
             self.memory.stop_capture()
             self.stop(str(error).splitlines()[0])
             session.run_with_iobinding(io, self.without)

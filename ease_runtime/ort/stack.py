@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -115,6 +115,13 @@ class StackExit:
         return self.gate(rows)
 
 
+class Captured(NamedTuple):
+    """How many passes are CUDA graphs by now, and the bytes of the GPU's memory that these took."""
+
+    num_graphs: int = 0
+    num_bytes: int = 0
+
+
 class Stack(Protocol):
     """What the engine needs of the layers.
 
@@ -150,6 +157,9 @@ class Stack(Protocol):
 
     def wait(self) -> None:
         """Until all calls are done: some return before, where nothing that they write is the host's."""
+
+    def captured(self) -> Captured:
+        """What is captured as CUDA graphs, for reports; nothing where there are none."""
 
     def read_states(self, rows: Int64s) -> NDArray[Any]:
         """A copy of hidden states for the host. Shape: (N) -> (N, D)."""
@@ -319,22 +329,28 @@ class OrtStack:
         capture = self.captures is not None
         return load_session(path, self.log_level, self.device, own_threads=self.own_threads, capture=capture)
 
-    def open_cache(self, num_slots: int = 1) -> RowCache | DeviceCache:
+    def open_cache(self, num_slots: int = 1, num_parts: int | None = None) -> RowCache | DeviceCache:
+        """An empty cache, of the first parts alone where a number of them is given."""
+        layers = self.layers_cached[:num_parts]
         manifest = self.manifest
         by_head = manifest.cache_layout == "BGTP"
         heads = manifest.num_kv_heads if by_head else 1
         shape = CacheShape(heads, manifest.kv_dim // heads, by_head)
         if self.device.own_memory:
-            return DeviceCache(
-                self.layers_cached, num_slots, shape, self.max_positions, self.dtype, self.device, self.spare
-            )
+            spare = {} if num_parts and self.spare is not None else self.spare  # others need every layer
+            return DeviceCache(layers, num_slots, shape, self.max_positions, self.dtype, self.device, spare)
         files = [manifest.files.get(f"{segment.graph}.data") for segment in manifest.segments]
         weight_bytes = sum(info.num_bytes for info in files if info is not None)
-        return RowCache(self.layers_cached, num_slots, shape, weight_bytes, self.dtype)
+        return RowCache(layers, num_slots, shape, weight_bytes, self.dtype)
 
     def reserve_rows(self, num_rows: int, live: Sequence[Int64s]) -> int:
         self.at_head = None
         return self.pool.reserve(num_rows, live)
+
+    def captured(self) -> Captured:
+        if self.captures is None:
+            return Captured()
+        return Captured(len(self.captures.found), self.captures.num_bytes)
 
     def wait(self) -> None:
         if self.device.own_memory:

@@ -64,7 +64,7 @@ class Service:
     def __init__(self, llm: TextEngine, settings: Settings) -> None:
         self.llm = llm
         self.settings = settings
-        self.metrics = Metrics(llm.stack.exit_layers, llm.engine.cache.num_slots, llm.stack.exact)
+        self.metrics = Metrics(llm.stack, llm.engine.cache.num_slots)
         self.shadow = Shadow(llm.engine, settings.shadow, settings.certificate) if settings.shadow else None
         self.worker = Dispatcher(llm, self.metrics, max_queued=settings.max_queued, shadow=self.shadow)
         self.started = int(time.time())

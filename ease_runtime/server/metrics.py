@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 
+from ease_runtime.ort.stack import Stack
+
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
     """One server's figures, in a registry of their own."""
 
-    def __init__(self, exit_layers: tuple[int, ...], num_slots: int, exact: bool) -> None:
+    def __init__(self, stack: Stack, num_slots: int) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         registry = self.registry = CollectorRegistry()
@@ -41,7 +43,13 @@ class Metrics:
             "ease_verify_exact",
             "1 when verify gives the tokens of full depth to the bit here, 0 when up to rounding.",
             registry=registry,
-        ).set(exact)
+        ).set(stack.exact)
+        Gauge("ease_captured_graphs", "Passes that are CUDA graphs by now.", registry=registry).set_function(
+            lambda: stack.captured().num_graphs
+        )
+        Gauge("ease_captured_bytes", "What these took of the GPU's memory.", registry=registry).set_function(
+            lambda: stack.captured().num_bytes
+        )
         self.passes = Counter("ease_passes", "Graph passes.", registry=registry)
         self.rows = Counter(
             "ease_pass_rows",
@@ -52,7 +60,10 @@ class Metrics:
             "ease_mean_batch", "Completions in a pass, in the mean since the start.", registry=registry
         )
         self.depth = Histogram(
-            "ease_token_depth_layers", "Layers that tokens used.", buckets=exit_layers, registry=registry
+            "ease_token_depth_layers",
+            "Layers that tokens used.",
+            buckets=stack.exit_layers,
+            registry=registry,
         )
         self.first_token = Histogram(
             "ease_first_token_seconds",

@@ -1,7 +1,7 @@
 """Decode over the stand-ins with scripted heads, so that exits are taken: prints the depths as a JSON list.
 
-python tests/cuda/decode.py BUNDLE CATCH_UP TEMPERATURE [CONFIDENCE...]    # of the first exit, token after
-token; other exits are never sure
+python tests/cuda/decode.py BUNDLE CATCH_UP TEMPERATURE ROWS [CONFIDENCE...]    # of the first exit, pass by
+pass; other exits are never sure
 """
 
 import json
@@ -41,18 +41,18 @@ def note(what: str) -> None:
         log.write(f"call {what}\n")
 
 
-bundle, catch_up, temperature, *confidences = sys.argv[1:]
+bundle, catch_up, temperature, rows, *confidences = sys.argv[1:]
 stack = open_stack(Path(bundle), device="cuda")
 stack.run_exit = ScriptedHeads(stack, [float(value) for value in confidences])  # type: ignore[method-assign]
 note("decoding")  # what was before is the load's
-engine = Engine(stack)
+engine = Engine(stack, num_slots=int(rows))
 policy = make_policy("max-prob", 0.5, stack.exit_layers)
 sampler = GumbelSampler(float(temperature), 0, 1.0, 0) if float(temperature) else Greedy()
-request = engine.start(
-    PROMPT, max_new_tokens=len(confidences), policy=policy, catch_up=catch_up, sampler=sampler
-)
-depths = []
-for token in engine.generate(request):
-    depths.append(token.depth)
-    note("token")
-print(json.dumps(depths))
+requests = [
+    engine.start(PROMPT, max_new_tokens=len(confidences), policy=policy, catch_up=catch_up, sampler=sampler)
+    for _ in range(int(rows))
+]
+while engine.busy:
+    engine.step()
+    note("step")
+print(json.dumps([token.depth for token in requests[0].produced]))

@@ -9,7 +9,7 @@ import json
 import platform
 import sys
 from collections import Counter
-from itertools import dropwhile
+from itertools import dropwhile, pairwise
 from pathlib import Path
 
 import pytest
@@ -99,9 +99,11 @@ def decode(
     confidences: list[float],
     log: Path,
     temperature: float = 0.0,
+    rows: int = 1,
 ) -> tuple[list[int], list[standin.Event]]:
-    """Depths of the tokens, and what happened for them."""
-    arguments = [str(HERE / "decode.py"), str(bundle), catch_up, str(temperature), *map(str, confidences)]
+    """Depths of the tokens of one of the rows, and what happened for all."""
+    script = [str(HERE / "decode.py"), str(bundle)]
+    arguments = [*script, catch_up, str(temperature), str(rows), *map(str, confidences)]
     depths = json.loads(standin.run_over(libraries, arguments, log))
     return depths, list(dropwhile(lambda event: event.what != "decoding", standin.events(log)))
 
@@ -190,6 +192,25 @@ def test_a_lone_rows_passes_are_captured(libraries: Path, halves: dict[str, Path
     assert captured(log) <= LEGAL
 
 
+def test_a_batch_captures_its_exits_alone(
+    libraries: Path, precisions: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    """A pass of three rows through a segment launches its kernels; the exit and its head are one each."""
+    log = tmp_path / "log"
+    depths, events = decode(libraries, precisions[1]["fp16"], "propagate", FULL, log, rows=3)
+    assert depths == [6] * len(FULL)
+    found = max((Counter(e.kind for e in step) for step in steps(events)), key=lambda step: step["replay"])
+    assert found["replay"] == 2
+    assert found["kernel"] > 50
+    assert captured(log) <= LEGAL
+
+
+def steps(events: list[standin.Event]) -> list[list[standin.Event]]:
+    """What happened in each pass of the engine but the first."""
+    ends = [place for place, event in enumerate(events) if event.what == "step"]
+    return [events[start:stop] for start, stop in pairwise(ends)]
+
+
 LEGAL = {"kernel", "memset", "device-device", "cudaGetLastError", "cublasGemmEx"}
 
 
@@ -229,8 +250,7 @@ def test_a_token_is_a_launch_for_each_segment_exit_and_head(
     """At full depth, of two segments. The variable turns it off."""
     monkeypatch.setenv("EASE_CUDA_GRAPHS", variable)
     _, events = decode(libraries, precisions[1]["fp16"], "propagate", FULL, tmp_path / "log")
-    tokens = [place for place, event in enumerate(events) if event.what == "token"]
-    last = events[tokens[-2] : tokens[-1]]
+    last = steps(events)[-1]
     assert counts(last) == {"host-device": 2 * 2, "device-host": 2, "sync": 2}
     found = Counter(event.kind for event in last)
     assert found["replay"] == replays

@@ -21,6 +21,7 @@ from ease_eval.peers.compare import (
     compare_peers,
 )
 from ease_eval.peers.peer_worker import Told, nll
+from ease_runtime.bundle.manifest import read_manifest
 from ease_train.convert.huggingface import export_model
 from ease_train.training.checkpoint import load_checkpoint
 
@@ -296,6 +297,51 @@ def test_bad_input_ends_in_one_line(
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+CPU_PEERS = [
+    ("transformers eager", "fp32", "fp32"),
+    ("transformers early exit 3", "fp32", "fp32"),
+    ("onnxruntime-genai", "fp32", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [
+        ("cpu", "fp16", CPU_PEERS),
+        (
+            "cuda",
+            "fp16",
+            [
+                ("transformers eager", "fp16", "fp16"),
+                ("transformers early exit 3", "fp16", "fp16"),
+                ("onnxruntime-genai", "fp16", None),
+                ("onnxruntime-genai, CUDA graphs", "fp16", None),
+            ],
+        ),
+        ("cpu", "fp32", CPU_PEERS),
+        ("cuda", "fp32", [*CPU_PEERS, ("onnxruntime-genai, CUDA graphs", "fp32", None)]),
+    ],
+)
+def test_peers_compute_as_the_bundle_does_on_its_device(
+    precisions: tuple[Path, dict[str, Path]],
+    tmp_path: Path,
+    device: str,
+    precision: str,
+    expected: list[tuple[str, str, str | None]],
+) -> None:
+    """In halves on a GPU alone. genai is made for the device by its builder."""
+    bundle = precisions[1][precision]
+    manifest = read_manifest(bundle)
+    sizes = {"num_hidden_layers": manifest.num_layers, "vocab_size": manifest.vocab_size}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    ease, *peers = plan(bundle, tmp_path, tmp_path, device=device).peers()
+    assert {peer.asked["device"] for peer in (ease, *peers)} == {device}
+    kinds = [
+        (peer.name, peer.precision, None if "genai" in peer.name else peer.asked["floats"]) for peer in peers
+    ]
+    assert kinds == expected
 
 
 def test_another_model_is_refused(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:

@@ -282,6 +282,47 @@ def test_what_counts_as_rounding(activations: str, output: str, relative: float,
     assert difference(stack, "head.onnx", output, found, expected).ok == ok
 
 
+@pytest.mark.parametrize(
+    ("cuda_works", "flags", "target", "why"),
+    [
+        (False, [], "cpu", " (what this machine runs; --target cuda is for GPUs)"),
+        (False, ["--precision", "int4"], "cpu", " (what this machine runs; --target cuda is for GPUs)"),
+        (False, ["--precision", "fp16"], "cuda", ""),
+        (False, ["--target", "cuda"], "cuda", ""),
+        (
+            True,
+            [],
+            "cuda",
+            " (what this machine runs; --precision fp16 is faster there, --target cpu is for CPUs)",
+        ),
+        (True, ["--precision", "int4"], "cuda", " (what this machine runs; --target cpu is for CPUs)"),
+        (True, ["--precision", "fp16"], "cuda", ""),
+        (True, ["--target", "cpu"], "cpu", ""),
+    ],
+)
+def test_the_target_is_what_this_machine_runs(
+    bundles: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    cuda_works: bool,
+    flags: list[str],
+    target: str,
+    why: str,
+) -> None:
+    """Unless one is asked for, or the precision is of one only."""
+    asked: dict[str, Any] = {}
+
+    def export(*_: object, **given: Any) -> Any:
+        asked.update(given)
+        return load_manifest(bundles["fp32"])
+
+    monkeypatch.setattr("ease_export.build.export_bundle", export)
+    monkeypatch.setattr("ease_export.cli.why_no_cuda", lambda: None if cuda_works else "no GPU")
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(main, ["build", "checkpoint", "bundle", *flags])
+    assert result.exit_code == 0, result.output
+    assert asked["target"] == target
+    assert result.output.startswith(f"bundle: for {target}{why}, 2 segments, ")
+
+
 def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main, ["build", str(checkpoint), str(tmp_path / "bundle"), "--precision", "int8"]

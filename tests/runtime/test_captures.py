@@ -4,6 +4,7 @@ Without a GPU, sessions stand in that replay as CUDA does: over the addresses th
 captured, whatever is bound now. They compute on the CPU, so tokens can be compared to the bit.
 """
 
+import io
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -12,11 +13,17 @@ from typing import Any, ClassVar
 import numpy as np
 import onnxruntime as ort
 import pytest
+from rich.console import Console
+from tokenizers import Tokenizer
 
+from ease_runtime.cli.show import as_object, print_summary
 from ease_runtime.engine.engine import CATCH_UPS, Engine
 from ease_runtime.engine.layout import Span
 from ease_runtime.engine.sampling import GumbelSampler
 from ease_runtime.engine.sequence import Token
+from ease_runtime.generation import Timing
+from ease_runtime.llm import TextEngine
+from ease_runtime.options import Options
 from ease_runtime.ort import sessions
 from ease_runtime.ort.device import CUDA, Device, why_no_cuda
 from ease_runtime.ort.sessions import captured_size
@@ -168,6 +175,55 @@ def test_other_passes_are_not_captured(stack: OrtStack) -> None:
         stack.run_segment(0, cache, [Span(1, 0, 1)], np.ones(1, np.int64), row)
         stack.run_segment(0, cache, [Span(0, 0, 9)], np.ones(9, np.int64), row)
     assert Replaying.runs["run"] == before + 8
+
+
+def test_a_batch_is_not_captured(bundle: Path, stack: OrtStack) -> None:
+    """But its exits are, of up to 8 rows. Rows alone in it are no lone rows: their caches come not again."""
+    graphs = [graph for graph in (*stack.segments, *stack.kvs) if graph is not None]
+    before = [len(graph.session.captured) for graph in graphs]
+    found = [batch(stack), batch(stack), batch(OrtStack(bundle))]
+    assert found[0] == found[1] == found[2]
+    assert [len(graph.session.captured) for graph in graphs] == before
+    assert all(graphs.head.session.captured for graphs in stack.exit_graphs)
+
+
+def batch(stack: OrtStack) -> list[list[Token]]:
+    """Five texts in three slots, under every catch-up."""
+    engine = Engine(stack, num_slots=3)
+    policy = make_policy("max-prob", [0.4], stack.exit_layers)
+    requests = [
+        engine.start([1 + i, 5, 9] * (1 + 3 * i), max_new_tokens=12 + 5 * i, policy=policy, catch_up=catch_up)
+        for i, catch_up in enumerate((*CATCH_UPS, *CATCH_UPS)[:5])
+    ]
+    while engine.busy:
+        engine.step()
+    return [request.produced for request in requests]
+
+
+def test_what_is_captured_is_counted(bundle: Path, stack: OrtStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a server's metrics, and beside what is generated; 1,000 bytes are gone at each look here."""
+    pytest.importorskip("prometheus_client")
+    from ease_runtime.server.metrics import Metrics
+
+    assert stack.captures is not None
+    free = itertools.count(10**9, -1000)
+    monkeypatch.setattr(stack.captures.memory, "num_free", lambda: next(free))
+    known = len(stack.captures.found)
+    metrics = Metrics(stack, 1)
+    llm = TextEngine(stack, Tokenizer.from_file(str(bundle / "tokenizer.json")))
+    timing = Timing()
+    events = list(llm.generate("And", Options(max_tokens=20), timing))
+    captured = stack.captured()
+    assert captured.num_graphs > known > 0
+    assert captured.num_bytes == 1000 * (captured.num_graphs - known)
+    figures = metrics.text().decode()
+    assert f"ease_captured_graphs {captured.num_graphs:.1f}\n" in figures
+    assert f"ease_captured_bytes {captured.num_bytes:.1f}\n" in figures
+    assert as_object(events, timing, None, llm)["captured"] == captured._asdict()
+    console = Console(file=io.StringIO(), width=200)
+    print_summary(events, timing, stack, None, console)
+    line = f"{captured.num_graphs} passes are CUDA graphs by now, in 0.0 MB"
+    assert line in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_what_is_captured_is_bounded(stack: OrtStack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny_model
 from ease_common.errors import BundleError, DeviceError
 from ease_runtime.engine.engine import CATCH_UPS, Engine
 from ease_runtime.engine.layout import Span
 from ease_runtime.engine.sampling import Greedy, GumbelSampler
 from ease_runtime.engine.sequence import Token, TokenSequence
 from ease_runtime.ort import buffers, sessions
-from ease_runtime.ort.buffers import HiddenPool, RowCache
+from ease_runtime.ort.buffers import DeviceCache, HiddenPool, RowCache
+from ease_runtime.ort.device import Device
 from ease_runtime.ort.stack import OrtStack
 from ease_runtime.policies import FULL_DEPTH, make_policy
 
@@ -531,6 +533,45 @@ def test_passes_that_differ_are_not_called_exact(
     stack = OrtStack(tiny_bundle)
     assert not stack.exact
     assert not stack.even
+
+
+@pytest.mark.parametrize(("longest", "exact"), [(600, False), (300, True)], ids=["tried", "too long to try"])
+def test_passes_over_a_step_of_a_buffers_length_are_tried_on_a_gpu(
+    long: Path, monkeypatch: pytest.MonkeyPatch, longest: int, exact: bool
+) -> None:
+    """There the first of several tokens may lie in a longer buffer than it does alone, whose length is among
+    what sums are divided by. Texts are tried as far as their keys and values take little memory.
+    """
+    right = OrtStack.run_segment
+
+    def by_length(
+        self: OrtStack, number: int, cache: DeviceCache, spans: Spans, inputs: np.ndarray, out_row: int
+    ) -> None:
+        right(self, number, cache, spans, inputs, out_row)
+        if cache.num_slots == 1 and buffers.rounded(spans[0].stop) > 512:
+            rows = self.pool.read(np.arange(out_row, out_row + len(inputs)))
+            where = self.pool.row_pointer(out_row)
+            self.device.memory.upload(where, np.nextafter(rows, np.float32(np.inf)))
+
+    elsewhere = Device("cpu", "CPUExecutionProvider", own_memory=True)
+    stack = OrtStack(long, device=elsewhere)
+    assert stack.exact
+    monkeypatch.setattr(OrtStack, "run_segment", by_length)
+    token_bytes = 2 * stack.layers_cached[0] * stack.manifest.kv_dim * 4
+    monkeypatch.setattr("ease_runtime.ort.load_tests.MOST_TRIED_BYTES", longest * token_bytes)
+    assert OrtStack(long, device=elsewhere).exact == exact
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A context that goes past a step of a device's buffers."""
+    pytest.importorskip("torch", reason="no torch to export a bundle with")
+    from ease_export.build import export_bundle
+
+    path = tmp_path_factory.mktemp("long")
+    tiny_model.write_checkpoint(path / "checkpoint", (2, 6), max_positions=600)
+    export_bundle(path / "checkpoint", path / "bundle", target="cuda")
+    return path / "bundle"
 
 
 def test_one_thread_pool_for_the_process(

@@ -24,6 +24,7 @@ from ease_eval.measure.documents import first_tokens
 from ease_eval.measure.table import choose_texts, quality_cells
 from ease_eval.peers.compare import (
     COLUMNS,
+    FLOATS,
     LOOKUP,
     RUNTIMES,
     Comparison,
@@ -157,6 +158,13 @@ NARROW_COLUMNS = {
     help="Where peers put models that they build.",
 )
 @click.option("--threads", default=0, help="CPU threads of each; 0 takes all.")
+@click.option(
+    "--device",
+    type=click.Choice(list(FLOATS)),
+    default=ComparisonSettings.device,
+    show_default=True,
+    help="Of all but llama.cpp. On cuda the peers need onnxruntime-genai-cuda and a CUDA build of torch.",
+)
 @JSON_FLAG
 @click.option(
     "--markdown",
@@ -201,7 +209,7 @@ def compare(
     plan = ComparisonSettings(
         bundle, others=tuple(others), settings=settings, answer_seconds=timeout, **given
     )
-    llm = LLM(bundle, device="cpu", num_threads=plan.threads)
+    llm = LLM(bundle, device=plan.device, num_threads=plan.threads)
     if settings:
         llm.engine.check(llm.policy(Options(**settings)), catch_up)
     longest = max(lengths) + plan.new_tokens

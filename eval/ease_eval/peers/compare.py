@@ -31,9 +31,14 @@ from ease_runtime.bundle.manifest import load_manifest, read_manifest
 from ease_runtime.policies.thresholds import Thresholds
 
 START_SECONDS = 1800.0  # onnxruntime-genai first builds its model
-GENAI_PRECISIONS = ("int4", "int8")  # that its builder makes for a CPU; else fp32
+GENAI_PRECISIONS = {"cpu": ("int4", "int8"), "cuda": ("int4", "fp32")}  # that its builder makes for a device
+FLOATS = {
+    "cpu": "fp32",
+    "cuda": "fp16",
+}  # what peers compute in there, where a bundle's precision is not theirs
 # its builder's options; 0.18 writes a graph that does not load where embedding and 8-bit head are one
 GENAI_8_BIT_HEAD = ("matmul_mixed_precision=last_matmul:int8", "shared_embeddings=false")
+GENAI_GRAPHS = ("enable_cuda_graph=true",)
 RUNTIMES = ("transformers", "early-exit", "genai", "llama.cpp")  # beside EASE
 LOOKUP = "lookup"  # asked on top of these: drafts from text, EASE's too
 PROMPT_LOOKUP = 10  # tokens that transformers drafts, as the method's author does
@@ -62,6 +67,7 @@ class ComparisonSettings:
     new_tokens: int = 64
     rounds: int = 5
     threads: int = 0
+    device: str = "cpu"  # of EASE and its peers, but of llama.cpp: cpu, or cuda
     answer_seconds: float = 600.0
     work: Path = Path("runs/peers")  # for models that peers build
 
@@ -69,6 +75,10 @@ class ComparisonSettings:
         for name, least in (("new_tokens", 2), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} = {getattr(self, name)}, expected at least {least}")
+        if self.device not in FLOATS:
+            raise RequestError(
+                f"device '{self.device}': runtimes are compared on one of: {', '.join(FLOATS)}"
+            )
         config = read_config(self.checkpoint)
         size = (config.get("num_hidden_layers"), config.get("vocab_size"))
         for bundle in (*self.others, self.bundle):
@@ -94,29 +104,39 @@ class ComparisonSettings:
         """
         manifest = read_manifest(self.bundle)
         python = str(self.python)
-        common = {"checkpoint": str(self.checkpoint.resolve()), "threads": self.threads, "rows": most_rows}
+        floats = "fp32" if manifest.activations == "fp32" else FLOATS[self.device]
+        common = {
+            "checkpoint": str(self.checkpoint.resolve()),
+            "threads": self.threads,
+            "rows": most_rows,
+            "device": self.device,
+            "floats": floats,
+        }
         peers = [self.ease("ease", self.bundle, {}, most_rows)]
         peers += [self.ease(f"ease {bundle.name}", bundle, {}, most_rows) for bundle in self.others]
         if self.settings:
             peers.append(self.ease(f"ease {describe(self.settings)}", self.bundle, self.settings, most_rows))
         if "transformers" in self.runtimes:
             peers.append(
-                Peer("transformers eager", "fp32", python, {"runtime": "transformers eager", **common})
+                Peer("transformers eager", floats, python, {"runtime": "transformers eager", **common})
             )
         if "early-exit" in self.runtimes and self.exit_layer is not None:
             how = {"assistant_early_exit": self.exit_layer}
             asked = {"runtime": "transformers drafts", "how": how, **common}
-            peers.append(Peer(f"transformers early exit {self.exit_layer}", "fp32", python, asked))
+            peers.append(Peer(f"transformers early exit {self.exit_layer}", floats, python, asked))
         if "genai" in self.runtimes:
-            precision = manifest.precision if manifest.precision in GENAI_PRECISIONS else "fp32"
+            made = GENAI_PRECISIONS[self.device]
+            precision = manifest.precision if manifest.precision in made else FLOATS[self.device]
             peers.append(self.genai("onnxruntime-genai", precision, (), common))
             if precision == "int4":
                 peers.append(self.genai("onnxruntime-genai, 8-bit head", precision, GENAI_8_BIT_HEAD, common))
+            if self.device == "cuda":
+                peers.append(self.genai("onnxruntime-genai, CUDA graphs", precision, GENAI_GRAPHS, common))
         if LOOKUP in self.runtimes:
             how = {"prompt_lookup_num_tokens": PROMPT_LOOKUP}
             asked = {"runtime": "transformers drafts", "how": how, **common}
             peers.append(self.ease("ease, drafts from text", self.bundle, {"draft": "auto"}, most_rows))
-            peers.append(Peer("transformers, prompt lookup", "fp32", python, asked))
+            peers.append(Peer("transformers, prompt lookup", floats, python, asked))
         for gguf in self.ggufs:
             peers += self.llama_cpp(gguf, longest, manifest.vocab_size)
         return peers
@@ -147,13 +167,15 @@ class ComparisonSettings:
             "settings": settings,
             "threads": self.threads,
             "rows": most_rows,
+            "device": self.device,
         }
         return Peer(name, read_manifest(bundle).precision, sys.executable, asked)
 
     def genai(self, name: str, precision: str, options: tuple[str, ...], common: dict[str, Any]) -> "Peer":
         """A model of onnxruntime-genai's builder, which has its options in its folder's name."""
         made_of = f"{self.checkpoint.resolve()} {self.threads} {' '.join(options)}".strip()
-        built = self.work / f"genai-{precision}-{sha256(made_of.encode()).hexdigest()[:8]}"
+        where = "" if self.device == "cpu" else f"-{self.device}"
+        built = self.work / f"genai-{precision}{where}-{sha256(made_of.encode()).hexdigest()[:8]}"
         asked = {
             "runtime": "onnxruntime-genai",
             "built": str(built.resolve()),

@@ -160,10 +160,11 @@ def ease(asked: dict[str, Any]) -> Runtime:
     from ease_runtime.drafters import NgramLookup
     from ease_runtime.engine.engine import Engine
     from ease_runtime.options import Options
-    from ease_runtime.ort.stack import OrtStack
+    from ease_runtime.ort.stack import open_stack
 
     most_rows = asked["rows"]
-    engine = Engine(OrtStack(Path(asked["bundle"]), num_threads=asked["threads"]), num_slots=most_rows)
+    stack = open_stack(Path(asked["bundle"]), device=asked["device"], num_threads=asked["threads"])
+    engine = Engine(stack, num_slots=most_rows)
     options = Options(**asked["settings"])
     policy = options.exit_policy(engine.stack.exit_layers)
     drafters = [NgramLookup()] if options.drafts_from_text else []
@@ -199,7 +200,7 @@ def transformers_eager(asked: dict[str, Any]) -> Runtime:
 
     @torch.no_grad()
     def run(prompt: list[int], new: int, told: Told) -> None:
-        inputs = torch.tensor([prompt] * len(told.ids))
+        inputs = torch.tensor([prompt] * len(told.ids), device=model.device)
         cache = None
         for _ in range(new):
             output = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -210,7 +211,7 @@ def transformers_eager(asked: dict[str, Any]) -> Runtime:
 
     @torch.no_grad()
     def score(ids: list[int]) -> float:
-        return nll(model(torch.tensor([ids])).logits[0].numpy(), ids)
+        return nll(model(torch.tensor([ids], device=model.device)).logits[0].float().cpu().numpy(), ids)
 
     return Runtime("transformers", run, score, asked["rows"])
 
@@ -226,7 +227,7 @@ def transformers_drafts(asked: dict[str, Any]) -> Runtime:
 
     @torch.no_grad()
     def run(prompt: list[int], new: int, told: Told) -> None:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -244,10 +245,11 @@ def load_transformers(asked: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(num_threads(asked))
+    dtype = torch.float16 if asked["floats"] == "fp16" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(
-        asked["checkpoint"], dtype=torch.float32, attn_implementation="eager"
+        asked["checkpoint"], dtype=dtype, attn_implementation="eager"
     )
-    return model.eval()
+    return model.eval().to(asked["device"])
 
 
 def onnxruntime_genai(asked: dict[str, Any]) -> Runtime:
@@ -274,7 +276,7 @@ def onnxruntime_genai(asked: dict[str, Any]) -> Runtime:
     def score(ids: list[int]) -> float:
         return nll(genai_logits(folder, ids), ids)
 
-    return Runtime("onnxruntime-genai", run, score, asked["rows"])
+    return Runtime("onnxruntime-genai", run, score if asked["device"] == "cpu" else None, asked["rows"])
 
 
 def genai_logits(folder: Path, ids: list[int]) -> Any:
@@ -316,7 +318,7 @@ def build_genai(folder: Path, asked: dict[str, Any]) -> None:
         "-p",
         asked["precision"],
         "-e",
-        "cpu",
+        asked["device"],
         "-c",
         str(cache),
     ]
