@@ -53,6 +53,9 @@ requests = [
     for _ in range(int(rows))
 ]
 while engine.busy:
+    said = len(requests[0].produced)
     engine.step()
     note("step")
+    if len(requests[0].produced) > said:
+        note("token")
 print(json.dumps([token.depth for token in requests[0].produced]))

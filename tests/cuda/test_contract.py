@@ -199,15 +199,17 @@ def test_a_batch_captures_its_exits_alone(
     log = tmp_path / "log"
     depths, events = decode(libraries, precisions[1]["fp16"], "propagate", FULL, log, rows=3)
     assert depths == [6] * len(FULL)
-    found = max((Counter(e.kind for e in step) for step in steps(events)), key=lambda step: step["replay"])
+    found = max(
+        (Counter(e.kind for e in step) for step in between(events, "step")), key=lambda step: step["replay"]
+    )
     assert found["replay"] == 2
     assert found["kernel"] > 50
     assert captured(log) <= LEGAL
 
 
-def steps(events: list[standin.Event]) -> list[list[standin.Event]]:
-    """What happened in each pass of the engine but the first."""
-    ends = [place for place, event in enumerate(events) if event.what == "step"]
+def between(events: list[standin.Event], what: str) -> list[list[standin.Event]]:
+    """What happened in each "step" of the engine, or for each "token" of the first row, but the first."""
+    ends = [place for place, event in enumerate(events) if event.what == what]
     return [events[start:stop] for start, stop in pairwise(ends)]
 
 
@@ -250,7 +252,7 @@ def test_a_token_is_a_launch_for_each_segment_exit_and_head(
     """At full depth, of two segments. The variable turns it off."""
     monkeypatch.setenv("EASE_CUDA_GRAPHS", variable)
     _, events = decode(libraries, precisions[1]["fp16"], "propagate", FULL, tmp_path / "log")
-    last = steps(events)[-1]
+    last = between(events, "token")[-1]
     assert counts(last) == {"host-device": 2 * 2, "device-host": 2, "sync": 2}
     found = Counter(event.kind for event in last)
     assert found["replay"] == replays
