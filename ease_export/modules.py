@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_export.layers import CacheForm, Placement, Ragged, Tables, gather
 from ease_train.model import exits
-from ease_train.model.decoder import Decoder, RoutedBlock
+from ease_train.model.decoder import Decoder, Embedding, RoutedBlock
 
 
 class OverCache(nn.Module):
@@ -67,14 +67,14 @@ class FirstSegment(OverCache):
     `ragged` are the tensors of `layers.Ragged`.
     """
 
-    def __init__(self, form: CacheForm, blocks: Iterable[nn.Module], embed: nn.Embedding) -> None:
+    def __init__(self, form: CacheForm, blocks: Iterable[nn.Module], embed: Embedding) -> None:
         super().__init__(form, [form.block(block) for block in blocks])
         self.embed = embed
 
     def forward(
         self, input_ids: Tensor, active: Tensor, ragged: Sequence[Tensor], past: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        embedded = self.embed(input_ids)
+        embedded = self.embed.scaled(F.embedding(input_ids, self.embed.weight))
         return embedded, *self.run(embedded, active, ragged, past)
 
 
@@ -244,11 +244,11 @@ class ReducedHead(Head):
     first_log_shares: Tensor
     places: Tensor
 
-    def __init__(self, head: exits.ReducedHead) -> None:
+    def __init__(self, head: exits.ReducedHead, dtype: torch.dtype) -> None:
         super().__init__(head.known)
         self.rest = head.rest
         known = head.ids
-        log_shares = head.log_shares
+        log_shares = head.log_shares.to(dtype)
         places = torch.full((len(log_shares),), len(known)).index_copy(0, known, torch.arange(len(known)))
         unknown = (places == len(known)).nonzero().flatten()
         first = unknown[log_shares[unknown].argsort(descending=True)[:2]]
