@@ -258,6 +258,10 @@ class ReducedHead(Head):
         self.register_buffer("places", places)
         self.rest_entropy = torch.special.entr(log_shares[unknown].double().exp()).sum().item()
 
+    def extra_repr(self) -> str:
+        """What graphs of the same modules may differ in."""
+        return f"rest_entropy={self.rest_entropy}"
+
     def forward(self, exit_hidden: Tensor) -> tuple[Tensor, ...]:
         known, rest = self.lm_head(exit_hidden), self.rest(exit_hidden)  # (N, M), (N, 1)
         place, *figures = self.figures_with(known, rest)
@@ -270,8 +274,11 @@ class ReducedHead(Head):
     def figures_with(self, known: Tensor, rest: Tensor) -> tuple[Tensor, ...]:
         """As `figures`, with the rest's logit. Shape: (N, M), (N, 1) -> (N) each."""
         wide = known.float()
+        likely = (
+            rest + self.first_log_shares
+        ).float()  # a small weight by itself would be folded into its cast
         rest = rest.float()
-        top, ids = torch.topk(torch.cat((wide, rest + self.first_log_shares), dim=-1), 2, dim=-1)  # (N, 2)
+        top, ids = torch.topk(torch.cat((wide, likely), dim=-1), 2, dim=-1)  # (N, 2)
         largest = torch.maximum(top[:, :1], rest)
         shifted = wide - largest
         rest = rest - largest
