@@ -17,7 +17,6 @@ import torch
 
 from ease_common.errors import EaseError, ExportError
 from ease_common.files import written_aside
-from ease_export.layers import pack
 from ease_export.plan import (
     REDUCED_HEAD_FILE,
     SIMILARITY_FILE,
@@ -32,7 +31,7 @@ from ease_export.plan import (
 )
 from ease_export.quantize import BITS, WeightQuantizer, add_contrib_domain
 from ease_export.trace import Tracer
-from ease_export.weights import WeightFiles
+from ease_export.weights import WeightFiles, graph_weights
 from ease_runtime.bundle.manifest import (
     CACHE_LAYOUTS,
     FLOATS,
@@ -104,21 +103,25 @@ def write_bundle(
     calibration: dict[str, Any],
     exits: Collection[int] = (),
 ) -> Manifest:
-    """Write all files of a bundle into an empty folder. Raises CheckpointError, ExportError, OSError."""
+    """Write all files of a bundle into an empty folder, weight by weight.
+
+    Raises CheckpointError, ExportError, OSError.
+    """
     checkpoint = load_checkpoint(checkpoint_path)
     if exits:
         checkpoint = with_exits(checkpoint, exits)
-    check_finite(checkpoint.model, str(checkpoint_path))
     model = checkpoint.model.eval()
+    check_finite(model, str(checkpoint_path))
     activations = activations_of(precision, target)
-    dtype = FLOATS[activations]
-    quantizer = WeightQuantizer(model, precision, checkpoint.grids, dtype) if precision in BITS else None
     if activations == "fp16":
-        check_finite(model.half(), f"{checkpoint_path} in fp16")
-    pack(model)
-    tracer = Tracer(model)
+        check_finite(model, f"{checkpoint_path} in fp16", torch.float16)
+    quantizer = None
+    if precision in BITS:
+        quantizer = WeightQuantizer(model, precision, checkpoint.grids, FLOATS[activations])
+    dtype = torch.float16 if activations == "fp16" else torch.float32
+    tracer = Tracer(model, dtype)
     files = WeightFiles(folder)
-    for plan in plan_graphs(model, CACHE_LAYOUTS[target]):
+    for plan in plan_graphs(model, CACHE_LAYOUTS[target], dtype):
         write_graph(plan, tracer, files, quantizer)
     checkpoint.tokenizer.save(str(folder / TOKENIZER_FILE))
     if (template := checkpoint.text_format.chat_template) is not None:
@@ -129,10 +132,10 @@ def write_bundle(
     return manifest
 
 
-def check_finite(model: Decoder, what: str) -> None:
-    """Raise ExportError for the first weight that holds NaN or infinity."""
+def check_finite(model: Decoder, what: str, dtype: torch.dtype | None = None) -> None:
+    """Raise ExportError for the first weight that holds NaN or infinity, or would in another type."""
     for name, weight in model.state_dict().items():
-        if where := not_finite(weight):
+        if where := not_finite(weight, dtype):
             raise ExportError(f"{what}: {name} {where}; nothing that it says would mean anything")
 
 
@@ -166,7 +169,7 @@ def write_graph(
 ) -> None:
     """Trace one graph, and write it with its weights."""
     proto = tracer.graph(plan)
-    weights = {name: value.detach().numpy() for name, value in plan.module.state_dict().items()}
+    weights = graph_weights(plan.module, tracer.dtype)
     if quantizer is not None:
         weights = quantizer.rewrite(proto.graph, weights)
         add_contrib_domain(proto)

@@ -102,13 +102,13 @@ def rounded_block(
     bits = BITS[PRECISION]
     for linears, squares in input_squares(block, run, parts):
         sizes = [len(linear.weight) for linear in linears]
-        rounded = rounded_columns(torch.cat([linear.weight for linear in linears]), squares)
+        rounded = rounded_columns(torch.cat([linear.weight.float() for linear in linears]), squares)
         parted = (torch.split(part, sizes) for part in rounded)
         for linear, numbers, scales, zeros in zip(linears, *parted, strict=True):
             points = zeros.to(torch.uint8).numpy()
             whole = packed(numbers.numpy(), bits)
             grid = Grid(KIND, bits, BLOCK, whole, scales.numpy(), zeros=points)
-            linear.weight.copy_(torch.from_numpy(grid.dequantized(linear.in_features)))
+            linear.weight.data = torch.from_numpy(grid.dequantized(linear.in_features))
             yield linear, grid
 
 

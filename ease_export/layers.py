@@ -55,42 +55,20 @@ def scatter_rows(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
     )
 
 
-def packed(linears: Sequence[nn.Linear]) -> nn.Linear:
+class Packed(nn.Linear):
     """Several products over the same input as one.
 
-    Their weights become views of its own, so that nothing is held twice; a second call gives the same memory.
+    Its weight is on no device, since it is only traced and written: `parts` are what it is made of, one below
+    the other.
     """
-    weights = [linear.weight for linear in linears]
-    heights = [len(weight) for weight in weights]
-    whole = _joined(weights)
-    if whole is None:
-        whole = torch.cat([weight.detach() for weight in weights])
-        for weight, part in zip(weights, torch.split(whole, heights), strict=True):
-            weight.data = part
-    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    found = nn.Linear(whole.shape[1], len(whole), bias=bool(biases), device="meta")
-    found.weight = nn.Parameter(whole, requires_grad=False)
-    if biases:
-        found.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
-    return found
 
-
-def _joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """The matrix that weights are views of, if each begins where the one before ends."""
-    ends = [weight.data_ptr() + weight.nbytes for weight in weights[:-1]]
-    whole = weights[0].untyped_storage()
-    if ends != [weight.data_ptr() for weight in weights[1:]] or any(
-        weight.untyped_storage().data_ptr() != whole.data_ptr() for weight in weights
-    ):
-        return None
-    height = sum(len(weight) for weight in weights)
-    return weights[0].detach().as_strided((height, weights[0].shape[1]), weights[0].stride())
-
-
-def pack(model: Decoder) -> None:
-    """Let the weights of products that go together lie together, before anything notes where they are."""
-    for block in blocks_of(model):
-        packed([block.attention.q_proj, block.attention.k_proj, block.attention.v_proj])
+    def __init__(self, *linears: nn.Linear) -> None:
+        width, height = linears[0].in_features, sum(linear.out_features for linear in linears)
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        super().__init__(width, height, bias=bool(biases), device="meta")
+        self.parts = tuple(linear.weight for linear in linears)
+        if biases:
+            self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
 
 
 def blocks_of(model: Decoder) -> Iterator[Block]:
@@ -198,7 +176,7 @@ class CachedBlock(Residual):
         self.table = rotary_table(attention)
         self.parallel = block.parallel
         self.attention_norm = block.attention_norm
-        self.qkv = packed([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.qkv = Packed(attention.q_proj, attention.k_proj, attention.v_proj)
         self.q_norm = attention.q_norm
         self.k_norm = attention.k_norm
         self.o_proj = attention.o_proj
@@ -237,7 +215,7 @@ class CachedKV(nn.Module):
         self.head_dim = block.attention.head_dim
         self.table = rotary_table(block.attention)
         self.attention_norm = block.attention_norm
-        self.kv = packed([block.attention.k_proj, block.attention.v_proj])
+        self.kv = Packed(block.attention.k_proj, block.attention.v_proj)
         self.k_norm = block.attention.k_norm
 
     def extra_repr(self) -> str:
@@ -466,19 +444,21 @@ def _per_head(norm: nn.Module, x: Tensor, num_heads: int) -> Tensor:
 
 
 class CacheForm:
-    """What all graphs over a cache share: its layout, and the rotary tables in the type of the weights.
+    """What all graphs over a cache share: its layout, their type, and the rotary tables in it.
 
     The tables have their last position twice: RotaryEmbedding refuses more places than positions, and queries
     of the layout BTK have S + 1.
     """
 
-    def __init__(self, model: Decoder, layout: str) -> None:
+    def __init__(self, model: Decoder, layout: str, dtype: torch.dtype) -> None:
         config = model.config
         self.layout = layout
+        self.dtype = dtype
+        self.dim = config.dim
         self.by_head = layout == "BGTP"
         names = ("cos", "sin", "local_cos", "local_sin") if config.local_rope_theta else ("cos", "sin")
         self.tables = {
-            name: torch.cat((table, table[-1:])).to(model.embed.weight.dtype)
+            name: torch.cat((table, table[-1:])).to(dtype)
             for name, table in ((name, getattr(model, name)) for name in names)
         }
         self.sizes = HeadSizes(config.num_heads, config.num_kv_heads, config.head_dim)

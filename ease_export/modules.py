@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_export.layers import CacheForm, Placement, Ragged, Tables, gather
 from ease_train.model import exits
-from ease_train.model.decoder import Decoder, RoutedBlock
+from ease_train.model.decoder import Decoder, Embedding, RoutedBlock
 
 
 class OverCache(nn.Module):
@@ -67,14 +67,14 @@ class FirstSegment(OverCache):
     `ragged` are the tensors of `layers.Ragged`.
     """
 
-    def __init__(self, form: CacheForm, blocks: Iterable[nn.Module], embed: nn.Embedding) -> None:
+    def __init__(self, form: CacheForm, blocks: Iterable[nn.Module], embed: Embedding) -> None:
         super().__init__(form, [form.block(block) for block in blocks])
         self.embed = embed
 
     def forward(
         self, input_ids: Tensor, active: Tensor, ragged: Sequence[Tensor], past: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        embedded = self.embed(input_ids)
+        embedded = self.embed.scaled(F.embedding(input_ids, self.embed.weight))
         return embedded, *self.run(embedded, active, ragged, past)
 
 
@@ -244,11 +244,11 @@ class ReducedHead(Head):
     first_log_shares: Tensor
     places: Tensor
 
-    def __init__(self, head: exits.ReducedHead) -> None:
+    def __init__(self, head: exits.ReducedHead, dtype: torch.dtype) -> None:
         super().__init__(head.known)
         self.rest = head.rest
         known = head.ids
-        log_shares = head.log_shares
+        log_shares = head.log_shares.to(dtype)
         places = torch.full((len(log_shares),), len(known)).index_copy(0, known, torch.arange(len(known)))
         unknown = (places == len(known)).nonzero().flatten()
         first = unknown[log_shares[unknown].argsort(descending=True)[:2]]
@@ -257,6 +257,10 @@ class ReducedHead(Head):
         self.register_buffer("first_log_shares", log_shares[first])
         self.register_buffer("places", places)
         self.rest_entropy = torch.special.entr(log_shares[unknown].double().exp()).sum().item()
+
+    def extra_repr(self) -> str:
+        """What graphs of the same modules may differ in."""
+        return f"rest_entropy={self.rest_entropy}"
 
     def forward(self, exit_hidden: Tensor) -> tuple[Tensor, ...]:
         known, rest = self.lm_head(exit_hidden), self.rest(exit_hidden)  # (N, M), (N, 1)
@@ -270,8 +274,11 @@ class ReducedHead(Head):
     def figures_with(self, known: Tensor, rest: Tensor) -> tuple[Tensor, ...]:
         """As `figures`, with the rest's logit. Shape: (N, M), (N, 1) -> (N) each."""
         wide = known.float()
+        likely = (
+            rest + self.first_log_shares
+        ).float()  # a small weight by itself would be folded into its cast
         rest = rest.float()
-        top, ids = torch.topk(torch.cat((wide, rest + self.first_log_shares), dim=-1), 2, dim=-1)  # (N, 2)
+        top, ids = torch.topk(torch.cat((wide, likely), dim=-1), 2, dim=-1)  # (N, 2)
         largest = torch.maximum(top[:, :1], rest)
         shifted = wide - largest
         rest = rest - largest

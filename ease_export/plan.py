@@ -116,31 +116,33 @@ def head_file(model: Decoder, number: int, layer: int) -> str:
     return REDUCED_HEAD_FILE if head is model.reduced_head else f"head_{number + 1:02d}.onnx"
 
 
-def plan_graphs(model: Decoder, layout: str) -> Iterator[GraphSpec]:
-    """Every graph of the bundle, one after the other, over caches of a layout."""
-    form = CacheForm(model, layout)
-    yield _head_plan(HEAD_FILE, Head(model.lm_head))
+def plan_graphs(model: Decoder, layout: str, dtype: torch.dtype = torch.float32) -> Iterator[GraphSpec]:
+    """Every graph of the bundle, one after the other, over caches of a layout; `dtype` is that of all that is
+    not quantised.
+    """
+    form = CacheForm(model, layout, dtype)
+    yield _head_plan(HEAD_FILE, Head(model.lm_head), dtype)
     if model.reduced_head is not None:
-        yield _head_plan(REDUCED_HEAD_FILE, ReducedHead(model.reduced_head))
+        yield _head_plan(REDUCED_HEAD_FILE, ReducedHead(model.reduced_head, dtype), dtype)
     for cut in cut_layers(model):
         if cut.routed:
             yield _routed_plan(model, form, cut)
-            yield _from_pool(cut.file("route"), Route(model, cut.first), model, ["goes_in"])
+            yield _from_pool(cut.file("route"), Route(model, cut.first), form, ["goes_in"])
             continue
         yield _segment_plan(model, form, cut)
         if cut.number:
             yield _kv_plan(model, form, cut)
-    yield _similarity_plan(model)
+    yield _similarity_plan(form)
     for number, layer in enumerate(model.config.exits):
         leave = model.exit(layer)
         if (block := leave.block) is not None:
             yield _block_plan(model, form, Cut(number, layer, layer, routed=False), block)
-        yield _from_pool(exit_file(number), ExitHead(model, layer), model, ["exit_hidden"])
+        yield _from_pool(exit_file(number), ExitHead(model, layer), form, ["exit_hidden"])
         if (file := head_file(model, number, layer)) not in (HEAD_FILE, REDUCED_HEAD_FILE):
             assert isinstance(leave.head, nn.Linear)
-            yield _head_plan(file, Head(leave.head))
+            yield _head_plan(file, Head(leave.head), dtype)
         if gate := gate_file(model, number, layer):
-            yield _from_pool(gate, GateHead(model, layer), model, ["exit_hidden", "probability"])
+            yield _from_pool(gate, GateHead(model, layer), form, ["exit_hidden", "probability"])
 
 
 # Example sizes, all different and none 1, so that no axis is taken for another or for a constant.
@@ -158,12 +160,12 @@ def _tokens(name: str, dtype: torch.dtype = torch.int64) -> tuple[str, Tensor, d
     return name, torch.ones(TOKENS, dtype=dtype), {0: "N"}
 
 
-def _states(model: Decoder) -> Tensor:
-    return torch.zeros(POOL, model.config.dim, dtype=model.embed.weight.dtype)
+def _states(form: CacheForm) -> Tensor:
+    return torch.zeros(POOL, form.dim, dtype=form.dtype)
 
 
-def _pool(model: Decoder) -> Inputs:
-    return [("pool", _states(model), {0: "M"}), _tokens("index")]
+def _pool(form: CacheForm) -> Inputs:
+    return [("pool", _states(form), {0: "M"}), _tokens("index")]
 
 
 def num_traced(layers: Many[nn.Module]) -> int:
@@ -195,7 +197,7 @@ def _over_cache(
     traced = module if count == len(layers) else make(layers[:count])
     form = module.form
     names = [f"{name}.{i}" for i in range(count) for name in ("key", "value")]
-    past = [torch.zeros(form.shape(ROWS, LENGTH), dtype=form.tables["cos"].dtype) for _ in names]
+    past = [torch.zeros(form.shape(ROWS, LENGTH), dtype=form.dtype) for _ in names]
     ragged: Inputs = [
         ("spread", torch.arange(ROWS * PLACES).clamp(max=TOKENS - 1).reshape(ROWS, PLACES), {0: "B", 1: "S"}),
         ("places", torch.arange(TOKENS), {0: "N"}),
@@ -222,7 +224,7 @@ def _segment_plan(model: Decoder, form: CacheForm, cut: Cut) -> GraphSpec:
     active = _tokens("active", torch.bool)
     if cut.number:
         make = partial(Segment, form)
-        return _over_cache(cut, "segment", make, layers, [*_pool(model), active], ["hidden"])
+        return _over_cache(cut, "segment", make, layers, [*_pool(form), active], ["hidden"])
     first = partial(FirstSegment, form, embed=model.embed)
     inputs = [_tokens("input_ids"), active]
     return _over_cache(cut, "segment", first, layers, inputs, ["embedded", "hidden"])
@@ -230,24 +232,24 @@ def _segment_plan(model: Decoder, form: CacheForm, cut: Cut) -> GraphSpec:
 
 def _kv_plan(model: Decoder, form: CacheForm, cut: Cut) -> GraphSpec:
     layers = [*model.layers[cut.first - 1 : cut.last]]
-    return _over_cache(cut, "kv", partial(PropagateKV, form), layers, _pool(model), [])
+    return _over_cache(cut, "kv", partial(PropagateKV, form), layers, _pool(form), [])
 
 
 def _block_plan(model: Decoder, form: CacheForm, cut: Cut, block: nn.Module) -> GraphSpec:
     """An exit's own layer, as a segment of one. `cut` has the exit's number."""
-    inputs = [*_pool(model), _tokens("active", torch.bool)]
+    inputs = [*_pool(form), _tokens("active", torch.bool)]
     return _over_cache(cut, "block", partial(Segment, form), [block], inputs, ["hidden"])
 
 
 def _routed_plan(model: Decoder, form: CacheForm, cut: Cut) -> GraphSpec:
     layers = [*model.layers[cut.first - 1 : cut.last]]
-    inputs = [*_pool(model), _tokens("positions")]
+    inputs = [*_pool(form), _tokens("positions")]
     return _over_cache(cut, "segment", partial(Routed, form), layers, inputs, ["hidden"])
 
 
-def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str]) -> GraphSpec:
+def _from_pool(file: str, module: nn.Module, form: CacheForm, outputs: list[str]) -> GraphSpec:
     """A graph over some rows of the pool, without caches."""
-    inputs = (_states(model), torch.zeros(TOKENS, dtype=torch.int64))
+    inputs = (_states(form), torch.zeros(TOKENS, dtype=torch.int64))
     return GraphSpec(
         file=file,
         module=module,
@@ -260,9 +262,9 @@ def _from_pool(file: str, module: nn.Module, model: Decoder, outputs: list[str])
     )
 
 
-def _similarity_plan(model: Decoder) -> GraphSpec:
+def _similarity_plan(form: CacheForm) -> GraphSpec:
     module = Similarity()
-    inputs = (_states(model), torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS, dtype=torch.int64))
+    inputs = (_states(form), torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS, dtype=torch.int64))
     return GraphSpec(
         file=SIMILARITY_FILE,
         module=module,
@@ -275,8 +277,8 @@ def _similarity_plan(model: Decoder) -> GraphSpec:
     )
 
 
-def _head_plan(file: str, module: Head) -> GraphSpec:
-    inputs = (torch.zeros(TOKENS, module.lm_head.in_features, dtype=module.lm_head.weight.dtype),)
+def _head_plan(file: str, module: Head, dtype: torch.dtype) -> GraphSpec:
+    inputs = (torch.zeros(TOKENS, module.lm_head.in_features, dtype=dtype),)
     return GraphSpec(
         file=file,
         module=module,

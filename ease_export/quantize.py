@@ -18,7 +18,8 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_export.layers import blocks_of
+from ease_export.weights import GraphTensor
 from ease_runtime.bundle.manifest import WeightForm
 from ease_train.convert.grid import ROUNDED, SYMMETRIC, Grid, joined, packed
 from ease_train.model.decoder import Decoder
@@ -37,12 +39,14 @@ BITS = {"int8": 8, "int4": 4}
 BLOCK = 32  # numbers; activations are rounded by the same blocks, so that larger ones cost more than time
 OUTER_BITS = 8  # of the embedding and the LM heads
 OUTER_BLOCK = 64
+ROUNDED_AT_ONCE = 1 << 20  # numbers of a matrix
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations are rounded to int8, which is what makes it fast
 RANGES_TRIED = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's largest and least number
 CONTRIB = "com.microsoft"
 OF_CONTRIB = ("MatMulNBits", "GatherBlockQuantized")
 
-Weights = dict[str, NDArray[Any]]
+Weights = dict[str, GraphTensor]
+Form = tuple[int, int, bool, bool]  # Grid.form
 
 
 def matrices(model: Decoder, precision: str) -> Iterator[tuple[str, nn.Linear | nn.Embedding, int]]:
@@ -63,25 +67,39 @@ def outer_modules(model: Decoder) -> Iterator[nn.Linear | nn.Embedding]:
     yield model.embed
 
 
-def rounded(matrix: NDArray[np.float32], bits: int) -> Grid:
+def rounded(matrix: Tensor, bits: int) -> Grid:
     """A layer's matrix (O, I), each number rounded by itself; blocks have zero points."""
-    values = block_values(torch.from_numpy(np.ascontiguousarray(matrix)), BLOCK)
-    scales, zeros = searched_ranges(values, bits)
-    numbers = (values / scales).add_(zeros).round_().clamp_(0, (1 << bits) - 1)
-    whole = packed(numbers.to(torch.uint8).numpy(), bits)
-    points = zeros[..., 0].to(torch.uint8).numpy()
-    return Grid(ROUNDED, bits, BLOCK, whole, scales[..., 0].contiguous().numpy(), zeros=points)
+
+    def of_rows(rows: Tensor) -> Grid:
+        values = block_values(rows, BLOCK)
+        scales, zeros = searched_ranges(values, bits)
+        numbers = (values / scales).add_(zeros).round_().clamp_(0, (1 << bits) - 1)
+        whole = packed(numbers.to(torch.uint8).numpy(), bits)
+        points = zeros[..., 0].to(torch.uint8).numpy()
+        return Grid(ROUNDED, bits, BLOCK, whole, scales[..., 0].contiguous().numpy(), zeros=points)
+
+    return joined([of_rows(rows) for rows in fp32_rows(matrix)])
 
 
-def rounded_outer(matrix: NDArray[np.float32]) -> Grid:
+def rounded_outer(matrix: Tensor) -> Grid:
     """A head's or the embedding's matrix (O, I) in 8 bits, symmetric, in larger blocks."""
-    values = block_values(torch.from_numpy(np.ascontiguousarray(matrix)), OUTER_BLOCK)
     middle = 1 << (OUTER_BITS - 1)
-    largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
-    scales = not_zero(largest / -middle)
-    numbers = (values / scales).round_().clamp_(-middle, middle - 1).add_(middle)
-    whole = numbers.to(torch.uint8).numpy()
-    return Grid(ROUNDED, OUTER_BITS, OUTER_BLOCK, whole, scales[..., 0].contiguous().numpy())
+
+    def of_rows(rows: Tensor) -> Grid:
+        values = block_values(rows, OUTER_BLOCK)
+        largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))
+        scales = not_zero(largest / -middle)
+        numbers = (values / scales).round_().clamp_(-middle, middle - 1).add_(middle)
+        whole = numbers.to(torch.uint8).numpy()
+        return Grid(ROUNDED, OUTER_BITS, OUTER_BLOCK, whole, scales[..., 0].contiguous().numpy())
+
+    return joined([of_rows(rows) for rows in fp32_rows(matrix)])
+
+
+def fp32_rows(matrix: Tensor) -> Iterator[Tensor]:
+    """A matrix in fp32, some rows at a time: what is computed of them then takes little memory."""
+    count = max(1, ROUNDED_AT_ONCE // matrix.shape[1])
+    return (rows.float() for rows in torch.split(matrix.detach(), count))
 
 
 def block_values(matrix: Tensor, block: int) -> Tensor:
@@ -121,12 +139,39 @@ def not_zero(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales)
 
 
-def quantized_matrices(
-    model: Decoder, precision: str, grids: Mapping[str, Grid], dtype: type[np.generic] = np.float32
-) -> Iterator[tuple[Tensor, Grid]]:
-    """Each quantised weight once, and its grid: that of the file it came from where it still is that, or else
-    a rounded one; `dtype` is what its scales are stored in.
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One of a model's quantised weights; `file_grid` is that of the file it came from, where it still is
+    that.
     """
+
+    weight: Tensor
+    bits: int
+    outer: bool
+    file_grid: Grid | None
+
+    @property
+    def kind(self) -> str:
+        """Its grid's."""
+        return ROUNDED if self.file_grid is None else self.file_grid.kind
+
+    @property
+    def form(self) -> Form:
+        """Its grid's."""
+        if self.file_grid is not None:
+            return self.file_grid.form
+        return (OUTER_BITS, OUTER_BLOCK, *SYMMETRIC) if self.outer else (self.bits, BLOCK, True, False)
+
+    def grid(self, dtype: type[np.generic] = np.float32) -> Grid:
+        """Its grid; `dtype` is what its scales are stored in."""
+        found = self.file_grid
+        if found is None:
+            found = rounded_outer(self.weight) if self.outer else rounded(self.weight, self.bits)
+        return found.halved() if dtype is np.float16 else found
+
+
+def quantized_matrices(model: Decoder, precision: str, grids: Mapping[str, Grid]) -> Iterator[Matrix]:
+    """Each quantised weight once."""
     seen = set[int]()
     outer = {id(module) for module in outer_modules(model)}
     for name, module, bits in matrices(model, precision):
@@ -135,12 +180,20 @@ def quantized_matrices(
             continue
         seen.add(id(weight))
         names = (f"{name}.weight", *(("embed.weight",) if weight is model.embed.weight else ()))
-        matrix = weight.detach().numpy()
-        kept = (grid for grid in _own(grids, names, bits) if grid.is_exactly(matrix))
-        found = next(kept, None)
-        if found is None:
-            found = rounded_outer(matrix) if id(module) in outer else rounded(matrix, bits)
-        yield weight, found.halved() if dtype is np.float16 else found
+        kept = (grid for grid in _own(grids, names, bits) if is_exactly(grid, weight))
+        yield Matrix(weight, bits, id(module) in outer, next(kept, None))
+
+
+def is_exactly(grid: Grid, weight: Tensor) -> bool:
+    """Whether a weight (O, I) is a grid, number by number."""
+    if len(weight) != len(grid.scales):
+        return False
+    row = 0
+    for rows in fp32_rows(weight):
+        if not grid.rows(row, row + len(rows)).is_exactly(rows.numpy()):
+            return False
+        row += len(rows)
+    return True
 
 
 def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterator[Grid]:
@@ -152,56 +205,39 @@ def _own(grids: Mapping[str, Grid], names: tuple[str, ...], bits: int) -> Iterat
             yield grid.widened()
 
 
-@dataclass(frozen=True)
-class Held:
-    """A matrix as products and lookups hold it: `offsets` (K, O) are what each block's numbers, less their
-    middle, are offset by (in fp16 times the block's size, since there means are offset: sums could overflow);
-    `zero_points` (O, bytes of a row) are packed.
+def arrays_of(grid: Grid, dtype: type[np.generic]) -> dict[str, NDArray[Any]]:
+    """A grid as kernels read it, its scales and offsets of a type.
+
+    `offsets` (K, O) are what each block's numbers, less their middle, are offset by (in fp16 times the
+    block's size, since there means are offset: sums could overflow); `zero_points` (O, bytes of a row) are
+    packed.
     """
-
-    grid: Grid
-    offsets: NDArray[Any] | None
-    zero_points: NDArray[np.uint8] | None
-
-    @classmethod
-    def of(cls, grid: Grid, dtype: type[np.generic] = np.float32) -> Self:
-        """A grid, its scales and offsets of a type; offsets are those of a kernel that takes the middle off
-        each number.
-        """
-        offsets = zero_points = None
-        if grid.offsets is not None:
-            from_middle = grid.offsets + grid.middle * grid.scales
-            factor = grid.block if dtype is np.float16 else 1
-            offsets = np.ascontiguousarray((from_middle * factor).T, dtype)
-        if grid.zeros is not None:
-            whole = np.pad(grid.zeros, ((0, 0), (0, grid.zeros.shape[1] % (8 // grid.bits))))
-            zero_points = np.ascontiguousarray(packed(whole, grid.bits))
-        return cls(replace(grid, scales=np.asarray(grid.scales, dtype)), offsets, zero_points)
-
-    def rows(self, first: int, last: int) -> "Held":
-        """Outputs [first, last), but for the offsets in the same memory."""
-        offsets = None if self.offsets is None else np.ascontiguousarray(self.offsets[:, first:last])
-        zero_points = None if self.zero_points is None else self.zero_points[first:last]
-        return Held(self.grid.rows(first, last), offsets, zero_points)
-
-
-def _rows(parts: Sequence[Held], first: int, last: int) -> list[Held]:
-    """Outputs [first, last) of the parts of a matrix."""
-    found = []
-    for part in parts:
-        count = len(part.grid.scales)
-        if first < count and last > 0:
-            found.append(part.rows(max(first, 0), min(last, count)))
-        first -= count
-        last -= count
+    found = {"numbers": grid.numbers, "scales": np.asarray(grid.scales, dtype)}
+    if grid.offsets is not None:
+        from_middle = grid.offsets + grid.middle * grid.scales
+        factor = grid.block if dtype is np.float16 else 1
+        found["offsets"] = np.ascontiguousarray((from_middle * factor).T, dtype)
+    if grid.zeros is not None:
+        whole = np.pad(grid.zeros, ((0, 0), (0, grid.zeros.shape[1] % (8 // grid.bits))))
+        found["zero_points"] = np.ascontiguousarray(packed(whole, grid.bits))
     return found
 
 
-class WeightQuantizer:
-    """A model's quantised matrices, and what rewrites the nodes that use them.
+@dataclass(frozen=True)
+class Held:
+    """Matrices of one form, one below the other, as products and lookups hold them: `tensors` by the names in
+    `arrays_of`.
+    """
 
-    The model may be cast to the graphs' `dtype`, and packed, once this is made; then its weights stay where
-    they are.
+    bits: int
+    block: int
+    rows: int
+    tensors: Mapping[str, GraphTensor]
+
+
+class WeightQuantizer:
+    """A model's quantised matrices, and what rewrites the nodes that use them. One is rounded when it is
+    written.
     """
 
     def __init__(
@@ -209,41 +245,64 @@ class WeightQuantizer:
     ) -> None:
         self.precision = precision
         self.dtype = dtype
-        self.matrices = list(quantized_matrices(model, precision, grids, dtype))
-        # by where a matrix that graphs have asked for begins and ends in memory
-        self.done: list[tuple[int, int, list[Held]]] = []
+        self.matrices = list(quantized_matrices(model, precision, grids))
+        self.by_weight = {id(matrix.weight): matrix for matrix in self.matrices}
+        self.latest: tuple[list[Matrix], dict[str, NDArray[Any]]] = [], {}
 
     @property
     def form(self) -> WeightForm:
         """The form of most of the products."""
-        grids = [grid for _, grid in self.matrices]
-        blocks = Counter(grid.block for grid in grids if grid.bits == BITS[self.precision])
-        symmetric = all(grid.offsets is None and grid.zeros is None for grid in grids)
-        exact = all(grid.kind != ROUNDED for grid in grids)
+        forms = [matrix.form for matrix in self.matrices]
+        blocks = Counter(block for bits, block, *_ in forms if bits == BITS[self.precision])
+        symmetric = all(form[2:] == SYMMETRIC for form in forms)
+        exact = all(matrix.kind != ROUNDED for matrix in self.matrices)
         return WeightForm(BITS[self.precision], blocks.most_common(1)[0][0], symmetric, exact)
 
-    def held(self, matrix: NDArray[Any]) -> list[Held]:
-        """A matrix (O, I) of a graph, which is one of the model's or several that lie together: in as many
-        parts, one below the other, as it has forms. The same arrays whenever it or some rows of it are asked
-        for; no parts for one that is not quantised.
+    def held(self, weight: GraphTensor) -> list[Held]:
+        """A weight (O, I) of a graph, one of the model's or several, in as many parts, one below the other,
+        as these have forms; none for one that is not quantised.
         """
-        begin = matrix.ctypes.data
-        end = begin + matrix.nbytes
-        for first, last, found in self.done:
-            if first <= begin and end <= last:
-                row = (begin - first) // matrix.strides[0]
-                return _rows(found, row, row + len(matrix))
-        places = ((weight.data_ptr(), weight.nbytes, grid) for weight, grid in self.matrices)
-        inside = {first: grid for first, size, grid in places if begin <= first and first + size <= end}
-        groups = itertools.groupby((inside[first] for first in sorted(inside)), key=lambda grid: grid.form)
-        parts = [Held.of(joined(list(group)), self.dtype) for _, group in groups]
-        if parts:
-            self.done.append((begin, end, parts))
-        return parts
+        if not all(key in self.by_weight for key in weight.keys):
+            return []
+        matrices = [self.by_weight[key] for key in weight.keys]
+        return [self._held(list(group)) for _, group in itertools.groupby(matrices, lambda m: m.form)]
+
+    def _held(self, matrices: list[Matrix]) -> Held:
+        bits, block, no_offsets, no_zeros = matrices[0].form
+        rows = [len(matrix.weight) for matrix in matrices]
+        blocks = -(-matrices[0].weight.shape[1] // block)
+        height = sum(rows)
+        kinds: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+            "numbers": ((height, blocks, block * bits // 8), np.uint8),
+            "scales": ((height, blocks), self.dtype),
+        }
+        if not no_offsets:
+            kinds["offsets"] = (blocks, height), self.dtype
+        if not no_zeros:
+            kinds["zero_points"] = (height, -(-blocks * bits // 8)), np.uint8
+        keys = [id(matrix.weight) for matrix in matrices]
+        tensors = {
+            kind: GraphTensor(
+                shape=shape,
+                dtype=np.dtype(dtype),
+                keys=tuple((kind, key) for key in keys) if kind != "offsets" else ((kind, *keys),),
+                rows=tuple(rows) if kind != "offsets" else (blocks,),
+                made=partial(self._made, matrices, kind),
+            )
+            for kind, (shape, dtype) in kinds.items()
+        }
+        return Held(bits, block, height, tensors)
+
+    def _made(self, matrices: list[Matrix], kind: str) -> list[NDArray[Any]]:
+        """One of the arrays of some matrices, which are kept until those of others are asked for."""
+        if self.latest[0] is not matrices:
+            self.latest = [], {}
+            self.latest = matrices, arrays_of(joined([m.grid(self.dtype) for m in matrices]), self.dtype)
+        return [self.latest[1][kind]]
 
     def rewrite(self, graph: onnx.GraphProto, weights: Weights) -> Weights:
         """Let a graph use quantised matrices. Returns the weights that its nodes name now."""
-        rewriter = _Rewriter(self.held, weights)
+        rewriter = _Rewriter(self.held, weights, self.dtype)
         for node in graph.node:
             rewriter.rewrite(node)
         del graph.node[:]
@@ -259,8 +318,9 @@ class _Rewriter:
     state share them.
     """
 
-    held: Callable[[NDArray[Any]], list[Held]]
+    held: Callable[[GraphTensor], list[Held]]
     weights: Weights
+    dtype: type[np.generic]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     added: Weights = field(default_factory=dict)
     sums: dict[str, str] = field(default_factory=dict)
@@ -277,9 +337,12 @@ class _Rewriter:
             self._products(node, name, held, width)
         else:
             (whole,) = held
-            self.added[f"{name}/scales"] = whole.grid.scales
-            self.added[f"{name}/numbers"] = whole.grid.numbers.reshape(len(whole.grid.numbers), -1)
-            self._lookup(node, name, whole.grid, width)
+            numbers = whole.tensors["numbers"]
+            self.added[f"{name}/scales"] = whole.tensors["scales"]
+            self.added[f"{name}/numbers"] = replace(
+                numbers, shape=(numbers.shape[0], numbers.shape[1] * numbers.shape[2])
+            )
+            self._lookup(node, name, whole, width)
 
     def _products(self, node: onnx.NodeProto, name: str, parts: Sequence[Held], width: int) -> None:
         """The product with each part of a matrix, side by side."""
@@ -291,11 +354,11 @@ class _Rewriter:
         outputs = []
         row = 0
         for number, part in enumerate(parts):
-            last = row + len(part.grid.scales)
+            last = row + part.rows
             own = None
             if bias is not None:
                 own = f"{bias}/{number}"
-                self.added[own] = self.weights[bias][row:last]
+                self.added[own] = GraphTensor.of(self.weights[bias].array()[row:last])
             outputs.append(f"{output}/{number}")
             self._product(node.input[0], f"{name}/{number}", part, width, own, outputs[-1])
             row = last
@@ -309,22 +372,22 @@ class _Rewriter:
         """The product with the whole numbers, and where there are offsets, that of the sums of blocks with
         them.
         """
-        grid = held.grid
-        self.added |= {f"{name}/numbers": grid.numbers, f"{name}/scales": grid.scales}
-        product = output if held.offsets is None else f"{output}/numbers"
-        zeros = "" if held.zero_points is None else f"{name}/zero_points"
+        offsets, zero_points = held.tensors.get("offsets"), held.tensors.get("zero_points")
+        self.added |= {f"{name}/{kind}": held.tensors[kind] for kind in ("numbers", "scales")}
+        product = output if offsets is None else f"{output}/numbers"
+        zeros = "" if zero_points is None else f"{name}/zero_points"
         more = [] if bias is None else ["", bias]  # after the place of g_idx
         inputs = [state, f"{name}/numbers", f"{name}/scales", zeros, *more]
-        sizes = {"K": width, "N": len(grid.scales), "bits": grid.bits, "block_size": grid.block}
-        if grid.scales.dtype == np.float32:  # kernels for fp16 round no activations
+        sizes = {"K": width, "N": held.rows, "bits": held.bits, "block_size": held.block}
+        if self.dtype is np.float32:  # kernels for fp16 round no activations
             sizes["accuracy_level"] = ACCURACY_LEVEL
         self._add("MatMulNBits", inputs, product, **sizes)
-        if held.zero_points is not None:
-            self.added[zeros] = held.zero_points
-        if held.offsets is not None:
-            self.added[f"{name}/offsets"] = held.offsets
-            reduction = "ReduceMean" if held.offsets.dtype == np.float16 else "ReduceSum"
-            sums = self._summed(state, grid.block, reduction)
+        if zero_points is not None:
+            self.added[zeros] = zero_points
+        if offsets is not None:
+            self.added[f"{name}/offsets"] = offsets
+            reduction = "ReduceMean" if self.dtype is np.float16 else "ReduceSum"
+            sums = self._summed(state, held.block, reduction)
             self._add("MatMul", [sums, f"{name}/offsets"], f"{output}/sums")
             self._add("Add", [product, f"{output}/sums"], output)
 
@@ -332,23 +395,26 @@ class _Rewriter:
         """The name of the sums (or means) of blocks of a state. Shape: (N, I) -> (N, K)."""
         if name not in self.sums:
             self.sums[name] = f"{name}/block_sums"
-            self.added |= {"sum/shape": np.array([0, -1, block]), "sum/axis": np.array([-1])}
+            constants = {"sum/shape": np.array([0, -1, block]), "sum/axis": np.array([-1])}
+            self.added |= {constant: GraphTensor.of(array) for constant, array in constants.items()}
             self._add("Reshape", [name, "sum/shape"], f"{name}/blocks")
             self._add(reduction, [f"{name}/blocks", "sum/axis"], self.sums[name], keepdims=0)
         return self.sums[name]
 
-    def _lookup(self, node: onnx.NodeProto, name: str, grid: Grid, width: int) -> None:
+    def _lookup(self, node: onnx.NodeProto, name: str, held: Held, width: int) -> None:
         """The lookup, whose rows are as many whole blocks; where `width` does not fill the last, the rest is
         cut off.
         """
         output = node.output[0]
-        full = width % grid.block == 0
+        full = width % held.block == 0
         inputs = [f"{name}/numbers", node.input[1], f"{name}/scales"]
-        sizes = {"bits": grid.bits, "block_size": grid.block, "gather_axis": 0, "quantize_axis": 1}
+        sizes = {"bits": held.bits, "block_size": held.block, "gather_axis": 0, "quantize_axis": 1}
         self._add("GatherBlockQuantized", inputs, output if full else f"{output}/blocks", **sizes)
         if not full:
             bounds = {"first": 0, "width": width, "axis": 1}
-            self.added |= {f"{name}/{bound}": np.array([number]) for bound, number in bounds.items()}
+            self.added |= {
+                f"{name}/{bound}": GraphTensor.of(np.array([number])) for bound, number in bounds.items()
+            }
             self._add("Slice", [f"{output}/blocks", *(f"{name}/{bound}" for bound in bounds)], output)
 
 
@@ -358,9 +424,9 @@ def round_trip(
     """Give a model, in place, the weights that its quantised bundle computes with; `dtype` is what is around
     them.
     """
-    with torch.no_grad():
-        for weight, grid in quantized_matrices(model, precision, grids, dtype):
-            weight.copy_(torch.from_numpy(grid.dequantized(weight.shape[1])))
+    for matrix in quantized_matrices(model, precision, grids):
+        values = matrix.grid(dtype).dequantized(matrix.weight.shape[1])
+        matrix.weight.data = torch.from_numpy(values)
 
 
 def add_contrib_domain(model: onnx.ModelProto) -> None:

@@ -1,7 +1,8 @@
 """A module becomes an ONNX graph: torch.onnx traces it, weights are left out, and its second layer is
 repeated to the depth asked for.
 
-    graph = Tracer(model).graph(plan)  # its nodes name the module's weights, which are written later
+    # its nodes name the module's weights, which are written later
+    graph = Tracer(model, torch.float32).graph(plan)
 
 A trace takes seconds, so modules of one form are traced once in a process, whatever their depth and weights.
 """
@@ -18,11 +19,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim
 
 from ease_common.errors import ExportError
 from ease_export.functions import DOMAIN, MASKS, OPSET, add_functions
+from ease_export.layers import Packed
 from ease_export.plan import GraphSpec
 from ease_train.model.decoder import Decoder
 
@@ -38,15 +40,16 @@ class Tracer:
 
     traced: ClassVar[dict[tuple[str, ...], onnx.ModelProto]] = {}
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         fields = {name: value for name, value in asdict(model.config).items() if name not in OF_DEPTH}
-        self.layers = f"{next(model.parameters()).dtype} {fields}"
+        self.layers = f"{dtype} {fields}"
 
     def graph(self, plan: GraphSpec) -> onnx.ModelProto:
         """The graph of a plan, all its layers, without weights."""
         form = (self.layers, repr(plan.traced), *plan.input_names, *plan.output_names)
         if form not in self.traced:
-            self.traced[form] = trace(plan)
+            self.traced[form] = trace(plan, self.dtype)
         model = onnx.ModelProto()
         model.CopyFrom(self.traced[form])
         if plan.num_layers > plan.num_traced:
@@ -54,13 +57,13 @@ class Tracer:
         return model
 
 
-def trace(plan: GraphSpec) -> onnx.ModelProto:
-    """The graph of a plan's `traced` module, whose weights are named and not there.
+def trace(plan: GraphSpec, dtype: torch.dtype) -> onnx.ModelProto:
+    """The graph of a plan's `traced` module, whose weights are named and not there, in a type.
 
     Raises ExportError when one was folded away.
     """
     axes = torch.utils._pytree.tree_map_only(str, lambda _: Dim.DYNAMIC, plan.axes)
-    module = with_distinct_weights(plan.traced)
+    module = on_stand_ins(plan.traced, dtype)
     with torch.no_grad(), _quiet_export():
         program = torch.onnx.export(
             module.eval(),
@@ -96,21 +99,27 @@ def trace(plan: GraphSpec) -> onnx.ModelProto:
     return model
 
 
-def with_distinct_weights(module: nn.Module) -> nn.Module:
-    """The module with numbers of their own in all small weights, of which torch.onnx would make one where two
-    are equal.
+def on_stand_ins(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module on other weights of the same shapes, floating-point ones in a type.
+
+    Large ones are never written, so that they take no memory. Small ones have numbers of their own:
+    torch.onnx would make one weight of two that are equal.
     """
     weights = [*module.parameters(), *module.buffers()]
-    copy = deepcopy(module, {id(weight): weight for weight in weights if weight.numel() > COMPARED_SIZE})
-    with torch.no_grad():
-        for weight in (*copy.parameters(), *copy.buffers()):
-            if weight.numel() <= COMPARED_SIZE:
-                weight.copy_(
-                    torch.rand(weight.shape)
-                    if weight.is_floating_point()
-                    else torch.randperm(weight.numel()).view_as(weight)
-                )
-    return copy
+    packed = [part for packed in module.modules() if isinstance(packed, Packed) for part in packed.parts]
+    others = {id(weight): stand_in(weight, dtype) for weight in weights}
+    return deepcopy(module, {**{id(part): part for part in packed}, **others})
+
+
+def stand_in(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor to trace with in a weight's place."""
+    small = weight.numel() <= COMPARED_SIZE
+    if weight.is_floating_point():
+        made = torch.rand if small else torch.empty
+        other = made(weight.shape, dtype=dtype)
+    else:
+        other = torch.randperm(weight.numel()).view_as(weight) if small else weight
+    return nn.Parameter(other, weight.requires_grad) if isinstance(weight, nn.Parameter) else other
 
 
 def repeat_layer(graph: onnx.GraphProto, num_layers: int) -> None:

@@ -1,69 +1,145 @@
-"""The external files of a bundle's weights.
+"""The weights of a bundle's graphs: each is made when it is written, and let go.
 
 A tensor that several graphs hold is written once, whatever they call it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx.external_data_helper import set_external_data
+from torch import Tensor, nn
+
+from ease_export.layers import Packed
 
 EXTERNAL_BYTES = 1024  # smaller tensors stay inside the graph
 ALIGNMENT = 4096  # of a tensor in its file: a page, so that it can be mapped
+MADE_AT_ONCE = 1 << 22  # numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphTensor:
+    """A tensor of a graph, which `made` gives in pieces, one after the other.
+
+    It is of some parts, one below the other, of so many `rows`; `keys` tell them from all other tensors'.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    keys: tuple[Any, ...]
+    rows: tuple[int, ...]
+    made: Callable[[], Iterable[NDArray[Any]]]
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, array: NDArray[Any]) -> Self:
+        """One that is there already."""
+        rows = (len(array) if array.ndim else 1,)
+        return cls(shape=array.shape, dtype=array.dtype, keys=(id(array),), rows=rows, made=lambda: [array])
+
+    @classmethod
+    def of_weights(cls, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Self:
+        """Weights of the model, one below the other, in a graph's type unless they are whole numbers."""
+        first = parts[0]
+        dtype = dtype if first.is_floating_point() else first.dtype
+        rows = tuple(len(part) if part.ndim else 1 for part in parts)
+        return cls(
+            shape=(sum(rows), *first.shape[1:]) if first.ndim else (),
+            dtype=torch.empty(0, dtype=dtype).numpy().dtype,
+            keys=tuple(id(part) for part in parts),
+            rows=rows,
+            made=lambda: pieces(parts, dtype),
+        )
+
+    def array(self) -> NDArray[Any]:
+        """The whole."""
+        return np.concatenate([np.ravel(piece) for piece in self.made()]).reshape(self.shape)
+
+
+def pieces(parts: Iterable[Tensor], dtype: torch.dtype) -> Iterator[NDArray[Any]]:
+    """The numbers of some weights, in a type."""
+    for part in parts:
+        for piece in torch.split(part.detach().flatten(), MADE_AT_ONCE):
+            yield piece.to(dtype).numpy()
+
+
+def graph_weights(module: nn.Module, dtype: torch.dtype) -> dict[str, GraphTensor]:
+    """A module's weights and buffers by name, floating-point ones in a type."""
+    found: dict[str, tuple[Tensor, ...]] = {
+        name: (value,) for name, value in module.state_dict(keep_vars=True).items()
+    }
+    for name, part in module.named_modules():
+        if isinstance(part, Packed):
+            found[f"{name}.weight"] = part.parts
+    return {name: GraphTensor.of_weights(parts, dtype) for name, parts in found.items()}
 
 
 class WeightFiles:
-    """Writes tensors into the files of a folder, and remembers where each is; tensors are told apart by their
-    memory, and rows of one that is there are found in it.
+    """Writes tensors into the files of a folder, and remembers where each part of them is; parts that lie one
+    after the other are found again together.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.places: list[tuple[int, int, str, int]] = []  # from, to in memory; file, offset
-        self.kept: list[NDArray[Any]] = []  # so that no other tensor gets the same memory meanwhile
+        self.places = dict[Any, tuple[str, int, int]]()  # of parts: file, from, to
+        self.kept = list[GraphTensor]()  # so that no other tensor gets the same key meanwhile
 
-    def fill(self, graph: onnx.GraphProto, weights: Mapping[str, NDArray[Any]], file: str) -> None:
+    def fill(self, graph: onnx.GraphProto, weights: Mapping[str, GraphTensor], file: str) -> None:
         """Give a graph the weights that its nodes name; large ones go to `file` unless they are in one
         already.
         """
         named = dict.fromkeys(name for node in graph.node for name in node.input)
         graph.initializer.extend(self.tensor(name, weights[name], file) for name in named if name in weights)
 
-    def tensor(self, name: str, array: NDArray[Any], file: str) -> onnx.TensorProto:
+    def tensor(self, name: str, tensor: GraphTensor, file: str) -> onnx.TensorProto:
         """An initializer of a graph. Its bytes are inside it, or in a file."""
-        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-        proto = onnx.TensorProto(name=name, dims=array.shape, data_type=kind)
-        if array.nbytes < EXTERNAL_BYTES:
-            proto.raw_data = array.tobytes()
+        kind = onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
+        proto = onnx.TensorProto(name=name, dims=tensor.shape, data_type=kind)
+        if tensor.num_bytes < EXTERNAL_BYTES:
+            proto.raw_data = tensor.array().tobytes()
             return proto
-        found = self._find(array)
+        found = self._find(tensor)
         if found is None:
-            begin = array.ctypes.data
-            found = file, self._append(np.ascontiguousarray(array), file)
-            self.places.append((begin, begin + array.nbytes, *found))
-            self.kept.append(array)
+            found = file, self._append(tensor, file)
+            self._note(tensor, *found)
         location, offset = found
         proto.raw_data = b""  # which onnx asks for before it marks a tensor as external
-        set_external_data(proto, location, offset=offset, length=array.nbytes)
+        set_external_data(proto, location, offset=offset, length=tensor.num_bytes)
         proto.ClearField("raw_data")
         return proto
 
-    def _find(self, array: NDArray[Any]) -> tuple[str, int] | None:
-        """The file of an array that is written, or is some rows of one that is, and its offset there."""
-        begin = array.ctypes.data
-        for first, last, file, offset in self.places:
-            if first <= begin and begin + array.nbytes <= last:
-                return file, offset + begin - first
-        return None
+    def _find(self, tensor: GraphTensor) -> tuple[str, int] | None:
+        """The file that has all parts of a tensor, one after the other, and its offset there."""
+        places = [self.places.get(key) for key in tensor.keys]
+        if places[0] is None:
+            return None
+        file, begin, end = places[0]
+        for place in places[1:]:
+            if place is None or place[:2] != (file, end):
+                return None
+            end = place[2]
+        return file, begin
 
-    def _append(self, array: NDArray[Any], file: str) -> int:
-        """Write an array at the next page of a file. Returns its offset in bytes."""
+    def _note(self, tensor: GraphTensor, file: str, begin: int) -> None:
+        of_a_row = tensor.num_bytes // sum(tensor.rows)
+        for key, rows in zip(tensor.keys, tensor.rows, strict=True):
+            self.places[key] = file, begin, begin + rows * of_a_row
+            begin += rows * of_a_row
+        self.kept.append(tensor)
+
+    def _append(self, tensor: GraphTensor, file: str) -> int:
+        """Write a tensor at the next page of a file. Returns its offset in bytes."""
         with (self.folder / file).open("ab") as stream:
             stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
             offset = stream.tell()
-            stream.write(array.data)
+            for piece in tensor.made():
+                stream.write(np.ascontiguousarray(piece).data)
         return offset

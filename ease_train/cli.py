@@ -359,7 +359,6 @@ def import_(
     families in docs/pretrained.md).
     """
     from ease_train.convert.huggingface import import_model
-    from ease_train.training.checkpoint import save_checkpoint
 
     if out.exists():
         raise TrainError(f"{out} is there already; choose another --out")
@@ -369,8 +368,7 @@ def import_(
             "trained; leave one out"
         )
     with alone_at(out):
-        checkpoint = import_model(source, layers, max_positions, with_exits, click.echo, adapter)
-        save_checkpoint(checkpoint, out)
+        checkpoint = import_model(source, layers, max_positions, with_exits, click.echo, adapter, out)
     config = checkpoint.recipe.model
     parameters = sum(p.numel() for p in checkpoint.model.parameters())
     shape = (
@@ -429,6 +427,8 @@ def show_gates(trainer: "GateTrainer") -> None:
 
 def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
     """Train and show it (the first of several processes does); an interrupted one is saved after its step."""
+    from ease_train.training.optimizer import memory_needed
+
     console = Console(quiet=not trainer.workers.first)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     exits = list(recipe.model.exits)
@@ -439,6 +439,8 @@ def run_with_progress(trainer: "Trainer", recipe: Recipe, out: Path) -> None:
         f"{recipe.name}: {parameters / 1e6:.1f} M parameters, exits at {exits}, data "
         f"{trainer.checkpoint.data}"
     )
+    if (needed := memory_needed(trainer.model)) is not None:
+        console.print(needed, soft_wrap=True)
     bar = Bar("step", total=trainer.settings.steps, completed=trainer.checkpoint.step, console=console)
     with bar, interrupts() as interrupted:
         for event in trainer.fit(out):

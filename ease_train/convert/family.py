@@ -278,7 +278,9 @@ class Family:
         return tuple(f"layers.{number}.{part}.{kind}" for part in parts)
 
     def taken(self, whole: Tensor, name: str, sizes: ModelConfig) -> Tensor:
-        """One of our weights, of the tensor that holds it. Raises ModelImportError."""
+        """One of our weights, of the tensor that holds it: in its type and memory, unless numbers or their
+        order differ. Raises ModelImportError.
+        """
         inner = inner_name(name)
         theirs, place = self.ours[inner]
         parts = self.in_layer.get(theirs, ())
@@ -292,8 +294,17 @@ class Family:
                 whole = torch.split(whole, rows)[place]
         if inner in ROTATED and sizes.rotary_dim:
             whole = by_pairs(whole, sizes)
-        whole = whole.to(torch.float32, copy=True)
-        return whole + self.norm_offset if self.norm_offset and inner.endswith("norm") else whole
+        whole = whole.to(self.dtype(whole.dtype, name))
+        return whole + self.norm_offset if self.offsets(inner) else whole
+
+    def dtype(self, stored: torch.dtype, name: str) -> torch.dtype:
+        """The type of one of our weights, by that of the tensor that holds it."""
+        narrow = stored in (torch.bfloat16, torch.float16)
+        return stored if narrow and not self.offsets(inner_name(name)) else torch.float32
+
+    def offsets(self, inner: str) -> bool:
+        """Whether a module is a norm that multiplies by its weight and an offset."""
+        return bool(self.norm_offset) and inner.endswith("norm")
 
     def given(self, weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
         """The tensors of its files, of weights by our names."""
@@ -304,8 +315,8 @@ class Family:
             inner = inner_name(name)
             if inner in ROTATED and config.rotary_dim:
                 weight = by_pairs(weight, config, back=True)
-            if self.norm_offset and inner.endswith("norm"):
-                weight = weight - self.norm_offset
+            if self.offsets(inner):
+                weight = weight.float() - self.norm_offset
             groups.setdefault(found[0], []).append((found[1], weight))
         return {
             name: self._whole([part for _, part in sorted(parts, key=lambda part: part[0])], config)

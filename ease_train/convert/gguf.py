@@ -307,6 +307,9 @@ class Dequantised(Weights):
     def called(self, name: str) -> str:
         return self.tensors[name].name if name in self.tensors else name
 
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].floats()
 

@@ -2,6 +2,8 @@
 
     # a directory, a hub id or a .gguf file
     checkpoint = import_model("HuggingFaceTB/SmolLM2-135M-Instruct", exits=(10, 20))
+    # the same, written weight by weight as a checkpoint
+    import_model("HuggingFaceTB/SmolLM2-135M-Instruct", exits=(10, 20), out=Path("smollm2"))
     # transformers loads it; what belongs to the exits lies in files beside
     export_model(checkpoint, Path("smollm2-hf"))
     export_exits(checkpoint, Path("smollm2-exits"))     # these files alone, small enough to share
@@ -15,7 +17,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -41,16 +43,26 @@ from ease_train.convert.source_model import SourceModel, Weights, filled_in, mod
 from ease_train.convert.text_format import TextFormat
 from ease_train.data.tokens import tokens_without_row
 from ease_train.model.decoder import Decoder
-from ease_train.training.checkpoint import UNKNOWN_DATA, Checkpoint, filled, not_finite
+from ease_train.training.checkpoint import (
+    EMBEDDING,
+    LM_HEAD,
+    UNKNOWN_DATA,
+    Checkpoint,
+    check_fit,
+    filled,
+    not_finite,
+    save_checkpoint,
+    untied,
+)
 from ease_train.training.config import OF_THE_EXITS, ModelConfig, Recipe, TokenizerConfig, TrainConfig
 from ease_train.training.renames import renamed
+from ease_train.training.tensors import Tensors, write_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OF_AN_ADAPTER = "it is an adapter of peft; import the model it belongs to, with --adapter DIRECTORY"
 EXITS, EXIT_WEIGHTS = "ease.json", "ease_exits.safetensors"  # what transformers has no place for
 REDUCED_HEAD = "reduced_head.known.weight"
-EMBEDDING, LM_HEAD = "embed.weight", "lm_head.weight"
 NEEDED_OF_HUB = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 GENERATION = (
     "do_sample",
@@ -74,6 +86,7 @@ def import_model(
     with_exits: Path | None = None,
     report: Callable[[str], object] | None = None,
     adapter: Path | None = None,
+    out: Path | None = None,
 ) -> Checkpoint:
     """Another project's model as a checkpoint with untrained exits, whose norms start as the final norm; the
     low-rank changes of an `adapter` of peft's are merged.
@@ -81,8 +94,26 @@ def import_model(
     Raises ModelImportError, ConfigError.
 
     Without `exits` it has those in the folder `with_exits`, or those that `export_model` wrote beside it, if
-    any. `report` is called with each line of what of a .gguf file was used.
+    any. `report` is called with each line of what of a .gguf file was used. Matrices are mapped where they
+    are as in the source's files. With `out` the checkpoint is written there weight by weight, so that memory
+    for one is enough, and comes back without weights (on "meta"); then CheckpointError is raised, too.
     """
+    checkpoint, weights = _found(source, exits, max_positions, with_exits, report, adapter)
+    if out is not None:
+        save_checkpoint(checkpoint, out, weights.tensors())
+        return checkpoint
+    return replace(checkpoint, model=filled(checkpoint.recipe.model, dict(weights), "the model's files"))
+
+
+def _found(
+    source: str,
+    exits: tuple[int, ...],
+    max_positions: int | None,
+    with_exits: Path | None,
+    report: Callable[[str], object] | None,
+    adapter: Path | None,
+) -> tuple[Checkpoint, "Converted"]:
+    """The checkpoint without weights, and these."""
     if source.endswith(".gguf") and adapter is not None:
         raise ModelImportError(
             f"an adapter goes by the names of weights in transformers: give a directory, not {source}"
@@ -163,7 +194,7 @@ def _other(folder: Path) -> str:
 
 
 class Shards(Weights):
-    """The weights of a directory's safetensors files. Raises ModelImportError.
+    """The weights of a directory's safetensors files, which are mapped. Raises ModelImportError.
 
     As transformers has it, `model.safetensors` goes before an index, and names may lack the prefix of the
     decoder.
@@ -175,10 +206,9 @@ class Shards(Weights):
         self.family = family
         self.sizes = sizes
         self.adapter = adapter
-        stored = dict[str, Path]()
-        for name in _weight_files(folder):
-            with opened_tensors(folder / name) as file:
-                stored |= dict.fromkeys(file.keys(), folder / name)
+        paths = [folder / name for name in _weight_files(folder)]
+        self.files = {path: opened_tensors(path) for path in paths}
+        stored = {name: path for path, file in self.files.items() for name in file.keys()}  # noqa: SIM118 - no mapping
         prefix, _, embedding = self.called(EMBEDDING).partition(".")
         bare = embedding in stored
         head = self.called(LM_HEAD)
@@ -198,10 +228,18 @@ class Shards(Weights):
         found = self.family.stored(name)
         return name if found is None else found[0]
 
+    def _stored(self, name: str) -> Tensor:
+        path, stored = self.places[name]
+        found: Tensor = self.files[path].get_tensor(stored)
+        return found
+
+    def dtype(self, name: str) -> torch.dtype:
+        changed = self.adapter is not None and self.called(name) in self.adapter.pairs
+        return torch.float32 if changed else self.family.dtype(self._stored(name).dtype, name)
+
     def __getitem__(self, name: str) -> Tensor:
         path, stored = self.places[name]
-        with opened_tensors(path) as file:
-            tensor: Tensor = file.get_tensor(stored)
+        tensor = self._stored(name)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ModelImportError(
                 f"{path.name}: {stored} is stored as {tensor.dtype}; quantised weights cannot be imported"
@@ -441,8 +479,8 @@ def warn(message: str) -> None:
 
 def adopt(
     source_model: SourceModel, exits: tuple[int, ...], max_positions: int | None, source: str
-) -> Checkpoint:
-    """Another project's model as a checkpoint. Raises ModelImportError, ConfigError."""
+) -> tuple[Checkpoint, "Converted"]:
+    """Another project's model as a checkpoint, and its weights. Raises ModelImportError, ConfigError."""
     return _checkpoint(source_model, read_config(source_model, exits, max_positions), {}, source)
 
 
@@ -471,7 +509,7 @@ def is_tied(source_model: SourceModel) -> bool:
 
 def _checkpoint(
     source_model: SourceModel, config: ModelConfig, exit_weights: Mapping[str, Tensor], source: str
-) -> Checkpoint:
+) -> tuple[Checkpoint, "Converted"]:
     recipe = Recipe(
         name="imported",
         description=f"the weights of {source}",
@@ -488,10 +526,12 @@ def _checkpoint(
         raise ModelImportError(
             f"{token!r} (id {start}) stands before every text, but the embedding has {config.vocab_size} rows"
         )
-    model = converted(source_model.weights, config, exit_weights)
+    with torch.device("meta"):
+        model = Decoder(config)
+    weights = Converted(source_model.weights, model, exit_weights)
     if without := tokens_without_row(source_model.tokenizer, config.vocab_size):
         warnings.warn(without, SettingWarning, stacklevel=2)
-    return Checkpoint(
+    found = Checkpoint(
         recipe,
         model,
         source_model.tokenizer,
@@ -500,21 +540,81 @@ def _checkpoint(
         text_format=source_model.text_format,
         grids=source_model.grids,
     )
+    return found, weights
 
 
-def converted(source: Weights, config: ModelConfig, exit_weights: Mapping[str, Tensor]) -> Decoder:
-    """A decoder with a source model's weights, each of which it uses.
+class Converted(Mapping[str, Tensor]):
+    """A decoder's weights, of a source model's, each of which it uses, and of its exits' own. One of tied
+    ones is left out. Each is read when it is asked for.
 
-    Raises ModelImportError when some lack, do not fit, belong to nothing here or are no finite numbers.
+    `asked` are the source's names of ours, `starts` what an exit's norm starts as. Raises ModelImportError
+    when some lack, or belong to nothing here; and for a weight that does not fit, or holds what is no finite
+    number, when it is asked for.
     """
-    with torch.device("meta"):
-        expected = Decoder(config).state_dict()
-    named = [name for name in expected if family_part(name)]
-    asked = {name: name for name in named}
-    if config.tie_embeddings:
-        del asked[LM_HEAD]
-        asked[EMBEDDING] = EMBEDDING if EMBEDDING in source else LM_HEAD  # one of them, or two that are equal
-    if missing := sorted({source.called(name) for name in asked.values() if name not in source}):
+
+    def __init__(self, source: Weights, model: Decoder, exit_weights: Mapping[str, Tensor]) -> None:
+        tied = model.config.tie_embeddings
+        self.source = source
+        self.shapes = {name: value.shape for name, value in model.state_dict().items()}
+        self.exit_weights = exit_weights
+        self.lm_head = EMBEDDING if tied else LM_HEAD
+        named = [name for name in self.shapes if family_part(name)]
+        self.asked = {name: name for name in named}
+        if tied:
+            del self.asked[LM_HEAD]
+            # one of them, or two that are equal
+            self.asked[EMBEDDING] = EMBEDDING if EMBEDDING in source else LM_HEAD
+        check_names(source, {*self.asked.values()}, {*named})
+        norms = {name: f"norm.{name.rpartition('.')[2]}" for name in self.shapes if ".norm." in name}
+        self.starts = {
+            name: norm
+            for name, norm in norms.items()
+            if name.startswith("exits.") and name not in exit_weights
+        }
+        fallbacks = [*self.starts, *([REDUCED_HEAD] if self.reduced else [])]
+        self.names = list(dict.fromkeys([*self.asked, *exit_weights, *fallbacks]))
+        given = {name: self.shapes[name] for name in (*self.asked, *fallbacks, *([LM_HEAD] if tied else []))}
+        try:
+            check_fit(self.shapes, given | {n: w.shape for n, w in exit_weights.items()}, "the model's files")
+        except CheckpointError as error:
+            raise ModelImportError(str(error)) from None
+
+    @property
+    def reduced(self) -> bool:
+        """Whether a reduced head has the rows of the LM head."""
+        return REDUCED_HEAD in self.shapes and REDUCED_HEAD not in self.exit_weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.starts:
+            return self[self.starts[name]].clone()
+        if name == REDUCED_HEAD and self.reduced:
+            return self[self.lm_head][self.exit_weights["reduced_head.ids"]]
+        if name in self.exit_weights:
+            return _checked(name, self.exit_weights[name], self.shapes[name])
+        known = self.asked[name]
+        return _checked(self.source.called(known), self.source[known], self.shapes[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a weight, which is not read for it."""
+        if name in self.exit_weights:
+            return self.exit_weights[name].dtype
+        name = self.lm_head if name == REDUCED_HEAD else self.starts.get(name, name)
+        return self.source.dtype(self.asked[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def tensors(self) -> Tensors:
+        """All of them, to be written."""
+        return Tensors({name: (self.dtype(name), self.shapes[name]) for name in self}, self.__getitem__)
+
+
+def check_names(source: Weights, asked: Set[str], named: Set[str]) -> None:
+    """Raise ModelImportError unless a source has the weights that are asked for, and none but those named."""
+    if missing := sorted({source.called(name) for name in asked if name not in source}):
         untied = (
             f"; config.json ties no {missing[0]} to the embedding (tie_word_embeddings)"
             if missing[0] == source.called(LM_HEAD)
@@ -526,20 +626,6 @@ def converted(source: Weights, config: ModelConfig, exit_weights: Mapping[str, T
     if strange := [*source.strange, *(source.called(name) for name in source if name not in named)]:
         found = f"the model's files hold {len(strange)} weights that this decoder has no place for"
         raise ModelImportError(f"{found}, the first is {strange[0]}")
-    weights = dict[str, Tensor]()
-    for name, known in asked.items():
-        weights[name] = _checked(source.called(known), source[known], expected[name].shape)
-    weights |= {name: _checked(name, value, value.shape) for name, value in exit_weights.items()}
-    if REDUCED_HEAD in expected and REDUCED_HEAD not in weights:
-        lm_head = weights[EMBEDDING if config.tie_embeddings else LM_HEAD]
-        weights[REDUCED_HEAD] = lm_head[weights["reduced_head.ids"]]
-    for name in expected:
-        if name not in weights and name.startswith("exits.") and ".norm." in name:
-            weights[name] = weights[f"norm.{name.rpartition('.')[2]}"].clone()
-    try:
-        return filled(config, weights, "the model's files")
-    except CheckpointError as error:
-        raise ModelImportError(str(error)) from None
 
 
 def family_part(name: str) -> bool:
@@ -560,8 +646,8 @@ def _checked(name: str, weight: Tensor, shape: torch.Size) -> Tensor:
 
 def adopt_with_exits(
     source_model: SourceModel, folder: Path, max_positions: int | None, source: str
-) -> Checkpoint:
-    """Another project's model with the exits that `export_model` or `export_exits` wrote.
+) -> tuple[Checkpoint, Converted]:
+    """Another project's model with the exits that `export_model` or `export_exits` wrote, and its weights.
 
     Raises ModelImportError, ConfigError.
     """
@@ -599,7 +685,9 @@ def exit_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     model = checkpoint.model
     own = model.exit_state()
     reduced = model.reduced_head
-    if reduced is not None and torch.equal(reduced.known.weight, model.lm_head.weight[reduced.ids]):
+    if reduced is not None and torch.equal(
+        reduced.known.weight.float(), model.lm_head.weight[reduced.ids].float()
+    ):
         del own[REDUCED_HEAD]
     return own
 
@@ -636,6 +724,8 @@ def export_exits(checkpoint: Checkpoint, out: Path) -> None:
 def export_model(checkpoint: Checkpoint, out: Path) -> None:
     """Write a checkpoint as a directory that transformers loads, its exits in files beside.
 
+    Weights keep their types; the directory's is the embedding's.
+
     Raises ModelImportError.
     """
     if out.exists() and not (out / EXITS).is_file():
@@ -643,11 +733,9 @@ def export_model(checkpoint: Checkpoint, out: Path) -> None:
             f"{out} is there already and was not written by export-hf; choose another name, or remove it"
         )
     model = checkpoint.recipe.model
-    ours = checkpoint.model.state_dict()
+    ours = untied(checkpoint.model)
     family, config = source_config(model)
-    if model.tie_embeddings:
-        del ours[LM_HEAD]
-    theirs = family.given(ours, model)
+    dtype = str(ours[EMBEDDING].dtype).removeprefix("torch.")
     exits = {name: value.contiguous() for name, value in exit_tensors(checkpoint).items()}
     stops = checkpoint.text_format.stop_ids
     generation = {"eos_token_id": list(stops), **checkpoint.text_format.generation}
@@ -655,13 +743,15 @@ def export_model(checkpoint: Checkpoint, out: Path) -> None:
     pad = generation.get("pad_token_id")
     try:
         with written_aside(out) as folder:
-            save_file(theirs, folder / WEIGHTS, metadata={"format": "pt"})
+            write_tensors(folder / WEIGHTS, given_tensors(family, ours, model), {"format": "pt"})
             save_file(exits, folder / EXIT_WEIGHTS)
             write_json(folder / EXITS, {"model": model.to_dict()})
             write_json(
                 folder / "config.json",
                 {
                     **config,
+                    "dtype": dtype,
+                    "torch_dtype": dtype,
                     "bos_token_id": begin,
                     "eos_token_id": stops[0] if stops else None,
                     "pad_token_id": pad,
@@ -671,6 +761,16 @@ def export_model(checkpoint: Checkpoint, out: Path) -> None:
             write_tokenizer(checkpoint, begin, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise ModelImportError(f"could not write {out}: {error}; no half model is left there") from None
+
+
+def given_tensors(family: Family, ours: Mapping[str, Tensor], config: ModelConfig) -> Tensors:
+    """A family's tensors of our weights, each put together when it is written."""
+    shapes = family.given({name: weight.to("meta") for name, weight in ours.items()}, config)
+
+    def made(name: str) -> Tensor:
+        return family.given({part: ours[part] for part in family.held(name)}, config)[name]
+
+    return Tensors({name: (tensor.dtype, tensor.shape) for name, tensor in shapes.items()}, made)
 
 
 def write_tokenizer(checkpoint: Checkpoint, begin: int | None, folder: Path) -> None:

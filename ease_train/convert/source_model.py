@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -30,13 +31,19 @@ OF_EASE = (*OF_THE_EXITS, "gates", "gate_width", "capacity", "routing_rule")  # 
 
 
 class Weights(Mapping[str, Tensor]):
-    """A source's weights as fp32 by our names, each read when it is asked for."""
+    """A source's weights by our names, each read when it is asked for, in the source's type where that is
+    fp32, fp16 or bf16.
+    """
 
     strange: tuple[str, ...] = ()  # what of the source nothing here has a place for
 
     @abstractmethod
     def called(self, name: str) -> str:
         """What the source calls one of our weights."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of one of our weights, which is not read for it."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,4 @@ def _written(kind: str, family: Family, config: ModelConfig) -> dict[str, Any]:
         **values,
         "attention_bias": False,
         **family.fields(config),
-        "dtype": "float32",
-        "torch_dtype": "float32",
     }

@@ -22,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_train.methods.gradients import split_gradient
 from ease_train.methods.method import Distill
+from ease_train.model.blocks import wide, widened
 from ease_train.model.decoder import Decoder
 from ease_train.training.states import States
 
@@ -70,7 +71,7 @@ class _Teacher:
     def probabilities(self, rows: slice) -> Tensor:
         """Of all tokens, or of those that the pupils know and of the rest. Shape: (n, V), or (n, M + 1)."""
         if self.ids is None or self.log_sums is None:
-            found = torch.softmax((self.hidden[rows] @ self.weight.T).float() / self.temperature, dim=-1)
+            found = torch.softmax((self.hidden[rows] @ self.wide_weight.T).float() / self.temperature, dim=-1)
             if self.ids is None:
                 return found
             known = found[:, self.ids]
@@ -82,7 +83,12 @@ class _Teacher:
     @cached_property
     def known_weight(self) -> Tensor:
         """The head's rows for those tokens. Shape: (M, D)."""
-        return self.weight[self.ids]
+        return wide(self.weight[self.ids])
+
+    @cached_property
+    def wide_weight(self) -> Tensor:
+        """The head's weight, no narrower than fp32. Shape: (V, D)."""
+        return wide(self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +302,7 @@ def _rows_loss(
     weights = tuple(objective.weights.get(layer, 0.0) for layer in layers)
     heads = [model.exit(layer).head for layer in layers]
     unique = list(dict.fromkeys(heads))
-    matrices = [head.weight for head in unique]
+    matrices = [wide(head.weight) for head in unique]
     plan = _ChunkedLoss(
         heads=tuple(unique.index(head) for head in heads),
         ids=tuple(head.ids for head in heads),
@@ -374,10 +380,11 @@ def exit_figures(
 def _loss_and_top(model: Decoder, layer: int, rows: Tensor, targets: Tensor) -> tuple[float, Tensor]:
     """An exit's mean cross-entropy, and its most likely tokens. Shape: (N, D), (N) -> (), (N)."""
     size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
+    head = widened(model.exit(layer).head)
     total = 0.0
     tops = []
     for start in range(0, len(targets), size):
-        logits = model.exit(layer).head(rows[start : start + size]).float()
+        logits = head(rows[start : start + size]).float()
         total += F.cross_entropy(logits, targets[start : start + size], reduction="sum").item()
         tops.append(logits.argmax(dim=-1))
     return total / len(targets), torch.cat(tops)
@@ -387,7 +394,8 @@ def _loss_and_top(model: Decoder, layer: int, rows: Tensor, targets: Tensor) -> 
 def top_tokens(model: Decoder, layer: int, hidden: Tensor) -> Tensor:
     """An exit's most likely tokens, without ever holding all logits. Shape: (N, D) -> (N) int64."""
     size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
-    return torch.cat([model.exit(layer).head(rows).argmax(dim=-1) for rows in torch.split(hidden, size)])
+    head = widened(model.exit(layer).head)
+    return torch.cat([head(rows).argmax(dim=-1) for rows in torch.split(hidden, size)])
 
 
 def exit_losses(model: Decoder, input_ids: Tensor, targets: Tensor) -> dict[int, float]:

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, D width, H query heads, G key/value heads, P width 
 
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -85,6 +86,30 @@ def causal_mask(visible: Tensor, window: int = 0) -> Tensor:
     return (visible[:, None, None, :] & before) | oneself
 
 
+def wide(weight: Tensor) -> Tensor:
+    """A weight that is kept in 16 bits as fp32, any other as it is."""
+    return weight.float() if weight.element_size() < 4 else weight
+
+
+class Linear(nn.Linear):
+    """A product in the type of its input: a matrix that is kept in 16 bits is widened for it, and not for
+    longer.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight  # of a low-rank update: a sum
+        narrow = weight.element_size() < x.element_size()
+        return F.linear(x, weight.to(x.dtype) if narrow else weight, self.bias)
+
+
+def widened(module: nn.Module) -> nn.Module:
+    """A module whose matrices are in fp32, for many products: itself, or a copy where some are kept in 16
+    bits.
+    """
+    narrow = any(parameter.element_size() < 4 for parameter in module.parameters())
+    return deepcopy(module).float() if narrow else module
+
+
 class Attention(nn.Module):
     """Causal attention with grouped key/value heads (Ainslie et al. 2023, arXiv 2305.13245).
 
@@ -101,10 +126,10 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.query_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.dim, config.kv_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.dim, config.kv_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(config.query_dim, config.dim, bias=config.output_bias)
+        self.q_proj = Linear(config.dim, config.query_dim, bias=config.attention_bias)
+        self.k_proj = Linear(config.dim, config.kv_dim, bias=config.attention_bias)
+        self.v_proj = Linear(config.dim, config.kv_dim, bias=config.attention_bias)
+        self.o_proj = Linear(config.query_dim, config.dim, bias=config.output_bias)
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
@@ -145,9 +170,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         bias = config.mlp_bias
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=bias) if config.gated else None
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=bias)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=bias)
+        self.gate_proj = Linear(config.dim, config.ffn_dim, bias=bias) if config.gated else None
+        self.up_proj = Linear(config.dim, config.ffn_dim, bias=bias)
+        self.down_proj = Linear(config.ffn_dim, config.dim, bias=bias)
         self.activation = config.activation
 
     def extra_repr(self) -> str:

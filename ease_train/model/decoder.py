@@ -4,31 +4,35 @@ Knows nothing about losses, tokenizers or files. Shapes: B batch, S sequence, D 
 vocabulary. Layers and exits are numbered from 1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ease_train.model.blocks import Block, make_norm, rotary_tables
+from ease_train.model.blocks import Block, make_norm, rotary_tables, wide
 from ease_train.model.exits import Exit, Gate, LMHead, ReducedHead, exit_adapter, start_as_identity
 from ease_train.model.routed import RoutedBlock
 from ease_train.training.config import ModelConfig
 
-__all__ = ["Block", "Decoder", "RoutedBlock"]
+__all__ = ["Block", "Decoder", "RoutedBlock", "grown"]
 
 
 class Embedding(nn.Embedding):
-    """Rows of a table, times a scale. Shape: (...) int64 -> (..., D)."""
+    """Rows of a table, no narrower than fp32, times a scale. Shape: (...) int64 -> (..., D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.vocab_size, config.dim)
         self.scale = config.embed_scale
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        found = super().forward(input_ids)
-        return found if self.scale == 1.0 else found * self.scale
+        return self.scaled(wide(super().forward(input_ids)))
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """What enters the first layer. Shape: (..., D) -> same."""
+        return rows if self.scale == 1.0 else rows * self.scale
 
 
 class Decoder(nn.Module):
@@ -39,6 +43,9 @@ class Decoder(nn.Module):
     logits = model(input_ids)                       # full depth, (B, S, V)
     for layer, hidden in model.exit_states(input_ids):
         logits = model.exit(layer).head(model.exit_hidden(hidden, layer))
+
+    It computes in fp32, whatever its matrices are kept in. `trunk` is the device of all but the exits' own
+    parts: "meta" where their weights are yet to be given.
     """
 
     cos: Tensor
@@ -46,20 +53,21 @@ class Decoder(nn.Module):
     local_cos: Tensor
     local_sin: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, trunk: str | None = None) -> None:
         super().__init__()
         assert config.vocab_size > 0, "the vocabulary's size comes from the tokenizer before a model is built"
         self.config = config
         early = config.exits[:-1]
         # in the backward pass, instead of keeping them: less memory, more time
         self.recompute_activations = False
-        self.embed = Embedding(config)
-        layers = range(1, config.num_layers + 1)
-        self.layers = nn.ModuleList(
-            RoutedBlock(config, layer) if layer in config.routed_layers else Block(config, layer)
-            for layer in layers
-        )
-        self.norm = make_norm(config, config.dim) if config.final_norm else nn.Identity()
+        with torch.device(trunk) if trunk else nullcontext():
+            self.embed = Embedding(config)
+            layers = range(1, config.num_layers + 1)
+            self.layers = nn.ModuleList(
+                RoutedBlock(config, layer) if layer in config.routed_layers else Block(config, layer)
+                for layer in layers
+            )
+            self.norm = make_norm(config, config.dim) if config.final_norm else nn.Identity()
         parts: dict[str, dict[int, nn.Module]] = {}  # kind by kind: a seed draws the weights in this order
         if config.exit_norm == "own" and config.final_norm:
             parts["norm"] = {layer: make_norm(config, config.dim) for layer in early}
@@ -69,7 +77,8 @@ class Decoder(nn.Module):
             parts["head"] = {layer: LMHead(config) for layer in early}
         reduced_head = ReducedHead(config) if early and config.exit_head == "reduced" else None
         parts["gate"] = {layer: Gate(config.dim, config.gate_width) for layer in config.gates}
-        lm_head = LMHead(config)
+        with torch.device(trunk) if trunk else nullcontext():
+            lm_head = LMHead(config)
         self.exits = nn.ModuleDict()
         for layer in config.exits:
             own = {name: modules[layer] for name, modules in parts.items() if layer in modules}
@@ -198,3 +207,22 @@ class Decoder(nn.Module):
             if isinstance(block, RoutedBlock) and block.predictor_loss is not None
         ]
         return torch.stack(losses).mean() if losses else None
+
+
+def grown(config: ModelConfig, weights: Mapping[str, Tensor]) -> Decoder:
+    """A decoder with another's weights, and what those lack as a seed draws it: exits of its own.
+
+    The matrices of the layers, the embedding and the LM head are not copied.
+    """
+    model = Decoder(config, trunk="meta")
+    fresh = model.state_dict()
+    own = model.exit_state().keys()
+    kept = {
+        name: value.clone() if name in own or value.ndim < 2 else value
+        for name, value in weights.items()
+        if name in fresh and fresh[name].shape == value.shape
+    }
+    model.load_state_dict(kept, strict=False, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed.weight
+    return model

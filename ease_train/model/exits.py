@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ease_train.model.blocks import Block
+from ease_train.model.blocks import Block, Linear, wide
 from ease_train.training.config import ModelConfig
 
 
@@ -21,8 +21,8 @@ class LowRankAdapter(nn.Module):
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        self.down = nn.Linear(dim, width, bias=False)
-        self.up = nn.Linear(width, dim, bias=False)
+        self.down = Linear(dim, width, bias=False)
+        self.up = Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.up(self.down(x))
@@ -40,8 +40,8 @@ class MLPAdapter(nn.Module):
     def __init__(self, dim: int, width: int, norm_eps: float) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(dim, norm_eps)
-        self.down = nn.Linear(dim, width, bias=False)
-        self.up = nn.Linear(width, dim, bias=False)
+        self.down = Linear(dim, width, bias=False)
+        self.up = Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.up(nn.functional.silu(self.down(self.norm(x))))
@@ -77,8 +77,8 @@ class TokenScore(nn.Module):
 
     def __init__(self, dim: int, width: int = 0, bias: bool = True) -> None:
         super().__init__()
-        self.inner = nn.Linear(dim, width) if width else None
-        self.out = nn.Linear(width or dim, 1, bias=bias)
+        self.inner = Linear(dim, width) if width else None
+        self.out = Linear(width or dim, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.inner is not None:
@@ -105,7 +105,7 @@ class Gate(nn.Module):
         return torch.sigmoid(self.score(exit_hidden) / self.temperature)
 
 
-class LMHead(nn.Linear):
+class LMHead(Linear):
     """Logits of the whole vocabulary. Shape: (..., D) -> (..., V)."""
 
     ids: None = None  # it knows all tokens
@@ -128,16 +128,16 @@ class ReducedHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size = config.exit_vocab_size
-        self.known = nn.Linear(config.dim, size, bias=False)
-        self.rest = nn.Linear(config.dim, 1, bias=False)
+        self.known = Linear(config.dim, size, bias=False)
+        self.rest = Linear(config.dim, 1, bias=False)
         self.register_buffer("ids", torch.arange(size))
         self.register_buffer("log_shares", torch.zeros(config.vocab_size))
         self.log_shares[size:] = -math.log(config.vocab_size - size)
 
     @property
     def weight(self) -> Tensor:
-        """The rows of the known tokens, and the others' row last. Shape: (M + 1, D)."""
-        return torch.cat((self.known.weight, self.rest.weight))
+        """The rows of the known tokens, and the others' row last, in fp32 at least. Shape: (M + 1, D)."""
+        return torch.cat((wide(self.known.weight), wide(self.rest.weight)))
 
     def forward(self, exit_hidden: Tensor) -> Tensor:
         rest: Tensor = self.rest(exit_hidden) + self.log_shares
@@ -158,7 +158,8 @@ class ReducedHead(nn.Module):
         rest = most_first[len(self.ids) :]
         shares = (counts[rest] + 1) / (counts[rest] + 1).sum()
         self.log_shares.zero_().index_copy_(0, rest, shares.log().to(self.log_shares.dtype))
-        self.rest.weight.copy_(shares.to(lm_head.dtype) @ lm_head[rest])
+        rows = wide(lm_head[rest])
+        self.rest.weight.copy_(shares.to(rows.dtype) @ rows)
 
 
 class Exit(nn.Module):

@@ -2,7 +2,8 @@
 
     config.json         format_version, the recipe with every field, the recipe that the run began with, the
                         step, the data, the sha256 and number of its texts, the text_format, versions
-    model.safetensors   the weights
+    model.safetensors   the weights: what was trained here in fp32, the matrices of an imported model as they
+                        came
     grids.safetensors   the same matrices in whole numbers, of a model that came from a file of 4 or 8 bits
     tokenizer.json
     chat_template.jinja for models that have one
@@ -11,7 +12,8 @@
     train_state/        optimizer, and the run's own weights where the model is the best so far; only for
                         resuming
 
-Written aside and renamed; nothing is ever unpickled.
+Written aside, tensor by tensor, and renamed; read by mapping it: a model's matrices take memory that the
+system can have back, in the type that they are kept in. Nothing is ever unpickled.
 """
 
 import json
@@ -23,9 +25,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
-from safetensors.torch import save_model
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -38,12 +40,16 @@ from ease_train.model.decoder import Decoder
 from ease_train.training.config import ModelConfig, Recipe
 from ease_train.training.logs import metrics_csv
 from ease_train.training.renames import renamed
+from ease_train.training.tensors import Tensors, mapped_tensors, write_tensors
 
 FORMAT_VERSION = 2  # 1: renames.py
+EMBEDDING, LM_HEAD = "embed.weight", "lm_head.weight"
 UNKNOWN_DATA = "unknown"  # what another project's model was trained on
 TEMPLATE_FILE = "chat_template.jinja"
 GRIDS_FILE = "grids.safetensors"
 STATE_FILE = Path("train_state") / "state.pt"
+LOOKED_AT = 1 << 22  # numbers of a weight at once
+Shape = tuple[int, ...]
 
 
 @dataclass
@@ -76,9 +82,10 @@ class Checkpoint:
             self.text_format = TextFormat.of(self.tokenizer)
 
 
-def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+def save_checkpoint(checkpoint: Checkpoint, path: Path, weights: Tensors | None = None) -> None:
     """Write the directory, replacing an older one at `path` only when the new one is complete.
 
+    `weights`, without the second of two that are tied, go before those of the model.
     Raises CheckpointError when the disk does not take it; what was at `path` is then still there.
     """
     try:
@@ -96,7 +103,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             if checkpoint.base is not None:
                 config["base"] = checkpoint.base.to_dict()
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_model(checkpoint.model, str(folder / "model.safetensors"))
+            tied = {LM_HEAD: EMBEDDING} if checkpoint.recipe.model.tie_embeddings else {}
+            write_tensors(folder / "model.safetensors", weights or Tensors.of(untied(checkpoint.model)), tied)
             if checkpoint.grids:
                 save_grids(checkpoint.grids, folder / GRIDS_FILE)
             checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
@@ -118,8 +126,17 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         raise CheckpointError(f"could not save step {checkpoint.step} to {path}: {error}{kept}") from None
 
 
+def untied(model: Decoder) -> dict[str, Tensor]:
+    """A model's weights by name, each once."""
+    weights = model.state_dict()
+    if model.config.tie_embeddings:
+        del weights[LM_HEAD]
+    return weights
+
+
 def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:
-    """Read a checkpoint, with the training state when `resume` is set.
+    """Read a checkpoint, with the training state when `resume` is set. The model's matrices are mapped, in
+    the type that they are kept in.
 
     Raises CheckpointError when it is missing, incomplete or newer than this version.
     """
@@ -213,57 +230,76 @@ def _read_text_format(config: dict[str, Any], path: Path) -> TextFormat | None:
     return TextFormat.from_dict(config["conventions"], source) if "conventions" in config else None
 
 
-def not_finite(weight: Tensor) -> str | None:
-    """What to say of a weight that holds NaN or infinity: the first, and how many there are.
+def is_narrow(weight: Tensor) -> bool:
+    """Whether a weight is kept in 16 bits."""
+    return weight.is_floating_point() and weight.element_size() < 4
+
+
+def not_finite(weight: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """What to say of a weight that holds NaN or infinity, or would in another type: the first, and how many
+    there are.
 
     None for a sound one.
     """
-    if not weight.is_floating_point() or (finite := weight.isfinite()).all():
+    if not weight.is_floating_point():
         return None
-    places = (~finite).nonzero().tolist()
-    return (
-        f"holds {weight[tuple(places[0])].item()} at {places[0]} ({len(places)} of {weight.numel()} numbers "
-        "are not finite)"
-    )
+    first, value, count = 0, 0.0, 0
+    for number, part in enumerate(torch.split(weight.detach().flatten(), LOOKED_AT)):
+        found = part.to(dtype or part.dtype)
+        if (finite := found.isfinite()).all():
+            continue
+        places = (~finite).nonzero().flatten()
+        if not count:
+            first, value = number * LOOKED_AT + int(places[0]), found[places[0]].item()
+        count += len(places)
+    if not count:
+        return None
+    place = [int(index) for index in np.unravel_index(first, tuple(weight.shape))]
+    return f"holds {value} at {place} ({count} of {weight.numel()} numbers are not finite)"
 
 
 def load_weights(config: ModelConfig, path: Path) -> Decoder:
-    """A decoder with the weights of a file, which are in memory once.
+    """A decoder over the weights of a file, which are mapped.
 
     Raises CheckpointError when they do not fit.
     """
-    with safetensors.safe_open(path, framework="pt") as file:
-        weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-    return filled(config, renamed(weights), path.name)
+    return filled(config, renamed(mapped_tensors(path)), path.name)
 
 
 def filled(config: ModelConfig, weights: dict[str, Tensor], where: str) -> Decoder:
-    """A decoder over these tensors, without the time and memory of weights of its own.
+    """A decoder over these tensors, without the time and memory of weights of its own; all but matrices are
+    widened to fp32.
 
     Raises CheckpointError when they do not fit.
     """
     with torch.device("meta"):
         model = Decoder(config)
-    tied = {"lm_head.weight", "embed.weight"} if config.tie_embeddings else set()
+    tied = {LM_HEAD, EMBEDDING} if config.tie_embeddings else set()
     if tied & weights.keys():
         weights |= dict.fromkeys(tied, weights[min(tied & weights.keys())])
-    expected = model.state_dict()
-    if strange := expected.keys() ^ weights.keys():
-        missing = sorted(strange & expected.keys())
-        unexpected = sorted(strange & weights.keys())
-        raise CheckpointError(
-            f"{where}: weights do not fit the model: missing {missing}, unexpected {unexpected}"
-        )
-    for name, value in weights.items():
-        if value.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{where}: {name} has the shape {[*value.shape]}, expected {[*expected[name].shape]}"
-            )
-    model.load_state_dict(weights, assign=True)
+    expected, given = (
+        {name: value.shape for name, value in found.items()} for found in (model.state_dict(), weights)
+    )
+    check_fit(expected, given, where)
+    wide = {name: value.float() for name, value in weights.items() if is_narrow(value) and value.ndim < 2}
+    model.load_state_dict({**weights, **wide}, assign=True)
     if tied:
         model.lm_head.weight = model.embed.weight
     model.set_rotary_tables()
     return model
+
+
+def check_fit(expected: Mapping[str, Shape], given: Mapping[str, Shape], where: str) -> None:
+    """Raise CheckpointError unless weights have the names and shapes of a model's."""
+    if strange := expected.keys() ^ given.keys():
+        missing = sorted(strange & expected.keys())
+        unexpected = sorted(strange & given.keys())
+        raise CheckpointError(
+            f"{where}: weights do not fit the model: missing {missing}, unexpected {unexpected}"
+        )
+    for name, shape in given.items():
+        if shape != expected[name]:
+            raise CheckpointError(f"{where}: {name} has the shape {[*shape]}, expected {[*expected[name]]}")
 
 
 def with_exits(checkpoint: Checkpoint, layers: Iterable[int]) -> Checkpoint:

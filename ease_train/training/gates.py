@@ -30,7 +30,7 @@ from ease_common.errors import ConfigError
 from ease_train.data.tokens import pack
 from ease_train.methods.losses import top_tokens
 from ease_train.methods.method import GateConfig
-from ease_train.model.decoder import Decoder
+from ease_train.model.decoder import Decoder, grown
 from ease_train.model.exits import Gate
 from ease_train.training.checkpoint import Checkpoint
 from ease_train.training.parallel import usable_device
@@ -172,9 +172,8 @@ class GateTrainer:
             )
         config = replace(checkpoint.recipe.model, gates=early, gate_width=settings.gate_width)
         torch.manual_seed(settings.seed)
-        model = Decoder(config)
         kept = {name: value for name, value in checkpoint.model.state_dict().items() if ".gate." not in name}
-        model.load_state_dict(kept, strict=False)
+        model = grown(config, kept)
         self.device = usable_device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.gates = {

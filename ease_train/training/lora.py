@@ -23,7 +23,7 @@ UP = ".parametrizations.weight.0.up"
 
 
 class LowRankUpdate(nn.Module):
-    """W -> W + scale * up @ down; `up` starts at zero. Shape: (out, in) -> (out, in)."""
+    """W -> W + scale * up @ down, in fp32; `up` starts at zero. Shape: (out, in) -> (out, in)."""
 
     def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
         super().__init__()
@@ -42,9 +42,9 @@ def add_low_rank(model: Decoder, rank: int, alpha: float) -> None:
     if model.reduced_head is not None:
         model.reduced_head.requires_grad_(True)
     for module in [module for module in model.layers.modules() if isinstance(module, nn.Linear)]:
-        parametrize.register_parametrization(
-            module, "weight", LowRankUpdate(module.weight, rank, alpha / rank)
-        )
+        update = LowRankUpdate(module.weight, rank, alpha / rank)
+        # unsafe: of a matrix in 16 bits and its update the sum is in fp32
+        parametrize.register_parametrization(module, "weight", update, unsafe=True)
 
 
 def merged(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -54,6 +54,30 @@ def create_optimizer(
     )
 
 
+def take_masters(model: Decoder, all_wide: bool) -> None:
+    """Give what is trained fp32 memory of its own; what is frozen stays as it is kept, unless `all_wide`
+    (FSDP's shards are of one type).
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad or all_wide:
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+
+
+def memory_needed(model: Decoder) -> str | None:
+    """What training a model that is kept in 16 bits takes, beside its activations; None for one in fp32."""
+    narrow = [parameter for parameter in model.parameters() if parameter.element_size() < 4]
+    if not narrow:
+        return None
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    kept = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
+    widest = max(parameter.numel() for parameter in narrow)
+    return (
+        f"memory: {16 * trained / 1e9:.2f} GB for what is trained (fp32, gradients, AdamW), "
+        f"{4 * widest / 1e9:.2f} GB for one frozen matrix in fp32; {kept / 1e9:.2f} GB of frozen weights are "
+        "mapped, and may stay on the disk"
+    )
+
+
 def train_exits_only(model: Decoder, heads: bool) -> None:
     """Freeze all but the early exits' norms, adapters and, if wanted, heads.
 

@@ -28,7 +28,9 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_common.errors import DataError
 from ease_common.files import held, settle
+from ease_train.model.blocks import widened
 from ease_train.model.decoder import Decoder
+from ease_train.training.tensors import bytes_of
 
 BLOCKS_AT_ONCE = 4
 LOGITS_AT_ONCE = 1 << 24  # elements: 64 MB
@@ -62,10 +64,11 @@ def compute_states(model: Decoder, input_ids: Tensor, targets: Tensor, temperatu
     sums = []
     losses = []
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    lm_head = widened(model.lm_head)
     for rows, wanted in zip(
         torch.split(last.flatten(0, 1), size), torch.split(targets.flatten(), size), strict=True
     ):
-        logits = model.lm_head(rows).float()
+        logits = lm_head(rows).float()
         tops.append(logits.argmax(dim=-1))
         losses.append(F.cross_entropy(logits, wanted, reduction="none"))
         sums.append((logits / temperature).logsumexp(dim=-1))
@@ -94,7 +97,7 @@ class StateCache:
         state = model.state_dict()
         for name in sorted(state.keys() - model.exit_state().keys()):
             digest.update(name.encode())
-            digest.update(state[name].detach().cpu().contiguous().numpy().data)
+            digest.update(bytes_of(state[name]).data)
         digest.update(np.ascontiguousarray(self.blocks).data)
         return digest.hexdigest()[:32]
 

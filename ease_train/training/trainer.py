@@ -29,10 +29,23 @@ from ease_train.data.tokens import cached_stream, check_rows, num_ids, pack, tra
 from ease_train.methods.losses import Objective, exit_figures, exit_loss, state_loss
 from ease_train.methods.schedules import drop_rates, exit_weights
 from ease_train.model.decoder import Decoder
-from ease_train.training.checkpoint import UNKNOWN_DATA, Checkpoint, filled, load_checkpoint, save_checkpoint
+from ease_train.training.checkpoint import (
+    UNKNOWN_DATA,
+    Checkpoint,
+    filled,
+    is_narrow,
+    load_checkpoint,
+    save_checkpoint,
+)
 from ease_train.training.config import ModelConfig, Recipe
 from ease_train.training.lora import add_low_rank, merged
-from ease_train.training.optimizer import create_optimizer, learning_rate, parameters, train_exits_only
+from ease_train.training.optimizer import (
+    create_optimizer,
+    learning_rate,
+    parameters,
+    take_masters,
+    train_exits_only,
+)
 from ease_train.training.parallel import Workers, load_optimizer, whole
 from ease_train.training.resuming import ResumeOptions
 from ease_train.training.states import StateCache, States
@@ -207,8 +220,11 @@ class ModelSnapshot:
 
     @classmethod
     def of(cls, step: int, config: ModelConfig, weights: Mapping[str, Tensor]) -> Self:
-        """A copy of the weights."""
-        copies = {name: torch.empty_like(value, device="cpu").copy_(value) for name, value in weights.items()}
+        """A copy of the weights, but for those in 16 bits, which nothing trains."""
+        copies = {
+            name: value.cpu() if is_narrow(value) else torch.empty_like(value, device="cpu").copy_(value)
+            for name, value in weights.items()
+        }
         return cls(step, filled(config, copies, f"step {step}"))
 
 
@@ -246,6 +262,7 @@ class Trainer:
         self.model = checkpoint.model.to(self.device)
         if self.recipe.method.trains != "all":
             train_exits_only(self.model, heads=self.recipe.method.trains == "exits")
+        take_masters(self.model, all_wide=self.workers.sharded)
         self.training_module = self.workers.distribute(self.model, weights_may_rest(self.recipe))
         self.optimizer = create_optimizer(self.model, self.settings, self.recipe.method.layer_lr_scales)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")

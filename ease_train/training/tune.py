@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ease_common.errors import ConfigError
-from ease_train.model.decoder import Block, Decoder
+from ease_train.model.decoder import Block, Decoder, grown
 from ease_train.training.checkpoint import Checkpoint
 from ease_train.training.config import OF_THE_EXITS, OPTIONS, Recipe, cut_warmup, set_option
 from ease_train.training.parallel import Workers
@@ -46,15 +46,11 @@ def tuned_recipe(trained: Recipe, recipe: Recipe, options: Mapping[str, Any]) ->
 
 
 def with_exits(model: Decoder, recipe: Recipe) -> Decoder:
-    """A decoder with the recipe's exits and the weights of `model`."""
-    grown = Decoder(recipe.model)
-    fresh = grown.state_dict()
-    trained = model.state_dict()
-    kept = {
-        name: value for name, value in trained.items() if name in fresh and fresh[name].shape == value.shape
-    }
-    grown.load_state_dict(fresh | kept)
-    for layer, leave in grown.early_exits.items():
+    """A decoder with the recipe's exits and the weights of `model`, whose matrices are not copied."""
+    found = grown(recipe.model, model.state_dict())
+    shapes = {name: value.shape for name, value in found.state_dict().items()}
+    kept = {name for name, value in model.state_dict().items() if shapes.get(name) == value.shape}
+    for layer, leave in found.early_exits.items():
         starts: dict[str, nn.Module] = {"norm": model.norm, "head": model.lm_head}
         if leave.block is not None and isinstance(model.layers[layer], Block):
             starts["adapter"] = model.layers[layer]
@@ -63,7 +59,7 @@ def with_exits(model: Decoder, recipe: Recipe) -> Decoder:
                 f"exits.{layer}.{name}.{weight}" not in kept for weight in part.state_dict()
             ):
                 part.load_state_dict(starts[name].state_dict())
-    return grown
+    return found
 
 
 def has_new_reduced_head(trained: Decoder, grown: Decoder) -> bool:

@@ -14,10 +14,9 @@ pytest.importorskip("torch", reason="graphs are exported here")
 
 import torch
 
-from ease_export.layers import pack
 from ease_export.plan import plan_graphs
 from ease_export.trace import Tracer
-from ease_export.weights import WeightFiles
+from ease_export.weights import WeightFiles, graph_weights
 from ease_runtime.ort.sessions import load_session, start_thread_pool
 from ease_train.model.decoder import Decoder
 from ease_train.training.config import ModelConfig
@@ -73,13 +72,10 @@ def one_layer(num_heads: int, groups: int, width: int, folder: Path) -> OneLayer
     with torch.no_grad():
         for parameter in model.layers.parameters():
             parameter.mul_(3.0)
-    pack(model)
     (plan,) = (plan for plan in plan_graphs(model, "BGTP") if plan.file == "segment_01.onnx")
-    graph = Tracer(model).graph(plan)
+    graph = Tracer(model, torch.float32).graph(plan)
     files = WeightFiles(folder)
-    files.fill(
-        graph.graph, {k: v.detach().numpy() for k, v in plan.module.state_dict().items()}, plan.weights
-    )
+    files.fill(graph.graph, graph_weights(plan.module, torch.float32), plan.weights)
     (folder / plan.file).write_bytes(graph.SerializeToString())
     dice = np.random.default_rng(0)
     shape = (len(STARTS), groups, 1408, width)

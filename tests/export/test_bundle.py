@@ -23,7 +23,8 @@ from ease_common.errors import CheckpointError, ExportError
 from ease_export import build
 from ease_export.build import export_bundle
 from ease_export.cli import main
-from ease_export.plan import GraphSpec
+from ease_export.plan import GraphSpec, plan_graphs
+from ease_export.trace import trace
 from ease_export.verify import TOLERANCE, torch_greedy, verify_bundle
 from ease_runtime.bundle.manifest import load_manifest
 from ease_runtime.engine.engine import Engine
@@ -34,6 +35,7 @@ from ease_runtime.policies.head import MaxProb
 from ease_runtime.policies.thresholds import Thresholds
 from ease_train.model.decoder import Decoder
 from ease_train.training.checkpoint import load_checkpoint, save_checkpoint
+from ease_train.training.config import ModelConfig
 from hit import interrupted
 
 NUM_GREEDY = 200
@@ -308,3 +310,16 @@ def test_an_interrupted_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: P
     assert (code, lines[-1]) == (130, "interrupted; run the command again")
     assert not any("Traceback" in line for line in lines)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_number_to_trace_with_stays_in_a_graph(dtype: torch.dtype) -> None:
+    """As those of a reduced head's small weights did, which torch.onnx cast to fp32 by itself."""
+    sizes = {"dim": 64, "num_layers": 2, "exits": (1, 2), "exit_head": "reduced", "exit_vocab_size": 90}
+    model = Decoder(ModelConfig(vocab_size=320, max_positions=64, **sizes)).eval()
+    (plan,) = (plan for plan in plan_graphs(model, "BTK", dtype) if plan.file == "reduced_head.onnx")
+    graphs = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        graphs.append(trace(plan, dtype).SerializeToString())
+    assert graphs[0] == graphs[1]

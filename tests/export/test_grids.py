@@ -28,6 +28,7 @@ from ease_export.quantize import (
     rounded_outer,
 )
 from ease_export.verify import verify_bundle
+from ease_export.weights import GraphTensor
 from ease_runtime.bundle.manifest import WeightForm, load_manifest
 from ease_runtime.ort.sessions import load_session, start_thread_pool
 from ease_train.convert.gguf import GRIDS, PackedTensor
@@ -130,12 +131,6 @@ def test_a_bundle_computes_with_the_file_s_own_numbers(
     assert rounded_ == WeightForm(4, 32, symmetric=False, exact_grid=False)
 
 
-def kind_of(quantizer: WeightQuantizer, matrix: np.ndarray) -> str:
-    """The kind of the grid of a matrix that is in one part."""
-    (held,) = quantizer.held(matrix)
-    return held.grid.kind
-
-
 def test_what_has_been_trained_since_is_rounded(on_grids: Path, tmp_path: Path) -> None:
     """And nothing else."""
     checkpoint = load_checkpoint(on_grids)
@@ -144,7 +139,7 @@ def test_what_has_been_trained_since_is_rounded(on_grids: Path, tmp_path: Path) 
         attention.k_proj.weight[3, 5] += 0.01  # type: ignore[index, operator]
     quantizer = WeightQuantizer(checkpoint.model, "int4", checkpoint.grids)
     kinds = {
-        name: kind_of(quantizer, module.weight.detach().numpy())
+        name: quantizer.by_weight[id(module.weight)].kind
         for name, module, _ in matrices(checkpoint.model, "int4")
     }
     assert [name for name, kind in kinds.items() if kind == "rounded"] == ["layers.1.attention.k_proj"]
@@ -157,12 +152,12 @@ def test_int8_keeps_what_is_symmetric(on_grids: Path) -> None:
     middle = np.full(grid.scales.shape, grid.middle, np.uint8)
     grids = {**checkpoint.grids, name: replace(grid, kind="with zero points", zeros=middle)}
     quantizer = WeightQuantizer(checkpoint.model, "int8", grids)
-    kinds = {grid.kind for *_, grid in quantizer.matrices}
+    kinds = {matrix.kind for matrix in quantizer.matrices}
     assert kinds == {"rounded", "Q4_0", "Q6_K", "Q8_0"}
-    assert {grid.bits for *_, grid in quantizer.matrices} == {8}
+    assert {matrix.grid().bits for matrix in quantizer.matrices} == {8}
 
 
-def product(quantizer: WeightQuantizer, weight: np.ndarray, state: np.ndarray) -> np.ndarray:
+def product(quantizer: WeightQuantizer, weight: GraphTensor, state: np.ndarray) -> np.ndarray:
     """What a graph of one product of some states with a matrix gives when it is quantised."""
     node = helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
     inputs = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", weight.shape[1]])]
@@ -175,7 +170,7 @@ def product(quantizer: WeightQuantizer, weight: np.ndarray, state: np.ndarray) -
     weights = quantizer.rewrite(model.graph, {"w": weight})
     named = {name for node in model.graph.node for name in node.input}
     model.graph.initializer.extend(
-        onnx.numpy_helper.from_array(array, name) for name, array in weights.items() if name in named
+        onnx.numpy_helper.from_array(made.array(), name) for name, made in weights.items() if name in named
     )
     add_contrib_domain(model)
     own_threads = not start_thread_pool.cache_info().currsize
@@ -198,40 +193,28 @@ def test_a_product_of_several_matrices_is_theirs(on_grids: Path, kind: Type | No
             assert grid is not None
             grids[f"layers.0.attention.{name}.weight"] = grid
             parts[number].data.copy_(tensor.floats())  # type: ignore[union-attr]
-    whole = laid_together(parts)  # type: ignore[arg-type]
+    whole = GraphTensor.of_weights(tuple(parts), torch.float32)  # type: ignore[arg-type]
     quantizer = WeightQuantizer(checkpoint.model, "int4", grids)
     state = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
     (one,) = quantizer.held(whole)
-    assert len(one.grid.scales) == len(whole)
-    apart = WeightQuantizer(checkpoint.model, "int4", grids)
-    arrays = [part.detach().numpy() for part in parts]  # type: ignore[union-attr, operator]
-    expected = np.concatenate([product(apart, array, state) for array in arrays], axis=1)
+    assert one.rows == whole.shape[0]
+    alone = [GraphTensor.of_weights((part,), torch.float32) for part in parts]  # type: ignore[arg-type]
+    expected = np.concatenate([product(quantizer, part, state) for part in alone], axis=1)
     np.testing.assert_array_equal(product(quantizer, whole, state), expected)
-    np.testing.assert_allclose(product(quantizer, whole[3:], state), expected[:, 3:], rtol=1e-6, atol=1e-5)
-
-
-def laid_together(parts: list[torch.nn.Parameter]) -> np.ndarray:
-    """Let weights be rows of one matrix, which is returned."""
-    whole = torch.cat([part.data for part in parts])
-    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-        part.data = rows
-    return whole.numpy()
 
 
 def test_matrices_of_different_forms_are_products_side_by_side(on_grids: Path) -> None:
-    """To the bit; some rows of them up to rounding, since kernels take outputs in groups."""
+    """To the bit."""
     checkpoint = load_checkpoint(on_grids)
     attention = checkpoint.model.layers[0].attention
     parts = [attention.q_proj.weight, attention.k_proj.weight]  # type: ignore[union-attr]
-    whole = laid_together(parts)  # type: ignore[arg-type]
+    whole = GraphTensor.of_weights(tuple(parts), torch.float32)  # type: ignore[arg-type]
     quantizer = WeightQuantizer(checkpoint.model, "int4", checkpoint.grids)
     assert len(quantizer.held(whole)) == 2
-    apart = WeightQuantizer(checkpoint.model, "int4", checkpoint.grids)
-    arrays = [part.detach().numpy() for part in parts]  # type: ignore[union-attr, operator]
-    state = np.random.default_rng(0).normal(size=(4, arrays[0].shape[1])).astype(np.float32)
-    expected = np.concatenate([product(apart, array, state) for array in arrays], axis=1)
+    alone = [GraphTensor.of_weights((part,), torch.float32) for part in parts]  # type: ignore[arg-type]
+    state = np.random.default_rng(0).normal(size=(4, whole.shape[1])).astype(np.float32)
+    expected = np.concatenate([product(quantizer, part, state) for part in alone], axis=1)
     np.testing.assert_array_equal(product(quantizer, whole, state), expected)
-    np.testing.assert_allclose(product(quantizer, whole[5:], state), expected[:, 5:], rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [64, 80, 576])
@@ -239,7 +222,7 @@ def test_matrices_of_different_forms_are_products_side_by_side(on_grids: Path) -
 def test_rounding_is_no_worse_than_by_whole_ranges(width: int, bits: int) -> None:
     """Block by block: the range that just holds its numbers is one of those tried."""
     matrix = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
-    grid = rounded(matrix, bits)
+    grid = rounded(torch.from_numpy(matrix), bits)
     most = (1 << bits) - 1
     found = grid.dequantized(width)
     assert found.shape == matrix.shape
@@ -257,7 +240,7 @@ def test_rounding_is_no_worse_than_by_whole_ranges(width: int, bits: int) -> Non
 @pytest.mark.parametrize("width", [64, 80, 576])
 def test_heads_are_rounded_to_the_nearest_number(width: int) -> None:
     matrix = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
-    grid = rounded_outer(matrix)
+    grid = rounded_outer(torch.from_numpy(matrix))
     assert grid.form == (8, 64, True, True)
     scale = np.repeat(np.abs(grid.scales), grid.block, axis=1)[:, :width]
     cut = np.abs(matrix) > 127 * scale  # the largest, on the other side
@@ -282,8 +265,7 @@ def test_gptq_changes_outputs_less_than_rounding_each_number(dim: int, tmp_path:
     save_checkpoint(quantised, tmp_path / "quantised")
     again = load_checkpoint(tmp_path / "quantised")
     quantizer = WeightQuantizer(again.model, "int4", again.grids)
-    of_layers = [grid for _, grid in quantizer.matrices if grid.bits == 4]
-    assert {grid.kind for grid in of_layers} == {"gptq"}
+    assert {matrix.kind for matrix in quantizer.matrices if matrix.bits == 4} == {"gptq"}
     round_trip(again.model, "int4", again.grids)
     with torch.no_grad():
         assert (again.model(ids) - expected).square().mean() < 0.8 * of_rounding

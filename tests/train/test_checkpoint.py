@@ -55,7 +55,7 @@ def test_save_and_load(recipe: Recipe, tmp_path: Path, tied: bool) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
 
 
-@pytest.mark.parametrize("culprit", ["save_model", "torch.save", "torch.save, wrapped"])
+@pytest.mark.parametrize("culprit", ["write_tensors", "torch.save", "torch.save, wrapped"])
 def test_a_full_disk_leaves_the_old_checkpoint(
     recipe: Recipe, saved: Path, monkeypatch: pytest.MonkeyPatch, culprit: str
 ) -> None:
@@ -66,8 +66,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(
             else OSError(28, "No space left on device")
         )
 
-    if culprit == "save_model":
-        monkeypatch.setattr(checkpoint_module, "save_model", full)
+    if culprit == "write_tensors":
+        monkeypatch.setattr(checkpoint_module, "write_tensors", full)
     else:
         monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
