@@ -109,7 +109,8 @@ def main(folder: Path, shape: str, layers: int | None) -> None:
         made = Tensors(described, lambda name, shapes=shapes: random_tensor(name, shapes[name]))  # type: ignore[misc]
         write_tensors(folder / file, made, {"format": "pt"})
         places |= dict.fromkeys(shapes, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}), "utf-8")
+    index = {"metadata": {}, "weight_map": places}  # transformers wants both
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     small_tokenizer().save(str(folder / "tokenizer.json"))
     click.echo(folder)
