@@ -565,11 +565,10 @@ class Converted(Mapping[str, Tensor]):
             # one of them, or two that are equal
             self.asked[EMBEDDING] = EMBEDDING if EMBEDDING in source else LM_HEAD
         check_names(source, {*self.asked.values()}, {*named})
-        norms = {name: f"norm.{name.rpartition('.')[2]}" for name in self.shapes if ".norm." in name}
         self.starts = {
-            name: norm
-            for name, norm in norms.items()
-            if name.startswith("exits.") and name not in exit_weights
+            name: f"norm.{name.rpartition('.')[2]}"
+            for name in self.shapes
+            if name.startswith("exits.") and ".norm." in name and name not in exit_weights
         }
         fallbacks = [*self.starts, *([REDUCED_HEAD] if self.reduced else [])]
         self.names = list(dict.fromkeys([*self.asked, *exit_weights, *fallbacks]))

@@ -86,9 +86,14 @@ def causal_mask(visible: Tensor, window: int = 0) -> Tensor:
     return (visible[:, None, None, :] & before) | oneself
 
 
+def is_narrow(weight: Tensor) -> bool:
+    """Whether a weight is kept in 16 bits."""
+    return weight.is_floating_point() and weight.element_size() < 4
+
+
 def wide(weight: Tensor) -> Tensor:
     """A weight that is kept in 16 bits as fp32, any other as it is."""
-    return weight.float() if weight.element_size() < 4 else weight
+    return weight.float() if is_narrow(weight) else weight
 
 
 class Linear(nn.Linear):
@@ -106,8 +111,7 @@ def widened(module: nn.Module) -> nn.Module:
     """A module whose matrices are in fp32, for many products: itself, or a copy where some are kept in 16
     bits.
     """
-    narrow = any(parameter.element_size() < 4 for parameter in module.parameters())
-    return deepcopy(module).float() if narrow else module
+    return deepcopy(module).float() if any(map(is_narrow, module.parameters())) else module
 
 
 class Attention(nn.Module):

@@ -36,6 +36,7 @@ from ease_common.files import restore_interrupted, written_aside
 from ease_common.tokenizers import whole_texts
 from ease_train.convert.grid import Grid, load_grids, save_grids
 from ease_train.convert.text_format import TextFormat
+from ease_train.model.blocks import is_narrow
 from ease_train.model.decoder import Decoder
 from ease_train.training.config import ModelConfig, Recipe
 from ease_train.training.logs import metrics_csv
@@ -228,11 +229,6 @@ def _read_text_format(config: dict[str, Any], path: Path) -> TextFormat | None:
     template = path / TEMPLATE_FILE
     source = template.read_text(encoding="utf-8") if template.is_file() else None
     return TextFormat.from_dict(config["conventions"], source) if "conventions" in config else None
-
-
-def is_narrow(weight: Tensor) -> bool:
-    """Whether a weight is kept in 16 bits."""
-    return weight.is_floating_point() and weight.element_size() < 4
 
 
 def not_finite(weight: Tensor, dtype: torch.dtype | None = None) -> str | None:

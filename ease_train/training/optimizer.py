@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ease_common.errors import ConfigError
+from ease_train.model.blocks import is_narrow
 from ease_train.model.decoder import Decoder
 from ease_train.training.config import TrainConfig
 
@@ -65,7 +66,7 @@ def take_masters(model: Decoder, all_wide: bool) -> None:
 
 def memory_needed(model: Decoder) -> str | None:
     """What training a model that is kept in 16 bits takes, beside its activations; None for one in fp32."""
-    narrow = [parameter for parameter in model.parameters() if parameter.element_size() < 4]
+    narrow = [parameter for parameter in model.parameters() if is_narrow(parameter)]
     if not narrow:
         return None
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -28,12 +28,12 @@ from ease_train.data.corpora import load_documents, sum_of
 from ease_train.data.tokens import cached_stream, check_rows, num_ids, pack, train_tokenizer
 from ease_train.methods.losses import Objective, exit_figures, exit_loss, state_loss
 from ease_train.methods.schedules import drop_rates, exit_weights
+from ease_train.model.blocks import is_narrow
 from ease_train.model.decoder import Decoder
 from ease_train.training.checkpoint import (
     UNKNOWN_DATA,
     Checkpoint,
     filled,
-    is_narrow,
     load_checkpoint,
     save_checkpoint,
 )
