@@ -151,8 +151,7 @@ def rounded_columns(matrix: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Te
     diagonal = squares.diagonal().clone()
     diagonal[diagonal == 0] = diagonal.mean().clamp(min=1e-9)  # of an input that is always 0
     importance = block_values(diagonal[None], BLOCK)[0]
-    ranges = searched_ranges(block_values(matrix, BLOCK), BITS[PRECISION], importance)
-    scales, zeros = (part[..., 0].contiguous() for part in ranges)
+    scales, zeros = searched_ranges(block_values(matrix, BLOCK), BITS[PRECISION], importance)
     order = diagonal.argsort(descending=True, stable=True)
     squares = squares.clone()
     squares.diagonal().copy_(diagonal + DAMPING * diagonal.mean())
