@@ -25,15 +25,16 @@ from ease_runtime.policies.thresholds import Thresholds
 FORMAT_VERSION = 5
 MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 TARGETS = ("cpu", "cuda")
-FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}  # of activations
+# of activations; numpy has no bf16, whose bits these are (ort/bfloat.py)
+FLOATS: dict[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 CACHE_LAYOUTS = {
     "cpu": "BGTP",  # slots, heads, positions, width of a head
     "cuda": "BTK",  # slots, positions, width of all heads: what Flash reads; also older bundles for the CPU
 }  # of keys and values, by target
 EXACTNESS = ("bits", "rounding")  # of several tokens in one pass against one at a time
-WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+WEIGHT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
 LARGEST = 2**31 - 1  # of any count or id
 MOST_POSITIONS = 1 << 22  # whose rotary tables take 2 GB
 LARGEST_MANIFEST = 1 << 24  # bytes, as the next two
