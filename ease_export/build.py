@@ -37,6 +37,7 @@ from ease_runtime.bundle.manifest import (
     FLOATS,
     FORMAT_VERSION,
     MANIFEST_FILE,
+    OF_CUDA,
     WEIGHT_BITS,
     ExitInfo,
     FileInfo,
@@ -52,7 +53,6 @@ from ease_train.model.decoder import Decoder
 from ease_train.training.checkpoint import TEMPLATE_FILE, Checkpoint, load_checkpoint, not_finite, with_exits
 
 TOKENIZER_FILE = "tokenizer.json"
-OF_CUDA = ("fp16", "bf16")  # precisions
 OF_ONNX = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

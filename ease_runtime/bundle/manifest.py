@@ -27,6 +27,7 @@ MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 TARGETS = ("cpu", "cuda")
+OF_CUDA = ("fp16", "bf16")  # precisions that are made for CUDA alone
 # of activations; numpy has no bf16, whose bits these are (ort/bfloat.py)
 FLOATS: dict[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 CACHE_LAYOUTS = {
