@@ -68,10 +68,11 @@ def export_bundle(
     """Export a checkpoint in one of manifest.PRECISIONS, with a calibration that holds for it; what was
     written is loaded before it gets its name.
 
-    `target` is one of manifest.TARGETS; without it, "cuda" for fp16 and bf16, and "cpu" for all else. `exits` are the
-    layers whose exits the bundle gets, beside the last; without them, all. Raises CheckpointError, for layers
-    without an exit, too; ExportError when something is at `bundle` that is no bundle, when a weight is no
-    finite number, or when onnxruntime does not run the graphs. A bundle of before is then still there.
+    `target` is one of manifest.TARGETS; without it, "cuda" for fp16 and bf16, and "cpu" for all else. `exits`
+    are the layers whose exits the bundle gets, beside the last; without them, all. Raises CheckpointError,
+    for layers without an exit, too; ExportError when something is at `bundle` that is no bundle, when a
+    weight is no finite number, or when onnxruntime does not run the graphs. A bundle of before is then still
+    there.
     """
     target = target or target_of(precision)
     if (precision, target) == ("bf16", "cpu"):

@@ -1,7 +1,7 @@
 """bf16, a type that numpy does not have: its bits are kept as np.uint16, a type of no graph here.
 
-    states = narrowed(np.array([1.0, 3.14159]), np.uint16)    # of a pool or a cache in bf16
-    widened(states)                                           # 1.0, 3.140625 in fp32
+states = narrowed(np.array([1.0, 3.14159]), np.uint16)    # of a pool or a cache in bf16
+widened(states)                                           # 1.0, 3.140625 in fp32
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def widened(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def narrowed(values: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
-    """Finite numbers in a type, rounded to the nearest, in the middle to the even one. Shape: (...) -> same."""
+    """Finite numbers in a type, rounded to nearest, ties to even. Shape: (...) -> same."""
     if dtype is not BITS:
         return values.astype(dtype)
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)

@@ -245,9 +245,7 @@ class Binding:
         if self.device.own_memory and array.shape:
             self.sent.names.append(name)
         else:
-            self.io.bind_input(
-                name, "cpu", 0, element_type(array.dtype.type), array.shape, array.ctypes.data
-            )
+            self.io.bind_input(name, "cpu", 0, element_type(array.dtype.type), array.shape, array.ctypes.data)
 
     def output(self, name: str, array: NDArray[Any]) -> None:
         """Write an output into an array, now and in later runs."""

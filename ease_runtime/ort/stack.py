@@ -304,8 +304,7 @@ class OrtStack:
                     self.kernel_steps = (*self.kernel_steps, CAPTURED_SIZES[-1] + 1)
         except RuntimeError as error:  # ONNX Runtime's
             raise BundleError(
-                f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; "
-                f"{_remedy(manifest)}"
+                f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; {_remedy(manifest)}"
             ) from None
 
     def padded(self, num_tokens: int) -> int:

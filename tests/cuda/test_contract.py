@@ -241,7 +241,10 @@ def captured(log: Path) -> set[str]:
     ("name", "catch_up"),
     [
         *((precision, catch_up) for precision in ("fp16", "bf16") for catch_up in CATCH_UPS),
-        *((name, "recompute") for name in ("blocks", "routed", "blocks bf16", "routed bf16", "windowed bf16")),
+        *(
+            (name, "recompute")
+            for name in ("blocks", "routed", "blocks bf16", "routed bf16", "windowed bf16")
+        ),
     ],
 )
 def test_what_is_captured_can_be(
