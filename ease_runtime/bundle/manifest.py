@@ -318,6 +318,10 @@ def _check_shape(manifest: Manifest, table: "_Table") -> None:
         table.fail(
             f"weights of {weights.bits} bits in blocks of {weights.block} are not {manifest.precision}"
         )
+    if (manifest.precision == "bf16") != (manifest.activations == "bf16"):
+        table.fail(
+            f"{manifest.precision} with activations in {manifest.activations}: bf16 goes with itself alone"
+        )
     if manifest.drafting_head not in (None, *(leave.head for leave in manifest.exits[:-1])):
         table.fail(f"drafting_head {manifest.drafting_head!r} is the head of no early exit")
     expected = 1
