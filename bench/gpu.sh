@@ -63,20 +63,22 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$out/car
 # What is not timed, side by side.
 export OMP_NUM_THREADS=4  # torch's, of each
 small=${shapes%% *}
+bf16=bf16
+[ "$device" != cpu ] || bf16=  # which no CPU runs
 step tests "$bin/pytest" -q -m cuda tests/runtime/test_device.py tests/runtime/test_captures.py &
 for shape in $shapes; do
-    if [ "$shape" = "$small" ]; then build "$shape" fp16 int8 int4 & else build "$shape" fp16 int4 & fi
+    if [ "$shape" = "$small" ]; then build "$shape" fp16 $bf16 int8 int4 & else build "$shape" fp16 int4 & fi
 done
 greedy shipped-cpu ease_runtime/shipped/code cpu &
 greedy shipped ease_runtime/shipped/code "$device" &
 if [ -n "$trained" ]; then
     [ -d "$out/trained-cpu" ] || step trained-cpu "$bin/ease-export" build "$trained" "$out/trained-cpu" --precision fp32 --target cpu
     greedy cpu "$out/trained-cpu" cpu
-    for precision in fp32 fp16 int8 int4; do devices_agree "$precision" & done
+    for precision in fp32 fp16 $bf16 int8 int4; do devices_agree "$precision" & done
 fi
 wait
 agreement shipped-cpu shipped
-[ -n "$trained" ] || { for precision in fp16 int4; do verify_random "$precision" & done; wait; }
+[ -n "$trained" ] || { for precision in fp16 $bf16 int4; do verify_random "$precision" & done; wait; }
 unset OMP_NUM_THREADS
 
 # What is timed, one by one.
@@ -95,7 +97,7 @@ for shape in $shapes; do
     fi
 done
 
-speed "$small" int8 depth
+for precision in int8 $bf16; do speed "$small" "$precision" depth; done
 
 # shellcheck disable=SC2086
 [ -n "${KEEP:-}" ] || (cd "$out" && rm -rf $shapes trained-*/)  # gigabytes that anybody can make again

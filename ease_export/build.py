@@ -31,12 +31,13 @@ from ease_export.plan import (
 )
 from ease_export.quantize import BITS, WeightQuantizer, add_contrib_domain
 from ease_export.trace import Tracer
-from ease_export.weights import WeightFiles, graph_weights
+from ease_export.weights import WeightFiles, graph_weights, keep_norms
 from ease_runtime.bundle.manifest import (
     CACHE_LAYOUTS,
     FLOATS,
     FORMAT_VERSION,
     MANIFEST_FILE,
+    OF_CUDA,
     WEIGHT_BITS,
     ExitInfo,
     FileInfo,
@@ -45,12 +46,15 @@ from ease_runtime.bundle.manifest import (
     WeightForm,
     sha256_of,
 )
+from ease_runtime.ort.device import CUDA, why_no_cuda
 from ease_runtime.ort.load_tests import run_every_graph
 from ease_runtime.ort.stack import OrtStack
 from ease_train.model.decoder import Decoder
 from ease_train.training.checkpoint import TEMPLATE_FILE, Checkpoint, load_checkpoint, not_finite, with_exits
 
 TOKENIZER_FILE = "tokenizer.json"
+OF_ONNX = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export_bundle(
@@ -64,12 +68,17 @@ def export_bundle(
     """Export a checkpoint in one of manifest.PRECISIONS, with a calibration that holds for it; what was
     written is loaded before it gets its name.
 
-    `target` is one of manifest.TARGETS; without it, "cuda" for fp16 and "cpu" for all else. `exits` are the
-    layers whose exits the bundle gets, beside the last; without them, all. Raises CheckpointError, for layers
-    without an exit, too; ExportError when something is at `bundle` that is no bundle, when a weight is no
-    finite number, or when onnxruntime does not run the graphs. A bundle of before is then still there.
+    `target` is one of manifest.TARGETS; without it, "cuda" for fp16 and bf16, and "cpu" for all else. `exits`
+    are the layers whose exits the bundle gets, beside the last; without them, all. Raises CheckpointError,
+    for layers without an exit, too; ExportError when something is at `bundle` that is no bundle, when a
+    weight is no finite number, or when onnxruntime does not run the graphs. A bundle of before is then still
+    there.
     """
     target = target or target_of(precision)
+    if (precision, target) == ("bf16", "cpu"):
+        raise ExportError(
+            "onnxruntime computes bf16 on CUDA alone; choose --target cuda, or --precision fp32, int8 or int4"
+        )
     if (precision, target) == ("fp16", "cpu"):
         raise ExportError("fp16 is slow on a CPU; choose --target cuda, or --precision fp32, int8 or int4")
     if bundle.exists() and not is_bundle(bundle):
@@ -87,12 +96,14 @@ def export_bundle(
 
 def target_of(precision: str) -> str:
     """The device that a precision is for, where none is asked for."""
-    return "cuda" if precision == "fp16" else "cpu"
+    return "cuda" if precision in OF_CUDA else "cpu"
 
 
 def activations_of(precision: str, target: str) -> str:
-    """What is around the weights: fp16 on CUDA, where FlashAttention takes nothing wider, but for fp32."""
-    return "fp16" if target == "cuda" and precision != "fp32" else "fp32"
+    """What is around the weights: 16 bits on CUDA, where FlashAttention takes nothing wider, but for fp32."""
+    if target == "cpu" or precision == "fp32":
+        return "fp32"
+    return "bf16" if precision == "bf16" else "fp16"
 
 
 def write_bundle(
@@ -113,12 +124,12 @@ def write_bundle(
     model = checkpoint.model.eval()
     check_finite(model, str(checkpoint_path))
     activations = activations_of(precision, target)
-    if activations == "fp16":
-        check_finite(model, f"{checkpoint_path} in fp16", torch.float16)
+    dtype = TYPES[activations]
+    if activations in OF_CUDA:
+        check_finite(model, f"{checkpoint_path} in {activations}", dtype)
     quantizer = None
     if precision in BITS:
         quantizer = WeightQuantizer(model, precision, checkpoint.grids, FLOATS[activations])
-    dtype = torch.float16 if activations == "fp16" else torch.float32
     tracer = Tracer(model, dtype)
     files = WeightFiles(folder)
     for plan in plan_graphs(model, CACHE_LAYOUTS[target], dtype):
@@ -136,17 +147,26 @@ def check_finite(model: Decoder, what: str, dtype: torch.dtype | None = None) ->
     """Raise ExportError for the first weight that holds NaN or infinity, or would in another type."""
     for name, weight in model.state_dict().items():
         if where := not_finite(weight, dtype):
-            raise ExportError(f"{what}: {name} {where}; nothing that it says would mean anything")
+            larger = "; fp16 ends at 65504: --precision bf16 holds more (for CUDA), and so does fp32"
+            remedy = larger if dtype is torch.float16 else "; nothing that it says would mean anything"
+            raise ExportError(f"{what}: {name} {where}{remedy}")
 
 
 def check_runs(folder: Path, checkpoint_path: Path, precision: str) -> None:
-    """Load a bundle as whoever uses it will, and run each graph once.
+    """Load a bundle as whoever uses it will, and run each graph once; in bf16 without CUDA, look at them as
+    far as onnx can.
 
-    Raises ExportError when onnxruntime does not.
+    Raises ExportError when onnxruntime does not, or onnx finds fault.
     """
     try:
-        run_every_graph(OrtStack(folder, num_threads=None))
-    except (EaseError, RuntimeError) as error:  # the latter is ONNX Runtime's
+        if precision != "bf16":
+            run_every_graph(OrtStack(folder, num_threads=None))
+        elif why_no_cuda() is None:
+            OrtStack(folder, num_threads=None, device=CUDA)  # which runs them
+        else:
+            for path in sorted(folder.glob("*.onnx")):
+                onnx.checker.check_model(path, full_check=True)
+    except (EaseError, RuntimeError, *OF_ONNX) as error:  # the second is ONNX Runtime's
         reason = str(error).splitlines()[0].replace(f"{folder}/", "")
         raise ExportError(
             f"{checkpoint_path} in {precision} gives graphs that do not run: {reason}"
@@ -170,6 +190,8 @@ def write_graph(
     """Trace one graph, and write it with its weights."""
     proto = tracer.graph(plan)
     weights = graph_weights(plan.module, tracer.dtype)
+    if tracer.dtype is torch.bfloat16:
+        keep_norms(proto.graph, weights, plan.module)
     if quantizer is not None:
         weights = quantizer.rewrite(proto.graph, weights)
         add_contrib_domain(proto)
@@ -197,7 +219,7 @@ def describe(
         activations=activations,
         weights=form,
         cache_layout=CACHE_LAYOUTS[target],
-        exactness="rounding" if activations == "fp16" or precision == "int4" else "bits",
+        exactness="rounding" if activations in OF_CUDA or precision == "int4" else "bits",
         vocab_size=config.vocab_size,
         dim=config.dim,
         kv_dim=config.kv_dim,

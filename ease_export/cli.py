@@ -12,7 +12,7 @@ from ease_common.chat import ChatTemplate
 from ease_common.commands import CommandGroup
 from ease_common.errors import ExportError
 from ease_common.lists import list_of
-from ease_runtime.bundle.manifest import FORMAT_VERSION, PRECISIONS, TARGETS, Manifest, load_manifest
+from ease_runtime.bundle.manifest import FORMAT_VERSION, OF_CUDA, PRECISIONS, TARGETS, Manifest, load_manifest
 from ease_runtime.cli.commands import DEVICE_FLAG, BundleName
 from ease_runtime.ort.device import CPU, CUDA, why_no_cuda
 
@@ -35,13 +35,14 @@ def main(debug: bool) -> None:
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="Of the weights; fp16 is meant for CUDA. int8 and int4 for CUDA have fp16 around.",
+    help="Of the weights; fp16 is meant for CUDA, and bf16 runs nowhere else. int8 and int4 for CUDA have "
+    "fp16 around.",
 )
 @click.option(
     "--target",
     type=click.Choice(TARGETS),
     help="The device that the graphs are for; they run on the other, slower. "
-    "[default: what this machine runs; cuda for fp16]",
+    "[default: what this machine runs; cuda for fp16 and bf16]",
 )
 @click.option(
     "--exits",
@@ -64,6 +65,8 @@ def build(checkpoint: Path, bundle: Path, precision: str, target: str | None, ex
         f"{bundle}: for {chosen}{why}, {len(manifest.segments)} segments, {len(manifest.files)} files, "
         f"{size / 1e6:.1f} MB"
     )
+    if precision == "bf16" and (reason := why_no_cuda()):
+        click.echo(f"no graph of it was run here, since bf16 runs on CUDA alone, and {reason}", err=True)
     if manifest.chat_template and (
         problem := ChatTemplate((bundle / manifest.chat_template).read_bytes()).problem
     ):
@@ -71,13 +74,13 @@ def build(checkpoint: Path, bundle: Path, precision: str, target: str | None, ex
 
 
 def target_here(precision: str) -> str:
-    """The target where none is asked for: what this machine runs; in fp16 always CUDA."""
-    return CUDA.name if precision == "fp16" or why_no_cuda() is None else CPU.name
+    """The target where none is asked for: what this machine runs; in 16 bits always CUDA."""
+    return CUDA.name if precision in OF_CUDA or why_no_cuda() is None else CPU.name
 
 
 def why_target(precision: str, target: str) -> str:
     """What is said of a target that nobody asked for."""
-    if precision == "fp16":
+    if precision in OF_CUDA:
         return ""
     if target == CPU.name:
         return " (what this machine runs; --target cuda is for GPUs)"
@@ -227,9 +230,10 @@ def render_manifest(manifest: Manifest, bundle: Path, console: Console) -> None:
         return graph, f"{graph}.data"
 
     elsewhere = CPU.name if manifest.target == CUDA.name else CUDA.name
+    where = "runs nowhere else" if manifest.activations == "bf16" else f"runs on {elsewhere}, too, slower"
     console.print(
         f"{bundle}: {manifest.precision} with activations in {manifest.activations} for {manifest.target} "
-        f"(runs on {elsewhere}, too, slower), "
+        f"({where}), "
         f"{manifest.num_layers} layers of width {manifest.dim}, "
         f"vocabulary {manifest.vocab_size}, "
         f"context {manifest.max_positions}, K/V {manifest.kv_dim} wide a token and layer"

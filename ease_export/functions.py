@@ -110,9 +110,9 @@ def _columns_and_queries() -> list[onnx.NodeProto]:
         _constant("end", [1, 1, 1]),
         _constant("axes", [0, 1, 3]),
         _node("Slice", ["past_key", "begin", "end", "axes"], "column"),  # (1, 1, T, 1)
-        _node("Equal", ["column", "column"], "number"),
-        _node("Not", ["number"], "no_number"),
-        _node("Or", ["number", "no_number"], "true"),  # stale entries may be NaN
+        _node("Cast", ["column"], "some", to=onnx.TensorProto.BOOL),  # CUDA compares no bf16
+        _node("Not", ["some"], "none"),
+        _node("Or", ["some", "none"], "true"),  # stale entries may be anything
         _node("Cast", ["true"], "ones", to=onnx.TensorProto.INT64),
         _constant("along", 2),
         _node("CumSum", ["ones", "along"], "positions", exclusive=1),

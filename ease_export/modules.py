@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from ease_export.layers import CacheForm, Placement, Ragged, Tables, gather
+from ease_export.weights import read_as
 from ease_train.model import exits
 from ease_train.model.decoder import Decoder, Embedding, RoutedBlock
+
+
+def wide_of_bf16(x: Tensor) -> Tensor:
+    """bf16 as fp32, any other type as it is. Shape: (...) -> same."""
+    return x.to(read_as(x.dtype))
 
 
 class OverCache(nn.Module):
@@ -74,8 +80,10 @@ class FirstSegment(OverCache):
     def forward(
         self, input_ids: Tensor, active: Tensor, ragged: Sequence[Tensor], past: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        embedded = self.embed.scaled(F.embedding(input_ids, self.embed.weight))
-        return embedded, *self.run(embedded, active, ragged, past)
+        rows = F.embedding(input_ids, self.embed.weight)
+        if self.embed.scale != 1.0:  # which bf16 would round, as it would 33.94 to 34
+            rows = self.embed.scaled(wide_of_bf16(rows)).to(rows.dtype)
+        return rows, *self.run(rows, active, ragged, past)
 
 
 class Segment(OverCache):
@@ -142,7 +150,9 @@ class Routed(OverCache):
         x = F.embedding(index, pool)
         where = self.placement(ragged, past, positions)
         after, key, value = self.blocks[0](x, past[0], past[1], where)
-        return x + self.router(x)[..., None] * (after - x), key, value
+        wide = wide_of_bf16(x)
+        mixed = wide + self.router(wide)[..., None] * (after - wide)
+        return mixed.to(x.dtype), key, value
 
 
 class Route(nn.Module):
@@ -155,7 +165,7 @@ class Route(nn.Module):
         self.routed = routed
 
     def forward(self, pool: Tensor, index: Tensor) -> Tensor:
-        return self.routed.goes_in(F.embedding(index, pool))
+        return self.routed.goes_in(wide_of_bf16(F.embedding(index, pool)))
 
 
 class ExitHead(nn.Module):
@@ -188,7 +198,7 @@ class GateHead(ExitHead):
 
     def forward(self, pool: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         exit_hidden = self.module(F.embedding(index, pool))
-        return exit_hidden, self.gate(exit_hidden)
+        return exit_hidden, self.gate(wide_of_bf16(exit_hidden))
 
 
 class Similarity(nn.Module):
@@ -200,7 +210,8 @@ class Similarity(nn.Module):
         now = F.embedding(index, pool).float()
         then = F.embedding(before, pool).float()
         norms = now.square().sum(-1).sqrt() * then.square().sum(-1).sqrt()
-        return ((now * then).sum(-1) / norms.clamp(min=1e-12)).clamp(min=0.0, max=1.0).to(pool.dtype)
+        cosine = ((now * then).sum(-1) / norms.clamp(min=1e-12)).clamp(min=0.0, max=1.0)
+        return cosine.to(read_as(pool.dtype))
 
 
 class Head(nn.Module):
@@ -214,7 +225,7 @@ class Head(nn.Module):
         self.lm_head = lm_head
 
     def forward(self, exit_hidden: Tensor) -> tuple[Tensor, ...]:
-        logits = self.lm_head(exit_hidden)  # (N, V)
+        logits = wide_of_bf16(self.lm_head(exit_hidden))  # (N, V)
         top_id, *figures = self.figures(logits)
         return logits, top_id, *figures
 
@@ -248,7 +259,7 @@ class ReducedHead(Head):
         super().__init__(head.known)
         self.rest = head.rest
         known = head.ids
-        log_shares = head.log_shares.to(dtype)
+        log_shares = head.log_shares.to(read_as(dtype))
         places = torch.full((len(log_shares),), len(known)).index_copy(0, known, torch.arange(len(known)))
         unknown = (places == len(known)).nonzero().flatten()
         first = unknown[log_shares[unknown].argsort(descending=True)[:2]]
@@ -263,7 +274,8 @@ class ReducedHead(Head):
         return f"rest_entropy={self.rest_entropy}"
 
     def forward(self, exit_hidden: Tensor) -> tuple[Tensor, ...]:
-        known, rest = self.lm_head(exit_hidden), self.rest(exit_hidden)  # (N, M), (N, 1)
+        known = wide_of_bf16(self.lm_head(exit_hidden))  # (N, M)
+        rest = wide_of_bf16(self.rest(exit_hidden))  # (N, 1)
         place, *figures = self.figures_with(known, rest)
         logits = (
             gather(torch.cat((known, rest), dim=-1), self.places, 1, (*known.shape[:1], *self.places.shape))

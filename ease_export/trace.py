@@ -26,6 +26,7 @@ from ease_common.errors import ExportError
 from ease_export.functions import DOMAIN, MASKS, OPSET, add_functions
 from ease_export.layers import Packed
 from ease_export.plan import GraphSpec
+from ease_export.weights import kept_type
 from ease_train.model.decoder import Decoder
 
 COMPARED_SIZE = 1024  # numbers: torch.onnx looks for equal weights up to this size
@@ -105,9 +106,9 @@ def on_stand_ins(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     Large ones are never written, so that they take no memory. Small ones have numbers of their own:
     torch.onnx would make one weight of two that are equal.
     """
-    weights = [*module.parameters(), *module.buffers()]
+    weights = [*module.named_parameters(), *module.named_buffers()]
     packed = [part for packed in module.modules() if isinstance(packed, Packed) for part in packed.parts]
-    others = {id(weight): stand_in(weight, dtype) for weight in weights}
+    others = {id(weight): stand_in(weight, kept_type(name, dtype)) for name, weight in weights}
     return deepcopy(module, {**{id(part): part for part in packed}, **others})
 
 

@@ -1,6 +1,7 @@
 """The weights of a bundle's graphs: each is made when it is written, and let go.
 
-A tensor that several graphs hold is written once, whatever they call it.
+A tensor that several graphs hold is written once, whatever they call it. In bf16 what is small and decides
+stays fp32, and so do norms that bf16 would round (as Gemma's, 1 + w: w is bf16 there).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +21,11 @@ from ease_export.layers import Packed
 EXTERNAL_BYTES = 1024  # smaller tensors stay inside the graph
 ALIGNMENT = 4096  # of a tensor in its file: a page, so that it can be mapped
 MADE_AT_ONCE = 1 << 22  # numbers
+BF16 = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)  # numpy has none of its own
+# Weights that stay fp32 in a graph in bf16, by how their names begin in modules.py: of gates, routers and the
+# words that a reduced head does not know.
+WIDE_IN_BF16 = ("gate.", "router.", "routed.", "log_shares", "first_log_shares")
+NORMS = ("RMSNormalization", "LayerNormalization")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,7 @@ class GraphTensor:
         rows = tuple(len(part) if part.ndim else 1 for part in parts)
         return cls(
             shape=(sum(rows), *first.shape[1:]) if first.ndim else (),
-            dtype=torch.empty(0, dtype=dtype).numpy().dtype,
+            dtype=as_numpy(torch.empty(0, dtype=dtype)).dtype,
             keys=tuple(id(part) for part in parts),
             rows=rows,
             made=lambda: pieces(parts, dtype),
@@ -68,7 +74,27 @@ def pieces(parts: Iterable[Tensor], dtype: torch.dtype) -> Iterator[NDArray[Any]
     """The numbers of some weights, in a type."""
     for part in parts:
         for piece in torch.split(part.detach().flatten(), MADE_AT_ONCE):
-            yield piece.to(dtype).numpy()
+            yield as_numpy(piece.to(dtype))
+
+
+def as_numpy(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's numbers, which bf16's are by a type of their own. Shape: (...) -> same."""
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BF16)
+    found: NDArray[Any] = tensor.numpy()
+    return found
+
+
+def read_as(dtype: torch.dtype) -> torch.dtype:
+    """The type of what the host reads, and of what decides, in a graph of a type: numpy has no bf16, whose 8
+    bits are few to decide by.
+    """
+    return torch.float32 if dtype is torch.bfloat16 else dtype
+
+
+def kept_type(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of a module's floating-point weight in a graph of a type."""
+    return read_as(dtype) if name.startswith(WIDE_IN_BF16) else dtype
 
 
 def graph_weights(module: nn.Module, dtype: torch.dtype) -> dict[str, GraphTensor]:
@@ -79,7 +105,36 @@ def graph_weights(module: nn.Module, dtype: torch.dtype) -> dict[str, GraphTenso
     for name, part in module.named_modules():
         if isinstance(part, Packed):
             found[f"{name}.weight"] = part.parts
-    return {name: GraphTensor.of_weights(parts, dtype) for name, parts in found.items()}
+    return {name: GraphTensor.of_weights(parts, kept_type(name, dtype)) for name, parts in found.items()}
+
+
+def keep_norms(graph: onnx.GraphProto, weights: dict[str, GraphTensor], module: nn.Module) -> None:
+    """Let norms of a graph in bf16 compute in fp32 where bf16 would round their weights, which then stay as
+    they are: kernels take states and weights of one type only.
+    """
+    wide = graph_weights(module, torch.float32)
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        own = [name for name in node.input[1:] if name in wide] if node.op_type in NORMS else []
+        if all(_is_bf16(wide[name].array()) for name in own):
+            nodes.append(node)
+            continue
+        weights |= {name: wide[name] for name in own}
+        state, output = node.input[0], node.output[0]
+        node.input[0], node.output[0] = f"{output}/wide", f"{output}/normed"
+        before = _cast(state, node.input[0], onnx.TensorProto.FLOAT)
+        nodes += [before, node, _cast(node.output[0], output, onnx.TensorProto.BFLOAT16)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _is_bf16(array: NDArray[np.float32]) -> bool:
+    """Whether bf16 holds all numbers as they are."""
+    return bool((array.astype(BF16).astype(np.float32) == array).all())
+
+
+def _cast(name: str, output: str, to: int) -> onnx.NodeProto:
+    return onnx.helper.make_node("Cast", [name], [output], output, to=to)
 
 
 class WeightFiles:
@@ -141,5 +196,5 @@ class WeightFiles:
             stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
             offset = stream.tell()
             for piece in tensor.made():
-                stream.write(np.ascontiguousarray(piece).data)
+                stream.write(np.ascontiguousarray(piece).view(np.uint8).data)
         return offset

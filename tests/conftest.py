@@ -147,3 +147,43 @@ def halves(precisions: tuple[Path, dict[str, Path]]) -> dict[str, Path]:
     for precision, bundle in bundles.items():
         export_bundle(checkpoint, bundle, precision, target="cuda")
     return bundles
+
+
+@pytest.fixture(scope="session")
+def brain(
+    blocks: tuple[Path, Path], routed_with_exits: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Path]]:
+    """Checkpoints and their bundles in bf16: exits with layers of their own, gates and a reduced head; routed
+    layers; what Gemma 3 has (windows, norms of 1 + w before and after, GELU, scaled embeddings).
+    """
+    from ease_export.build import export_bundle
+
+    folder = tmp_path_factory.mktemp("brain")
+    fields: dict[str, object] = {
+        "windowed_layers": (1, 2, 4, 5),
+        "sliding_window": 10,
+        "local_rope_theta": 1e4,
+        "post_norms": True,
+        "qk_norm": True,
+        "activation": "gelu-tanh",
+        "embed_scale": 33.94,
+    }
+    tiny_model.write_checkpoint(folder / "checkpoint", (3, 6), **fields)
+    _offset_norms(folder / "checkpoint" / "model.safetensors")
+    checkpoints = {"blocks": blocks[0], "routed": routed_with_exits[0], "windowed": folder / "checkpoint"}
+    for name, checkpoint in checkpoints.items():
+        export_bundle(checkpoint, folder / name, "bf16")
+    return {name: (checkpoint, folder / name) for name, checkpoint in checkpoints.items()}
+
+
+def _offset_norms(path: Path) -> None:
+    """Let a checkpoint's norms be 1 + w."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path)
+    made = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if "norm" in name:
+            weights[name] = 1.0 + 0.2 * torch.randn(weight.shape, generator=made)
+    save_file(weights, path)

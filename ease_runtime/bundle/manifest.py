@@ -25,15 +25,17 @@ from ease_runtime.policies.thresholds import Thresholds
 FORMAT_VERSION = 5
 MANIFEST_FILE = "manifest.json"
 SEGMENT_KINDS = ("layers", "routed")
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 TARGETS = ("cpu", "cuda")
-FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}  # of activations
+OF_CUDA = ("fp16", "bf16")  # precisions that are made for CUDA alone
+# of activations; numpy has no bf16, whose bits these are (ort/bfloat.py)
+FLOATS: dict[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 CACHE_LAYOUTS = {
     "cpu": "BGTP",  # slots, heads, positions, width of a head
     "cuda": "BTK",  # slots, positions, width of all heads: what Flash reads; also older bundles for the CPU
 }  # of keys and values, by target
 EXACTNESS = ("bits", "rounding")  # of several tokens in one pass against one at a time
-WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+WEIGHT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
 LARGEST = 2**31 - 1  # of any count or id
 MOST_POSITIONS = 1 << 22  # whose rotary tables take 2 GB
 LARGEST_MANIFEST = 1 << 24  # bytes, as the next two
@@ -315,6 +317,10 @@ def _check_shape(manifest: Manifest, table: "_Table") -> None:
     if weights.bits != WEIGHT_BITS[manifest.precision] or (weights.block is None) != (weights.bits > 8):
         table.fail(
             f"weights of {weights.bits} bits in blocks of {weights.block} are not {manifest.precision}"
+        )
+    if (manifest.precision == "bf16") != (manifest.activations == "bf16"):
+        table.fail(
+            f"{manifest.precision} with activations in {manifest.activations}: bf16 goes with itself alone"
         )
     if manifest.drafting_head not in (None, *(leave.head for leave in manifest.exits[:-1])):
         table.fail(f"drafting_head {manifest.drafting_head!r} is the head of no early exit")

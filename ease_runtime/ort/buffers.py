@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ease_common.errors import DeviceError, out_of_memory
 from ease_runtime.engine.layout import Span
+from ease_runtime.ort.bfloat import clear_not_finite, read_as, widened
 from ease_runtime.ort.device import Device, DeviceArray
 from ease_runtime.ort.sessions import captured_size
 
@@ -283,9 +284,9 @@ class RowCache:
         Shape: (2, count, heads * width).
         """
         if not self.lengths[slot]:
-            return np.zeros((2, count, self.shape.numbers), self.dtype)
+            return np.zeros((2, count, self.shape.numbers), read_as(self.dtype))
         pair = self.tables[self.lengths[slot]].layer(layer)
-        return np.array([_flat(buffer[slot, :, :count]) for buffer in pair])
+        return widened(np.array([_flat(buffer[slot, :, :count]) for buffer in pair]))
 
     def copy_out(self, slot: int, count: int) -> list[NDArray[Any]]:
         """Copies of a slot's first `count` keys and values, by layer.
@@ -489,7 +490,7 @@ class DeviceCache:
         for pair in self.buffers:
             for buffer in pair:
                 with buffer.on_host() as values:
-                    values[~np.isfinite(values)] = 0.0
+                    clear_not_finite(values)
 
     def read(self, layer: int, slot: int, count: int) -> NDArray[Any]:
         """A copy of a layer's (from 0) first `count` keys and values of a slot, for the host.
@@ -497,11 +498,10 @@ class DeviceCache:
         Shape: (2, count, heads * width).
         """
         if not self.length:
-            return np.zeros((2, count, self.shape.numbers), self.dtype)
+            return np.zeros((2, count, self.shape.numbers), read_as(self.dtype))
         shape = (self.shape.heads, self.length, self.shape.width)
-        return np.array(
-            [_flat(buffer.read(slot, 1).reshape(shape)[:, :count]) for buffer in self.buffers[layer]]
-        )
+        rows = [_flat(buffer.read(slot, 1).reshape(shape)[:, :count]) for buffer in self.buffers[layer]]
+        return widened(np.array(rows))
 
     def pointers(self, layer: int, run: Run) -> tuple[int, int]:
         """Where a layer's (from 0) keys and values of a run's rows begin."""

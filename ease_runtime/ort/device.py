@@ -17,6 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ease_common.errors import DeviceError, did_you_mean
+from ease_runtime.ort.bfloat import element_type
 from ease_runtime.ort.memory import HostMemory, Memory, cuda_memory
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -96,7 +97,9 @@ class DeviceArray:
         self.shape = shape
         self.dtype = np.dtype(dtype)
         self.memory = device.memory
-        self.value: Any = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device.name, 0)
+        self.value: Any = ort.OrtValue.ortvalue_from_shape_and_type(
+            shape, element_type(dtype), device.name, 0
+        )
         self.memory.zero(self.pointer, self.num_bytes)
 
     @property

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ease_common.errors import BundleError, DeviceError
 from ease_runtime.engine.layout import Span
+from ease_runtime.ort.bfloat import narrowed
 from ease_runtime.ort.buffers import DeviceCache, RowCache
 from ease_runtime.ort.sessions import Captures
 
@@ -33,7 +34,7 @@ MOST_TRIED_BYTES = 1 << 28  # of keys and values of all rows in the first segmen
 RUNS_OF_CAPTURES = 3  # of each of two tokens: the first of all is without, the second captures
 NOISE = 9973  # numbers of noise, repeated; prime, so that no two positions are alike
 # times that, by precision (int8 and int4 round activations within products) and by what is around
-ROUNDING = {"fp32": 1, "fp16": 20, "int8": 50, "int4": 50}
+ROUNDING = {"fp32": 1, "fp16": 20, "bf16": 160, "int8": 50, "int4": 50}
 
 
 def self_test(stack: "OrtStack") -> None:
@@ -78,7 +79,7 @@ def _tried(stack: "OrtStack") -> tuple[NDArray[np.float32], NDArray[np.float32]]
     stack.run_segment(0, whole, [Span(0, half, length)], ids[half:], first + half)
     for i in range(length):
         stack.run_segment(0, single, [Span(0, i, i + 1)], ids[i : i + 1], first + length + i)
-    states = stack.pool.read(np.arange(first, first + 2 * length)).astype(np.float32)
+    states = stack.read_states(np.arange(first, first + 2 * length)).astype(np.float32)
     return states[:length], states[length:]
 
 
@@ -131,7 +132,7 @@ def _exact_behind(
 
 def _fill_with_noise(stack: "OrtStack", cache: RowCache | DeviceCache, spans: Sequence[Span]) -> None:
     """Give the first segment keys and values to read, other ones at every position."""
-    noise = np.random.default_rng(0).standard_normal(NOISE).astype(stack.dtype)
+    noise = narrowed(np.random.default_rng(0).standard_normal(NOISE), stack.dtype)
     runs = cache.runs(0, spans)
     for layer in range(stack.layers_cached[0]):
         if isinstance(cache, DeviceCache):

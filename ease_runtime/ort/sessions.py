@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ease_common.errors import BundleError, DeviceError
 from ease_common.settings import MOST_THREADS
 from ease_runtime.bundle.signatures import Signature
+from ease_runtime.ort.bfloat import BITS, element_type, read_as
 from ease_runtime.ort.device import CPU, Device, DeviceArray
 from ease_runtime.ort.memory import Memory
 
@@ -24,6 +25,8 @@ TYPES = {
     **dict.fromkeys(INDICES, "tensor(int64)"),
     **dict.fromkeys(("active", "goes_in", "few", "products"), "tensor(bool)"),
 }  # others: float
+FIGURES = ("logits", "top_prob", "margin", "entropy", "probability", "similarity")  # which the host reads
+NAMES = {np.float32: "tensor(float)", np.float16: "tensor(float16)", BITS: "tensor(bfloat16)"}
 ALIGNMENT = 256  # bytes, as CUDA's own allocations have it
 BINDINGS_KEPT = 128  # a graph, of different shapes; building one costs about 100 µs
 CAPTURED_SIZES = (1, 2, 4, 8)  # tokens of passes that are captured; fewer than the next are padded to it
@@ -107,19 +110,23 @@ def load_session(
 
 
 def check_signature(
-    session: ort.InferenceSession, path: Path, signature: Signature, floats: str = "tensor(float)"
+    session: ort.InferenceSession, path: Path, signature: Signature, dtype: type[np.generic] = np.float32
 ) -> None:
-    """Whether a graph takes and gives what the manifest says, or buffers bound to it would not fit.
+    """Whether a graph takes and gives what the manifest says, or buffers bound to it would not fit; `dtype`
+    is that of its states.
 
     Raises BundleError.
     """
     try:
-        _compare_signature(session, path, signature, floats)
+        _compare_signature(session, path, signature, dtype)
     except UnicodeDecodeError:
         raise BundleError(f"{path} holds names that are no UTF-8; export the bundle again") from None
 
 
-def _compare_signature(session: ort.InferenceSession, path: Path, signature: Signature, floats: str) -> None:
+def _compare_signature(
+    session: ort.InferenceSession, path: Path, signature: Signature, dtype: type[np.generic]
+) -> None:
+    types = TYPES | dict.fromkeys(FIGURES, NAMES[read_as(dtype)])
     for found, expected, what in zip(
         (session.get_inputs(), session.get_outputs()), signature, ("inputs", "outputs"), strict=True
     ):
@@ -132,7 +139,7 @@ def _compare_signature(session: ort.InferenceSession, path: Path, signature: Sig
             )
         for value in found:
             shape = tuple(size if isinstance(size, int) else None for size in value.shape)
-            if value.type != TYPES.get(value.name, floats) or shape != expected[value.name]:
+            if value.type != types.get(value.name, NAMES[dtype]) or shape != expected[value.name]:
                 raise BundleError(
                     f"{path} is not the graph that the manifest describes: {value.name} is {value.type} "
                     f"{list(value.shape)}, "
@@ -238,7 +245,7 @@ class Binding:
         if self.device.own_memory and array.shape:
             self.sent.names.append(name)
         else:
-            self.io.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            self.io.bind_input(name, "cpu", 0, element_type(array.dtype.type), array.shape, array.ctypes.data)
 
     def output(self, name: str, array: NDArray[Any]) -> None:
         """Write an output into an array, now and in later runs."""
@@ -246,17 +253,19 @@ class Binding:
         if self.device.own_memory:
             self.fetched.names.append(name)
         else:
-            self.io.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            self.io.bind_output(
+                name, "cpu", 0, element_type(array.dtype.type), array.shape, array.ctypes.data
+            )
 
     def input_at(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], pointer: int) -> None:
         """Read an input from the device's memory."""
         self._note_place(name, shape, pointer)
-        self.io.bind_input(name, self.device.name, 0, dtype, shape, pointer)
+        self.io.bind_input(name, self.device.name, 0, element_type(dtype), shape, pointer)
 
     def output_at(self, name: str, dtype: type[np.generic], shape: tuple[int, ...], pointer: int) -> None:
         """Write an output into the device's memory."""
         self._note_place(name, shape, pointer)
-        self.io.bind_output(name, self.device.name, 0, dtype, shape, pointer)
+        self.io.bind_output(name, self.device.name, 0, element_type(dtype), shape, pointer)
 
     def _note_place(self, name: str, shape: tuple[int, ...], pointer: int) -> None:
         if self.captures is not None:

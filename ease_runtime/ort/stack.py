@@ -33,6 +33,7 @@ from ease_runtime.bundle.signatures import (
     of_similarity,
 )
 from ease_runtime.engine.layout import Call, SegmentShape, Span
+from ease_runtime.ort.bfloat import read_as, widened
 from ease_runtime.ort.buffers import (
     CacheShape,
     DeviceCache,
@@ -42,7 +43,17 @@ from ease_runtime.ort.buffers import (
     Pairs,
     RowCache,
 )
-from ease_runtime.ort.device import CPU, CUDA, SILENT, Device, DeviceArray, DeviceRows, choose_device
+from ease_runtime.ort.device import (
+    CPU,
+    CUDA,
+    DEVICES,
+    SILENT,
+    Device,
+    DeviceArray,
+    DeviceRows,
+    choose_device,
+    why_no_cuda,
+)
 from ease_runtime.ort.load_tests import products_agree, run_every_graph, self_test, try_captures
 from ease_runtime.ort.passes import Passes, fill
 from ease_runtime.ort.sessions import (
@@ -222,6 +233,7 @@ class OrtStack:
         manifest = self.manifest = load_manifest(bundle)
         self.device = device
         self.dtype = FLOATS[manifest.activations]
+        self.figure_dtype = read_as(self.dtype)  # of logits, and of what exits say
         self.vocab_size = manifest.vocab_size
         self.max_positions = manifest.max_positions
         self.layout = _layout(manifest)
@@ -274,7 +286,7 @@ class OrtStack:
         )
         self.passes = Passes(manifest, self.dtype, self.pool, self.layers_cached, self.num_threads, device)
         self.passes.padded = self.padded
-        self.logits = np.zeros((0, self.vocab_size), self.dtype)
+        self.logits = np.zeros((0, self.vocab_size), self.figure_dtype)
         self.logits_there: DeviceArray | None = None  # on a device with its own memory
         # exit and rows whose states stand before the head, after a gate
         self.at_head: tuple[int, ...] | None = None
@@ -292,8 +304,7 @@ class OrtStack:
                     self.kernel_steps = (*self.kernel_steps, CAPTURED_SIZES[-1] + 1)
         except RuntimeError as error:  # ONNX Runtime's
             raise BundleError(
-                f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; export the "
-                "bundle again"
+                f"{bundle} does not run on {device.name}: {str(error).splitlines()[0]}; {_remedy(manifest)}"
             ) from None
 
     def padded(self, num_tokens: int) -> int:
@@ -308,7 +319,7 @@ class OrtStack:
             session,
             self.bundle / name,
             signature,
-            "tensor(float16)" if self.dtype is np.float16 else "tensor(float)",
+            self.dtype,
         )
         return Graph(session, bind, self.device, self.captures)
 
@@ -357,7 +368,7 @@ class OrtStack:
             self.device.memory.wait()
 
     def read_states(self, rows: Int64s) -> NDArray[Any]:
-        return self.pool.read(rows)
+        return widened(self.pool.read(rows))
 
     def run_segment(
         self,
@@ -483,12 +494,12 @@ class OrtStack:
 
     def _bind_gate(self, binding: Binding, num_tokens: int) -> None:
         self._bind_index(binding, num_tokens)
-        binding.output("probability", np.zeros(num_tokens, self.dtype))
+        binding.output("probability", np.zeros(num_tokens, self.figure_dtype))
 
     def _bind_similarity(self, binding: Binding, num_tokens: int) -> None:
         self._bind_index(binding, num_tokens)
         binding.input("before", np.zeros(num_tokens, np.int64))
-        binding.output("similarity", np.zeros(num_tokens, self.dtype))
+        binding.output("similarity", np.zeros(num_tokens, self.figure_dtype))
 
     def _exit_hidden(self, head: Binding, num_tokens: int) -> int:
         """Where a head reads its states: a buffer of its binding, which exits and gates write."""
@@ -510,19 +521,21 @@ class OrtStack:
         self._bind_logits(binding, num_tokens)
         binding.output("top_id", np.zeros(num_tokens, np.int64))
         for name in ("top_prob", "margin", "entropy"):
-            binding.output(name, np.zeros(num_tokens, self.dtype))
+            binding.output(name, np.zeros(num_tokens, self.figure_dtype))
 
     def _bind_logits(self, binding: Binding, num_tokens: int) -> None:
         """One buffer for all heads, since each call overwrites the last one's; on a device it stays there."""
         shape = (2 * num_tokens, self.vocab_size)
         if self.device.own_memory:
             if self.logits_there is None or self.logits_there.shape[0] < num_tokens:
-                self.logits_there = DeviceArray(shape, self.dtype, self.device)
-            binding.output_at("logits", self.dtype, (num_tokens, self.vocab_size), self.logits_there.pointer)
+                self.logits_there = DeviceArray(shape, self.figure_dtype, self.device)
+            binding.output_at(
+                "logits", self.figure_dtype, (num_tokens, self.vocab_size), self.logits_there.pointer
+            )
             binding.bound["logits"] = self.logits_there
             return
         if len(self.logits) < num_tokens:
-            self.logits = np.zeros(shape, self.dtype)
+            self.logits = np.zeros(shape, self.figure_dtype)
         binding.output("logits", self.logits[:num_tokens])
         binding.bound["logits"] = binding.own["logits"]
 
@@ -534,9 +547,13 @@ def open_stack(
 
     "auto" is the device that the bundle was made for, where that works and can run it, else the CPU. One
     line in the log says so where it is another than the bundle was made for, and why. Raises BundleError,
-    DeviceError.
+    DeviceError; for one in bf16 wherever CUDA does not work.
     """
-    target = read_manifest(bundle).target
+    manifest = read_manifest(bundle)
+    target = manifest.target
+    if manifest.activations == "bf16" and device in DEVICES:
+        check_not_on_cpu(bundle, device)
+        device = CUDA.name
     chosen = CPU if device == "auto" and target == CPU.name else choose_device(device)
     if chosen.name != target:
         log.warning(
@@ -560,11 +577,30 @@ def open_stack(
     return stack
 
 
+def check_not_on_cpu(bundle: Path, device: str) -> None:
+    """Raise DeviceError where a bundle in bf16 would run on the CPU: ONNX Runtime has no such kernels there
+    for most of it.
+    """
+    why = why_no_cuda() if device != CPU.name else "--device cpu is asked for"
+    if why is not None:
+        raise DeviceError(
+            f"{bundle} is in bf16, which onnxruntime computes on CUDA alone, and {why}; build one that runs "
+            "on the CPU: ease-export build CHECKPOINT BUNDLE --precision fp32 --target cpu"
+        )
+
+
 def captures_here(manifest: Manifest) -> bool:
     """Whether a bundle's passes may be captured as CUDA graphs: not those that choose a form of attention
     while they run, and not where the variable EASE_CUDA_GRAPHS is 0.
     """
     return manifest.cache_layout == "BTK" and os.environ.get(CUDA_GRAPHS) != "0"
+
+
+def _remedy(manifest: Manifest) -> str:
+    """What to do where a device does not run a bundle's graphs."""
+    if manifest.activations == "bf16":
+        return "where a card has no bf16: ease-export build CHECKPOINT BUNDLE --precision fp16"
+    return "export the bundle again"
 
 
 def _layout(manifest: Manifest) -> tuple[SegmentShape, ...]:

@@ -55,6 +55,7 @@ def bundles(
     precisions: tuple[Path, dict[str, Path]],
     halves: dict[str, Path],
     kinds: dict[str, Path],
+    brain: dict[str, Made],
 ) -> list[Path]:
     """Every kind of graph, every precision, and both targets."""
     return [
@@ -63,6 +64,7 @@ def bundles(
         *precisions[1].values(),
         *halves.values(),
         *kinds.values(),
+        *(bundle for _, bundle in brain.values()),
     ]
 
 
@@ -121,7 +123,8 @@ def counts(events: list[standin.Event]) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("catch_up", "precision"),
-    [("propagate", "fp16"), ("recompute", "fp16"), ("verify", "fp16"), ("recompute", "int4")],
+    [(catch_up, precision) for precision in ("fp16", "bf16") for catch_up in CATCH_UPS]
+    + [("recompute", "int4")],
 )
 def test_the_engines_own_loop_runs_and_leaves_early(
     libraries: Path,
@@ -140,7 +143,7 @@ def test_the_engines_own_loop_runs_and_leaves_early(
     else:
         assert depths == [3 if confidence > 0.5 else 6 for confidence in confidences]
     assert len(kernels(events)) > 100
-    assert any("flash" in name for name in kernels(events)), "fp16 around takes Flash"
+    assert any("flash" in name for name in kernels(events)), "16 bits around take Flash"
 
 
 FULL = [0.1] * 8
@@ -173,12 +176,20 @@ def test_logits_leave_the_device_where_something_is_drawn_from_them(
     assert fetched == {4 * ALIGNMENT: 8 * 3, **logits}
 
 
-def test_a_lone_rows_passes_are_captured(libraries: Path, halves: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_a_lone_rows_passes_are_captured(
+    libraries: Path,
+    halves: dict[str, Path],
+    precisions: tuple[Path, dict[str, Path]],
+    precision: str,
+    tmp_path: Path,
+) -> None:
     """Of 1, 2, 4 or 8 tokens, others padded to these, in caches of one, two and three steps: two segments, an
     exit and its head are a launch each. In 8 bits 5 tokens stay 5: from 6 on other kernels run.
     """
     log = tmp_path / "log"
-    found = json.loads(standin.run_over(libraries, [str(HERE / "capture.py"), str(halves["int8"])], log))
+    bundle = {**precisions[1], **halves}[precision]
+    found = json.loads(standin.run_over(libraries, [str(HERE / "capture.py"), str(bundle)], log))
     sizes = [1, 2, 3, 4, 5, 8]
     assert found == [[length, size] for length in (64, 128, 192) for size in sizes]
     last: list[Counter[str]] = []
@@ -188,7 +199,8 @@ def test_a_lone_rows_passes_are_captured(libraries: Path, halves: dict[str, Path
         elif last:
             last[-1][event.what if event.what == "ends" else event.kind] += not last[-1]["ends"]
     launches = [(counts["replay"], counts["kernel"] > 0, counts["begin"]) for counts in last]
-    assert launches == 3 * [(0, True, 0) if size == 5 else (4, False, 0) for size in sizes]
+    alone = 5 if precision == "int8" else None
+    assert launches == 3 * [(0, True, 0) if size == alone else (4, False, 0) for size in sizes]
     assert captured(log) <= LEGAL
 
 
@@ -213,7 +225,8 @@ def between(events: list[standin.Event], what: str) -> list[list[standin.Event]]
     return [events[start:stop] for start, stop in pairwise(ends)]
 
 
-LEGAL = {"kernel", "memset", "device-device", "cudaGetLastError", "cublasGemmEx"}
+PRODUCTS = {"cublasGemmEx", "cublasSgemm_v2"}  # the latter of routers beside bf16
+LEGAL = {"kernel", "memset", "device-device", "cudaGetLastError", *PRODUCTS}
 
 
 def captured(log: Path) -> set[str]:
@@ -226,17 +239,25 @@ def captured(log: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("name", "catch_up"),
-    [*(("fp16", catch_up) for catch_up in CATCH_UPS), ("blocks", "recompute"), ("routed", "recompute")],
+    [
+        *((precision, catch_up) for precision in ("fp16", "bf16") for catch_up in CATCH_UPS),
+        *(
+            (name, "recompute")
+            for name in ("blocks", "routed", "blocks bf16", "routed bf16", "windowed bf16")
+        ),
+    ],
 )
 def test_what_is_captured_can_be(
     libraries: Path,
     precisions: tuple[Path, dict[str, Path]],
     kinds: dict[str, Path],
+    brain: dict[str, Made],
     name: str,
     catch_up: str,
     tmp_path: Path,
 ) -> None:
-    decode(libraries, {**precisions[1], **kinds}[name], catch_up, [0.9, 0.1] * 8, tmp_path / "log")
+    in_bf16 = {f"{kind} bf16": bundle for kind, (_, bundle) in brain.items()}
+    decode(libraries, {**precisions[1], **kinds, **in_bf16}[name], catch_up, [0.9, 0.1] * 8, tmp_path / "log")
     assert {"kernel", "cublasGemmEx"} <= captured(tmp_path / "log") <= LEGAL
 
 

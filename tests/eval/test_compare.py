@@ -320,6 +320,16 @@ CPU_PEERS = [
                 ("onnxruntime-genai, CUDA graphs", "fp16", None),
             ],
         ),
+        (
+            "cuda",
+            "bf16",
+            [
+                ("transformers eager", "bf16", "bf16"),
+                ("transformers early exit 3", "bf16", "bf16"),
+                ("onnxruntime-genai", "bf16", None),
+                ("onnxruntime-genai, CUDA graphs", "bf16", None),
+            ],
+        ),
         ("cpu", "fp32", CPU_PEERS),
         ("cuda", "fp32", [*CPU_PEERS, ("onnxruntime-genai, CUDA graphs", "fp32", None)]),
     ],

@@ -272,6 +272,10 @@ def test_for_cuda_whole_numbers_have_fp16_around(
         ("fp16", "top_prob", 1.1e-2, False),
         ("fp16", "margin", 1.1e-2, True),  # of two probabilities
         ("fp16", "margin", 2.1e-2, False),
+        ("bf16", "top_prob", 7.9e-2, True),
+        ("bf16", "top_prob", 8.1e-2, False),
+        ("bf16", "margin", 15.9e-2, True),
+        ("bf16", "margin", 16.1e-2, False),
         ("fp32", "margin", 1.1e-5, False),
     ],
 )
@@ -288,6 +292,7 @@ def test_what_counts_as_rounding(activations: str, output: str, relative: float,
         (False, [], "cpu", " (what this machine runs; --target cuda is for GPUs)"),
         (False, ["--precision", "int4"], "cpu", " (what this machine runs; --target cuda is for GPUs)"),
         (False, ["--precision", "fp16"], "cuda", ""),
+        (False, ["--precision", "bf16"], "cuda", ""),
         (False, ["--target", "cuda"], "cuda", ""),
         (
             True,

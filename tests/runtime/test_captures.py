@@ -285,9 +285,10 @@ def test_they_can_be_turned_off(bundle: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.cuda
 @pytest.mark.skipif(why_no_cuda() is not None, reason=f"CUDA: {why_no_cuda()}")
-def test_on_a_gpu_too(bundle: Path) -> None:
+@pytest.mark.parametrize("precision", ["as it is", "bf16"])
+def test_on_a_gpu_too(bundle: Path, precisions: tuple[Path, dict[str, Path]], precision: str) -> None:
     """To the bit: the same kernels run."""
-    stack = OrtStack(bundle, device=CUDA)
+    stack = OrtStack(precisions[1].get(precision, bundle), device=CUDA)
     assert stack.captures is not None
     found = decode(stack)
     assert not stack.captures.failed

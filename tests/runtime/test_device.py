@@ -148,6 +148,22 @@ def test_cuda_says_what_the_cpu_says(tiny_bundle: Path, tiny_stack: OrtStack) ->
     CallProbe(stack, Call("segment", 1, 4, 128, 2)).run()
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(why_no_cuda() is not None, reason=f"CUDA: {why_no_cuda()}")
+@pytest.mark.parametrize("kind", ["tied", "blocks", "routed", "windowed"])
+def test_cuda_computes_bf16_as_torch_does(
+    precisions: tuple[Path, dict[str, Path]], brain: dict[str, tuple[Path, Path]], kind: str
+) -> None:
+    """Up to its rounding; and the engine's own loop runs."""
+    from ease_export.verify import verify_bundle
+
+    checkpoint, bundle = {**brain, "tied": (precisions[0], precisions[1]["bf16"])}[kind]
+    report = verify_bundle(bundle, checkpoint, 16, device="cuda")
+    assert report.ok, report
+    if kind != "routed":  # which has no propagate
+        assert all(len(tokens) == 25 for tokens in decode(OrtStack(bundle, device=CUDA)))
+
+
 def _greedy(stack: OrtStack, prompt: list[int]) -> list[Token]:
     engine = Engine(stack)
     return list(engine.generate(engine.start(prompt, max_new_tokens=40)))

@@ -322,7 +322,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "junk without end": (
         lambda v: v.update(precision="x" * 100_000),
-        f"precision = '{'x' * 76}..., expected one of: fp32, fp16, int8, int4",
+        f"precision = '{'x' * 76}..., expected one of: fp32, fp16, bf16, int8, int4",
     ),
     "a promise that is none": (
         lambda v: v.update(calibration={**CALIBRATED, "delta": 7.0}),
@@ -336,7 +336,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an empty name": (lambda v: v["exits"][0].update(graph=""), "graph = '', expected a text"),
     "an unknown precision": (
         lambda v: v.update(precision="fp7"),
-        "precision = 'fp7', expected one of: fp32, fp16, int8, int4",
+        "precision = 'fp7', expected one of: fp32, fp16, bf16, int8, int4",
     ),
     "an unknown kind": (
         lambda v: v["segments"][0].update(kind="magic"),
@@ -348,8 +348,12 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "cache_layout = 'TKB', expected one of: BGTP, BTK",
     ),
     "unknown activations": (
+        lambda v: v.update(activations="fp8"),
+        "activations = 'fp8', expected one of: fp32, fp16, bf16",
+    ),
+    "activations of another precision": (
         lambda v: v.update(activations="bf16"),
-        "activations = 'bf16', expected one of: fp32, fp16",
+        "fp32 with activations in bf16: bf16 goes with itself alone",
     ),
     "an unknown exactness": (
         lambda v: v.update(exactness="none"),

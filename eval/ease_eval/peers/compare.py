@@ -31,7 +31,8 @@ from ease_runtime.bundle.manifest import load_manifest, read_manifest
 from ease_runtime.policies.thresholds import Thresholds
 
 START_SECONDS = 1800.0  # onnxruntime-genai first builds its model
-GENAI_PRECISIONS = {"cpu": ("int4", "int8"), "cuda": ("int4", "fp32")}  # that its builder makes for a device
+# that its builder makes for a device
+GENAI_PRECISIONS = {"cpu": ("int4", "int8"), "cuda": ("int4", "fp32", "bf16")}
 FLOATS = {
     "cpu": "fp32",
     "cuda": "fp16",
@@ -104,7 +105,7 @@ class ComparisonSettings:
         """
         manifest = read_manifest(self.bundle)
         python = str(self.python)
-        floats = "fp32" if manifest.activations == "fp32" else FLOATS[self.device]
+        floats = manifest.activations if manifest.activations in ("fp32", "bf16") else FLOATS[self.device]
         common = {
             "checkpoint": str(self.checkpoint.resolve()),
             "threads": self.threads,

@@ -245,7 +245,7 @@ def load_transformers(asked: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(num_threads(asked))
-    dtype = torch.float16 if asked["floats"] == "fp16" else torch.float32
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[asked["floats"]]
     model: Any = AutoModelForCausalLM.from_pretrained(
         asked["checkpoint"], dtype=dtype, attn_implementation="eager"
     )
