@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.nn.utils import parametrize
 
 from ease_export.layers import blocks_of
 from ease_export.weights import GraphTensor
@@ -434,15 +435,34 @@ class _Rewriter:
             self._add("Slice", [f"{output}/blocks", *(f"{name}/{bound}" for bound in bounds)], output)
 
 
+class Dequantized(nn.Module):
+    """A weight (O, I) as products with its grid compute it, made at each use; `dtype` is what is around."""
+
+    def __init__(self, grid: Grid, width: int, dtype: type[np.generic]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.width = width
+        self.dtype = torch.float16 if dtype is np.float16 else torch.float32
+
+    def forward(self, _: Tensor) -> Tensor:
+        return torch.from_numpy(self.grid.dequantized(self.width)).to(self.dtype).float()
+
+
 def round_trip(
     model: Decoder, precision: str, grids: Mapping[str, Grid], dtype: type[np.generic] = np.float32
 ) -> None:
-    """Give a model, in place, the weights that its quantised bundle computes with; `dtype` is what is around
-    them.
+    """Give a model, in place, the weights that its quantised bundle computes with, which take the memory of
+    their grids; `dtype` is what is around them.
     """
-    for matrix in quantized_matrices(model, precision, grids):
-        values = matrix.grid(dtype).dequantized(matrix.weight.shape[1])
-        matrix.weight.data = torch.from_numpy(values)
+    made = {
+        id(matrix.weight): Dequantized(matrix.grid(dtype), matrix.weight.shape[1], dtype)
+        for matrix in quantized_matrices(model, precision, grids)
+    }
+    modules = [(module, made[id(module.weight)]) for _, module, _ in matrices(model, precision)]
+    for module, weight in modules:
+        given = module.weight
+        parametrize.register_parametrization(module, "weight", weight, unsafe=True)  # of another type
+        given.data = torch.empty(0)
 
 
 def add_contrib_domain(model: onnx.ModelProto) -> None:

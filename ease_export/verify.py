@@ -170,8 +170,8 @@ def verify_bundle(
     )
     with torch.no_grad():
         differences = (*compare_graphs(stack, model), *compare_propagation(stack, model))
-        expected = torch_greedy(model, prompt, num_generated)
         produced = greedy(stack, prompt, num_generated)
+        expected = torch_greedy(model, prompt, produced)
         agreed = next(
             (i for i, pair in enumerate(zip(expected, produced, strict=True)) if pair[0] != pair[1]),
             num_generated,
@@ -180,7 +180,7 @@ def verify_bundle(
             model, [*prompt, *expected[:agreed]], produced[agreed], differences
         )
     rounding = (
-        rounding_of(stack, open_stack(bundle, device=device), [*prompt, *expected])
+        rounding_of(stack, open_stack(bundle, device=device), [*prompt, *produced])
         if precision in BITS and activations == "fp32"
         else ()
     )
@@ -269,12 +269,12 @@ def difference(stack: OrtStack, graph: str, output: str, found: NDArray[Any], ex
     return Difference(graph, output, relative, max(tolerance, ROUNDINGS[activations] * rounding))
 
 
-def torch_greedy(model: Decoder, prompt: list[int], num_tokens: int) -> list[int]:
-    """Greedy tokens of the plain model, the whole text anew for each."""
-    ids = torch.tensor([prompt])
-    for _ in range(num_tokens):
-        ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    return ids[0, len(prompt) :].tolist()
+def torch_greedy(model: Decoder, prompt: list[int], produced: list[int]) -> list[int]:
+    """The plain model's greedy token in the place of each that was produced, behind those before it: as many
+    as these, and up to the first that differs the text that it gives itself.
+    """
+    logits = model(torch.tensor([[*prompt, *produced]]))[0, len(prompt) - 1 : -1]
+    return [int(token) for token in logits.argmax(-1)]
 
 
 def compare_graphs(stack: OrtStack, model: Decoder) -> Iterator[Difference]:
