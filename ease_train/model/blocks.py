@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,15 +97,42 @@ def wide(weight: Tensor) -> Tensor:
     return weight.float() if is_narrow(weight) else weight
 
 
+class WideProduct(torch.autograd.Function):
+    """A product with a frozen matrix that is kept in 16 bits: it is widened anew for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight.to(gradient.dtype), None
+
+
 class Linear(nn.Linear):
     """A product in the type of its input: a matrix that is kept in 16 bits is widened for it, and not for
-    longer.
+    longer. What an `update` says is added, where there is one (LoRA).
     """
 
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.update: nn.Module | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight  # of a low-rank update: a sum
-        narrow = weight.element_size() < x.element_size()
-        return F.linear(x, weight.to(x.dtype) if narrow else weight, self.bias)
+        product = self.plain(x)
+        return product if self.update is None else product + self.update(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Without the update. Shape: (..., in) -> (..., out)."""
+        weight = self.weight
+        if weight.element_size() >= x.element_size():
+            return F.linear(x, weight, self.bias)
+        if weight.requires_grad or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight.to(x.dtype), self.bias)
+        product: Tensor = WideProduct.apply(x, weight)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias
 
 
 def widened(module: nn.Module) -> nn.Module:

@@ -129,10 +129,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, weights: Tensors | None 
 
 def untied(model: Decoder) -> dict[str, Tensor]:
     """A model's weights by name, each once."""
-    weights = model.state_dict()
-    if model.config.tie_embeddings:
-        del weights[LM_HEAD]
-    return weights
+    return without_tied(model.state_dict(), model.config)
+
+
+def without_tied(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Weights without the second of two that are tied."""
+    return {name: value for name, value in weights.items() if not (config.tie_embeddings and name == LM_HEAD)}
 
 
 def load_checkpoint(path: Path, *, resume: bool = False) -> Checkpoint:

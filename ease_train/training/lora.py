@@ -5,25 +5,28 @@
     add_low_rank(model, rank=8, alpha=16.0)      # all else but the exits' own parts is frozen
     weights = merged(model.state_dict(), alpha=16.0)     # the plain model's names and values
 
-A matrix W becomes W + alpha / rank * up @ down, and starts as W. What is saved is the sum, so nothing behind
-training sees a difference.
+A product with W becomes W x + alpha / rank * up (down x), and starts as W x. What is saved is the sum of the
+matrices, so nothing behind training sees a difference.
 """
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from ease_train.model.blocks import Linear
 from ease_train.model.decoder import Decoder
+from ease_train.training.tensors import Tensors
 
-ORIGINAL = ".parametrizations.weight.original"
-DOWN = ".parametrizations.weight.0.down"
-UP = ".parametrizations.weight.0.up"
+UPDATE = ".update."  # between a matrix's name and that of a part
 
 
 class LowRankUpdate(nn.Module):
-    """W -> W + scale * up @ down, in fp32; `up` starts at zero. Shape: (out, in) -> (out, in)."""
+    """What is added to a product with a weight (out, in): nothing at first, since `up` starts at zero.
+
+    Shape: (..., in) -> (..., out).
+    """
 
     def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
         super().__init__()
@@ -31,8 +34,8 @@ class LowRankUpdate(nn.Module):
         self.down = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * (self.up @ self.down)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.linear(x, self.down), self.up)
 
 
 def add_low_rank(model: Decoder, rank: int, alpha: float) -> None:
@@ -41,17 +44,28 @@ def add_low_rank(model: Decoder, rank: int, alpha: float) -> None:
     model.exits.requires_grad_(True)
     if model.reduced_head is not None:
         model.reduced_head.requires_grad_(True)
-    for module in [module for module in model.layers.modules() if isinstance(module, nn.Linear)]:
-        update = LowRankUpdate(module.weight, rank, alpha / rank)
-        # unsafe: of a matrix in 16 bits and its update the sum is in fp32
-        parametrize.register_parametrization(module, "weight", update, unsafe=True)
+    for module in [module for module in model.layers.modules() if isinstance(module, Linear)]:
+        module.update = LowRankUpdate(module.weight, rank, alpha / rank)
 
 
-def merged(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """A state dictionary with the updates added to their matrices, by the names of a model without them."""
-    plain = {name: value for name, value in weights.items() if not name.endswith((ORIGINAL, DOWN, UP))}
-    for name in (name.removesuffix(ORIGINAL) for name in weights if name.endswith(ORIGINAL)):
-        down = weights[name + DOWN]
-        up = weights[name + UP]
-        plain[f"{name}.weight"] = weights[name + ORIGINAL] + alpha / len(down) * (up @ down)
-    return plain
+def merged(weights: Mapping[str, Tensor], alpha: float) -> Tensors:
+    """A state dictionary by the names of a model without updates, which are added, in fp32, to a matrix when
+    it is asked for.
+    """
+    plain = {name: value for name, value in weights.items() if UPDATE not in name}
+
+    def updated(name: str) -> str | None:
+        """What the names of a weight's update begin with, where it has one."""
+        begin = name.removesuffix(".weight") + UPDATE
+        return begin if f"{begin}up" in weights else None
+
+    def made(name: str) -> Tensor:
+        if (begin := updated(name)) is None:
+            return plain[name]
+        down, up = weights[f"{begin}down"], weights[f"{begin}up"]
+        return plain[name] + alpha / len(down) * (up @ down)
+
+    described = {
+        name: (torch.float32 if updated(name) else value.dtype, value.shape) for name, value in plain.items()
+    }
+    return Tensors(described, made)

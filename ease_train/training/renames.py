@@ -40,6 +40,8 @@ WEIGHTS = {
     r"draft_rest\.": "reduced_head.rest.",
     r"draft_ids$": "reduced_head.ids",
     r"draft_log_shares$": "reduced_head.log_shares",
+    r"(.*)\.parametrizations\.weight\.original$": r"\1.weight",
+    r"(.*)\.parametrizations\.weight\.0\.(down|up)$": r"\1.update.\2",
 }
 
 

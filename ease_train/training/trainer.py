@@ -36,6 +36,7 @@ from ease_train.training.checkpoint import (
     filled,
     load_checkpoint,
     save_checkpoint,
+    without_tied,
 )
 from ease_train.training.config import ModelConfig, Recipe
 from ease_train.training.lora import add_low_rank, merged
@@ -49,6 +50,7 @@ from ease_train.training.optimizer import (
 from ease_train.training.parallel import Workers, load_optimizer, whole
 from ease_train.training.resuming import ResumeOptions
 from ease_train.training.states import StateCache, States
+from ease_train.training.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -540,12 +542,18 @@ class Trainer:
         }
         weights = self._whole_weights()
         if self.workers.first:
-            changed = self.workers.sharded or self.recipe.method.lora.on
-            saved = self.best or (self._plain(weights) if changed else ModelSnapshot(step, self.model))
-            state |= {"weights": weights, "step": step} if self.best or self.recipe.method.lora.on else {}
+            low_rank = self.recipe.method.lora.on
+            saved = self.best or (
+                self._plain(weights)
+                if self.workers.sharded and not low_rank
+                else ModelSnapshot(step, self.model)
+            )
+            state |= {"weights": weights, "step": step} if self.best or low_rank else {}
             state |= {"best": saved.step} if self.best else {}
             save_checkpoint(
-                replace(self.checkpoint, step=saved.step, model=saved.model, train_state=state), out
+                replace(self.checkpoint, step=saved.step, model=saved.model, train_state=state),
+                out,
+                self._merged(weights) if low_rank and not self.best else None,
             )
         self.workers.wait()
         self.saved = True
@@ -553,9 +561,14 @@ class Trainer:
 
     def _plain(self, weights: Mapping[str, Tensor]) -> ModelSnapshot:
         """A copy of the model as it is now, without low-rank updates beside its matrices."""
-        return ModelSnapshot.of(
-            self.checkpoint.step, self.recipe.model, merged(weights, self.recipe.method.lora.alpha)
-        )
+        plain = self._merged(weights)
+        whole = {name: plain.made(name) for name in plain.described}
+        return ModelSnapshot.of(self.checkpoint.step, self.recipe.model, whole)
+
+    def _merged(self, weights: Mapping[str, Tensor]) -> Tensors:
+        """The model's weights, with low-rank updates added to their matrices where there are some."""
+        once = without_tied(weights, self.recipe.model)
+        return merged(once, self.recipe.method.lora.alpha)
 
     def _whole_weights(self) -> dict[str, Tensor]:
         """The model's state dictionary, whole where the weights are in shards (every process must ask)."""

@@ -3,6 +3,7 @@ fp32. The same model whose weights were widened before says what is right.
 """
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import source_models
 from ease_common.errors import ModelImportError
 from ease_train.convert.huggingface import export_model, import_model
 from ease_train.methods.method import GateConfig
+from ease_train.model.blocks import Linear
 from ease_train.training.checkpoint import load_checkpoint, save_checkpoint
 from ease_train.training.config import load_recipe
 from ease_train.training.gates import GateTrainer
@@ -194,6 +196,22 @@ def test_a_run_with_patience_and_updates_of_low_rank_goes_on(
     for _ in trainer.fit(tmp_path / "tuned"):
         pass
     assert Trainer.resume(tmp_path / "tuned").ended
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gradient_passes_a_frozen_matrix_that_nobody_holds_in_fp32(bias: bool) -> None:
+    narrow = Linear(48, 32, bias=bias).requires_grad_(False)
+    narrow.weight.data = narrow.weight.data.bfloat16()
+    wide = deepcopy(narrow).float()
+    kept = list[torch.Tensor]()
+    x = torch.randn(2, 5, 48, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        product = narrow(x)
+    assert {tensor.dtype for tensor in kept if tensor.numel() >= narrow.weight.numel()} == {torch.bfloat16}
+    expected = wide(x)
+    assert torch.equal(product, expected)
+    gradients = [torch.autograd.grad(found.square().sum(), x)[0] for found in (product, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_file_is_written_as_safetensors_writes_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from ease_common.errors import ConfigError
 from ease_train.cli import main
 from ease_train.training.checkpoint import Checkpoint, load_checkpoint
 from ease_train.training.config import Recipe, load_recipe
+from ease_train.training.renames import renamed
 from ease_train.training.trainer import StepEvent, Trainer
 from ease_train.training.tune import begin_tuning, tuned_recipe
 
@@ -191,7 +192,7 @@ def test_low_rank_updates_start_at_nothing_and_are_saved_as_plain_weights(
     ids = torch.randint(20, (2, 9))
     torch.testing.assert_close(model(ids), before(ids))
     learns = {
-        name.split(".")[-1] if "parametrizations" in name else name
+        name.split(".")[-1] if ".update." in name else name
         for name, p in model.named_parameters()
         if p.requires_grad
     }
@@ -206,6 +207,14 @@ def test_low_rank_updates_start_at_nothing_and_are_saved_as_plain_weights(
     assert changed == {name for name in were if name.startswith("layers.") and "norm" not in name}
     for name in changed:
         assert torch.linalg.matrix_rank(weights[name] - were[name], rtol=1e-3) <= 2
+
+
+def test_updates_of_low_rank_were_called_otherwise_before() -> None:
+    before = "layers.0.mlp.up_proj.parametrizations.weight."
+    names = [before + "original", before + "0.down", before + "0.up", "exits.2.norm.weight"]
+    matrix = "layers.0.mlp.up_proj."
+    now = [matrix + "weight", matrix + "update.down", matrix + "update.up", "exits.2.norm.weight"]
+    assert [*renamed(dict.fromkeys(names))] == now
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"lora_rank": 2, "patience": 5, "eval_every": 2}])
