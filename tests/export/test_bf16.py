@@ -29,6 +29,7 @@ from ease_train.convert.huggingface import import_model
 from ease_train.training.tensors import bytes_of
 from emulated import EmulatedStack
 
+NO_GPU = "no GPU is here (where there is a GPU: pip install 'ease-lm[cuda]')"
 ELSEWHERE = Device("cpu", "CPUExecutionProvider", own_memory=True)
 Made = tuple[Path, Path]
 
@@ -188,7 +189,7 @@ def test_a_graph_that_is_none_is_found_without_cuda(
 
 @pytest.mark.parametrize(
     ("device", "why"),
-    [("auto", "no GPU is here"), ("cuda", "no GPU is here"), ("cpu", "--device cpu is asked for")],
+    [("auto", NO_GPU), ("cuda", NO_GPU), ("cpu", "--device cpu is asked for")],
 )
 def test_without_cuda_one_line_says_what_helps(
     tied: Made, monkeypatch: pytest.MonkeyPatch, device: str, why: str
