@@ -588,8 +588,8 @@ def check_not_on_cpu(bundle: Path, device: str) -> None:
             return
         why = f"{missing} (where there is a GPU: pip install 'ease-lm[cuda]')"
     raise DeviceError(
-        f"{bundle} is in bf16, which onnxruntime computes on CUDA alone, and {why}; build one that runs on the "
-        "CPU: ease-export build CHECKPOINT BUNDLE --precision fp32 --target cpu"
+        f"{bundle} is in bf16, which onnxruntime computes on CUDA alone, and {why}; build one that runs on "
+        "the CPU: ease-export build CHECKPOINT BUNDLE --precision fp32 --target cpu"
     )
 
 
