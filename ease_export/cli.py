@@ -110,8 +110,8 @@ def quantize(checkpoint: Path, out: Path, data: str | None, tokens: int) -> None
     loaded = load_checkpoint(checkpoint)
     ids = calibration_ids(loaded, data, tokens)
     with Console().status("rounding…") as status:
-        done = quantized(loaded, ids, lambda layer: status.update(f"rounding… layer {layer}"))
-    save_checkpoint(done, out)
+        done, weights = quantized(loaded, ids, lambda layer: status.update(f"rounding… layer {layer}"))
+    save_checkpoint(done, out, weights)
     click.echo(
         f"{out}: rounded for {ids.numel()} tokens; then: ease-export build {out} BUNDLE --precision int4"
     )

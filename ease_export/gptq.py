@@ -1,6 +1,7 @@
 """Rounding to int4 that makes up for itself: GPTQ (Frantar et al. 2022, arXiv 2210.17323).
 
-    quantised = quantize(load_checkpoint(path), calibration_ids(checkpoint, None, 8192))
+    checkpoint, weights = quantize(load_checkpoint(path), calibration_ids(checkpoint, None, 8192))
+    save_checkpoint(checkpoint, out, weights)
 
 The layers' matrices are rounded column by column, those whose inputs are largest first, and what rounding one
 changes in a text's outputs the columns after it take back. The result is a checkpoint whose layers lie on a
@@ -10,7 +11,8 @@ other, each on what the rounded ones before it give.
 Shapes: O outputs, I inputs, K blocks of a row, B texts, S tokens of each, D width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -24,7 +26,8 @@ from ease_export.quantize import BITS, BLOCK, block_values, searched_ranges
 from ease_train.convert.grid import Grid, packed
 from ease_train.data.corpora import load_documents
 from ease_train.data.tokens import check_rows
-from ease_train.training.checkpoint import Checkpoint
+from ease_train.training.checkpoint import Checkpoint, untied
+from ease_train.training.tensors import Tensors
 
 KIND = "gptq"
 TEXT_LENGTH = 512  # tokens of a calibration text
@@ -68,38 +71,61 @@ def help_texts() -> Sequence[str]:
 @torch.no_grad()
 def quantize(
     checkpoint: Checkpoint, ids: Tensor, progress: Callable[[int], object] | None = None
-) -> Checkpoint:
-    """The checkpoint with its layers on a grid of 4 bits, its model rounded in place.
+) -> tuple[Checkpoint, Tensors]:
+    """The checkpoint with its layers on a grid of 4 bits, and its weights (of layers in fp32) as they are
+    asked for: its model is left as it is.
 
-    `progress` is called with the number of each layer that is done.
+    `progress` is called with the number of each layer that is done. One layer at a time is held in fp32.
     """
     model = checkpoint.model.eval()
-    grids = dict(checkpoint.grids)
     names = {id(module): name for name, module in model.named_modules()}
-    own = {layer: leave.block for layer, leave in model.early_exits.items() if leave.block is not None}
+    grids = dict[str, Grid]()
     hidden = model.embed(ids)
     for layer, block in enumerate(model.layers, start=1):
-        parts = torch.split(hidden, TEXTS_AT_ONCE)
+        copy = model.layers[layer - 1] = deepcopy(block).float()
         run = partial(model.run_layers, first=layer, last=layer)
-        grids |= {f"{names[id(linear)]}.weight": grid for linear, grid in rounded_block(block, run, parts)}
+        parts = torch.split(hidden, TEXTS_AT_ONCE)
+        grids |= rounded_block(copy, names[id(block)], run, parts)
         hidden = torch.cat([run(part) for part in parts])
-        if layer in own:
-            run_own = partial(model.exit_hidden, layer=layer)
-            rounded_own = rounded_block(own[layer], run_own, torch.split(hidden, TEXTS_AT_ONCE))
-            grids |= {f"{names[id(linear)]}.weight": grid for linear, grid in rounded_own}
+        model.layers[layer - 1] = block
+        leave = model.early_exits.get(layer)
+        if leave is not None and (own := leave.block) is not None:
+            leave.adapter = copy = deepcopy(own).float()
+            run = partial(model.exit_hidden, layer=layer)
+            grids |= rounded_block(copy, names[id(own)], run, torch.split(hidden, TEXTS_AT_ONCE))
+            leave.adapter = own
         if progress:
             progress(layer)
-    return replace(checkpoint, model=model, grids=grids, train_state=None)
+    done = replace(checkpoint, grids={**checkpoint.grids, **grids}, train_state=None)
+    return done, on_grids(untied(model), grids)
+
+
+def on_grids(weights: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Tensors:
+    """Weights by name, those of grids in fp32."""
+    described = {
+        name: (torch.float32 if name in grids else weight.dtype, weight.shape)
+        for name, weight in weights.items()
+    }
+
+    def made(name: str) -> Tensor:
+        if name not in grids:
+            return weights[name]
+        return torch.from_numpy(grids[name].dequantized(weights[name].shape[1]))
+
+    return Tensors(described, made)
 
 
 def rounded_block(
-    block: nn.Module, run: Callable[[Tensor], object], parts: Sequence[Tensor]
-) -> Iterator[tuple[nn.Linear, Grid]]:
-    """Round a block's matrices in place; those that read the same input together.
+    block: nn.Module, name: str, run: Callable[[Tensor], object], parts: Sequence[Tensor]
+) -> dict[str, Grid]:
+    """Round a block's matrices in place; those that read the same input together. Returns their grids, by the
+    names that they have where the block's is `name`.
 
     `parts` are the states, as (B, S, D), for which `run` runs it.
     """
     bits = BITS[PRECISION]
+    names = {id(module): f"{name}.{part}.weight" for part, module in block.named_modules()}
+    found = dict[str, Grid]()
     for linears, squares in input_squares(block, run, parts):
         sizes = [len(linear.weight) for linear in linears]
         rounded = rounded_columns(torch.cat([linear.weight.float() for linear in linears]), squares)
@@ -109,7 +135,8 @@ def rounded_block(
             whole = packed(numbers.numpy(), bits)
             grid = Grid(KIND, bits, BLOCK, whole, scales.numpy(), zeros=points)
             linear.weight.data = torch.from_numpy(grid.dequantized(linear.in_features))
-            yield linear, grid
+            found[names[id(linear)]] = grid
+    return found
 
 
 def input_squares(
@@ -151,8 +178,7 @@ def rounded_columns(matrix: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Te
     diagonal = squares.diagonal().clone()
     diagonal[diagonal == 0] = diagonal.mean().clamp(min=1e-9)  # of an input that is always 0
     importance = block_values(diagonal[None], BLOCK)[0]
-    ranges = searched_ranges(block_values(matrix, BLOCK), BITS[PRECISION], importance)
-    scales, zeros = (part[..., 0].contiguous() for part in ranges)
+    scales, zeros = searched_ranges(block_values(matrix, BLOCK), BITS[PRECISION], importance)
     order = diagonal.argsort(descending=True, stable=True)
     squares = squares.clone()
     squares.diagonal().copy_(diagonal + DAMPING * diagonal.mean())

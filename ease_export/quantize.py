@@ -40,8 +40,9 @@ BLOCK = 32  # numbers; activations are rounded by the same blocks, so that large
 OUTER_BITS = 8  # of the embedding and the LM heads
 OUTER_BLOCK = 64
 ROUNDED_AT_ONCE = 1 << 20  # numbers of a matrix
+BLOCKS_AT_ONCE = 4096  # whose ranges are searched: some tensors of them fit a core's cache
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations are rounded to int8, which is what makes it fast
-RANGES_TRIED = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's largest and least number
+RANGES_TRIED = (1.0, 0.95, 0.85)  # of a block's largest and least number: each pair
 CONTRIB = "com.microsoft"
 OF_CONTRIB = ("MatMulNBits", "GatherBlockQuantized")
 
@@ -73,10 +74,9 @@ def rounded(matrix: Tensor, bits: int) -> Grid:
     def of_rows(rows: Tensor) -> Grid:
         values = block_values(rows, BLOCK)
         scales, zeros = searched_ranges(values, bits)
-        numbers = (values / scales).add_(zeros).round_().clamp_(0, (1 << bits) - 1)
-        whole = packed(numbers.to(torch.uint8).numpy(), bits)
-        points = zeros[..., 0].to(torch.uint8).numpy()
-        return Grid(ROUNDED, bits, BLOCK, whole, scales[..., 0].contiguous().numpy(), zeros=points)
+        numbers = torch.addcdiv(zeros[..., None], values, scales[..., None])
+        whole = packed(numbers.round_().clamp_(0, (1 << bits) - 1).to(torch.uint8).numpy(), bits)
+        return Grid(ROUNDED, bits, BLOCK, whole, scales.numpy(), zeros=zeros.to(torch.uint8).numpy())
 
     return joined([of_rows(rows) for rows in fp32_rows(matrix)])
 
@@ -112,26 +112,42 @@ def searched_ranges(values: Tensor, bits: int, importance: Tensor | None = None)
     """The scale and the zero point of each block: in 8 bits those of its whole range, in 4 those of several
     with the least squared error, weighed by the numbers' `importance` (K, block) where it is given.
 
-    Shape: (O, K, block) -> two of (O, K, 1).
+    Shape: (O, K, block) -> two of (O, K).
     """
-    high = values.amax(-1, keepdim=True).clamp(min=0)
-    low = values.amin(-1, keepdim=True).clamp(max=0)
-    least = torch.full_like(high, torch.inf)
-    best = torch.ones_like(high)
-    points = torch.zeros_like(high)
-    most = (1 << bits) - 1
+    blocks = values.flatten(0, 1)
+    weights = None if importance is None else importance.expand(len(values), -1, -1).flatten(0, 1)
     tried = RANGES_TRIED if bits == 4 else RANGES_TRIED[:1]
-    for above, below in itertools.product(tried, tried):
-        scales = not_zero((high * above - low * below) / most)
-        zeros = (low * -below / scales).round_().clamp_(0, most)
-        numbers = (values / scales).add_(zeros).round_().clamp_(0, most)
-        errors = numbers.sub_(zeros).mul_(scales).sub_(values).square_()
-        error = (errors if importance is None else errors.mul_(importance)).sum(-1, keepdim=True)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better, scales, best)
-        points = torch.where(better, zeros, points)
-    return best, points
+    found = []
+    for first in range(0, len(blocks), BLOCKS_AT_ONCE):
+        part = slice(first, first + BLOCKS_AT_ONCE)
+        weighed = None if weights is None else weights[part].T.contiguous()
+        found.append(least_errors(blocks[part].T.contiguous(), bits, tried, weighed))
+    scales, zeros = (torch.cat(parts).view(values.shape[:2]) for parts in zip(*found, strict=True))
+    return scales, zeros
+
+
+def least_errors(
+    columns: Tensor, bits: int, tried: Sequence[float], weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of ranges that are some parts of each column's, those with the least squared error, weighed where there
+    are weights. Columns, since operations over long rows are the fast ones.
+
+    Shape: (block, N), and weights of the same -> two of (N,).
+    """
+    most = (1 << bits) - 1
+    above, below = torch.cartesian_prod(torch.tensor(tried), torch.tensor(tried)).T[..., None]
+    high = above * columns.amax(0).clamp_(min=0)
+    low = below * columns.amin(0).clamp_(max=0)
+    scales = not_zero((high - low) / most)
+    zeros = (-low / scales).round_().clamp_(0, most)
+    errors = torch.empty_like(scales)
+    exact, error = torch.empty_like(columns), torch.empty_like(columns)
+    for scale, zero, total in zip(scales, zeros, errors, strict=True):
+        torch.addcdiv(zero, columns, scale, out=exact)
+        torch.round(exact, out=error).clamp_(0, most).sub_(exact).square_()
+        torch.sum(error if weights is None else error.mul_(weights), 0, out=total)
+    best = errors.mul_(scales).mul_(scales).min(0, keepdim=True).indices
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
 def not_zero(scales: Tensor) -> Tensor:

@@ -27,10 +27,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ease_common.errors import ModelImportError
+from ease_train.convert.directory_text import read_template
 from ease_train.convert.families import family_named, known
 from ease_train.convert.family import LLAMA3_SCALING, ROTATED, by_pairs, inner_name, places_of
 from ease_train.convert.grid import Grid, packed
-from ease_train.convert.huggingface import read_template
 from ease_train.convert.source_model import SourceModel, Weights, model_config
 from ease_train.convert.text_format import TextFormat
 from ease_train.convert.vocabularies import (

@@ -237,14 +237,14 @@ def not_finite(weight: Tensor, dtype: torch.dtype | None = None) -> str | None:
 
     None for a sound one.
     """
-    if not weight.is_floating_point():
+    if not (weight.is_floating_point() and weight.numel()):
         return None
     first, value, count = 0, 0.0, 0
     for number, part in enumerate(torch.split(weight.detach().flatten(), LOOKED_AT)):
         found = part.to(dtype or part.dtype)
-        if (finite := found.isfinite()).all():
+        if torch.stack(found.aminmax()).isfinite().all():  # of the two, which NaN are where there is one
             continue
-        places = (~finite).nonzero().flatten()
+        places = (~found.isfinite()).nonzero().flatten()
         if not count:
             first, value = number * LOOKED_AT + int(places[0]), found[places[0]].item()
         count += len(places)

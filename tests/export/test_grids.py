@@ -260,9 +260,11 @@ def test_gptq_changes_outputs_less_than_rounding_each_number(dim: int, tmp_path:
         round_trip(one_by_one, "int4", {})
         of_rounding = (one_by_one(ids) - expected).square().mean()
     done: list[int] = []
-    quantised = quantize(plain, ids, done.append)
+    quantised, weights = quantize(plain, ids, done.append)
     assert done == [1, 2, 3, 4, 5, 6]
-    save_checkpoint(quantised, tmp_path / "quantised")
+    with torch.no_grad():
+        assert torch.equal(plain.model(ids), expected)  # which is left as it was
+    save_checkpoint(quantised, tmp_path / "quantised", weights)
     again = load_checkpoint(tmp_path / "quantised")
     quantizer = WeightQuantizer(again.model, "int4", again.grids)
     assert {matrix.kind for matrix in quantizer.matrices if matrix.bits == 4} == {"gptq"}

@@ -532,22 +532,3 @@ def test_the_commands(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     result = run(main, ["export-hf", checkpoint, str(tmp_path / "mine")])
     assert (result.exit_code, "was not written by export-hf" in result.output) == (1, True)
-
-
-def test_a_sentencepiece_vocabulary_is_read_as_what_it_is_or_refused(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
-
-    folder = edited(llama, tmp_path / "hf")
-    (folder / "tokenizer.json").unlink()
-    model = ModelProto()
-    model.trainer_spec.model_type = TrainerSpec.UNIGRAM
-    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
-    with pytest.raises(ModelImportError, match=r"tokenizer.model is a unigram vocabulary, expected BPE"):
-        import_model(str(folder))
-    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
-    with pytest.raises(
-        ModelImportError, match=r"tokenizer.model needs sentencepiece to be read: pip install 'ease-lm\[hf\]'"
-    ):
-        import_model(str(folder))
