@@ -67,6 +67,7 @@ bf16=bf16
 [ "$device" != cpu ] || bf16=  # which no CPU runs
 step tests "$bin/pytest" -q -m cuda tests/runtime/test_device.py tests/runtime/test_captures.py &
 for shape in $shapes; do
+    # shellcheck disable=SC2086
     if [ "$shape" = "$small" ]; then build "$shape" fp16 $bf16 int8 int4 & else build "$shape" fp16 int4 & fi
 done
 greedy shipped-cpu ease_runtime/shipped/code cpu &

@@ -140,8 +140,13 @@ def verify(bundle: Path, checkpoint: Path, tokens: int, device: str) -> None:
     report = verify_bundle(bundle, checkpoint, tokens, device)
     render_report(report, Console())
     if not report.ok:
+        how = (
+            "with --precision bf16 or fp32, which hold larger numbers than fp16"
+            if report.overflows
+            else "again"
+        )
         click.echo(
-            f"error: {bundle} differs from {checkpoint}; export it again: ease-export build {checkpoint} "
+            f"error: {bundle} differs from {checkpoint}; export it {how}: ease-export build {checkpoint} "
             f"{bundle}",
             err=True,
         )

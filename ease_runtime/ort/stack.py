@@ -581,12 +581,16 @@ def check_not_on_cpu(bundle: Path, device: str) -> None:
     """Raise DeviceError where a bundle in bf16 would run on the CPU: ONNX Runtime has no such kernels there
     for most of it.
     """
-    why = why_no_cuda() if device != CPU.name else "--device cpu is asked for"
-    if why is not None:
-        raise DeviceError(
-            f"{bundle} is in bf16, which onnxruntime computes on CUDA alone, and {why}; build one that runs "
-            "on the CPU: ease-export build CHECKPOINT BUNDLE --precision fp32 --target cpu"
-        )
+    why = "--device cpu is asked for"
+    if device != CPU.name:
+        missing = why_no_cuda()
+        if missing is None:
+            return
+        why = f"{missing} (where there is a GPU: pip install 'ease-lm[cuda]')"
+    raise DeviceError(
+        f"{bundle} is in bf16, which onnxruntime computes on CUDA alone, and {why}; build one that runs on "
+        "the CPU: ease-export build CHECKPOINT BUNDLE --precision fp32 --target cpu"
+    )
 
 
 def captures_here(manifest: Manifest) -> bool:

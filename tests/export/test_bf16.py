@@ -4,6 +4,7 @@ fp32 and rounds (tests/emulated.py).
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from ease_train.convert.huggingface import import_model
 from ease_train.training.tensors import bytes_of
 from emulated import EmulatedStack
 
+NO_GPU = "no GPU is here (where there is a GPU: pip install 'ease-lm[cuda]')"
 ELSEWHERE = Device("cpu", "CPUExecutionProvider", own_memory=True)
 Made = tuple[Path, Path]
 
@@ -145,6 +147,29 @@ def test_a_weight_past_fp16_is_built_in_bf16(tied: Made, tmp_path: Path) -> None
     assert float(onnx.numpy_helper.to_array(weight)[5, 3]) == 70_144.0, "the next bf16"
 
 
+def test_states_past_fp16_are_found_by_verify(tied: Made, tmp_path: Path) -> None:
+    shutil.copytree(tied[0], tmp_path / "checkpoint")
+    weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    weights["layers.4.mlp.down_proj.weight"] *= (
+        60_000.0 / weights["layers.4.mlp.down_proj.weight"].abs().max()
+    )
+    save_file(weights, tmp_path / "checkpoint" / "model.safetensors")
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "fp16")
+    arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--tokens", "4", "--device", "cpu"]
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "bundle"), *arguments])
+    assert result.exit_code == 1
+    assert "export it with --precision bf16 or fp32, which hold larger numbers than fp16: " in result.output
+
+
+@pytest.mark.parametrize(("start_id", "same"), [(None, slice(0, None)), (7, slice(1, None))])
+def test_verify_s_texts_begin_as_the_model_s_do(start_id: int | None, same: slice) -> None:
+    stack: Any = SimpleNamespace(vocab_size=300, manifest=SimpleNamespace(start_id=start_id))
+    plain: Any = SimpleNamespace(vocab_size=300, manifest=SimpleNamespace(start_id=None))
+    ids = verify.drawn_ids(stack, 1, 9)
+    np.testing.assert_array_equal(ids[same], verify.drawn_ids(plain, 1, 9)[same])
+    assert start_id in (None, ids[0])
+
+
 def test_a_weight_past_bf16_is_refused(tied: Made, tmp_path: Path) -> None:
     shutil.copytree(tied[0], tmp_path / "checkpoint")
     weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
@@ -188,7 +213,7 @@ def test_a_graph_that_is_none_is_found_without_cuda(
 
 @pytest.mark.parametrize(
     ("device", "why"),
-    [("auto", "no GPU is here"), ("cuda", "no GPU is here"), ("cpu", "--device cpu is asked for")],
+    [("auto", NO_GPU), ("cuda", NO_GPU), ("cpu", "--device cpu is asked for")],
 )
 def test_without_cuda_one_line_says_what_helps(
     tied: Made, monkeypatch: pytest.MonkeyPatch, device: str, why: str
