@@ -46,9 +46,9 @@ def calibration_ids(checkpoint: Checkpoint, data: str | None, num_tokens: int) -
     length = min(TEXT_LENGTH, checkpoint.model.config.max_positions)
     ids = list[int]()
     text_format = checkpoint.text_format
-    first = text_format.stop_ids[0] if text_format.start_id is None else text_format.start_id
+    before = [*text_format.stop_ids[:1]] if text_format.start_id is None else [text_format.start_id]
     for document in documents:
-        ids += [first, *checkpoint.tokenizer.encode(document, add_special_tokens=False).ids]
+        ids += [*before, *checkpoint.tokenizer.encode(document, add_special_tokens=False).ids]
         if len(ids) >= num_tokens:
             break
     what = "Python's help" if data is None else data

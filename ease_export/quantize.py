@@ -445,7 +445,13 @@ class Dequantized(nn.Module):
         self.dtype = torch.float16 if dtype is np.float16 else torch.float32
 
     def forward(self, _: Tensor) -> Tensor:
-        return torch.from_numpy(self.grid.dequantized(self.width)).to(self.dtype).float()
+        whole = torch.empty(len(self.grid.scales), self.width)
+        row = 0
+        for part in torch.split(whole, max(1, ROUNDED_AT_ONCE // self.width)):  # little memory beside it
+            values = self.grid.rows(row, row + len(part)).dequantized(self.width)
+            part.copy_(torch.from_numpy(values).to(self.dtype))
+            row += len(part)
+        return whole
 
 
 def round_trip(

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from tokenizers import Tokenizer
 
+from ease_common.errors import DataError
 from ease_train.data.tokens import END
 
 
@@ -45,5 +46,12 @@ class TextFormat:
 
     @property
     def separator(self) -> int:
-        """The token that stands before every document in training."""
-        return self.stop_ids[0] if self.start_id is None else self.start_id
+        """The token that stands before every document in training. Raises DataError where there is none."""
+        if self.start_id is not None:
+            return self.start_id
+        if not self.stop_ids:
+            raise DataError(
+                "the model has no token that begins or ends a text, which stands between documents; name its "
+                "eos_token in tokenizer_config.json, and import it again"
+            )
+        return self.stop_ids[0]

@@ -32,6 +32,7 @@ from ease_export.weights import GraphTensor
 from ease_runtime.bundle.manifest import WeightForm, load_manifest
 from ease_runtime.ort.sessions import load_session, start_thread_pool
 from ease_train.convert.gguf import GRIDS, PackedTensor
+from ease_train.convert.text_format import TextFormat
 from ease_train.training.checkpoint import load_checkpoint, save_checkpoint
 
 HALVES = {Type.Q4_0: (0,), Type.Q4_1: (0, 2), Type.Q4_K: (0, 2), Type.Q6_K: (208,), Type.Q8_0: (0,)}
@@ -277,3 +278,11 @@ def test_too_little_text_is_said(on_grids: Path, tmp_path: Path) -> None:
     (tmp_path / "short.jsonl").write_text('{"text": "And"}\n' * 20, encoding="utf-8")
     with pytest.raises(DataError, match=r"short.jsonl has \d+ tokens; calibration needs 288 at least"):
         calibration_ids(load_checkpoint(on_grids), str(tmp_path / "short.jsonl"), 4096)
+
+
+def test_texts_to_calibrate_with_need_no_token_between_them(on_grids: Path) -> None:
+    loaded = load_checkpoint(on_grids)
+    bare = replace(loaded, text_format=TextFormat(None, ()))
+    with_ends, without = (calibration_ids(checkpoint, None, 512) for checkpoint in (loaded, bare))
+    assert with_ends.shape == without.shape
+    assert with_ends[0, 0] not in without[0, :4]

@@ -1,14 +1,16 @@
 """Tuning: a trained model keeps its weights and gets exits, which start from its own parts and learn."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from ease_common.errors import ConfigError
+from ease_common.errors import ConfigError, DataError
 from ease_train.cli import main
+from ease_train.convert.text_format import TextFormat
 from ease_train.training.checkpoint import Checkpoint, load_checkpoint
 from ease_train.training.config import Recipe, load_recipe
 from ease_train.training.renames import renamed
@@ -240,3 +242,12 @@ def test_layerskip_tuning_resumes_to_the_bit(plain: Path, tmp_path: Path, option
 def test_low_rank_updates_of_frozen_layers_are_a_contradiction(recipe: Recipe) -> None:
     with pytest.raises(ConfigError, match="lora updates the layers, which trains = 'exits' freezes"):
         tuned_recipe(recipe, load_recipe("ee-tuning"), {**TO_2, "lora_rank": 4})
+
+
+def test_a_model_without_a_token_between_texts_is_told_so(plain: Path, small_corpus: str) -> None:
+    checkpoint = load_checkpoint(plain)
+    bare = replace(checkpoint, text_format=TextFormat(None, ()))
+    with pytest.raises(
+        DataError, match=r"no token that begins or ends a text.*eos_token in"
+    ):
+        begin_tuning(bare, load_recipe("ee-tuning"), TO_2, small_corpus)
