@@ -247,7 +247,5 @@ def test_low_rank_updates_of_frozen_layers_are_a_contradiction(recipe: Recipe) -
 def test_a_model_without_a_token_between_texts_is_told_so(plain: Path, small_corpus: str) -> None:
     checkpoint = load_checkpoint(plain)
     bare = replace(checkpoint, text_format=TextFormat(None, ()))
-    with pytest.raises(
-        DataError, match=r"no token that begins or ends a text.*eos_token in"
-    ):
+    with pytest.raises(DataError, match=r"no token that begins or ends a text.*eos_token in"):
         begin_tuning(bare, load_recipe("ee-tuning"), TO_2, small_corpus)
