@@ -127,9 +127,9 @@ class Linear(nn.Linear):
     def plain(self, x: Tensor) -> Tensor:
         """Without the update. Shape: (..., in) -> (..., out)."""
         weight = self.weight
-        if weight.element_size() >= x.element_size():
-            return F.linear(x, weight, self.bias)
-        if weight.requires_grad or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if weight.element_size() >= x.element_size() or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight, self.bias)  # autocast gives both its own type
+        if weight.requires_grad or not torch.is_grad_enabled():
             return F.linear(x, weight.to(x.dtype), self.bias)
         product: Tensor = WideProduct.apply(x, weight)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias

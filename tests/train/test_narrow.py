@@ -214,6 +214,18 @@ def test_a_gradient_passes_a_frozen_matrix_that_nobody_holds_in_fp32(bias: bool)
     torch.testing.assert_close(*gradients)
 
 
+def test_autocast_multiplies_by_a_frozen_matrix_as_it_is_kept() -> None:
+    narrow = Linear(48, 32, bias=True).requires_grad_(False)
+    narrow.weight.data = narrow.weight.data.bfloat16()
+    wide = deepcopy(narrow).float()
+    x = torch.randn(5, 48, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        products = narrow(x), wide(x)
+    gradients = [torch.autograd.grad(product.float().square().sum(), x)[0] for product in products]
+    assert torch.equal(*products)
+    assert torch.equal(*gradients)
+
+
 def test_a_file_is_written_as_safetensors_writes_it(tmp_path: Path) -> None:
     """Any type, and shapes without numbers."""
     tensors = {
