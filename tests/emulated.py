@@ -65,4 +65,5 @@ class EmulatedStack(OrtStack):
 
     def _session(self, path: Path) -> ort.InferenceSession:
         model = emulated(onnx.load(path, load_external_data=False))
-        return load_session(path, self.log_level, changed=model.SerializeToString(), own_threads=True)
+        changed = model.SerializeToString()
+        return load_session(path, self.log_level, changed=changed, own_threads=self.own_threads)
