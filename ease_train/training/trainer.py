@@ -542,18 +542,13 @@ class Trainer:
         }
         weights = self._whole_weights()
         if self.workers.first:
-            low_rank = self.recipe.method.lora.on
-            saved = self.best or (
-                self._plain(weights)
-                if self.workers.sharded and not low_rank
-                else ModelSnapshot(step, self.model)
-            )
-            state |= {"weights": weights, "step": step} if self.best or low_rank else {}
+            saved = self.best or ModelSnapshot(step, self.model)
+            state |= {"weights": weights, "step": step} if self.best or self.recipe.method.lora.on else {}
             state |= {"best": saved.step} if self.best else {}
             save_checkpoint(
                 replace(self.checkpoint, step=saved.step, model=saved.model, train_state=state),
                 out,
-                self._merged(weights) if low_rank and not self.best else None,
+                None if self.best else self._merged(weights),
             )
         self.workers.wait()
         self.saved = True
